@@ -47,9 +47,7 @@ def _check(scheduler: SchedulerMixin, timesteps: torch.Tensor, **samples: torch.
         if len(shape) != 4:
             raise ValueError(f"`{name}` must have shape (N, C, H, W), but has shape {shape}.")
         if shape[0] != first[0] or shape[2:] != first[2:]:
-            raise ValueError(
-                f"`{name}` of shape {shape} and `{first_name}` of shape {first} must agree in N, H and W."
-            )
+            raise ValueError(f"`{name}` of shape {shape} and `{first_name}` of shape {first} must agree in N, H and W.")
     if timesteps.shape != (first[0],) or timesteps.is_floating_point():
         raise ValueError(
             f"`timesteps` must be an integer tensor of shape ({first[0]},), one for each sample, but is "
@@ -185,9 +183,7 @@ def kl_divergence_map(
     """
     with torch.autocast(noisy_sample.device.type, enabled=False):
         true_mean, true_log_variance = posterior_mean_log_variance(scheduler, clean_sample, noisy_sample, timesteps)
-        mean, log_variance = predicted_mean_log_variance(
-            scheduler, model_output, noisy_sample, timesteps, clip_sample
-        )
+        mean, log_variance = predicted_mean_log_variance(scheduler, model_output, noisy_sample, timesteps, clip_sample)
         return gaussian_kl(true_mean, true_log_variance, mean, log_variance)
 
 
@@ -206,9 +202,7 @@ def decoder_nll_map(mean: torch.Tensor, log_variance: torch.Tensor, clean_sample
         centered = clean - mean.float()
         upper = cdf(inverse_std * (centered + 1.0 / 255.0))
         lower = cdf(inverse_std * (centered - 1.0 / 255.0))
-        probability = torch.where(
-            clean < -0.999, upper, torch.where(clean > 0.999, 1.0 - lower, upper - lower)
-        )
+        probability = torch.where(clean < -0.999, upper, torch.where(clean > 0.999, 1.0 - lower, upper - lower))
         return -torch.log(probability.clamp(min=1e-12))
 
 
@@ -226,9 +220,7 @@ def variational_bound(
     """
     with torch.autocast(noisy_sample.device.type, enabled=False):
         true_mean, true_log_variance = posterior_mean_log_variance(scheduler, clean_sample, noisy_sample, timesteps)
-        mean, log_variance = predicted_mean_log_variance(
-            scheduler, model_output, noisy_sample, timesteps, clip_sample
-        )
+        mean, log_variance = predicted_mean_log_variance(scheduler, model_output, noisy_sample, timesteps, clip_sample)
         kl = gaussian_kl(true_mean, true_log_variance, mean, log_variance).mean(dim=(1, 2, 3))  # (N,)
         decoder_nll = decoder_nll_map(mean, log_variance, clean_sample).mean(dim=(1, 2, 3))  # (N,)
         return torch.where(timesteps.to(kl.device) == 0, decoder_nll, kl) / math.log(2.0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import ModelMixin, UNet2DModel  # noqa: F401 (diffusers looks ModelMixin up in this module to load it)
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import nn
@@ -163,7 +163,14 @@ class DenoisingUNet2DModel(UNet2DModel):
         return DenoisingUNet2DOutput(sample=output, features=features)
 
 
-_ATTENTION = ("DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
+_ATTENTION = (
+    "DownBlock2D",
+    "DownBlock2D",
+    "DownBlock2D",
+    "AttnDownBlock2D",
+    "AttnDownBlock2D",
+    "AttnDownBlock2D",
+)
 
 # Architectures by name: what `training/train_ddpm.py --preset` takes. Feature widths come from the extractor.
 DENOISING_UNET_PRESETS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,460 @@
+"""Published checkpoints of DiAD (He et al., AAAI 2024) as diffusers components.
+
+The published code stands on Stable Diffusion's and ControlNet's first implementations, and so does the layout of its
+Lightning checkpoints: `model.diffusion_model.` is the denoiser, `control_model.` the semantic-guided network,
+`first_stage_model.` the autoencoder and `cond_stage_model.` the text encoder. Widths, levels and depths are read off
+the tensors' shapes, so that a checkpoint of any size converts.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from diffad.models.semantic_guided_network import SemanticGuidedNetwork
+
+if TYPE_CHECKING:
+    from diffad.pipelines.pipeline_diad import DiADPipeline
+
+# What the shapes do not tell: `num_heads` of the published configuration, and its latents' scale.
+NUM_ATTENTION_HEADS = 8
+SCALING_FACTOR = 0.18215
+
+UNET, CONTROL, AUTOENCODER = "model.diffusion_model.", "control_model.", "first_stage_model."
+TEXT_ENCODER = "cond_stage_model.transformer.text_model."
+
+# What a Lightning checkpoint carries beside the networks: the noise schedule's buffers, the weights' running average,
+# the loss's own networks, the text encoder, and the ResNet that validation compares features with.
+_IGNORED = re.compile(
+    r"(alphas_cumprod|alphas_cumprod_prev|betas|log_one_minus_alphas_cumprod|logvar|lvlb_weights|"
+    r"posterior_log_variance_clipped|posterior_mean_coef1|posterior_mean_coef2|posterior_variance|"
+    r"sqrt_alphas_cumprod|sqrt_one_minus_alphas_cumprod|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod)$"
+    r"|(model_ema|loss|cond_stage_model|pretrained_model)\."
+    r"|first_stage_model\.(loss|model_ema)\."
+)
+
+
+def load_diad_checkpoint(
+    state_dict_or_path: Mapping[str, Any] | str | os.PathLike,
+    prompt_embeds: torch.Tensor | str | os.PathLike | None = None,
+) -> DiADPipeline:
+    """A `DiADPipeline` from a published checkpoint. Arguments and errors are those of `load_diad_components`."""
+    # Here, as pipelines import the library and not the other way round.
+    from diffad.pipelines.pipeline_diad import DiADPipeline
+
+    return DiADPipeline(**load_diad_components(state_dict_or_path, prompt_embeds))
+
+
+def load_diad_components(
+    state_dict_or_path: Mapping[str, Any] | str | os.PathLike,
+    prompt_embeds: torch.Tensor | str | os.PathLike | None = None,
+) -> dict[str, Any]:
+    """The networks of a published DiAD checkpoint, in float32, with copies of its weights.
+
+    Args:
+        state_dict_or_path: a state dict in the published layout, with or without Lightning's `state_dict` around it,
+            or its file: `.safetensors`, or a `.ckpt` or `.pth`, of which only tensors are read, never code.
+        prompt_embeds: the empty prompt's embedding, (1, L, D), or a `.safetensors` file that holds it. None computes
+            it with the checkpoint's own text encoder.
+
+    Returns:
+        `vae` (`AutoencoderKL`), `unet` (`UNet2DConditionModel`), `sg_network` (`SemanticGuidedNetwork`), `scheduler`
+        (`DDIMScheduler`) and `prompt_embeds`, (1, L, D).
+
+    Raises:
+        FileNotFoundError: no file stands at the path.
+        ValueError: the file is damaged or holds code, or the tensors are not those of a DiAD model; missing and
+            unknown tensors are named.
+    """
+    tensors, origin = _read_state_dict(state_dict_or_path)
+    found = Counter(name.split(".")[0] + "." for name in tensors)
+    absent = [prefix for prefix in (UNET, CONTROL, AUTOENCODER) if not any(n.startswith(prefix) for n in tensors)]
+    if absent:
+        listed = ", ".join(f"{prefix} ({count})" for prefix, count in found.most_common(8)) or "nothing"
+        raise ValueError(
+            f"`state_dict_or_path`: {origin} is not a DiAD checkpoint in the published layout: no tensor's name begins "
+            f"with {_list(absent)}. Found: {listed}."
+        )
+
+    try:
+        unet_config = _unet_config(tensors, UNET)
+        sg_config = _sg_network_config(tensors)
+        vae_config = _vae_config(tensors)
+    except KeyError as error:
+        raise ValueError(_mismatch(origin, missing=[error.args[0]])) from None
+    except IndexError as error:
+        raise ValueError(_mismatch(origin, misshapen=[error.args[0]])) from None
+    with init_empty_weights():
+        components = {
+            "vae": AutoencoderKL(**vae_config),
+            "unet": UNet2DConditionModel(**unet_config),
+            "sg_network": SemanticGuidedNetwork(**sg_config),
+        }
+    levels = len(vae_config["block_out_channels"])
+    original_names = {
+        "vae": {name: [_original_vae_name(name, levels)] for name in components["vae"].state_dict()},
+        "unet": {name: [_original_unet_name(name, unet_config)] for name in components["unet"].state_dict()},
+        "sg_network": {name: _original_sg_names(name, sg_config) for name in components["sg_network"].state_dict()},
+    }
+
+    # Each tensor of the checkpoint is wanted by one parameter, or known to be of no use.
+    missing, misshapen, known = [], [], set()
+    for component, network in components.items():
+        for name, parameter in network.state_dict().items():
+            originals = original_names[component][name]
+            known.update(originals)
+            absent = [original for original in originals if original not in tensors]
+            missing += absent
+            if not absent and not _fits([tensors[original] for original in originals], parameter.shape):
+                misshapen += [f"{original} {tuple(tensors[original].shape)}" for original in originals]
+    # The published network runs a zero convolution on every skip, but only those of the two lowest levels lead
+    # anywhere: to the denoiser, and to the SFF block.
+    per_level = sg_config["layers_per_block"] + 1
+    for skip in range((len(sg_config["block_out_channels"]) - 2) * per_level):
+        known |= {f"{CONTROL}zero_convs.{skip}.0.weight", f"{CONTROL}zero_convs.{skip}.0.bias"}
+    unknown = [name for name in tensors if name not in known and not _IGNORED.match(name)]
+    if missing or unknown or misshapen:
+        raise ValueError(_mismatch(origin, missing, unknown, misshapen))
+
+    prompt_embeds = _empty_prompt_embeds(tensors, prompt_embeds, unet_config["cross_attention_dim"], origin)
+    for component, network in components.items():
+        weights = {
+            name: torch.cat([tensors[original] for original in original_names[component][name]])
+            .reshape(parameter.shape)
+            .to(torch.float32)
+            for name, parameter in network.state_dict().items()
+        }
+        network.load_state_dict(weights, assign=True)
+        network.eval()
+    # 10 steps are then 901, 801, ..., 1, and the last one goes to alphas_cumprod[0], as in the published sampler.
+    scheduler = DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    return {**components, "scheduler": scheduler, "prompt_embeds": prompt_embeds}
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read_state_dict(
+    state_dict_or_path: Mapping[str, Any] | str | os.PathLike,
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The state dict, and what to call it in a message."""
+    if isinstance(state_dict_or_path, Mapping):
+        content, origin = state_dict_or_path, "the given state dict"
+    else:
+        content, origin = _read_file("state_dict_or_path", Path(state_dict_or_path)), str(state_dict_or_path)
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"`state_dict_or_path`: {origin} holds a {type(content).__name__}, not a state dict.")
+    others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        raise ValueError(
+            f"`state_dict_or_path`: {origin} has {len(others)} entries that are no tensors: {_list(others)}."
+        )
+    return dict(content), origin
+
+
+def _read_file(argument: str, path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`{argument}`: no file at {path}. Give the path of a .ckpt, .pth or .safetensors file."
+        )
+    damaged = f"`{argument}`: {path} is damaged or truncated, or no checkpoint at all. Fetch it again."
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{damaged} ({error})") from error
+    archive = zipfile.is_zipfile(path)
+    try:
+        # Mapped into memory, so that a Lightning checkpoint's optimizer states are never read.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except pickle.UnpicklingError as error:
+        if archive or "GLOBAL" in str(error):
+            raise ValueError(
+                f"`{argument}`: {path} holds Python code beside its tensors, which is not run. If you trust where it "
+                "comes from, save its state dict alone: "
+                "torch.save(torch.load(path, weights_only=False)['state_dict'], new_path)."
+            ) from error
+        raise ValueError(damaged) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{damaged} ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
+
+
+def _fits(parts: list[torch.Tensor], shape: torch.Size) -> bool:
+    """Whether the tensors, joined along their first dimension, make a parameter of this shape."""
+    if any(part.ndim == 0 or part.shape[1:] != parts[0].shape[1:] for part in parts):
+        return False
+    joined = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return joined in (shape, (*shape, 1, 1))  # the autoencoder's attention is written as 1x1 convolutions
+
+
+def _mismatch(
+    origin: str, missing: Iterable[str] = (), unknown: Iterable[str] = (), misshapen: Iterable[str] = ()
+) -> str:
+    kinds = {"missing": [*missing], "unknown": [*unknown], "of an unexpected shape": [*misshapen]}
+    problems = "; ".join(f"{len(names)} {kind}: {_list(names)}" for kind, names in kinds.items() if names)
+    return f"`state_dict_or_path`: {origin} does not hold the tensors of a DiAD model: {problems}."
+
+
+def _list(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _empty_prompt_embeds(
+    tensors: dict[str, torch.Tensor],
+    prompt_embeds: torch.Tensor | str | os.PathLike | None,
+    width: int,
+    origin: str,
+) -> torch.Tensor:
+    """The empty prompt's embedding, (1, L, width) float32: the given one, or the checkpoint's own text encoder's."""
+    if prompt_embeds is None:
+        weights = {
+            name.removeprefix(TEXT_ENCODER): tensor for name, tensor in tensors.items() if name.startswith(TEXT_ENCODER)
+        }
+        if not weights:
+            raise ValueError(
+                f"`prompt_embeds`: {origin} holds no CLIP text encoder ({TEXT_ENCODER}*) to embed the empty prompt "
+                f"with. Give its embedding, a tensor of shape (1, 77, {width}) or a .safetensors file that holds it."
+            )
+        return _embed_empty_prompt(weights, origin)
+    if not isinstance(prompt_embeds, torch.Tensor):
+        content = _read_file("prompt_embeds", Path(prompt_embeds))
+        if not isinstance(content, Mapping) or len(content) != 1:
+            raise ValueError(f"`prompt_embeds`: {prompt_embeds} must hold one tensor, the empty prompt's embedding.")
+        (prompt_embeds,) = content.values()
+    if prompt_embeds.ndim != 3 or prompt_embeds.shape[0] != 1 or prompt_embeds.shape[2] != width:
+        raise ValueError(
+            f"`prompt_embeds` must have shape (1, 77, {width}), as the denoiser's attention is {width} wide, but has "
+            f"shape {tuple(prompt_embeds.shape)}."
+        )
+    return prompt_embeds.detach().to(torch.float32, copy=True)
+
+
+def _embed_empty_prompt(weights: dict[str, torch.Tensor], origin: str) -> torch.Tensor:
+    """CLIP's last hidden state for the empty prompt, (1, 77, D): its start token, then end tokens to the last."""
+    try:
+        vocabulary, width = weights["embeddings.token_embedding.weight"].shape
+        length = weights["embeddings.position_embedding.weight"].shape[0]
+        intermediate = weights["encoder.layers.0.mlp.fc1.weight"].shape[0]
+        layers = 1 + _highest(weights, "encoder.layers.")
+    except KeyError as error:
+        raise ValueError(_mismatch(origin, missing=[TEXT_ENCODER + error.args[0]])) from None
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=max(width // 64, 1),  # 64 wide in every CLIP
+        max_position_embeddings=length,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+    )
+    with init_empty_weights():
+        text_encoder = CLIPTextModel(config)
+    expected = text_encoder.state_dict()
+    weights.pop("embeddings.position_ids", None)  # a buffer that older versions of transformers saved
+    # transformers 5 has taken the inner `text_model` away
+    weights = {name if name in expected else f"text_model.{name}": t.float() for name, t in weights.items()}
+    missing = [TEXT_ENCODER + name.removeprefix("text_model.") for name in expected if name not in weights]
+    unknown = [TEXT_ENCODER + name.removeprefix("text_model.") for name in weights if name not in expected]
+    misshapen = [TEXT_ENCODER + n for n, t in expected.items() if n in weights and weights[n].shape != t.shape]
+    if missing or unknown or misshapen:
+        raise ValueError(_mismatch(origin, missing, unknown, misshapen))
+    text_encoder.load_state_dict(weights, assign=True)
+    tokens = torch.full((1, length), vocabulary - 1)
+    tokens[0, 0] = vocabulary - 2
+    with torch.no_grad():
+        return text_encoder.eval()(input_ids=tokens).last_hidden_state
+
+
+# --- configurations, from shapes -------------------------------------------------------------------------------------
+
+
+def _highest(names: Iterable[str], prefix: str) -> int:
+    """The highest number that follows `prefix` in `names`. KeyError names the first, if there is none."""
+    followers = (name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix))
+    numbers = [int(follower) for follower in followers if follower.isdecimal()]
+    if not numbers:
+        raise KeyError(f"{prefix}0")
+    return max(numbers)
+
+
+def _size(tensors: dict[str, torch.Tensor], name: str, dimension: int = 0) -> int:
+    """One dimension of a tensor. KeyError names the tensor if it is missing, IndexError if it has no such dimension."""
+    if tensors[name].ndim <= dimension:
+        raise IndexError(f"{name} {tuple(tensors[name].shape)}")
+    return tensors[name].shape[dimension]
+
+
+def _encoder_config(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, Any]:
+    """What the denoiser's and the semantic-guided network's configurations have in common."""
+    blocks = 1 + _highest(tensors, f"{prefix}input_blocks.")
+    downsamplers = [
+        i for i in range(blocks) if any(name.startswith(f"{prefix}input_blocks.{i}.0.op.") for name in tensors)
+    ]
+    per_level = downsamplers[0] if downsamplers else blocks
+    first_blocks = [f"{prefix}input_blocks.{i}" for i in range(1, blocks, per_level)]
+    attends = [any(name.startswith(f"{block}.1.") for name in tensors) for block in first_blocks]
+
+    def depth(block: str) -> int:
+        return 1 + _highest(tensors, f"{block}.1.transformer_blocks.")
+
+    depths = [depth(block) if attention else 1 for block, attention in zip(first_blocks, attends, strict=True)]
+    middle_depth = depth(f"{prefix}middle_block")
+    if not attends[-1]:
+        depths[-1] = middle_depth  # diffusers gives the middle block the lowest level's depth
+    return {
+        "in_channels": _size(tensors, f"{prefix}input_blocks.0.0.weight", 1),
+        "block_out_channels": tuple(_size(tensors, f"{block}.0.out_layers.3.weight") for block in first_blocks),
+        "layers_per_block": per_level - 1,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in attends),
+        "transformer_layers_per_block": depths[0] if len(set(depths)) == 1 else tuple(depths),
+        "cross_attention_dim": _size(tensors, f"{prefix}middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1),
+        "use_linear_projection": tensors[f"{prefix}middle_block.1.proj_in.weight"].ndim == 2,
+        "attention_head_dim": NUM_ATTENTION_HEADS,  # diffusers' name for the number of heads
+    }
+
+
+def _unet_config(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, Any]:
+    config = _encoder_config(tensors, prefix)
+    up_block_types = tuple(name.replace("Down", "Up") for name in reversed(config["down_block_types"]))
+    return {
+        **config,
+        "up_block_types": up_block_types,
+        "out_channels": tensors[f"{prefix}out.2.weight"].shape[0],
+    }
+
+
+def _sg_network_config(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    # convolutions stand at even places, SiLUs between them; every second convolution widens
+    last = _highest(tensors, f"{CONTROL}input_hint_block.")
+    widening = [f"{CONTROL}input_hint_block.{place}.weight" for place in range(0, last, 4)]
+    return {
+        **_encoder_config(tensors, CONTROL),
+        "conditioning_channels": _size(tensors, widening[0], 1),
+        "conditioning_embedding_out_channels": tuple(_size(tensors, name) for name in widening),
+    }
+
+
+def _vae_config(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    encoder, decoder = f"{AUTOENCODER}encoder.", f"{AUTOENCODER}decoder."
+    levels = 1 + _highest(tensors, f"{encoder}down.")
+    return {
+        "in_channels": _size(tensors, f"{encoder}conv_in.weight", 1),
+        "out_channels": _size(tensors, f"{decoder}conv_out.weight"),
+        "latent_channels": _size(tensors, f"{AUTOENCODER}post_quant_conv.weight", 1),
+        "block_out_channels": tuple(
+            _size(tensors, f"{encoder}down.{level}.block.0.conv1.weight") for level in range(levels)
+        ),
+        "layers_per_block": 1 + _highest(tensors, f"{encoder}down.0.block."),
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "scaling_factor": SCALING_FACTOR,
+    }
+
+
+# --- names: diffusers' parameter to the published tensor -------------------------------------------------------------
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def _renamed(name: str, table: Mapping[str, str]) -> str:
+    """`name` with its beginning replaced, where the table has it."""
+    for ours, theirs in table.items():
+        if name.startswith(f"{ours}."):
+            return theirs + name[len(ours) :]
+    return name
+
+
+def _original_unet_name(name: str, config: Mapping[str, Any], prefix: str = UNET) -> str:
+    """`down_blocks.1.resnets.0.conv1.weight` is `input_blocks.4.0.in_layers.2.weight`: the blocks are numbered through."""
+    per_level = config["layers_per_block"] + 1
+    if match := re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions)\.(\d+)\.(.+)", name):
+        side, kind, place, rest = match[1], match[3], int(match[4]), match[5]
+        if kind == "resnets":
+            rest = _renamed(rest, _RESNET)
+        if side == "mid":
+            return f"{prefix}middle_block.{2 * place if kind == 'resnets' else 1}.{rest}"
+        block = int(match[2]) * per_level + place
+        attention = int(kind == "attentions")
+        return (
+            prefix
+            + (f"input_blocks.{block + 1}" if side == "down" else f"output_blocks.{block}")
+            + f".{attention}.{rest}"
+        )
+    if match := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv\.(.+)", name):
+        return f"{prefix}input_blocks.{(int(match[1]) + 1) * per_level}.0.op.{match[2]}"
+    if match := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.(.+)", name):
+        level = int(match[1])
+        after = 2 if config["up_block_types"][level] == "CrossAttnUpBlock2D" else 1
+        return f"{prefix}output_blocks.{level * per_level + per_level - 1}.{after}.{match[2]}"
+    return prefix + _renamed(name, _UNET_ENDS)
+
+
+def _original_sg_names(name: str, config: Mapping[str, Any]) -> list[str]:
+    """The SFF block's convolutions over one layer are one here and several there; all else is one tensor."""
+    per_level, last = (
+        config["layers_per_block"] + 1,
+        len(config["conditioning_embedding_out_channels"]) * 4 - 2,
+    )
+    if match := re.fullmatch(r"feature_fusion\.downsamplers\.(\d+)\.0\.weight", name):
+        return [f"{CONTROL}down{int(match[1]) + 1}{target}.0.weight" for target in range(1, per_level + 1)]
+    if match := re.fullmatch(r"controlnet_down_blocks\.(\d+)\.(.+)", name):
+        return [f"{CONTROL}zero_convs.{match[1]}.0.{match[2]}"]
+    if match := re.fullmatch(r"controlnet_cond_embedding\.blocks\.(\d+)\.(.+)", name):
+        return [f"{CONTROL}input_hint_block.{2 * int(match[1]) + 2}.{match[2]}"]
+    ends = {
+        "controlnet_mid_block": "middle_block_out.0",
+        "controlnet_cond_embedding.conv_in": "input_hint_block.0",
+        "controlnet_cond_embedding.conv_out": f"input_hint_block.{last}",
+    }
+    return [_original_unet_name(_renamed(name, ends), config, CONTROL)]
+
+
+def _original_vae_name(name: str, levels: int) -> str:
+    """`decoder.up_blocks.0` is `decoder.up.3`: the published decoder counts from the image."""
+    name = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", name)
+    name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", name)
+    name = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{levels - 1 - int(m[1])}.block", name)
+    name = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{levels - 1 - int(m[1])}.upsample", name)
+    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+    if match := re.fullmatch(r"(.+)\.mid_block\.attentions\.0\.(.+)", name):
+        name = f"{match[1]}.mid.attn_1.{_renamed(match[2], _VAE_ATTENTION)}"
+    return AUTOENCODER + name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")

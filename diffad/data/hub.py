@@ -1,0 +1,127 @@
+"""Data that `datasets.load_dataset` reads, mapped to the record shape without a copy of the pixels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.compute
+from datasets import ClassLabel, Dataset, Features, IterableDataset
+
+from .images import cast_images, check_images, mask_to_array
+from .layouts import FEATURES, choose_categories, require_good_images
+
+GOOD_NAMES = ("good", "normal", "ok", "0", "0.0", "false")  # values of `label` and `defect`, in any case
+
+
+def is_loadable(root: Path) -> bool:
+    """Whether a folder holds parquet or arrow files, or the metadata of an image folder."""
+    metadata = ("metadata.csv", "metadata.jsonl")
+    return any(file.suffix in (".parquet", ".arrow") or file.name in metadata for file in root.rglob("*"))
+
+
+def load_hub_dataset(
+    path: str,
+    split: str,
+    category: str | Sequence[str] | None,
+    on_bad_image: str,
+    streaming: bool,
+    load_dataset_kwargs: dict[str, Any],
+) -> Dataset | IterableDataset:
+    """Loads a split by `datasets.load_dataset` and maps its columns; arguments as in `load_anomaly_dataset`.
+
+    Only `image` is needed. `label` may hold classes (one of them named good, normal or ok), 0 and 1, booleans
+    or strings. Without it, `defect` tells which images are good, then whether `mask` is above 0 anywhere; with
+    none of these, all are good. `category` defaults to the data set's name. A mask of a good image stays.
+    """
+    try:
+        loaded = datasets.load_dataset(path, split=split, streaming=streaming, **load_dataset_kwargs)
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"`path_or_hub_id`: there is no folder {path!r}, and the Hub gave no data set of that name: {error}"
+        ) from error
+    features = loaded.features or {}
+    if "image" not in features:
+        raise ValueError(f"{path} has no column 'image', only {list(features)}: rename the one with images.")
+    for column in {"image", "mask"} & features.keys():
+        loaded = loaded.cast_column(column, datasets.Image(decode=False))
+    if streaming:
+        return _stream_records(loaded, features, path, category, on_bad_image)
+
+    describing = [column for column in _describing_columns(features) if column in features]
+    rows = loaded.select_columns(describing) if describing else [{}] * len(loaded)
+    records = [_describe(row, features, path) for row in rows]
+    columns = {name: [record[name] for record in records] for name in ("label", "category", "defect")}
+    stored_images = loaded.select_columns("image").with_format("arrow")[:]["image"]
+    columns["path"] = [name or "" for name in pyarrow.compute.struct_field(stored_images, "path").to_pylist()]
+    if "mask" not in features:
+        columns["mask"] = [None] * len(records)
+    pixels = loaded.select_columns([column for column in ("image", "mask") if column in features])
+    others = Dataset.from_dict(columns, features=Features({name: FEATURES[name] for name in columns}))
+    # side by side, because `map` would write all images to disk once more
+    loaded = datasets.concatenate_datasets([pixels, others], axis=1).select_columns(list(FEATURES))
+    loaded = cast_images(loaded, decode=True)
+    chosen = choose_categories(category, set(columns["category"]), path)
+    if category is not None:
+        loaded = loaded.select([i for i, name in enumerate(columns["category"]) if name in chosen])
+    loaded = check_images(loaded, on_bad_image)
+    if split.startswith("train"):
+        require_good_images(loaded, chosen, path)
+    return loaded
+
+
+def _stream_records(
+    loaded: IterableDataset,
+    features: Features,
+    path: str,
+    category: str | Sequence[str] | None,
+    on_bad_image: str,
+) -> IterableDataset:
+    def record(row: dict) -> dict:
+        image, described = row["image"], _describe(row, features, path)
+        return {"image": image, "mask": row.get("mask"), **described, "path": image["path"] or ""}
+
+    undecoded = {column: datasets.Image(decode=False) for column in ("image", "mask")}
+    surplus = [column for column in features if column not in FEATURES]
+    loaded = loaded.map(record, features=Features({**FEATURES, **undecoded}), remove_columns=surplus)
+    if category is not None:
+        wanted = {category} if isinstance(category, str) else set(category)
+        loaded = loaded.filter(lambda name: name in wanted, input_columns="category")
+    loaded = cast_images(loaded, decode=True)
+    return check_images(loaded, on_bad_image) if on_bad_image != "error" else loaded
+
+
+def _describing_columns(features: Features) -> tuple[str, ...]:
+    tells_good = () if {"label", "defect"} & features.keys() else ("mask",)  # only its content does then
+    return ("label", "defect", "category", *tells_good)
+
+
+def _describe(row: dict, features: Features, path: str) -> dict[str, Any]:
+    """Label, category and defect of a row with undecoded images."""
+
+    def text(column: str) -> str | None:
+        feature, value = features.get(column), row.get(column)
+        if value is None:
+            return None
+        return feature.int2str(value) if isinstance(feature, ClassLabel) else str(value)
+
+    label, defect, mask = text("label"), text("defect"), row.get("mask")
+    if label is not None:
+        classes = getattr(features["label"], "names", None) or ["good"]
+        if not any(name.lower() in GOOD_NAMES for name in classes):
+            raise ValueError(f"{path}: a class of `label` must be named 'good', but they are {classes}.")
+        good = label.lower() in GOOD_NAMES
+    elif defect is not None:
+        good = defect.lower() in GOOD_NAMES
+    else:
+        good = mask is None or not mask_to_array(datasets.Image().decode_example(mask)).any()
+    if defect is None and label is not None and not label.isdigit() and row["label"] is not True:
+        defect = label  # a class or a string names the defect, a number does not
+    return {
+        "label": int(not good),
+        "category": text("category") or os.path.basename(path),
+        "defect": "good" if good else defect or "defective",
+    }

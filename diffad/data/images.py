@@ -1,0 +1,189 @@
+"""Image files and pixels: which can be read, any mode as RGB, and masks that follow their images."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import datasets
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+from datasets import Dataset, IterableDataset
+
+ORIENTATION = PIL.Image.ExifTags.Base.Orientation
+
+
+def check_images(dataset: Dataset | IterableDataset, on_bad_image: str = "error") -> Dataset | IterableDataset:
+    """Raises on, or drops, rows whose image or mask is corrupt, cut off, empty or missing.
+
+    PNG files are checked by the checksums of their chunks, in a hundredth of the time that decoding takes;
+    other files are decoded. An `IterableDataset` is checked row by row, each time that it is read.
+
+    Args:
+        dataset: as `load_anomaly_dataset` returns it.
+        on_bad_image: `"error"` raises; `"skip"` drops the rows, with a warning that lists them.
+
+    Raises:
+        ValueError: lists the files that cannot be read, each with the reason; or, also under `"skip"`, the
+            masks of another size than their image.
+    """
+    if on_bad_image not in ("error", "skip"):
+        raise ValueError(f"`on_bad_image` must be 'error' or 'skip', but is {on_bad_image!r}.")
+    undecoded = cast_images(dataset, decode=False)
+    if isinstance(dataset, IterableDataset):
+
+        def keep(row: dict) -> bool:
+            unreadable, mismatch = _problems(row, row["path"] or "an image")
+            _report([unreadable] if unreadable else [], [mismatch] if mismatch else [], on_bad_image)
+            return unreadable is None
+
+        return cast_images(undecoded.filter(keep), decode=True)
+
+    def problems_at(index: int) -> tuple[str | None, str | None]:
+        row = undecoded[index]
+        return _problems(row, row["path"] or f"the image of row {index}")
+
+    with ThreadPoolExecutor() as pool:  # checksums and decoding release the interpreter's lock
+        problems = list(pool.map(problems_at, range(len(undecoded))))
+    unreadable = [reason for reason, _ in problems if reason]
+    _report(unreadable, [mismatch for _, mismatch in problems if mismatch], on_bad_image)
+    if not unreadable:
+        return dataset
+    return dataset.select([index for index, (reason, _) in enumerate(problems) if reason is None])
+
+
+def _problems(row: dict, name: str) -> tuple[str | None, str | None]:
+    """Why a file of an undecoded row cannot be read, and how its sizes differ; None where all is well."""
+    if row["image"] is None:
+        return f"{name}: there is none", None
+    files = {name: row["image"]}
+    if row["mask"] is not None:
+        files[row["mask"]["path"] or f"the mask of {name}"] = row["mask"]
+    sizes = {}
+    for file_name, stored in files.items():
+        try:
+            sizes[file_name] = _verified_size(stored)
+        except Exception as error:  # which one depends on the format: OSError, SyntaxError, struct.error, ...
+            return f"{file_name}: {error}", None
+    if len(set(sizes.values())) > 1:
+        return None, ", but ".join(f"{name} is {w} x {h} pixels" for name, (w, h) in sizes.items())
+    return None, None
+
+
+def _verified_size(stored: dict) -> tuple[int, int]:
+    """Reads an undecoded image to its end; width and height with the EXIF orientation applied."""
+    if stored["bytes"] is None and "://" in stored["path"]:
+        return datasets.Image().decode_example(stored).size
+    source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
+    with PIL.Image.open(source) as image:
+        if image.format == "PNG":
+            image.verify()
+        else:
+            image.load()
+        # without the test, `getexif` would decode a PNG to look for EXIF behind the pixels
+        orientation = image.getexif().get(ORIENTATION, 1) if "exif" in image.info else 1
+        return image.size[::-1] if orientation >= 5 else image.size
+
+
+def _report(unreadable: list[str], mismatches: list[str], on_bad_image: str) -> None:
+    if mismatches:
+        raise ValueError("\n  ".join(["A mask must have the size of its image:", *mismatches]))
+    if unreadable and on_bad_image == "error":
+        advice = "Repair or remove them, or pass on_bad_image='skip':"
+        raise ValueError("\n  ".join([f"{len(unreadable)} images cannot be read. {advice}", *unreadable]))
+    if unreadable:
+        heading = f"Skipped {len(unreadable)} images that cannot be read:"
+        warnings.warn("\n  ".join([heading, *unreadable]), stacklevel=3)
+
+
+def cast_images(dataset: Dataset | IterableDataset, decode: bool) -> Dataset | IterableDataset:
+    """`dataset` with images and masks as PIL images, or undecoded, as {"bytes", "path"}."""
+    for column in ("image", "mask"):
+        dataset = dataset.cast_column(column, datasets.Image(decode=decode))
+    return dataset
+
+
+def image_to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Any PIL image as 8-bit RGB, turned upright by its EXIF orientation.
+
+    Deeper images are scaled by the range of their type, never clipped. 16 bit: divided by 257. Mode `I`, in
+    which PIL holds 16-bit values too: the same or, if a value is larger, by the range of 32 bit signed. Mode
+    `F`: the range is [0, 1] or, if a value is larger, [0, 255], or [0, 65535]. Transparency is laid over white.
+
+    Raises:
+        ValueError: mode `I` or `F` with values that are negative, not finite or beyond these ranges.
+    """
+    image = _upright(image)
+    if image.mode[0] in "IF":
+        values = np.asarray(image)  # (H, W)
+        scaled = np.multiply(values, 255.0 / _largest_value(values, image), dtype=np.float32)
+        return PIL.Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _largest_value(values: np.ndarray, image: PIL.Image.Image) -> float:
+    """The upper end of the range that an image of mode `I;16`, `I` or `F` is in."""
+    if image.mode.startswith("I;16"):
+        return 65535.0
+    ends = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0, 2.0**31 - 1.0)
+    smallest, largest = values.min(), values.max()
+    if not (smallest >= 0 and largest <= ends[-1]):  # so that NaN, too, is refused
+        raise ValueError(
+            f"{getattr(image, 'filename', '') or 'The image'} (mode {image.mode!r}) has values from {smallest} "
+            f"to {largest}: scale them to [0, {ends[-1]:g}], or save the image with 8 or 16 bits."
+        )
+    return next(end for end in ends if largest <= end)
+
+
+def mask_to_array(mask: PIL.Image.Image) -> np.ndarray:
+    """A mask of any mode as (H, W) bool: above 0 in any colour is a defect; transparency does not count."""
+    mask = _upright(mask)
+    if mask.mode == "P" or len(mask.getbands()) > 1:
+        return (np.asarray(mask.convert("RGB")) > 0).any(axis=2)
+    return np.asarray(mask) > 0
+
+
+def resize_image_and_mask(
+    image: PIL.Image.Image,
+    mask: PIL.Image.Image | None,
+    size: int | tuple[int, int],
+    center_crop: bool = False,
+) -> tuple[PIL.Image.Image, np.ndarray]:
+    """Resizes an image (bilinear, antialiased) and its mask (nearest) alike.
+
+    Args:
+        image: of any mode.
+        mask: of the same size; None for a good image.
+        size: (height, width), or the side of a square, in pixels.
+        center_crop: False stretches the image to `size`; True keeps its proportions and cuts off evenly what
+            is too long.
+
+    Returns:
+        The image in RGB, and the mask as (height, width) bool, all False where there was none.
+
+    Raises:
+        ValueError: `mask` has another size than `image`, or `size` is not positive.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"`size` must be positive, but is {size}.")
+    resize = PIL.ImageOps.fit if center_crop else PIL.Image.Image.resize
+    image = image_to_rgb(image)
+    resized = resize(image, (width, height), PIL.Image.Resampling.BILINEAR)
+    if mask is None:
+        return resized, np.zeros((height, width), dtype=bool)
+    defect = PIL.Image.fromarray(mask_to_array(mask).view(np.uint8))
+    if defect.size != image.size:
+        raise ValueError(f"`mask` is {defect.size} (width, height), but `image` is {image.size}.")
+    return resized, np.asarray(resize(defect, (width, height), PIL.Image.Resampling.NEAREST)) > 0
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.getexif().get(ORIENTATION, 1) == 1:
+        return image  # exif_transpose would copy it
+    return PIL.ImageOps.exif_transpose(image)

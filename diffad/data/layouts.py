@@ -1,0 +1,316 @@
+"""The published directory layouts: which categories a tree holds, and the records of a split.
+
+A layout is two functions and a line for error messages. `find` takes the root and returns each category's
+name with what `read` needs of it, or nothing where the tree has another layout. `read` yields a record for each
+image.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+from datasets import Dataset, Features, Value
+
+FEATURES = Features(
+    {
+        "image": datasets.Image(),
+        "mask": datasets.Image(),
+        "label": Value("int64"),
+        "category": Value("string"),
+        "defect": Value("string"),
+        "path": Value("string"),
+    }
+)
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+SPLITS = ("train", "validation", "test")
+
+
+def _record(image: Path, category: str, defect: str, mask: Path | None) -> dict[str, Any]:
+    good = defect == "good"
+    return {
+        "image": str(image),
+        "mask": None if good or mask is None else str(mask),
+        "label": int(not good),
+        "category": category,
+        "defect": defect,
+        "path": str(image),
+    }
+
+
+def _images(folder: Path) -> list[Path]:
+    """The image files below a folder, sorted, without hidden ones; none if there is no such folder."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in IMAGE_EXTENSIONS
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and file.is_file()
+    )
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+
+
+def no_images(folder: Path) -> ValueError:
+    reason = "is empty" if folder.is_dir() and not any(folder.iterdir()) else "holds no images"
+    return ValueError(f"{folder} {reason}: expected {', '.join(IMAGE_EXTENSIONS)} files.")
+
+
+def choose_categories(category: str | Sequence[str] | None, found: Iterable[str], where: Path | str) -> list[str]:
+    """The names asked for, checked against those found."""
+    if category is None:
+        return sorted(found)
+    chosen = [category] if isinstance(category, str) else list(dict.fromkeys(category))
+    if not chosen or any(name not in found for name in chosen):
+        raise ValueError(f"`category` must be among {sorted(found)}, those of {where}, but is {category!r}.")
+    return chosen
+
+
+def require_good_images(dataset: Dataset, categories: Iterable[str], where: Path | str) -> None:
+    """Raises if one of `categories` has no row with label 0."""
+    rows = zip(dataset["category"], dataset["label"], strict=True)
+    without = sorted(set(categories) - {category for category, label in rows if label == 0})
+    if without:
+        raise ValueError(f"{where} has no good images to train on in {without}.")
+
+
+def _check_split(split: str, available: Iterable[str], where: Path | str) -> None:
+    if split not in available:
+        raise ValueError(f"`split`: {where} has no {split!r}, only {sorted(available)}.")
+
+
+def _split_folder(folder: Path, split: str) -> Path:
+    """`folder/split`; where no split has a folder, `folder` itself, which is then both train and test."""
+    available = [name for name in SPLITS if (folder / name).is_dir()]
+    _check_split(split, available or ("train", "test"), folder)
+    return folder / split if available else folder
+
+
+def _find_categories(root: Path, markers: Sequence[str]) -> dict[str, Path]:
+    """`root`, if one of the folders `markers` is in it; otherwise those of its subfolders that have one."""
+    for candidates in ([root], _subfolders(root)):
+        found = {f.name: f for f in candidates if any((f / marker).is_dir() for marker in markers)}
+        if found:
+            return found
+    return {}
+
+
+def _masks_by_name(images: list[Path], image_folder: Path, mask_folder: Path) -> list[Path]:
+    """Masks named as their images, or with `_mask` behind the name; the extensions may differ."""
+    masks = {mask.relative_to(mask_folder).with_suffix(""): mask for mask in _images(mask_folder)}
+    paired = []
+    for image in images:
+        stem = image.relative_to(image_folder).with_suffix("")
+        marked = stem.with_name(stem.name + "_mask")
+        if marked not in masks and stem not in masks:
+            raise FileNotFoundError(
+                f"There is no mask for {image}: expected {mask_folder / marked}.png (or .../{stem}.png)"
+            )
+        paired.append(masks.get(marked) or masks[stem])
+    return paired
+
+
+def _masks_by_order(images: list[Path], image_folder: Path, mask_folder: Path) -> list[Path]:
+    masks = _images(mask_folder)
+    if len(masks) != len(images):
+        raise FileNotFoundError(
+            f"{mask_folder} holds {len(masks)} masks, but {image_folder} {len(images)} images: there is no way "
+            "to pair them by their order."
+        )
+    return masks
+
+
+def _read_class(
+    category: str,
+    defect: str,
+    image_folder: Path,
+    mask_folder: Path | None,
+    pair: Callable = _masks_by_name,
+) -> Iterator[dict]:
+    images = _images(image_folder)
+    if not images:
+        raise no_images(image_folder)
+    masks = [None] * len(images)
+    if mask_folder is not None and defect != "good":
+        masks = pair(images, image_folder, mask_folder)
+    for image, mask in zip(images, masks, strict=True):
+        yield _record(image, category, defect, mask)
+
+
+def _read_tree(
+    category: str, folder: Path, split: str, good: str = "good", pair: Callable = _masks_by_name
+) -> Iterator[dict]:
+    """A folder for each class, in a folder for each split; masks in `ground_truth`. MVTec-AD and its likes."""
+    base, ground_truth = _split_folder(folder, split), folder / "ground_truth"
+    defects = [f for f in _subfolders(base) if f.name not in (good, "ground_truth")]
+    if (base / good).is_dir():
+        yield from _read_class(category, "good", base / good, None)
+    elif split != "test" or base == folder or not defects:
+        yield from _read_unsorted(category, base, split, good, defects)
+        return
+    if split != "test":
+        return
+    if base == folder:
+        warnings.warn(
+            f"{folder} has no train/ and test/ in it, so its good images are the same in both splits: a model "
+            "that was trained on them scores better on this test than on new parts.",
+            stacklevel=2,
+        )
+    for defect in defects:
+        masks = ground_truth / defect.name if ground_truth.is_dir() else None
+        yield from _read_class(category, defect.name, defect, masks, pair)
+
+
+def _read_unsorted(category: str, base: Path, split: str, good: str, defects: list[Path]) -> Iterator[dict]:
+    """Images right in a folder, with no folder of good ones beside them: all good."""
+    if any(_images(f) for f in defects):  # they may be defects, so nothing here is known to be good
+        others = ", ".join(f.name for f in defects)
+        raise ValueError(f"{base} has no good images: expected {base / good}, but there are only {others}.")
+    images = [image for image in _images(base) if image.parent == base]
+    if not images:
+        raise no_images(base)
+    if split == "test":
+        raise ValueError(
+            f"{base} holds images without labels: for a test sort them into {base / good} and a folder for "
+            "each kind of defect."
+        )
+    for image in images:
+        yield _record(image, category, "good", None)
+
+
+def _find_folder(root: Path) -> dict[str, Path]:
+    return (_find_categories(root, ["good"]) or {root.name: root}) if _images(root) else {}
+
+
+def _read_mvtec_3d(category: str, folder: Path, split: str) -> Iterator[dict]:
+    base = _split_folder(folder, split)
+    classes = _subfolders(base) if split == "test" else [base / "good"]
+    has_ground_truth = any((f / "gt").is_dir() for f in classes)
+    for f in classes:
+        yield from _read_class(category, f.name, f / "rgb", f / "gt" if has_ground_truth else None)
+
+
+def _read_listed(category: str, listed: dict[str, list[dict]], split: str) -> Iterator[dict]:
+    """Records that a file of the data set lists, by split."""
+    _check_split(split, listed, f"category {category!r}")
+    has_ground_truth = any(record["mask"] for record in listed[split])
+    for record in listed[split]:
+        if record["label"] and has_ground_truth and not os.path.isfile(record["mask"] or ""):
+            expected = record["mask"] or "a mask to be listed"
+            raise FileNotFoundError(f"There is no mask for {record['path']}: expected {expected}")
+        yield record
+
+
+def _find_visa(root: Path) -> dict[str, Any]:
+    path = root / "split_csv" / "1cls.csv"
+    if not path.is_file():
+        if _find_categories(root, ["Data/Images"]):
+            raise FileNotFoundError(
+                f"{root} has the folders of VisA, but there is no {path}. Give the folder that holds "
+                "split_csv/, and one category of it by `category`."
+            )
+        return {}
+    found: dict[str, Any] = {}
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        missing = {"object", "split", "label", "image", "mask"} - set(rows.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path} lacks the columns {sorted(missing)}.")
+        for row in rows:
+            defect = "good" if row["label"] == "normal" else "anomaly"
+            mask = root / row["mask"] if row["mask"] else None
+            record = _record(root / row["image"], row["object"], defect, mask)
+            found.setdefault(row["object"], {}).setdefault(row["split"], []).append(record)
+    return found
+
+
+def _find_uni_medical(root: Path) -> dict[str, Any]:
+    trees, path = _find_categories(root, ["test/Ungood"]), root / "meta.json"
+    if not path.is_file() or (not trees and _find_categories(root, MVTEC_AD_MARKERS)):
+        return trees  # other tools put a meta.json into an MVTec-AD tree, too
+    found: dict[str, Any] = {}
+    try:
+        for split, categories in json.loads(path.read_text(encoding="utf-8")).items():
+            for category, rows in categories.items():
+                for row in rows:
+                    defect = row["specie_name"] if row["anomaly"] else "good"
+                    mask = root / row["mask_path"] if row["mask_path"] else None
+                    record = _record(root / row["img_path"], category, defect, mask)
+                    found.setdefault(category, {}).setdefault(split, []).append(record)
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is not as expected ({error!r}): `train` and `test`, in each a list for every category, "
+            "of img_path, mask_path, cls_name, specie_name and anomaly."
+        ) from error
+    return found
+
+
+def _read_uni_medical(category: str, source: Path | dict, split: str) -> Iterator[dict]:
+    if isinstance(source, dict):
+        return _read_listed(category, source, split)
+    return _read_tree(category, source, split, pair=_masks_by_order)
+
+
+def _find_elpv(root: Path) -> dict[str, Any]:
+    """Of each kind of cell, train: 70% of the good ones (defect probability 0); test: the others, and those of
+    probability 1. The split is ours: the data set has none. Probabilities between are in neither."""
+    labels = root / "labels.csv"
+    lines = labels.read_text(encoding="utf-8").splitlines() if labels.is_file() else []
+    rows = [line.split() for line in lines if line.strip()]
+    if not all(len(row) == 3 and row[2] in ("mono", "poly") for row in rows):
+        return {}
+    found = {}
+    for category in sorted({kind for _, _, kind in rows}):
+        cells = [(root / path, float(probability)) for path, probability, kind in rows if kind == category]
+        good = [_record(path, category, "good", None) for path, probability in cells if probability == 0]
+        bad = [_record(path, category, "defective", None) for path, probability in cells if probability == 1]
+        order, num_train = np.random.default_rng(0).permutation(len(good)), int(0.7 * len(good))
+        train, held_out = [good[i] for i in order[:num_train]], [good[i] for i in order[num_train:]]
+        found[category] = {"train": train, "test": held_out + bad}
+    return found
+
+
+def installed_elpv() -> Path:
+    """The folder of labels.csv in the installed package elpv-dataset."""
+    spec = importlib.util.find_spec("elpv_dataset")
+    if spec is None or spec.origin is None:
+        raise ImportError("The ELPV solar cells come in a package of their own: pip install elpv-dataset")
+    return Path(spec.origin).parent / "data"
+
+
+class Layout(NamedTuple):
+    find: Callable[[Path], dict[str, Any]]
+    read: Callable[[str, Any, str], Iterator[dict]]
+    expected: str  # what `find` looks for, below the root
+
+
+MVTEC_AD_MARKERS = ("train/good", "test/good")
+MVTEC_3D_MARKERS = ("train/good/rgb", "test/good/rgb")
+BTAD_MARKERS = ("train/ok", "test/ok")
+
+LAYOUTS = {  # in the order in which they are tried
+    "visa": Layout(_find_visa, _read_listed, "split_csv/1cls.csv"),
+    "mvtec_3d": Layout(
+        partial(_find_categories, markers=MVTEC_3D_MARKERS), _read_mvtec_3d, "[CATEGORY/]train/good/rgb/"
+    ),
+    "btad": Layout(
+        partial(_find_categories, markers=BTAD_MARKERS),
+        partial(_read_tree, good="ok"),
+        "[CATEGORY/]train/ok/",
+    ),
+    "uni_medical": Layout(_find_uni_medical, _read_uni_medical, "[CATEGORY/]test/Ungood/, or meta.json"),
+    "mvtec_ad": Layout(partial(_find_categories, markers=MVTEC_AD_MARKERS), _read_tree, "[CATEGORY/]train/good/"),
+    "elpv": Layout(_find_elpv, _read_listed, "labels.csv (or pass just 'elpv', for the installed package)"),
+    "folder": Layout(_find_folder, _read_tree, "an image"),
+}

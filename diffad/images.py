@@ -1,0 +1,145 @@
+"""Images as users have them -> tensors as networks take them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+ImageInput: TypeAlias = "Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | Sequence[Any]"
+
+_INTEGER_RANGE = {torch.uint8: 255.0, torch.uint16: 65535.0}
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """Opens and fully decodes an image file.
+
+    Raises:
+        FileNotFoundError: no file stands at `path`.
+        ValueError: the file is empty, truncated or no image; the message names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"`image`: no file at {path}.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"`image`: {path} is empty (0 bytes). Replace or remove the file.")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"`image`: {path} cannot be read as an image ({error}). Replace or remove it.") from error
+
+
+def image_to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as 8-bit RGB, upright by its EXIF tag.
+
+    16-bit and 32-bit integer greys are scaled by 1/257 (PIL clips them at 255), float images are taken to lie in
+    [0, 1] when their maximum does and in [0, 255] otherwise, transparency is laid over black.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float32)
+        if image.mode == "F":
+            values = values * 255.0 if values.size and np.nanmax(values) <= 1.0 else values
+        elif values.size and values.max() > 255.0:
+            values = values / 257.0
+        image = Image.fromarray(np.clip(np.nan_to_num(values) + 0.5, 0.0, 255.0).astype(np.uint8))
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def images_to_tensors(image: ImageInput, name: str = "image") -> list[torch.Tensor]:
+    """Canonical form of one image, a batch, or a list of them.
+
+    Args:
+        image: a PIL image; a path; an array (H, W), (H, W, C) or (N, H, W, C); a tensor (H, W), (C, H, W) or
+            (N, C, H, W), with C 1 or 3; or a list of these. Integers are unsigned and span their type's range,
+            floats lie in [0, 1].
+        name: the argument's name, for messages.
+
+    Returns:
+        A list of (3, H, W) float32 tensors in [0, 1], one an image; sizes may differ.
+
+    Raises:
+        ValueError: an empty list, an image without pixels, a wrong shape, type or range, NaN or infinity, a file
+            that is no image.
+        FileNotFoundError: a path at which no file stands.
+    """
+    if isinstance(image, (list, tuple)):
+        if not image:
+            raise ValueError(f"`{name}` is an empty list. Pass at least one image.")
+        return [tensor for i, item in enumerate(image) for tensor in images_to_tensors(item, f"{name}[{i}]")]
+    if isinstance(image, (str, os.PathLike)):
+        image = read_image(image)
+    if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"`{name}` has no pixels: its size is {image.size}.")
+        image = np.asarray(image_to_rgb(image))
+    if isinstance(image, np.ndarray):
+        image = _array_to_tensor(image, name)  # (N, C, H, W)
+    elif isinstance(image, torch.Tensor):
+        if image.ndim not in (2, 3, 4):
+            raise ValueError(
+                f"`{name}` must have shape (H, W), (C, H, W) or (N, C, H, W), but has {tuple(image.shape)}."
+            )
+        image = image.reshape(-1, *((1,) if image.ndim == 2 else ()), *image.shape[-3:])  # (N, C, H, W)
+    else:
+        raise ValueError(
+            f"`{name}` must be a PIL image, an array, a tensor, a path or a list of these, but is {type(image)}."
+        )
+    if image.shape[1] not in (1, 3):
+        raise ValueError(
+            f"`{name}` must have 1 or 3 channels, but has {image.shape[1]} (as a tensor: {tuple(image.shape)}). "
+            "Tensors are channels first, arrays channels last."
+        )
+    if image.numel() == 0:
+        raise ValueError(f"`{name}` has no pixels: its shape is {tuple(image.shape)}.")
+    if image.dtype in _INTEGER_RANGE:
+        image = image.to(torch.float32) / _INTEGER_RANGE[image.dtype]
+    elif image.is_floating_point():
+        image = image.to(torch.float32)
+        lowest, highest = float(image.min()), float(image.max())  # NaN passes through min and max
+        if not (np.isfinite(lowest) and np.isfinite(highest)):
+            raise ValueError(f"`{name}` holds NaN or infinity. Clean it before the call.")
+        if lowest < 0.0 or highest > 1.0:
+            raise ValueError(
+                f"`{name}` must lie in [0, 1] when it is floating point, but spans [{lowest:.4g}, {highest:.4g}]. "
+                "Divide by 255 or pass uint8."
+            )
+    else:
+        raise ValueError(f"`{name}` must be uint8, uint16 or floating point, but is {image.dtype}.")
+    return list(image.expand(-1, 3, -1, -1))
+
+
+def _array_to_tensor(array: np.ndarray, name: str) -> torch.Tensor:
+    if array.ndim not in (2, 3, 4):
+        raise ValueError(f"`{name}` must have shape (H, W), (H, W, C) or (N, H, W, C), but has {array.shape}.")
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim == 3:
+        array = array[None]
+    if array.dtype.kind not in "uf":
+        raise ValueError(f"`{name}` must be an unsigned integer or floating-point array, but is {array.dtype}.")
+    array = np.ascontiguousarray(array.transpose(0, 3, 1, 2))  # (N, C, H, W)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable))
+
+
+def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bilinear with antialiasing, (N, C, H, W) -> (N, C, *size): the one resize of training and inference."""
+    if tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+
+def images_to_pixel_values(images: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+    """(3, H_i, W_i) tensors in [0, 1] -> one batch (N, 3, *size) in [-1, 1], the networks' range."""
+    return torch.cat([resize_images(image[None], size) for image in images]) * 2.0 - 1.0

@@ -1,0 +1,126 @@
+"""From residuals, KL and features to one anomaly map and one score per image.
+
+Plain functions over tensors. Lu et al. (ICCV 2023) is the source of `feature_error` and `joint_map` (eqs. 9-11),
+He et al. (AAAI 2024) of `cosine_distance_map` (eqs. 9-10) and of the pooled image score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+
+def gaussian_smooth(maps: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Smooths maps with a Gaussian of `sigma` pixels, cut off at 4 sigma, edges mirrored.
+
+    Two one-dimensional convolutions, so the cost grows with sigma and not with its square.
+
+    Args:
+        maps: (..., H, W) float.
+        sigma: standard deviation in pixels; 0 returns the maps as they are.
+
+    Raises:
+        ValueError: `sigma` is negative.
+    """
+    if sigma < 0:
+        raise ValueError(f"`sigma` must not be negative, but is {sigma}.")
+    radius = int(4.0 * sigma + 0.5)
+    if radius == 0:
+        return maps
+    offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma).square())
+    kernel = kernel / kernel.sum()
+    height, width = maps.shape[-2:]
+    flat = maps.reshape(-1, 1, height, width)
+    flat = F.conv2d(_mirror(flat, radius, dim=2), kernel.view(1, 1, -1, 1))
+    flat = F.conv2d(_mirror(flat, radius, dim=3), kernel.view(1, 1, 1, -1))
+    return flat.reshape(maps.shape)
+
+
+def _mirror(maps: torch.Tensor, radius: int, dim: int) -> torch.Tensor:
+    """Pads by `radius` on both ends of `dim`, mirrored at the edges (d c b a | a b c d | d c b a), any radius."""
+    length = maps.shape[dim]
+    index = torch.arange(-radius, length + radius, device=maps.device) % (2 * length)
+    return maps.index_select(dim, torch.minimum(index, 2 * length - 1 - index))
+
+
+def feature_error(residual: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over channels of the squared feature residual (Lu et al., eq. 10).
+
+    Args:
+        residual: true less predicted features, (N, T, C, h, w).
+        scale: what good images show, (T, C, h, w) or (N, T, C, h, w); None leaves the residual raw, as in the paper.
+            Scaled, a good image's error is 1 everywhere on average.
+
+    Returns:
+        (N, T, h, w).
+    """
+    if scale is not None:
+        residual = residual / scale
+    return residual.square().mean(dim=2)
+
+
+def joint_map(kl_maps: torch.Tensor, feature_maps: torch.Tensor, alpha: float) -> torch.Tensor:
+    """The two scores joined and averaged over the noise levels (Lu et al., eq. 11).
+
+    Args:
+        kl_maps: normalised KL, (N, T, H, W).
+        feature_maps: normalised feature error, (N, T, H, W).
+        alpha: weight of the KL in [0, 1].
+
+    Returns:
+        (N, H, W).
+    """
+    return (alpha * kl_maps + (1.0 - alpha) * feature_maps).mean(dim=1)
+
+
+def cosine_distance_map(
+    layers: Sequence[torch.Tensor], other_layers: Sequence[torch.Tensor], size: tuple[int, int]
+) -> torch.Tensor:
+    """1 - cosine similarity of two images' features, layer by layer, upsampled and summed (He et al., eqs. 9-10).
+
+    Args:
+        layers: the input's features, each (N, C_i, h_i, w_i).
+        other_layers: the reconstruction's, of the same shapes.
+        size: height and width of the map.
+
+    Returns:
+        (N, *size), in [0, 2 * number of layers].
+    """
+    total = torch.zeros((layers[0].shape[0], 1, *size), device=layers[0].device)
+    for layer, other in zip(layers, other_layers, strict=True):
+        distance = 1.0 - F.cosine_similarity(layer.float(), other.float(), dim=1)  # (N, h_i, w_i)
+        total += F.interpolate(distance[:, None], size, mode="bilinear", align_corners=True)
+    return total[:, 0]
+
+
+def max_score(maps: torch.Tensor, pooling_size: int = 1, pooling_rounds: int = 0) -> torch.Tensor:
+    """The map's maximum, after rounds of stride-1 average pooling (He et al., section 4.1: 8 rounds of 8 x 8).
+
+    Args:
+        maps: (N, H, W).
+        pooling_size: side of the pooling window in pixels; at most the map's own.
+        pooling_rounds: how often to pool; each round takes `pooling_size - 1` off the map's sides. It stops where the
+            map has become smaller than the window.
+
+    Returns:
+        (N,).
+    """
+    pooled = maps[:, None]  # (N, 1, H, W)
+    for _ in range(pooling_rounds):
+        if min(pooled.shape[-2:]) < pooling_size:
+            break
+        pooled = F.avg_pool2d(pooled, pooling_size, stride=1)
+    return pooled.flatten(1).amax(dim=1)
+
+
+def top_fraction_score(maps: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Mean of the highest `fraction` of a map's pixels, (N, H, W) -> (N,): a maximum that one pixel cannot decide."""
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(f"`fraction` must lie in (0, 1], but is {fraction}.")
+    pixels = maps.flatten(1)
+    count = max(1, math.ceil(fraction * pixels.shape[1]))
+    return pixels.topk(count, dim=1).values.mean(dim=1)

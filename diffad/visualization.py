@@ -1,0 +1,99 @@
+"""Heat maps, overlays and contact sheets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+COLOR_MAP = "inferno"  # perceptually uniform, and dark where there is nothing to see
+OUTLINE = (0, 255, 255)  # absent from the colour map, so that an outline is never taken for heat
+
+
+def to_uint8(image: torch.Tensor | np.ndarray) -> np.ndarray:
+    """An image for the screen, (H, W, 3) uint8, from a (3, H, W) tensor in [-1, 1] or an (H, W, 3) array in [0, 1]."""
+    if isinstance(image, torch.Tensor):
+        image = image.detach().float().cpu().permute(1, 2, 0).numpy() / 2.0 + 0.5
+    return (np.clip(image, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+
+
+def heat_map(anomaly_map: torch.Tensor | np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
+    """A map as colours, (H, W) -> (H, W, 3) uint8; `low` and `high` are the ends of the scale (the map's own)."""
+    values = np.asarray(
+        anomaly_map.detach().float().cpu() if isinstance(anomaly_map, torch.Tensor) else anomaly_map,
+        dtype=np.float32,
+    )
+    low = float(values.min()) if low is None else low
+    high = float(values.max()) if high is None else high
+    scaled = np.clip((values - low) / max(high - low, 1e-12), 0.0, 1.0)
+    return matplotlib.colormaps[COLOR_MAP](scaled, bytes=True)[..., :3]
+
+
+def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
+    """The border of a mask's regions, inside them, (H, W) bool."""
+    mask = np.asarray(mask, dtype=bool)
+    return mask & ~ndimage.binary_erosion(mask, iterations=width, border_value=1)
+
+
+def overlay(
+    image: np.ndarray,
+    anomaly_map: np.ndarray,
+    mask: np.ndarray | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    opacity: float = 0.6,
+) -> np.ndarray:
+    """The map laid over its image, hot places opaque, with the mask's outline.
+
+    Args:
+        image: (H, W, 3) uint8.
+        anomaly_map: (H, W).
+        mask: (H, W) bool, or None for no outline.
+        low: map value that is fully transparent (the map's minimum).
+        high: map value at the scale's end (the map's maximum).
+        opacity: of the hottest places, in [0, 1].
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    low = float(np.min(anomaly_map)) if low is None else low
+    high = float(np.max(anomaly_map)) if high is None else high
+    strength = np.clip((anomaly_map - low) / max(high - low, 1e-12), 0.0, 1.0)[..., None] * opacity
+    blended = image * (1.0 - strength) + heat_map(anomaly_map, low, high) * strength
+    blended = (blended + 0.5).astype(np.uint8)
+    if mask is not None:
+        blended[outline(mask, max(1, min(image.shape[:2]) // 150))] = OUTLINE
+    return blended
+
+
+def save_rows(
+    rows: Sequence[Sequence[np.ndarray]],
+    path: str | Path,
+    column_titles: Sequence[str] = (),
+    row_titles: Sequence[str] = (),
+    tile: int = 160,
+) -> None:
+    """Writes a contact sheet: rows of (H, W, 3) uint8 pictures, each shown `tile` pixels wide and high."""
+    gap, head = 4, 18 if column_titles else 0
+    font = ImageFont.load_default(12)
+    side = 6 + max((int(font.getlength(title)) for title in row_titles), default=-6)
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (side + columns * (tile + gap), head + len(rows) * (tile + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for j, title in enumerate(column_titles):
+        draw.text((side + j * (tile + gap) + 2, 2), title, fill="black", font=font)
+    for i, row in enumerate(rows):
+        top = head + i * (tile + gap)
+        if i < len(row_titles):
+            draw.text((2, top + tile // 2 - 8), row_titles[i], fill="black", font=font)
+        for j, picture in enumerate(row):
+            resized = Image.fromarray(picture).resize((tile, tile), Image.Resampling.BILINEAR)
+            sheet.paste(resized, (side + j * (tile + gap), top))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)

@@ -1,0 +1,364 @@
+"""What the anomaly pipelines share: input images, the calibrated output, and calibration itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput, logging
+from PIL import Image
+from torch.utils.data import Subset
+
+from diffad.calibration import MomentSums, ScoreCalibration
+from diffad.images import ImageInput, images_to_pixel_values, images_to_tensors, resize_images
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class AnomalyOutput(BaseOutput):
+    """
+    What an anomaly pipeline returns for N images. Arrays are numpy's, or torch's with `output_type="pt"`.
+
+    Args:
+        anomaly_map: (N, H, W) float32, higher is more anomalous. Calibrated: in standard deviations above what good
+            images show at that place. With `output_type="pil"` a list of mode "F" images.
+        anomaly_score: (N,) float32, higher is more anomalous.
+        reconstruction: (N, H, W, 3) in [0, 1] ((N, 3, H, W) as tensors; PIL images), or None where the method makes
+            none.
+        anomaly_mask: (N, H, W) bool, the map above its threshold; None until the pipeline is calibrated.
+        is_anomalous: (N,) bool, the score above its threshold; None until the pipeline is calibrated.
+        p_value: (N,) float32 in (0, 1]: the share of good images at least as anomalous, (1 + #{normal >= score}) /
+            (1 + #normal); None until the pipeline is calibrated.
+    """
+
+    anomaly_map: np.ndarray | torch.Tensor | list[Image.Image]
+    anomaly_score: np.ndarray | torch.Tensor
+    reconstruction: np.ndarray | torch.Tensor | list[Image.Image] | None = None
+    anomaly_mask: np.ndarray | torch.Tensor | list[Image.Image] | None = None
+    is_anomalous: np.ndarray | torch.Tensor | None = None
+    p_value: np.ndarray | torch.Tensor | None = None
+
+
+@dataclass
+class Measurement:
+    """What the networks say of a batch, before any statistic of good images.
+
+    maps: (N, S, H, W) float32 score maps at the processing resolution, not smoothed.
+    residual: (N, T, C, h, w) float32, true less predicted features; None for methods without.
+    reconstruction: (N, 3, H, W) in [0, 1], or None.
+    """
+
+    maps: torch.Tensor
+    residual: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+
+
+class AnomalyPipeline(DiffusionPipeline):
+    """Base of the anomaly pipelines.
+
+    A subclass says what its networks measure (`measure`), how a measurement becomes smoothed maps (`score_maps`), and
+    how normalised maps become one map and one score (`join_maps`, `image_scores`).
+    """
+
+    def measure(
+        self,
+        pixel_values: torch.Tensor,
+        category: torch.Tensor,
+        resolution: int,
+        generator: Sequence[torch.Generator | None],
+        **options: Any,
+    ) -> Measurement:
+        """Runs the networks.
+
+        Args:
+            pixel_values: (N, 3, R, R) in [-1, 1], R = `input_resolution(resolution)`.
+            category: (N,) integers.
+            resolution: the denoiser's resolution in pixels.
+            generator: one for each image.
+            options: the call's own arguments.
+        """
+        raise NotImplementedError
+
+    def score_maps(
+        self, measurement: Measurement, category: torch.Tensor, calibration: ScoreCalibration | None
+    ) -> torch.Tensor:
+        """(N, S, H, W) float32: smoothed maps; residuals are scaled where there is a calibration."""
+        raise NotImplementedError
+
+    def join_maps(self, maps: torch.Tensor) -> torch.Tensor:
+        """(N, S, H, W), normalised where calibrated, to the anomaly map (N, H, W)."""
+        raise NotImplementedError
+
+    def image_scores(self, anomaly_map: torch.Tensor) -> torch.Tensor:
+        """(N, H, W) to (N,)."""
+        raise NotImplementedError
+
+    @property
+    def size_multiple(self) -> int:
+        """The networks take images whose sides are multiples of this."""
+        raise NotImplementedError
+
+    def input_resolution(self, resolution: int) -> int:
+        """Side to which images are resized at first; a feature extractor may look closer than the denoiser."""
+        return max(resolution, self.feature_extractor.config.image_size or 0)
+
+    def check_call(
+        self,
+        images: Sequence[torch.Tensor],
+        batch_size: int,
+        processing_resolution: int,
+        match_input_resolution: bool,
+        generator: Any,
+        output_type: str,
+    ) -> None:
+        """Checks what every anomaly pipeline's call takes; each message names the argument and the fix."""
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be a positive integer, but is {batch_size!r}.")
+        multiple = self.size_multiple
+        if not isinstance(processing_resolution, int) or processing_resolution < multiple:
+            raise ValueError(f"`processing_resolution` must be at least {multiple}, but is {processing_resolution!r}.")
+        if processing_resolution % multiple:
+            raise ValueError(
+                f"`processing_resolution` must be a multiple of {multiple} for this network, but is "
+                f"{processing_resolution}. Try {round(processing_resolution / multiple) * multiple}."
+            )
+        if output_type not in ("np", "pt", "pil"):
+            raise ValueError(f'`output_type` must be "np", "pt" or "pil", but is {output_type!r}.')
+        generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(images)
+        if len(generators) != len(images) or not all(g is None or isinstance(g, torch.Generator) for g in generators):
+            raise ValueError(
+                "`generator` must be a torch.Generator or a list of them, one for each of the "
+                f"{len(images)} images, but is {generator!r}."
+            )
+        sizes = sorted({tuple(image.shape[-2:]) for image in images})
+        if match_input_resolution and len(sizes) > 1:
+            raise ValueError(
+                f"`image` holds images of different sizes ({', '.join(f'{h}x{w}' for h, w in sizes)}, height x width), "
+                "whose maps do not fit one array. Pass `match_input_resolution=False`, or make one call for each size."
+            )
+
+    def category_index(self, category: str | int | Sequence[str | int] | None, num_images: int) -> torch.Tensor:
+        """(N,) indices of the images' categories; a model of one category asks for nothing.
+
+        Raises:
+            ValueError: a wrong or missing name; the message lists the right ones.
+        """
+        names = list(self.config.categories or ["default"])
+        if category is None:
+            if len(names) > 1:
+                raise ValueError(f"`category` is needed: this model knows {', '.join(names)}. Pass one of them.")
+            return torch.zeros(num_images, dtype=torch.long)
+        given = [category] * num_images if isinstance(category, (str, int)) else list(category)
+        if len(given) != num_images:
+            raise ValueError(f"`category` lists {len(given)} names for {num_images} images. Pass one, or one each.")
+        for name in given:
+            known = name in names if isinstance(name, str) else name in range(len(names))
+            if not known:
+                raise ValueError(f"`category` {name!r} is unknown: this model knows {', '.join(names)}.")
+        return torch.tensor([names.index(name) if isinstance(name, str) else name for name in given])
+
+    def measurements(
+        self,
+        images: Sequence[Any],
+        category: torch.Tensor,
+        batch_size: int,
+        resolution: int,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        **options: Any,
+    ) -> Iterator[tuple[Measurement, torch.Tensor]]:
+        """Measurement and category indices (B,), batch by batch; only one batch is in memory."""
+        generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(images)
+        side = self.input_resolution(resolution)
+        starts: Any = range(0, len(images), batch_size)
+        for start in self.progress_bar(starts) if len(starts) > 1 else starts:
+            stop = min(start + batch_size, len(images))
+            batch = images_to_tensors([images[i] for i in range(start, stop)])
+            pixel_values = images_to_pixel_values(batch, (side, side)).to(self._execution_device)
+            indices = category[start:stop].to(self._execution_device)
+            yield self.measure(pixel_values, indices, resolution, generators[start:stop], **options), indices
+
+    def anomaly_maps(
+        self, measurement: Measurement, category: torch.Tensor, calibration: ScoreCalibration | None
+    ) -> torch.Tensor:
+        """A measurement's anomaly map, (N, H, W): smoothed, normalised where calibrated, joined."""
+        maps = self.score_maps(measurement, category, calibration)  # (N, S, H, W)
+        if calibration is not None:
+            maps = calibration.normalize(maps, category)
+        return self.join_maps(maps)
+
+    def detect(
+        self,
+        images: Sequence[torch.Tensor],
+        category: torch.Tensor,
+        batch_size: int,
+        resolution: int,
+        match_input_resolution: bool,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        output_type: str,
+        return_dict: bool,
+        **options: Any,
+    ) -> AnomalyOutput | tuple:
+        """Measures checked images and puts the output together."""
+        if self.calibration is None:
+            logger.warning_once(
+                "This pipeline is not calibrated: maps and scores are raw, and anomaly_mask, is_anomalous and p_value "
+                "are None. Call `pipe.calibrate(good_images)` once and save the pipeline again."
+            )
+        size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
+        maps, scores, reconstructions = [], [], []
+        for measurement, indices in self.measurements(images, category, batch_size, resolution, generator, **options):
+            anomaly_map = self.anomaly_maps(measurement, indices, self.calibration)  # (B, R, R)
+            scores.append(self.image_scores(anomaly_map).cpu())
+            maps.append(resize_images(anomaly_map[:, None], size)[:, 0].cpu())
+            if measurement.reconstruction is not None:
+                reconstructions.append(resize_images(measurement.reconstruction, size).clamp(0.0, 1.0).cpu())
+        self.maybe_free_model_hooks()
+        output = self._output(
+            torch.cat(maps),
+            torch.cat(scores),
+            torch.cat(reconstructions) if reconstructions else None,
+            category,
+        )
+        output = _convert(output, output_type)
+        return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))
+
+    def _output(
+        self,
+        anomaly_map: torch.Tensor,
+        anomaly_score: torch.Tensor,
+        reconstruction: torch.Tensor | None,
+        category: torch.Tensor,
+    ) -> AnomalyOutput:
+        if self.calibration is None:
+            return AnomalyOutput(anomaly_map, anomaly_score, reconstruction)
+        calibration, indices = self.calibration, category.to(self.calibration.map_mean.device)
+        scores = anomaly_score.to(indices.device)
+        return AnomalyOutput(
+            anomaly_map=anomaly_map,
+            anomaly_score=anomaly_score,
+            reconstruction=reconstruction,
+            anomaly_mask=anomaly_map > calibration.pixel_threshold[indices].cpu()[:, None, None],
+            is_anomalous=(scores > calibration.image_threshold[indices]).cpu(),
+            p_value=calibration.p_value(scores, indices).cpu(),
+        )
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        images: Sequence[Any],
+        statistics_images: Sequence[Any] | None = None,
+        false_alarm_rate: float = 0.01,
+        category: str | int | None = None,
+        batch_size: int = 16,
+        generator: torch.Generator | None = None,
+    ) -> AnomalyPipeline:
+        """Learns what normal looks like from good images, in one pass over them and constant memory.
+
+        Three quantities stand on each other: the scale of the feature residual, the mean and deviation of the maps of
+        scaled residuals, and the scores of normalised maps. Each is taken from good images that the one before has not
+        seen, so thresholds and p-values hold for new images.
+
+        Args:
+            images: good images that no network was trained on: PIL images, paths, arrays, or a column of a
+                `datasets.Dataset`. Thresholds and p-values come from them.
+            statistics_images: more good images, for the per-position statistics; those of training may serve. Without
+                them, two thirds of `images` do, and one third is left for the thresholds.
+            false_alarm_rate: share of good parts that may raise an alarm, in (0, 1).
+            category: which category the images are of, in a unified model; the others keep what they have.
+            batch_size: images in a batch.
+            generator: makes the calibration repeatable.
+
+        Returns:
+            The pipeline, calibrated.
+
+        Raises:
+            ValueError: too few images, or a wrong category.
+        """
+        if not 0.0 < false_alarm_rate < 1.0:
+            raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate}.")
+        if statistics_images is None:
+            third = len(images) // 3
+            ends = (0, third, 2 * third, len(images))
+            # subsets read one image at a time: a slice of a data set's column would decode all of it
+            parts = [Subset(images, range(start, stop)) for start, stop in pairwise(ends)]
+        else:
+            half = len(statistics_images) // 2
+            parts = [
+                Subset(statistics_images, range(half)),
+                Subset(statistics_images, range(half, len(statistics_images))),
+                images,
+            ]
+        if min(len(part) for part in parts) < 1:
+            raise ValueError(
+                f"`images` holds {len(images)} good images, too few to calibrate: it takes 3, or 1 and 2 "
+                "`statistics_images`, and deserves 100."
+            )
+        index = int(self.category_index(category, 1)[0])
+        resolution = self.processing_resolution
+
+        def measurements(part: Sequence[Any]) -> Iterator[tuple[Measurement, torch.Tensor]]:
+            return self.measurements(part, torch.full((len(part),), index), batch_size, resolution, generator)
+
+        residual_moments, map_moments = MomentSums(), MomentSums()
+        for measurement, _ in measurements(parts[0]):
+            if measurement.residual is None:
+                break
+            residual_moments.update(measurement.residual)
+        calibration = None
+        for measurement, indices in measurements(parts[1]):
+            if calibration is None:
+                calibration = self._new_calibration(measurement, len(parts[2]), false_alarm_rate)
+                if residual_moments.count:
+                    calibration.residual_scale[index] = residual_moments.root_mean_square()
+            map_moments.update(self.score_maps(measurement, indices, calibration))
+        calibration.map_mean[index] = map_moments.mean()
+        calibration.map_std[index] = map_moments.standard_deviation()
+        scores, maxima = [], []
+        for measurement, indices in measurements(parts[2]):
+            anomaly_map = self.anomaly_maps(measurement, indices, calibration)
+            scores.append(self.image_scores(anomaly_map))
+            maxima.append(anomaly_map.flatten(1).amax(dim=1))
+        calibration.set_thresholds(index, torch.cat(scores), torch.cat(maxima))
+        self.maybe_free_model_hooks()
+        self.register_modules(calibration=calibration)
+        return self
+
+    def _new_calibration(self, measurement: Measurement, num_scores: int, false_alarm_rate: float) -> ScoreCalibration:
+        """An empty calibration of the measurement's shapes, with the other categories' statistics kept."""
+        num_categories = len(self.config.categories or ["default"])
+        previous = self.calibration if num_categories > 1 else None
+        calibration = ScoreCalibration(
+            num_categories=num_categories,
+            map_shape=tuple(self.score_maps(measurement, None, None).shape[1:]),
+            residual_shape=None if measurement.residual is None else tuple(measurement.residual.shape[1:]),
+            num_scores=max(num_scores, 0 if previous is None else previous.config.num_scores),
+            false_alarm_rate=false_alarm_rate,
+        ).to(self._execution_device)
+        if previous is not None:
+            for name, values in previous.named_buffers():
+                getattr(calibration, name)[..., : values.shape[-1]] = values
+        return calibration
+
+
+def _convert(output: AnomalyOutput, output_type: str) -> AnomalyOutput:
+    if output_type == "pt":
+        return output
+    converted = {
+        field.name: value.numpy() for field in fields(output) if (value := getattr(output, field.name)) is not None
+    }
+    if output.reconstruction is not None:
+        converted["reconstruction"] = converted["reconstruction"].transpose(0, 2, 3, 1)  # (N, H, W, 3)
+    if output_type == "pil":
+        converted["anomaly_map"] = [Image.fromarray(one) for one in converted["anomaly_map"]]
+        if "anomaly_mask" in converted:
+            converted["anomaly_mask"] = [Image.fromarray(one) for one in converted["anomaly_mask"]]
+        if "reconstruction" in converted:
+            pixels = (converted["reconstruction"] * 255.0).round().astype(np.uint8)
+            converted["reconstruction"] = [Image.fromarray(one) for one in pixels]
+    return AnomalyOutput(**converted)

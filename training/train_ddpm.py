@@ -1,0 +1,289 @@
+#!/usr/bin/env python
+"""Trains AnomalyDenoise (Lu et al., "Removing Anomalies as Noises for Industrial Defect Localization", ICCV 2023).
+
+    accelerate launch training/train_ddpm.py --train_data_dir DIR --preset cpu-64 --output_dir runs/mine
+
+Good images in, a calibrated `AnomalyDenoisePipeline` out. Several categories in DIR train one class-conditional model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from tqdm.auto import tqdm
+
+from diffad import AnomalyDenoisePipeline, DenoisingUNet2DModel, TimmFeatureExtractor
+from diffad.images import images_to_pixel_values, resize_images
+from diffad.likelihood import kl_divergence_map, predicted_clean_sample, variational_bound
+from diffad.models.denoising_unet_2d import DENOISING_UNET_PRESETS
+from diffad.training import training_run as run
+from diffad.visualization import heat_map, save_rows, to_uint8
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Trains AnomalyDenoise on good images.")
+    run.add_shared_arguments(parser)
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--preset",
+        choices=sorted(DENOISING_UNET_PRESETS),
+        default="paper-256",
+        help="architecture (paper-256)",
+    )
+    model.add_argument("--pretrained_model_name_or_path", metavar="DIR", help="start from this pipeline's weights")
+    model.add_argument("--backbone", default="tf_efficientnet_lite0", help="timm model of the features")
+    model.add_argument("--backbone_weights", help="'timm', 'random' or a file (default: installed package, then timm)")
+    model.add_argument("--feature_strides", type=int, nargs="+", default=[2, 4, 8, 16], help="(2 4 8 16)")
+    model.add_argument("--feature_image_size", type=int, help="pixels the backbone sees (default: the resolution)")
+    model.add_argument("--feature_resolution", type=int, help="side of the predicted features (default: the preset's)")
+    model.add_argument("--beta_schedule", default="linear", help="diffusers' name (linear)")
+
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--feature_loss_weight", type=float, default=1.0, help="of eq. 10 (1)")
+    loss.add_argument(
+        "--timestep_exponent",
+        type=float,
+        default=1.0,
+        help="t = 1000 u^p: above 1, small timesteps come up more (1)",
+    )
+
+    score = parser.add_argument_group("score")
+    score.add_argument("--timesteps", type=int, nargs="+", default=[5, 50, 100], help="noise levels (5 50 100)")
+    score.add_argument("--alpha", type=float, default=0.5, help="weight of the KL in eq. 11 (0.5)")
+    score.add_argument("--kl_sigma", type=float, default=2.0, help="smoothing of the KL maps, pixels (2)")
+    score.add_argument("--feature_sigma", type=float, default=4.0, help="of the feature error, pixels (4)")
+    score.add_argument(
+        "--score_fraction", type=float, default=0.0, help="share of top pixels averaged (0: the maximum)"
+    )
+    return run.parse_arguments(parser, argv)
+
+
+def create_components(
+    args: argparse.Namespace, num_categories: int
+) -> tuple[DenoisingUNet2DModel, DDPMScheduler, TimmFeatureExtractor]:
+    if args.pretrained_model_name_or_path:
+        trained = AnomalyDenoisePipeline.from_pretrained(args.pretrained_model_name_or_path)
+        return trained.unet, trained.scheduler, trained.feature_extractor
+    extractor = TimmFeatureExtractor.from_backbone(
+        args.backbone, args.feature_strides, args.feature_image_size, args.backbone_weights
+    )
+    preset = dict(DENOISING_UNET_PRESETS[args.preset])
+    if args.resolution:  # the features keep their share of the resolution
+        preset["feature_resolution"] = preset["feature_resolution"] * args.resolution // preset["sample_size"]
+        preset["sample_size"] = args.resolution
+    if args.feature_resolution:
+        preset["feature_resolution"] = args.feature_resolution
+    unet = DenoisingUNet2DModel(
+        **preset,
+        feature_channels=extractor.num_channels,
+        num_class_embeds=num_categories if num_categories > 1 else None,
+    )
+    scheduler = DDPMScheduler(1000, beta_schedule=args.beta_schedule, variance_type="learned_range")
+    return unet, scheduler, extractor
+
+
+def denoising_loss(
+    unet: torch.nn.Module,
+    scheduler: DDPMScheduler,
+    clean: torch.Tensor,
+    features: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    generator: torch.Generator,
+    timestep_exponent: float,
+) -> dict[str, torch.Tensor]:
+    """The three terms of the loss for a batch, as scalars.
+
+    Args:
+        unet: a `DenoisingUNet2DModel`, wrapped or not.
+        scheduler: the forward process.
+        clean: x_0, (N, 3, H, W) in [-1, 1].
+        features: its standardised features, (N, C, h, w).
+        class_labels: (N,) for a unified model.
+        generator: of timesteps and noise.
+        timestep_exponent: p of t = T u^p.
+    """
+    steps = scheduler.config.num_train_timesteps
+    uniform = torch.rand(len(clean), generator=generator, device=clean.device)
+    timesteps = (steps * uniform**timestep_exponent).long().clamp(max=steps - 1)  # (N,)
+    noise = torch.randn(clean.shape, generator=generator, device=clean.device)
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+
+    prediction = unet(noisy, timesteps, class_labels=class_labels)
+    epsilon, variance = prediction.sample.float().chunk(2, dim=1)  # (N, 3, H, W) each
+
+    noise_loss = F.mse_loss(epsilon, noise)  # eq. 4
+    # eqs. 5-8: the bound trains the variance alone, so the mean's gradient stops (Improved DDPM, section 3.1, with its
+    # weight for a loss over all T steps)
+    bound = variational_bound(
+        scheduler, torch.cat([epsilon.detach(), variance], dim=1), noisy, clean, timesteps, clip_sample=False
+    )
+    variance_loss = bound.mean() * steps / 1000.0
+    feature_loss = F.mse_loss(prediction.features.float(), features.float())  # eq. 10
+    return {"noise": noise_loss, "variance": variance_loss, "feature": feature_loss}
+
+
+@torch.no_grad()
+def save_validation_pictures(
+    unet: DenoisingUNet2DModel,
+    scheduler: DDPMScheduler,
+    extractor: TimmFeatureExtractor,
+    images: list[torch.Tensor],
+    device: torch.device,
+    path: Path,
+) -> None:
+    """One row an image: itself, noised to t = 100, the predicted clean image, KL, feature error."""
+    size = unet.config.sample_size
+    side = max(size, extractor.config.image_size or 0)
+    pixel_values = images_to_pixel_values(images, (side, side)).to(device)
+    clean = resize_images(pixel_values, (size, size))
+    timesteps = torch.full((len(clean),), 100, device=device)
+    noise = torch.randn(clean.shape, generator=torch.Generator(device).manual_seed(0), device=device)
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    labels = torch.zeros(len(clean), dtype=torch.long, device=device) if unet.config.num_class_embeds else None
+    prediction = unet(noisy, timesteps, class_labels=labels)
+    output = prediction.sample.float()
+    predicted = predicted_clean_sample(scheduler, output[:, : clean.shape[1]], noisy, timesteps)
+    kl = kl_divergence_map(scheduler, output, noisy, clean, timesteps).mean(dim=1)
+    features = extractor(pixel_values, prediction.features.shape[-2:])
+    error = (features - prediction.features.float()).square().mean(dim=1)
+    rows = [
+        [to_uint8(clean[i]), to_uint8(noisy[i]), to_uint8(predicted[i]), heat_map(kl[i]), heat_map(error[i])]
+        for i in range(len(clean))
+    ]
+    save_rows(rows, path, ["image", "noised, t = 100", "predicted", "KL", "feature error"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    accelerator = run.create_accelerator(args)
+    started = time.time()
+
+    # 1. Good images, and some held out for the thresholds
+    training, held_out, categories = run.load_good_images(args)
+    unet, scheduler, extractor = create_components(args, len(categories))
+    size = unet.config.sample_size
+    resolution = max(size, extractor.config.image_size or 0)
+    images = run.ResizedImages(training, resolution, categories)
+    data_loader = run.create_data_loader(images, args)
+    accelerator.print(
+        f"{len(training)} good images of {', '.join(categories)} for training, {len(held_out)} held out; "
+        f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters, {size} px"
+    )
+
+    # 2. Standardised features, so that a few channels of large activations do not make up the loss
+    extractor.to(accelerator.device)
+    if not args.pretrained_model_name_or_path:
+        stride = max(1, len(images) // 256)  # 256 images settle a channel's mean and deviation
+        chosen = torch.utils.data.Subset(images, range(0, len(images), stride))
+        batches = (
+            pixels.to(accelerator.device).float() / 127.5 - 1.0 for pixels, _ in torch.utils.data.DataLoader(chosen, 16)
+        )
+        extractor.fit_standardization(batches, (unet.config.feature_resolution,) * 2)
+
+    # 3. Optimizer, EMA, and what accelerate makes of them
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    optimizer, schedule = run.create_optimizer(list(unet.parameters()), args, accelerator)
+    unet, optimizer, data_loader, schedule = accelerator.prepare(unet, optimizer, data_loader, schedule)
+    ema = run.create_ema(list(accelerator.unwrap_model(unet).parameters()), args)
+    if ema is not None:
+        ema.to(accelerator.device)
+        accelerator.register_for_checkpointing(ema)
+    step = run.resume(accelerator, args)
+
+    # 4. Train
+    accumulation = args.gradient_accumulation_steps
+    progress = tqdm(
+        total=args.max_train_steps,
+        initial=step,
+        desc="Training",
+        disable=not accelerator.is_local_main_process,
+    )
+    pictures = run.load_pictures(held_out, 4) if args.validation_steps and accelerator.is_main_process else []
+    unet.train()
+    train_started, first_step = time.time(), step
+    try:
+        for number, (pixels, class_index) in run.training_batches(
+            data_loader, accelerator, step * accumulation, args.max_train_steps * accumulation
+        ):
+            generator = run.step_generator(args.seed, number, accelerator)
+            with accelerator.accumulate(unet):
+                pixel_values = run.augment(pixels, args, generator)
+                clean = resize_images(pixel_values, (size, size))
+                with torch.no_grad(), accelerator.autocast():
+                    features = extractor(pixel_values, (accelerator.unwrap_model(unet).config.feature_resolution,) * 2)
+                losses = denoising_loss(
+                    unet,
+                    scheduler,
+                    clean,
+                    features,
+                    class_index if len(categories) > 1 else None,
+                    generator,
+                    args.timestep_exponent,
+                )
+                loss = losses["noise"] + losses["variance"] + args.feature_loss_weight * losses["feature"]
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            step += 1
+            if ema is not None:
+                ema.step(accelerator.unwrap_model(unet).parameters())
+            progress.update()
+            if step % 10 == 0 or step == args.max_train_steps:  # reading a loss waits for the device
+                parts = {name: value.item() for name, value in losses.items()}
+                images_seen = (step - first_step) * accumulation * args.train_batch_size * accelerator.num_processes
+                rate = images_seen / (time.time() - train_started)
+                progress.set_postfix({**{k: f"{v:.3f}" for k, v in parts.items()}, "images/s": f"{rate:.0f}"})
+                accelerator.log({**parts, "lr": schedule.get_last_lr()[0], "images_per_s": rate}, step=step)
+            if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
+                path = Path(args.output_dir, "validation", f"step-{step}.png")
+                model = accelerator.unwrap_model(unet).eval()
+                save_validation_pictures(model, scheduler, extractor, pictures, accelerator.device, path)
+                model.train()
+            if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+                run.save_checkpoint(accelerator, args, step)
+    except KeyboardInterrupt:
+        if accelerator.num_processes == 1 and step > first_step:
+            run.save_checkpoint(accelerator, args, step)
+        accelerator.print(f"\nStopped at step {step}. Add --resume_from_checkpoint latest to go on.")
+        raise SystemExit(130) from None
+    progress.close()
+    run.check_replicas(unet, accelerator)
+
+    # 5. Calibrate on good images and save the pipeline
+    if accelerator.is_main_process:
+        model = accelerator.unwrap_model(unet)
+        if ema is not None:
+            ema.copy_to(model.parameters())
+        pipeline = AnomalyDenoisePipeline(
+            unet=model,
+            scheduler=scheduler,
+            feature_extractor=extractor,
+            timesteps=args.timesteps,
+            alpha=args.alpha,
+            kl_sigma=args.kl_sigma,
+            feature_sigma=args.feature_sigma,
+            score_fraction=args.score_fraction,
+            categories=categories,
+        )
+        record = {"steps": step, "training_seconds": round(time.time() - train_started, 1)}
+        with accelerator.autocast():
+            run.finish(pipeline, training, held_out, categories, args, record)
+        print(f"Saved a calibrated pipeline to {args.output_dir} after {time.time() - started:.0f} s.")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""What the training scripts share: arguments, data, augmentation, checkpoints that resume, and the end of a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from datasets import Dataset
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from diffad.data import load_anomaly_dataset
+from diffad.images import image_to_rgb, images_to_tensors, resize_images
+
+logger = get_logger(__name__)
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of diffusers' own training examples, and what finding anomalies adds to them."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--config", metavar="FILE", help="YAML of any of these flags; the command line overrides it")
+    data.add_argument("--train_data_dir", metavar="DIR", help="MVTec-AD style tree or folder of good images, or 'elpv'")
+    data.add_argument("--dataset_name", metavar="ID", help="data set on the Hub, instead of --train_data_dir")
+    data.add_argument("--category", nargs="+", help="train on these categories only (default: all that there are)")
+    data.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable files (error)")
+    data.add_argument(
+        "--calibration_fraction",
+        type=float,
+        default=0.15,
+        help="share of good images held out for thresholds (0.15)",
+    )
+    data.add_argument("--resolution", type=int, help="side of the training images in pixels (default: the preset's)")
+    data.add_argument("--rotation_degrees", type=float, default=5.0, help="rotate by up to this many degrees (5)")
+    data.add_argument("--random_flip", action="store_true", help="flip left-right")
+    data.add_argument("--random_vertical_flip", action="store_true", help="flip upside down")
+    data.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read images (0)")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", default="runs/model", help="where the pipeline and checkpoints go (runs/model)")
+    run.add_argument("--seed", type=int, default=0, help="of weights, data order, noise and augmentation (0)")
+    run.add_argument("--checkpointing_steps", type=int, default=500, help="steps between checkpoints (500)")
+    run.add_argument("--checkpoints_total_limit", type=int, default=2, help="checkpoints kept (2)")
+    run.add_argument("--resume_from_checkpoint", metavar="DIR", help="a checkpoint folder, or 'latest'")
+    run.add_argument("--validation_steps", type=int, default=0, help="steps between validation pictures (0: none)")
+    run.add_argument("--report_to", default=None, help="tracker: tensorboard, wandb, ... (none)")
+    run.add_argument("--push_to_hub", action="store_true", help="upload the pipeline at the end")
+    run.add_argument("--hub_model_id", help="repository to push to (default: the name of --output_dir)")
+    run.add_argument("--hub_token", help="Hub token (default: the one you logged in with)")
+
+    optimization = parser.add_argument_group("optimization")
+    optimization.add_argument("--train_batch_size", type=int, default=8, help="images a step and process (8)")
+    optimization.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches a step (1)")
+    optimization.add_argument("--max_train_steps", type=int, default=10_000, help="optimizer steps (10000)")
+    optimization.add_argument("--learning_rate", type=float, default=1e-4, help="(1e-4)")
+    optimization.add_argument("--lr_scheduler", default="cosine", help="diffusers' name of it (cosine)")
+    optimization.add_argument("--lr_warmup_steps", type=int, default=100, help="(100)")
+    optimization.add_argument("--adam_weight_decay", type=float, default=1e-4, help="(1e-4)")
+    optimization.add_argument("--max_grad_norm", type=float, default=1.0, help="(1.0)")
+    optimization.add_argument("--use_ema", action="store_true", help="keep and save the weights' moving average")
+    optimization.add_argument("--ema_decay", type=float, default=0.9999, help="its largest decay (0.9999)")
+    optimization.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="(accelerate's setting)")
+    optimization.add_argument("--gradient_checkpointing", action="store_true", help="less memory for more time")
+    optimization.add_argument("--false_alarm_rate", type=float, default=0.01, help="of good parts, at the end (0.01)")
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line over `--config`'s values over the defaults, and checks what every script takes."""
+    early, _ = parser.parse_known_args(argv)
+    if early.config:
+        path = Path(early.config)
+        if not path.is_file():
+            parser.error(f"--config: no file at {path}")
+        values = yaml.safe_load(path.read_text()) or {}
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            parser.error(f"--config: {path} sets unknown flags {', '.join(unknown)}")
+        parser.set_defaults(**values)
+    args = parser.parse_args(argv)
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        parser.error("give one of --train_data_dir and --dataset_name")
+    if not 0.0 < args.calibration_fraction < 1.0:
+        parser.error(
+            "--calibration_fraction must lie in (0, 1): thresholds need good images that training has not seen"
+        )
+    for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    return args
+
+
+def create_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Accelerate, with a data order that the seed and the epoch alone decide, so that a resumed run sees the same."""
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")
+        ),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
+    set_seed(args.seed)
+    if accelerator.is_main_process:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    if args.report_to:
+        scalars = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))}
+        accelerator.init_trackers("diffad", config=scalars)
+    return accelerator
+
+
+# -- data --------------------------------------------------------------------------------------------------------
+
+
+def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str]]:
+    """Good images for training, good images held out of it, and the categories' names.
+
+    The same share of every category is held out, by the seed.
+    """
+    good = load_anomaly_dataset(
+        args.train_data_dir or args.dataset_name,
+        split="train",
+        category=args.category,
+        on_bad_image=args.on_bad_image,
+    )
+    labels = np.asarray(good["label"])
+    good = good.select(np.flatnonzero(labels == 0)) if labels.any() else good
+    of_image = np.asarray(good["category"])
+    categories = sorted(set(of_image.tolist()))
+    training, held_out = [], []
+    for number, category in enumerate(categories):
+        order = np.random.default_rng([args.seed, number]).permutation(np.flatnonzero(of_image == category))
+        count = max(1, round(args.calibration_fraction * len(order)))
+        if len(order) - count < 2:
+            raise ValueError(
+                f"Category {category!r} has {len(order)} good images in {args.train_data_dir or args.dataset_name}: too "
+                "few to train and to calibrate. It takes 3, and deserves 100."
+            )
+        held_out.extend(order[:count].tolist())
+        training.extend(order[count:].tolist())
+    return good.select(sorted(training)), good.select(sorted(held_out)), categories
+
+
+class ResizedImages(TorchDataset):
+    """Images of a data set, decoded and resized once and then read from a memory-mapped table.
+
+    An item is (uint8 tensor (3, R, R), category index). Decoding again in every epoch would cost more than a small
+    network's step; keeping tensors in memory would grow with the data set.
+    """
+
+    def __init__(self, dataset: Dataset, resolution: int, categories: Sequence[str]):
+        self.resolution = resolution
+        index = {name: i for i, name in enumerate(categories)}
+
+        def resize(record: dict[str, Any]) -> dict[str, Any]:
+            tensor = images_to_tensors(image_to_rgb(record["image"]))[0]
+            resized = resize_images(tensor[None], (resolution, resolution))[0]
+            pixels = (resized * 255.0).round().to(torch.uint8)  # (3, R, R)
+            return {"pixels": pixels.numpy().tobytes(), "index": index[record["category"]]}
+
+        self.table = dataset.map(
+            resize, remove_columns=dataset.column_names, desc="Reading images", writer_batch_size=64
+        ).with_format("numpy")
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        row = self.table[i]
+        pixels = np.frombuffer(row["pixels"], dtype=np.uint8).reshape(3, self.resolution, self.resolution)
+        return torch.from_numpy(pixels.copy()), int(row["index"])
+
+
+def create_data_loader(images: ResizedImages, args: argparse.Namespace) -> DataLoader:
+    return DataLoader(
+        images,
+        batch_size=min(args.train_batch_size, len(images)),
+        shuffle=True,
+        drop_last=True,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def augment(pixels: torch.Tensor, args: argparse.Namespace, generator: torch.Generator) -> torch.Tensor:
+    """Rotates and flips a batch, (N, 3, R, R) uint8 to float32 in [-1, 1]; one resampling for both."""
+    images = pixels.float() / 127.5 - 1.0
+    count, device = len(images), images.device
+
+    def uniform() -> torch.Tensor:
+        return torch.rand(count, generator=generator, device=device)
+
+    angle = (uniform() * 2.0 - 1.0) * math.radians(args.rotation_degrees)
+    horizontal = torch.where((uniform() < 0.5) & args.random_flip, -1.0, 1.0)
+    vertical = torch.where((uniform() < 0.5) & args.random_vertical_flip, -1.0, 1.0)
+    if not (args.rotation_degrees or args.random_flip or args.random_vertical_flip):
+        return images
+    zero = torch.zeros_like(angle)
+    matrix = torch.stack(
+        [
+            angle.cos() * horizontal,
+            -angle.sin() * vertical,
+            zero,
+            angle.sin() * horizontal,
+            angle.cos() * vertical,
+            zero,
+        ],
+        dim=1,
+    ).view(count, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def step_generator(seed: int, batch_number: int, accelerator: Accelerator) -> torch.Generator:
+    """Randomness of one batch on one process, from numbers alone: a resumed run draws what the other would have."""
+    mixed = np.random.SeedSequence([seed, batch_number, accelerator.process_index]).generate_state(1, np.uint64)[0]
+    return torch.Generator(accelerator.device).manual_seed(int(mixed >> np.uint64(1)))
+
+
+def training_batches(
+    data_loader: DataLoader, accelerator: Accelerator, first: int, last: int
+) -> Iterator[tuple[int, Any]]:
+    """Numbered batches [first, last), epoch after epoch; a resumed run skips without reading images."""
+    number = first
+    while number < last:
+        epoch, offset = divmod(number, len(data_loader))
+        data_loader.set_epoch(epoch)
+        loader = accelerator.skip_first_batches(data_loader, offset) if offset else data_loader
+        for batch in loader:
+            yield number, batch
+            number += 1
+            if number == last:
+                return
+
+
+# -- optimizer, EMA, checkpoints ---------------------------------------------------------------------------------
+
+
+def create_optimizer(
+    parameters: Sequence[torch.nn.Parameter], args: argparse.Namespace, accelerator: Accelerator
+) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
+    # accelerate steps the schedule once for every process
+    schedule = get_scheduler(
+        args.lr_scheduler,
+        optimizer=optimizer,
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=args.max_train_steps * accelerator.num_processes,
+    )
+    return optimizer, schedule
+
+
+def create_ema(parameters: Sequence[torch.nn.Parameter], args: argparse.Namespace) -> EMAModel | None:
+    """diffusers' EMA; the warm-up's power suits runs of a thousand steps as well as of a million."""
+    if not args.use_ema:
+        return None
+    return EMAModel(parameters, decay=args.ema_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
+
+
+def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, step: int) -> None:
+    """Saves `checkpoint-STEP`: written under another name and renamed, so a killed run leaves no half checkpoint."""
+    folder = Path(args.output_dir, f"checkpoint-{step}")
+    unfinished = folder.with_name(f"unfinished-{folder.name}")
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit or None]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
+    """Loads the checkpoint asked for and returns its step; 0 where there is none yet."""
+    if not args.resume_from_checkpoint:
+        return 0
+    if args.resume_from_checkpoint == "latest":
+        checkpoints = list_checkpoints(args.output_dir)
+        if not checkpoints:
+            accelerator.print(f"No checkpoint in {args.output_dir} yet: starting anew.")
+            return 0
+        folder = checkpoints[-1]
+    else:
+        folder = Path(args.resume_from_checkpoint)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--resume_from_checkpoint: no folder at {folder}. Give one, or 'latest'.")
+    accelerator.load_state(str(folder))
+    step = int(folder.name.removeprefix("checkpoint-"))
+    accelerator.print(f"Resuming from {folder}, step {step}.")
+    return step
+
+
+def check_replicas(model: torch.nn.Module, accelerator: Accelerator) -> None:
+    """Every process must have come to the same weights.
+
+    Raises:
+        RuntimeError: they differ, so gradients were not exchanged.
+    """
+    checksum = sum(p.detach().double().abs().sum() for p in model.parameters()).reshape(1)
+    gathered = accelerator.gather(checksum.float() if checksum.device.type == "mps" else checksum)
+    if not torch.equal(gathered, gathered[:1].expand_as(gathered)):
+        raise RuntimeError(f"Processes ended with different weights (sums {gathered.tolist()}).")
+
+
+# -- the end of a run --------------------------------------------------------------------------------------------
+
+
+def finish(
+    pipeline: Any,
+    training: Dataset,
+    held_out: Dataset,
+    categories: Sequence[str],
+    args: argparse.Namespace,
+    record: dict[str, Any],
+    max_statistics_images: int = 512,
+) -> None:
+    """Calibrates a pipeline on good images, saves it and, where asked, pushes it; on the main process.
+
+    Per-position statistics come from up to `max_statistics_images` images of training, which are many; thresholds and
+    p-values from the held-out ones, which no network has seen. `record` goes into `training.json`.
+    """
+    generator = torch.Generator().manual_seed(args.seed)
+    for category in categories:
+
+        def images_of(dataset: Dataset, category: str = category) -> Any:
+            return dataset.select(np.flatnonzero(np.asarray(dataset["category"]) == category))
+
+        statistics = images_of(training)
+        if len(statistics) > max_statistics_images:
+            statistics = statistics.shuffle(seed=args.seed).select(range(max_statistics_images))
+        pipeline.calibrate(
+            images_of(held_out)["image"],
+            statistics_images=statistics["image"],
+            false_alarm_rate=args.false_alarm_rate,
+            category=category if len(categories) > 1 else None,
+            generator=generator,
+        )
+    pipeline.save_pretrained(args.output_dir)
+    record = {"arguments": vars(args), "categories": list(categories), **record}
+    Path(args.output_dir, "training.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+    if args.push_to_hub:
+        repo_id = args.hub_model_id or Path(args.output_dir).name
+        pipeline.push_to_hub(repo_id, token=args.hub_token)
+
+
+def load_pictures(dataset: Dataset, count: int) -> list[torch.Tensor]:
+    """The first few images, for validation pictures."""
+    return images_to_tensors([image_to_rgb(dataset[i]["image"]) for i in range(min(count, len(dataset)))])
