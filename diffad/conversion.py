@@ -180,7 +180,7 @@ def _read_file(argument: str, path: Path) -> Any:
         raise FileNotFoundError(
             f"`{argument}`: no file at {path}. Give the path of a .ckpt, .pth or .safetensors file."
         )
-    damaged = f"`{argument}`: {path} is damaged or truncated, or no checkpoint at all. Fetch it again."
+    damaged = f"`{argument}`: {path} is damaged or truncated, or no checkpoint of tensors alone. Fetch it again."
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -404,7 +404,7 @@ def _renamed(name: str, table: Mapping[str, str]) -> str:
 
 
 def _original_unet_name(name: str, config: Mapping[str, Any], prefix: str = UNET) -> str:
-    """`down_blocks.1.resnets.0.conv1.weight` is `input_blocks.4.0.in_layers.2.weight`: the blocks are numbered through."""
+    """`down_blocks.1.resnets.0.conv1.weight` is `input_blocks.4.0.in_layers.2.weight`: numbered through."""
     per_level = config["layers_per_block"] + 1
     if match := re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions)\.(\d+)\.(.+)", name):
         side, kind, place, rest = match[1], match[3], int(match[4]), match[5]

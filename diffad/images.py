@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 ImageInput: TypeAlias = "Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | Sequence[Any]"
 
@@ -38,23 +38,46 @@ def read_image(path: str | os.PathLike) -> Image.Image:
 
 
 def image_to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB, upright by its EXIF tag.
+    """Any PIL image as 8-bit RGB, turned upright by its EXIF orientation.
 
-    16-bit and 32-bit integer greys are scaled by 1/257 (PIL clips them at 255), float images are taken to lie in
-    [0, 1] when their maximum does and in [0, 255] otherwise, transparency is laid over black.
+    Deeper images are scaled by the range of their type, never clipped. 16 bit: divided by 257. Mode `I`, in
+    which PIL holds 16-bit values too: the same or, if a value is larger, by the range of 32 bit signed. Mode
+    `F`: the range is [0, 1] or, if a value is larger, [0, 255], or [0, 65535]. Transparent pixels are laid
+    over white.
+
+    Raises:
+        ValueError: mode `I` or `F` with values that are negative, not finite or beyond these ranges.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float32)
-        if image.mode == "F":
-            values = values * 255.0 if values.size and np.nanmax(values) <= 1.0 else values
-        elif values.size and values.max() > 255.0:
-            values = values / 257.0
-        image = Image.fromarray(np.clip(np.nan_to_num(values) + 0.5, 0.0, 255.0).astype(np.uint8))
-    elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    image = turn_upright(image)
+    if image.mode[0] in "IF":
+        values = np.asarray(image)  # (H, W)
+        scaled = np.multiply(values, 255.0 / _largest_value(values, image), dtype=np.float32)
+        return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _largest_value(values: np.ndarray, image: Image.Image) -> float:
+    """The upper end of the range that an image of mode `I;16`, `I` or `F` is in."""
+    if image.mode.startswith("I;16"):
+        return 65535.0
+    ends = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0, 2.0**31 - 1.0)
+    smallest, largest = values.min(), values.max()
+    if not (smallest >= 0 and largest <= ends[-1]):  # so that NaN, too, is refused
+        raise ValueError(
+            f"{getattr(image, 'filename', '') or 'The image'} of mode {image.mode!r} has values from "
+            f"{smallest} to {largest}: scale them to [0, {ends[-1]:g}], or save it with 8 or 16 bits."
+        )
+    return next(end for end in ends if largest <= end)
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Applies an image's EXIF orientation; an upright one is returned as it is."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        return image  # exif_transpose would copy it
+    return ImageOps.exif_transpose(image)
 
 
 def images_to_tensors(image: ImageInput, name: str = "image") -> list[torch.Tensor]:
@@ -83,7 +106,10 @@ def images_to_tensors(image: ImageInput, name: str = "image") -> list[torch.Tens
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise ValueError(f"`{name}` has no pixels: its size is {image.size}.")
-        image = np.asarray(image_to_rgb(image))
+        try:
+            image = np.asarray(image_to_rgb(image))
+        except (OSError, ValueError) as error:  # a lazily opened file may turn out cut off only here
+            raise ValueError(f"`{name}` cannot be read as an image: {error}") from error
     if isinstance(image, np.ndarray):
         image = _array_to_tensor(image, name)  # (N, C, H, W)
     elif isinstance(image, torch.Tensor):

@@ -34,7 +34,7 @@ def _schedule(scheduler: SchedulerMixin) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def _posterior_log_variance(scheduler: SchedulerMixin) -> torch.Tensor:
-    """log beta~_t of DDPM eq. 7, (num_train_timesteps,) float64; t = 0 takes the value of t = 1, as its own is log 0."""
+    """The log of beta~_t (DDPM eq. 7), (num_train_timesteps,) float64; t = 0 takes that of t = 1: its own is log 0."""
     betas, alphas_cumprod, alphas_cumprod_prev = _schedule(scheduler)
     variance = betas * (1.0 - alphas_cumprod_prev) / (1.0 - alphas_cumprod)
     return torch.log(torch.cat([variance[1:2], variance[1:]]))

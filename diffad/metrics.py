@@ -262,6 +262,9 @@ class AnomalyMetrics(Metric):
         self.pixel_histogram = _pack(self._pixel_histogram(), self.num_bins).to(self.device)
         self.pixel_scores, self.defective_scores, self.region_areas = [], [], []
         self.num_buffered_pixels = torch.zeros_like(self.num_buffered_pixels)
+        # one tensor an update would take far more memory than the number in it
+        self.image_scores = [self._to_state(_concatenate(self.image_scores))]
+        self.image_labels = [self._to_state(_concatenate(self.image_labels))]
 
     def _image_histogram(self) -> _Histogram:
         scores, labels = _concatenate(self.image_scores), _concatenate(self.image_labels)

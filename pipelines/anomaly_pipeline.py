@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from diffad.calibration import MomentSums, ScoreCalibration
-from diffad.images import ImageInput, images_to_pixel_values, images_to_tensors, resize_images
+from diffad.images import images_to_pixel_values, images_to_tensors, resize_images
 
 logger = logging.get_logger(__name__)
 

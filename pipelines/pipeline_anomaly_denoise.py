@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from diffad.pipelines.anomaly_pipeline import AnomalyOutput, AnomalyPipeline, Measurement
 from diffusers import DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -14,7 +15,6 @@ from diffad.images import ImageInput, images_to_tensors, resize_images
 from diffad.likelihood import kl_divergence_map
 from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
-from diffad.pipelines.anomaly_pipeline import AnomalyOutput, AnomalyPipeline, Measurement
 from diffad.scoring import feature_error, gaussian_smooth, joint_map, max_score, top_fraction_score
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from diffad.data import load_anomaly_dataset
-from diffad.images import image_to_rgb, images_to_tensors, resize_images
+from diffad.images import images_to_tensors, resize_images
 
 logger = get_logger(__name__)
 
@@ -151,8 +151,8 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
         count = max(1, round(args.calibration_fraction * len(order)))
         if len(order) - count < 2:
             raise ValueError(
-                f"Category {category!r} has {len(order)} good images in {args.train_data_dir or args.dataset_name}: too "
-                "few to train and to calibrate. It takes 3, and deserves 100."
+                f"Category {category!r} of {args.train_data_dir or args.dataset_name} has {len(order)} good images: "
+                "too few to train and to calibrate. It takes 3, and deserves 100."
             )
         held_out.extend(order[:count].tolist())
         training.extend(order[count:].tolist())
@@ -171,7 +171,7 @@ class ResizedImages(TorchDataset):
         index = {name: i for i, name in enumerate(categories)}
 
         def resize(record: dict[str, Any]) -> dict[str, Any]:
-            tensor = images_to_tensors(image_to_rgb(record["image"]))[0]
+            tensor = images_to_tensors(record["image"])[0]
             resized = resize_images(tensor[None], (resolution, resolution))[0]
             pixels = (resized * 255.0).round().to(torch.uint8)  # (3, R, R)
             return {"pixels": pixels.numpy().tobytes(), "index": index[record["category"]]}
@@ -269,7 +269,7 @@ def create_optimizer(
 
 
 def create_ema(parameters: Sequence[torch.nn.Parameter], args: argparse.Namespace) -> EMAModel | None:
-    """diffusers' EMA; the warm-up's power suits runs of a thousand steps as well as of a million."""
+    """Diffusers' EMA; the warm-up's power suits runs of a thousand steps as well as of a million."""
     if not args.use_ema:
         return None
     return EMAModel(parameters, decay=args.ema_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
@@ -373,4 +373,4 @@ def finish(
 
 def load_pictures(dataset: Dataset, count: int) -> list[torch.Tensor]:
     """The first few images, for validation pictures."""
-    return images_to_tensors([image_to_rgb(dataset[i]["image"]) for i in range(min(count, len(dataset)))])
+    return images_to_tensors([dataset[i]["image"] for i in range(min(count, len(dataset)))])

@@ -70,8 +70,8 @@ def load_anomaly_dataset(
         load_dataset_kwargs: passed on to `datasets.load_dataset` (`name`, `revision`, `token`, ...).
 
     Returns:
-        Columns `image`, `mask`, `label`, `category`, `defect` and `path`. Rows are sorted by path, or in their
-        own order if they come from `datasets.load_dataset`.
+        Columns `image`, `mask`, `label`, `category`, `defect` and `path`. Rows are sorted by path, or in
+        their own order if they come from `datasets.load_dataset`.
 
     Raises:
         FileNotFoundError: there is no such folder, data set or mask.

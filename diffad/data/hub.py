@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,14 @@ def load_hub_dataset(
     """Loads a split by `datasets.load_dataset` and maps its columns; arguments as in `load_anomaly_dataset`.
 
     Only `image` is needed. `label` may hold classes (one of them named good, normal or ok), 0 and 1, booleans
-    or strings. Without it, `defect` tells which images are good, then whether `mask` is above 0 anywhere; with
-    none of these, all are good. `category` defaults to the data set's name. A mask of a good image stays.
+    or strings. Without it, `defect` tells which images are good, then whether `mask` is above 0 anywhere;
+    with none of these, all are good. `category` defaults to the data set's name. A mask of a good image stays.
     """
     try:
         loaded = datasets.load_dataset(path, split=split, streaming=streaming, **load_dataset_kwargs)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"`path_or_hub_id`: there is no folder {path!r}, and the Hub gave no data set of that name: {error}"
+            f"`path_or_hub_id`: there is no folder {path!r}, and no data set of that name on the Hub: {error}"
         ) from error
     features = loaded.features or {}
     if "image" not in features:
@@ -80,18 +82,18 @@ def _stream_records(
     category: str | Sequence[str] | None,
     on_bad_image: str,
 ) -> IterableDataset:
-    def record(row: dict) -> dict:
-        image, described = row["image"], _describe(row, features, path)
-        return {"image": image, "mask": row.get("mask"), **described, "path": image["path"] or ""}
-
-    undecoded = {column: datasets.Image(decode=False) for column in ("image", "mask")}
-    surplus = [column for column in features if column not in FEATURES]
-    loaded = loaded.map(record, features=Features({**FEATURES, **undecoded}), remove_columns=surplus)
+    # partial functions, unlike nested ones, can be sent to a data loader's workers
+    loaded = loaded.map(partial(_record, features=features, path=path)).select_columns(list(FEATURES))
     if category is not None:
         wanted = {category} if isinstance(category, str) else set(category)
-        loaded = loaded.filter(lambda name: name in wanted, input_columns="category")
-    loaded = cast_images(loaded, decode=True)
+        loaded = loaded.filter(partial(operator.contains, wanted), input_columns="category")
+    loaded = loaded.cast(FEATURES)
     return check_images(loaded, on_bad_image) if on_bad_image != "error" else loaded
+
+
+def _record(row: dict, features: Features, path: str) -> dict[str, Any]:
+    image, described = row["image"], _describe(row, features, path)
+    return {"image": image, "mask": row.get("mask"), **described, "path": image["path"] or ""}
 
 
 def _describing_columns(features: Features) -> tuple[str, ...]:
@@ -118,8 +120,9 @@ def _describe(row: dict, features: Features, path: str) -> dict[str, Any]:
         good = defect.lower() in GOOD_NAMES
     else:
         good = mask is None or not mask_to_array(datasets.Image().decode_example(mask)).any()
-    if defect is None and label is not None and not label.isdigit() and row["label"] is not True:
-        defect = label  # a class or a string names the defect, a number does not
+    named = isinstance(features.get("label"), ClassLabel) or isinstance(row.get("label"), str)
+    if defect is None and label and named and not label.isdigit():
+        defect = label
     return {
         "label": int(not good),
         "category": text("category") or os.path.basename(path),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import datasets
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 from datasets import Dataset, IterableDataset
 
-ORIENTATION = PIL.Image.ExifTags.Base.Orientation
+from diffad.images import image_to_rgb, turn_upright
 
 
 def check_images(dataset: Dataset | IterableDataset, on_bad_image: str = "error") -> Dataset | IterableDataset:
@@ -33,13 +35,8 @@ def check_images(dataset: Dataset | IterableDataset, on_bad_image: str = "error"
         raise ValueError(f"`on_bad_image` must be 'error' or 'skip', but is {on_bad_image!r}.")
     undecoded = cast_images(dataset, decode=False)
     if isinstance(dataset, IterableDataset):
-
-        def keep(row: dict) -> bool:
-            unreadable, mismatch = _problems(row, row["path"] or "an image")
-            _report([unreadable] if unreadable else [], [mismatch] if mismatch else [], on_bad_image)
-            return unreadable is None
-
-        return cast_images(undecoded.filter(keep), decode=True)
+        # an empty `map` forgets the undecoded type, which a cast of a filtered stream would not change
+        return undecoded.filter(partial(_is_readable, on_bad_image=on_bad_image)).map().cast(dataset.features)
 
     def problems_at(index: int) -> tuple[str | None, str | None]:
         row = undecoded[index]
@@ -52,6 +49,12 @@ def check_images(dataset: Dataset | IterableDataset, on_bad_image: str = "error"
     if not unreadable:
         return dataset
     return dataset.select([index for index, (reason, _) in enumerate(problems) if reason is None])
+
+
+def _is_readable(row: dict, on_bad_image: str) -> bool:
+    unreadable, mismatch = _problems(row, row["path"] or "an image")
+    _report([unreadable] if unreadable else [], [mismatch] if mismatch else [], on_bad_image)
+    return unreadable is None
 
 
 def _problems(row: dict, name: str) -> tuple[str | None, str | None]:
@@ -83,7 +86,7 @@ def _verified_size(stored: dict) -> tuple[int, int]:
         else:
             image.load()
         # without the test, `getexif` would decode a PNG to look for EXIF behind the pixels
-        orientation = image.getexif().get(ORIENTATION, 1) if "exif" in image.info else 1
+        orientation = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
         return image.size[::-1] if orientation >= 5 else image.size
 
 
@@ -105,44 +108,9 @@ def cast_images(dataset: Dataset | IterableDataset, decode: bool) -> Dataset | I
     return dataset
 
 
-def image_to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Any PIL image as 8-bit RGB, turned upright by its EXIF orientation.
-
-    Deeper images are scaled by the range of their type, never clipped. 16 bit: divided by 257. Mode `I`, in
-    which PIL holds 16-bit values too: the same or, if a value is larger, by the range of 32 bit signed. Mode
-    `F`: the range is [0, 1] or, if a value is larger, [0, 255], or [0, 65535]. Transparency is laid over white.
-
-    Raises:
-        ValueError: mode `I` or `F` with values that are negative, not finite or beyond these ranges.
-    """
-    image = _upright(image)
-    if image.mode[0] in "IF":
-        values = np.asarray(image)  # (H, W)
-        scaled = np.multiply(values, 255.0 / _largest_value(values, image), dtype=np.float32)
-        return PIL.Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _largest_value(values: np.ndarray, image: PIL.Image.Image) -> float:
-    """The upper end of the range that an image of mode `I;16`, `I` or `F` is in."""
-    if image.mode.startswith("I;16"):
-        return 65535.0
-    ends = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0, 2.0**31 - 1.0)
-    smallest, largest = values.min(), values.max()
-    if not (smallest >= 0 and largest <= ends[-1]):  # so that NaN, too, is refused
-        raise ValueError(
-            f"{getattr(image, 'filename', '') or 'The image'} (mode {image.mode!r}) has values from {smallest} "
-            f"to {largest}: scale them to [0, {ends[-1]:g}], or save the image with 8 or 16 bits."
-        )
-    return next(end for end in ends if largest <= end)
-
-
 def mask_to_array(mask: PIL.Image.Image) -> np.ndarray:
     """A mask of any mode as (H, W) bool: above 0 in any colour is a defect; transparency does not count."""
-    mask = _upright(mask)
+    mask = turn_upright(mask)
     if mask.mode == "P" or len(mask.getbands()) > 1:
         return (np.asarray(mask.convert("RGB")) > 0).any(axis=2)
     return np.asarray(mask) > 0
@@ -181,9 +149,3 @@ def resize_image_and_mask(
     if defect.size != image.size:
         raise ValueError(f"`mask` is {defect.size} (width, height), but `image` is {image.size}.")
     return resized, np.asarray(resize(defect, (width, height), PIL.Image.Resampling.NEAREST)) > 0
-
-
-def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    if image.getexif().get(ORIENTATION, 1) == 1:
-        return image  # exif_transpose would copy it
-    return PIL.ImageOps.exif_transpose(image)

@@ -1,8 +1,8 @@
 """The published directory layouts: which categories a tree holds, and the records of a split.
 
 A layout is two functions and a line for error messages. `find` takes the root and returns each category's
-name with what `read` needs of it, or nothing where the tree has another layout. `read` yields a record for each
-image.
+name with what `read` needs of it, or nothing where the tree has another layout. `read` yields a record for
+each image.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def _masks_by_order(images: list[Path], image_folder: Path, mask_folder: Path) -
     masks = _images(mask_folder)
     if len(masks) != len(images):
         raise FileNotFoundError(
-            f"{mask_folder} holds {len(masks)} masks, but {image_folder} {len(images)} images: there is no way "
-            "to pair them by their order."
+            f"{mask_folder} holds {len(masks)} masks, but {image_folder} {len(images)} images: there must be "
+            "as many, because they are paired by their order."
         )
     return masks
 
@@ -151,7 +151,7 @@ def _read_class(
 def _read_tree(
     category: str, folder: Path, split: str, good: str = "good", pair: Callable = _masks_by_name
 ) -> Iterator[dict]:
-    """A folder for each class, in a folder for each split; masks in `ground_truth`. MVTec-AD and its likes."""
+    """A folder for each class, in a folder for each split; masks in `ground_truth`: MVTec-AD and the like."""
     base, ground_truth = _split_folder(folder, split), folder / "ground_truth"
     defects = [f for f in _subfolders(base) if f.name not in (good, "ground_truth")]
     if (base / good).is_dir():
@@ -163,8 +163,8 @@ def _read_tree(
         return
     if base == folder:
         warnings.warn(
-            f"{folder} has no train/ and test/ in it, so its good images are the same in both splits: a model "
-            "that was trained on them scores better on this test than on new parts.",
+            f"{folder} has no train/ and test/ in it, so its good images are the same in both splits: a "
+            "model that was trained on them scores better on this test than on new parts.",
             stacklevel=2,
         )
     for defect in defects:
@@ -263,10 +263,11 @@ def _read_uni_medical(category: str, source: Path | dict, split: str) -> Iterato
 
 
 def _find_elpv(root: Path) -> dict[str, Any]:
-    """Of each kind of cell, train: 70% of the good ones (defect probability 0); test: the others, and those of
-    probability 1. The split is ours: the data set has none. Probabilities between are in neither."""
+    """The data set has no split of its own. Of each kind of cell, 70% of the good ones (defect probability 0)
+    are for training; the others and those of probability 1 for the test. Those between are in neither.
+    """
     labels = root / "labels.csv"
-    lines = labels.read_text(encoding="utf-8").splitlines() if labels.is_file() else []
+    lines = labels.read_text(encoding="utf-8", errors="replace").splitlines() if labels.is_file() else []
     rows = [line.split() for line in lines if line.strip()]
     if not all(len(row) == 3 and row[2] in ("mono", "poly") for row in rows):
         return {}

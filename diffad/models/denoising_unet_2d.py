@@ -175,26 +175,26 @@ _ATTENTION = (
 # Architectures by name: what `training/train_ddpm.py --preset` takes. Feature widths come from the extractor.
 DENOISING_UNET_PRESETS: dict[str, dict[str, Any]] = {
     # Lu et al., section 4.1: 256 px, base width 128, attention at 32, 16 and 8.
-    "paper-256": dict(
-        sample_size=256,
-        feature_resolution=64,
-        block_out_channels=(128, 128, 256, 256, 512, 512),
-        down_block_types=_ATTENTION,
-        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(_ATTENTION)),
-        layers_per_block=2,
-        resnet_time_scale_shift="scale_shift",
-        norm_num_groups=32,
-    ),
+    "paper-256": {
+        "sample_size": 256,
+        "feature_resolution": 64,
+        "block_out_channels": (128, 128, 256, 256, 512, 512),
+        "down_block_types": _ATTENTION,
+        "up_block_types": tuple(name.replace("Down", "Up") for name in reversed(_ATTENTION)),
+        "layers_per_block": 2,
+        "resnet_time_scale_shift": "scale_shift",
+        "norm_num_groups": 32,
+    },
     # Trains in minutes on two CPU cores. Most of the width stands where the features are predicted: at 64 px the
     # finest level costs the most time and matters the least.
-    "cpu-64": dict(
-        sample_size=64,
-        feature_resolution=16,
-        block_out_channels=(16, 32, 96, 160),
-        down_block_types=("DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        attention_head_dim=32,
-    ),
+    "cpu-64": {
+        "sample_size": 64,
+        "feature_resolution": 16,
+        "block_out_channels": (16, 32, 96, 160),
+        "down_block_types": ("DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "attention_head_dim": 32,
+    },
 }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.controlnets.controlnet import ControlNetOutput, zero_module
+from diffusers.models.controlnets.controlnet import zero_module
+from diffusers.utils import BaseOutput
 from torch import nn
 
 GUIDANCE_OUTPUTS = ("middle", "sgdb3", "sgdb4")
@@ -31,6 +34,23 @@ class NoResidual:
 
 
 NO_RESIDUAL = NoResidual()
+
+
+# Fields have defaults, unlike those of diffusers' `ControlNetOutput`: accelerate's offloading hooks need them.
+@dataclass
+class SemanticGuidedNetworkOutput(BaseOutput):
+    """
+    Output of [`SemanticGuidedNetwork`]: what the denoiser adds, `NO_RESIDUAL` where that is nothing.
+
+    Args:
+        down_block_res_samples: one for each of the denoiser's skips, of the skip's shape (N, C, h, w); to be passed
+            to the denoiser as `down_block_additional_residuals`.
+        mid_block_res_sample: (N, C, h, w), of the shape of the middle block's output; to be passed as
+            `mid_block_additional_residual`.
+    """
+
+    down_block_res_samples: tuple[torch.Tensor | NoResidual, ...] | None = None
+    mid_block_res_sample: torch.Tensor | NoResidual | None = None
 
 
 class SpatialAwareFeatureFusion(nn.Module):
@@ -58,9 +78,10 @@ class SpatialAwareFeatureFusion(nn.Module):
 
     def forward(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Fuses `sources`, each (N, C_s, 2h, 2w), into `targets`, each (N, C_t, h, w)."""
-        received = sum(
+        maps = (
             self.activation(downsampler(source)) for downsampler, source in zip(self.downsamplers, sources, strict=True)
-        )  # (N, sum of C_t, h, w)
+        )
+        received = functools.reduce(torch.add, maps)  # (N, sum of C_t, h, w)
         return [
             self.activation(target + part)
             for target, part in zip(targets, received.split(self.target_channels, dim=1), strict=True)
@@ -270,7 +291,7 @@ class SemanticGuidedNetwork(ControlNetModel):
         conditioning_embedding: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         return_dict: bool = True,
-    ) -> ControlNetOutput | tuple[tuple[Any, ...], Any]:
+    ) -> SemanticGuidedNetworkOutput | tuple[tuple[torch.Tensor | NoResidual, ...], torch.Tensor | NoResidual]:
         """One pass of the network.
 
         Args:
@@ -280,11 +301,6 @@ class SemanticGuidedNetwork(ControlNetModel):
             conditioning_embedding: `embed_condition`'s output, (1, ...) or (N, ...).
             pixel_values: the image itself in its place, (N, 3, H, W); for training.
             return_dict: False returns the output's fields as a tuple.
-
-        Returns:
-            `down_block_res_samples`, as many as the denoiser has skips, and `mid_block_res_sample`, to be passed to
-            the denoiser as `down_block_additional_residuals` and `mid_block_additional_residual`. Tensors of the
-            skip's shape, and `NO_RESIDUAL` where nothing is added.
         """
         if (conditioning_embedding is None) == (pixel_values is None):
             raise ValueError("Give one of `conditioning_embedding` (from `embed_condition`) and `pixel_values`.")
@@ -342,7 +358,7 @@ class SemanticGuidedNetwork(ControlNetModel):
         down = tuple(residuals[skip] if skip in self.output_skips else NO_RESIDUAL for skip in range(self.num_skips))
         if not return_dict:
             return down, middle
-        return ControlNetOutput(down_block_res_samples=down, mid_block_res_sample=middle)
+        return SemanticGuidedNetworkOutput(down_block_res_samples=down, mid_block_res_sample=middle)
 
 
 def _attends(block: nn.Module) -> bool:

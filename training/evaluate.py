@@ -1,0 +1,202 @@
+#!/usr/bin/env python
+"""Evaluates a saved pipeline on a data set's test split, on any number of processes.
+
+    accelerate launch training/evaluate.py --model runs/mine --data DIR --output report.json
+
+Numbers do not depend on the number of processes: each image draws its noise from its own seed, and metrics are sums.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+import diffad
+from diffad.data import load_anomaly_dataset, resize_image_and_mask
+from diffad.metrics import AnomalyMetrics
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Evaluates a saved pipeline.")
+    parser.add_argument("--model", required=True, help="folder or Hub id of a pipeline")
+    parser.add_argument("--data", required=True, help="data set's folder or Hub id, or 'elpv'")
+    parser.add_argument("--dataset", help="force a layout (mvtec_ad, visa, ...)")
+    parser.add_argument("--category", nargs="+", help="only these categories")
+    parser.add_argument("--output", default="report.json", help="the report (report.json)")
+    parser.add_argument("--resolution", type=int, default=256, help="pixels a side at which maps meet masks (256)")
+    parser.add_argument("--pro_fpr_limit", type=float, default=0.3, help="of PRO (0.3)")
+    parser.add_argument("--batch_size", type=int, default=16, help="images a batch (16)")
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="(accelerate's setting)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    return parser.parse_args(argv)
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a number depends on beside code and seed."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "device": gpu or f"{os.cpu_count()} CPU cores",
+        "platform": platform.platform(terse=True),
+        "torch": torch.__version__,
+        "diffad": diffad.__version__,
+    }
+
+
+@torch.no_grad()
+def evaluate_category(
+    pipeline: Any,
+    images: Dataset,
+    category: str,
+    accelerator: Accelerator,
+    resolution: int = 256,
+    pro_fpr_limit: float = 0.3,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Metrics of one category's test images, and each image's score.
+
+    Returns:
+        The metrics with the number of images and the seconds it took, and records of path, label, defect, score,
+        p_value and is_anomalous, in the data set's order; the same on every process.
+    """
+    metrics = AnomalyMetrics(pro_fpr_limit=pro_fpr_limit)
+    unified = len(pipeline.config.categories or []) > 1
+    started = time.time()
+    records = []
+    # this process's share, without the padding that would count images twice
+    with accelerator.split_between_processes(list(range(len(images)))) as mine:
+        starts = range(0, len(mine), batch_size)
+        for start in tqdm(starts, desc=category, disable=not accelerator.is_local_main_process):
+            indices = mine[start : start + batch_size]
+            rows = [images[i] for i in indices]
+            with accelerator.autocast():
+                output = pipeline(
+                    [row["image"] for row in rows],
+                    batch_size=batch_size,
+                    match_input_resolution=False,
+                    generator=[torch.Generator().manual_seed(seed * 2**32 + i) for i in indices],
+                    output_type="pt",
+                    **({"category": category} if unified else {}),
+                )
+            maps = torch.nn.functional.interpolate(
+                output.anomaly_map[:, None], (resolution, resolution), mode="bilinear"
+            )[:, 0]
+            masks = [_mask(row, resolution) for row in rows]
+            known = all(mask is not None for mask in masks)
+            metrics.update(
+                anomaly_map=maps if known else None,
+                mask=np.stack(masks) if known else None,
+                anomaly_score=output.anomaly_score,
+                label=torch.tensor([row["label"] for row in rows]),
+            )
+            for j, row in enumerate(rows):
+                records.append(
+                    {
+                        "index": indices[j],
+                        "path": row["path"],
+                        "label": row["label"],
+                        "defect": row["defect"],
+                        "score": float(output.anomaly_score[j]),
+                        "p_value": None if output.p_value is None else float(output.p_value[j]),
+                        "is_anomalous": None if output.is_anomalous is None else bool(output.is_anomalous[j]),
+                    }
+                )
+    result = metrics.compute()
+    seconds = time.time() - started
+    records = sorted(gather_object(records), key=lambda record: record.pop("index"))
+    labels = [record["label"] for record in records]
+    result = {name: None if np.isnan(value) else round(value, 6) for name, value in result.items()}
+    if records and records[0]["is_anomalous"] is not None:
+        good = [r["is_anomalous"] for r in records if not r["label"]]
+        bad = [r["is_anomalous"] for r in records if r["label"]]
+        result["false_alarms"] = round(float(np.mean(good)), 6) if good else None
+        result["defects_found"] = round(float(np.mean(bad)), 6) if bad else None
+    result.update(
+        good_images=labels.count(0),
+        defective_images=labels.count(1),
+        seconds=round(seconds, 2),
+        images_per_second=round(len(records) / seconds, 2),
+    )
+    return result, records
+
+
+def _mask(row: dict[str, Any], resolution: int) -> np.ndarray | None:
+    """(resolution, resolution) bool; None where a defective image has no mask."""
+    if row["mask"] is None:
+        return None if row["label"] else np.zeros((resolution, resolution), dtype=bool)
+    return resize_image_and_mask(row["image"], row["mask"], (resolution, resolution))[1]
+
+
+def evaluate(
+    pipeline: Any, dataset: Dataset, accelerator: Accelerator, **options: Any
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """`evaluate_category` for every category, and the mean over categories under the name "mean"."""
+    of_image = np.asarray(dataset["category"])
+    results, scores = {}, {}
+    for category in sorted(set(of_image.tolist())):
+        images = dataset.select(np.flatnonzero(of_image == category))
+        results[category], scores[category] = evaluate_category(pipeline, images, category, accelerator, **options)
+    values = {}
+    for name in next(iter(results.values())):
+        column = [result[name] for result in results.values()]
+        if isinstance(column[0], float) and None not in column and name not in ("seconds", "images_per_second"):
+            values[name] = round(float(np.mean(column)), 6)
+    return {**results, "mean": values}, scores
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    args = parse_args(argv)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    dataset = load_anomaly_dataset(args.data, split="test", category=args.category, dataset=args.dataset)
+    pipeline = DiffusionPipeline.from_pretrained(args.model).to(accelerator.device)
+    pipeline.set_progress_bar_config(disable=True)
+    results, scores = evaluate(
+        pipeline,
+        dataset,
+        accelerator,
+        resolution=args.resolution,
+        pro_fpr_limit=args.pro_fpr_limit,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    report = {
+        "model": args.model,
+        "data": args.data,
+        "seed": args.seed,
+        "resolution": args.resolution,
+        "pro_fpr_limit": args.pro_fpr_limit,
+        "mixed_precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+        "machine": describe_machine(),
+        "results": results,
+        "scores": scores,
+    }
+    if accelerator.is_main_process:
+        path = Path(args.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2) + "\n")
+        for category, result in results.items():
+            line = "  ".join(
+                f"{k} {v:.4f}" for k, v in result.items() if isinstance(v, float) and k[:5] in ("image", "pixel")
+            )
+            print(f"{category}: {line}")
+        print(f"Report: {path}")
+    return report
+
+
+if __name__ == "__main__":
+    main()
