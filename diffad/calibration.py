@@ -57,11 +57,54 @@ class MomentSums:
 
     def standard_deviation(self, prior_images: float = PRIOR_IMAGES) -> torch.Tensor:
         """Per position over the last two dimensions, its variance shrunk towards the average over all positions."""
-        return shrink(self.variance(), self.count, prior_images).sqrt()
+        variance = self.variance()
+        if self.count == 1:  # one image cannot say how images differ: how its places differ stands in for that
+            variance = self.mean().var(dim=(-2, -1), correction=0, keepdim=True).expand_as(variance)
+        return shrink(variance, self.count, prior_images).sqrt()
 
     def root_mean_square(self, prior_images: float = PRIOR_IMAGES) -> torch.Tensor:
         """As `standard_deviation`, of the distance from zero instead of from the mean."""
         return shrink(self.mean_square(), self.count, prior_images).sqrt()
+
+
+class ResidualMoments:
+    """Scale per channel and position, and covariance between channels, of a feature residual; one streaming pass.
+
+    The covariance is of the scaled residual, pooled over positions. Each batch is scaled by what the batches before it
+    have shown, so one pass serves for both.
+    """
+
+    def __init__(self) -> None:
+        self.moments = MomentSums()
+        self.products: torch.Tensor | float = 0.0  # (T, C, C), summed over images, averaged over positions
+        self.product_count = 0
+
+    def update(self, residual: torch.Tensor) -> None:
+        """Adds a batch, (N, T, C, h, w)."""
+        if self.moments.count:
+            scaled = residual / self.scale().to(residual.dtype)
+            positions = scaled.permute(1, 0, 3, 4, 2).flatten(1, 3)  # (T, N * h * w, C)
+            with torch.autocast(residual.device.type, enabled=False):
+                products = positions.mT @ positions / residual[0, 0, 0].numel()  # (T, C, C)
+            self.products = self.products + products.double()
+            self.product_count += len(residual)
+        self.moments.update(residual)
+
+    def scale(self) -> torch.Tensor:
+        """(T, C, h, w)."""
+        return self.moments.root_mean_square()
+
+    def whitening(self, prior_images: float = PRIOR_IMAGES) -> torch.Tensor:
+        """W of (T, C, C) with W^T W the covariance's inverse; the covariance is shrunk towards the identity.
+
+        Pretrained channels vary together. A crack that moves many channels a little, against their habit, is nothing to
+        a mean of squares and much to a Mahalanobis distance.
+        """
+        num_levels, num_channels = self.moments.total.shape[:2]
+        identity = torch.eye(num_channels, dtype=torch.float64, device=self.moments.total.device)
+        covariance = (self.products + prior_images * identity) / (self.product_count + prior_images)
+        cholesky = torch.linalg.cholesky(covariance.expand(num_levels, -1, -1))
+        return torch.linalg.solve_triangular(cholesky, identity.expand_as(cholesky), upper=False)
 
 
 def shrink(variance: torch.Tensor, count: int, prior_images: float) -> torch.Tensor:
@@ -119,6 +162,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     Attributes:
         map_mean, map_std: (K, S, H, W), of the smoothed maps over good images.
         residual_scale: (K, T, C, h, w), root mean square of the feature residual over good images.
+        residual_whitening: (K, T, C, C), takes the scaled residual's channels to uncorrelated ones of variance 1.
         normal_scores: (K, n), held-out good images' scores, ascending, padded with NaN.
         image_threshold: (K,): scores above it are anomalous.
         pixel_threshold: (K,): pixels of the map above it are. At most `false_alarm_rate` of good images show any.
@@ -128,6 +172,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         "map_mean",
         "map_std",
         "residual_scale",
+        "residual_whitening",
         "normal_scores",
         "image_threshold",
         "pixel_threshold",
@@ -146,9 +191,12 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
         self.register_buffer("map_std", torch.ones(num_categories, *map_shape))
         if residual_shape is not None:
+            num_levels, num_channels = residual_shape[:2]
             self.register_buffer("residual_scale", torch.ones(num_categories, *residual_shape))
+            identity = torch.eye(num_channels).repeat(num_categories, num_levels, 1, 1)
+            self.register_buffer("residual_whitening", identity)
         else:
-            self.residual_scale = None
+            self.residual_scale = self.residual_whitening = None
         self.register_buffer("normal_scores", torch.full((num_categories, num_scores), float("nan")))
         self.register_buffer("image_threshold", torch.full((num_categories,), float("inf")))
         self.register_buffer("pixel_threshold", torch.full((num_categories,), float("inf")))
@@ -162,13 +210,19 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
 
         return super()._apply(move, recurse)
 
-    def scale_residual(self, residual: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
-        """Divides a feature residual (N, T, C, h, w) by what good images show; `category` is (N,) integers."""
+    def whiten_residual(self, residual: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+        """A feature residual (N, T, C, h, w) in units of what good images show; `category` is (N,) integers.
+
+        A good image's result has variance 1 in every channel and position, and no correlation between channels.
+        """
         scale = self.residual_scale
         if residual.shape[-2:] != scale.shape[-2:]:  # another processing resolution than the calibrated one
             flat = F.interpolate(scale.flatten(0, 1), residual.shape[-2:], mode="bilinear")
             scale = flat.unflatten(0, scale.shape[:2])
-        return residual / scale[category]
+        scaled = (residual / scale[category]).flatten(3)  # (N, T, C, h * w)
+        with torch.autocast(residual.device.type, enabled=False):
+            whitened = self.residual_whitening[category] @ scaled
+        return whitened.unflatten(3, residual.shape[-2:])
 
     def normalize(self, maps: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Smoothed maps (N, S, H, W) in standard deviations above what good images show at that place."""
@@ -199,6 +253,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         """
         rate = self.config.false_alarm_rate
         ordered = torch.as_tensor(scores, dtype=torch.float32).sort().values
+        self.normal_scores[category] = float("nan")
         self.normal_scores[category, : len(ordered)] = ordered
         self.image_threshold[category] = conformal_threshold(ordered, rate)
         with warnings.catch_warnings():

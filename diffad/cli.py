@@ -236,3 +236,7 @@ def main() -> None:
                 f"[red]error:[/red] {str(error).strip() or type(error).__name__}", highlight=False, soft_wrap=True
             )
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -24,6 +24,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from diffad.models.feature_extractor import TimmFeatureExtractor
+from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ SCALING_FACTOR = 0.18215
 
 UNET, CONTROL, AUTOENCODER = "model.diffusion_model.", "control_model.", "first_stage_model."
 TEXT_ENCODER = "cond_stage_model.transformer.text_model."
+FEATURE_EXTRACTOR = "pretrained_model."
 
 # What a Lightning checkpoint carries beside the networks: the noise schedule's buffers, the weights' running average,
 # the loss's own networks, the text encoder, and the ResNet that validation compares features with.
@@ -50,12 +53,25 @@ _IGNORED = re.compile(
 def load_diad_checkpoint(
     state_dict_or_path: Mapping[str, Any] | str | os.PathLike,
     prompt_embeds: torch.Tensor | str | os.PathLike | None = None,
+    feature_extractor: TimmFeatureExtractor | None = None,
 ) -> DiADPipeline:
-    """A `DiADPipeline` from a published checkpoint. Arguments and errors are those of `load_diad_components`."""
+    """A `DiADPipeline` from a published checkpoint.
+
+    Args:
+        state_dict_or_path: as in `load_diad_components`, whose errors are raised.
+        prompt_embeds: as in `load_diad_components`.
+        feature_extractor: what images and reconstructions are compared with. None takes the ResNet-50 that a
+            Lightning checkpoint carries along from validation. Where there is none, the pipeline has none: `denoise`
+            and `decode` work, and a call asks for one. Nothing is downloaded.
+    """
     # Here, as pipelines import the library and not the other way round.
     from diffad.pipelines.pipeline_diad import DiADPipeline
 
-    return DiADPipeline(**load_diad_components(state_dict_or_path, prompt_embeds))
+    components = load_diad_components(state_dict_or_path, prompt_embeds)
+    prompt_embedding = PromptEmbedding.from_tensor(components.pop("prompt_embeds"))
+    if feature_extractor is not None:
+        components["feature_extractor"] = feature_extractor
+    return DiADPipeline(**components, prompt_embedding=prompt_embedding)
 
 
 def load_diad_components(
@@ -72,7 +88,8 @@ def load_diad_components(
 
     Returns:
         `vae` (`AutoencoderKL`), `unet` (`UNet2DConditionModel`), `sg_network` (`SemanticGuidedNetwork`), `scheduler`
-        (`DDIMScheduler`) and `prompt_embeds`, (1, L, D).
+        (`DDIMScheduler`), `prompt_embeds`, (1, L, D), and `feature_extractor`: the `TimmFeatureExtractor` that the
+        checkpoint carries along from validation, or None.
 
     Raises:
         FileNotFoundError: no file stands at the path.
@@ -149,7 +166,12 @@ def load_diad_components(
         set_alpha_to_one=False,
         steps_offset=1,
     )
-    return {**components, "scheduler": scheduler, "prompt_embeds": prompt_embeds}
+    return {
+        **components,
+        "scheduler": scheduler,
+        "prompt_embeds": prompt_embeds,
+        "feature_extractor": _feature_extractor(tensors),
+    }
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -287,6 +309,19 @@ def _embed_empty_prompt(weights: dict[str, torch.Tensor], origin: str) -> torch.
     tokens[0, 0] = vocabulary - 2
     with torch.no_grad():
         return text_encoder.eval()(input_ids=tokens).last_hidden_state
+
+
+def _feature_extractor(tensors: dict[str, torch.Tensor]) -> TimmFeatureExtractor | None:
+    """The pretrained ResNet-50 that validation compares features with, if the checkpoint holds all of it."""
+    if not any(name.startswith(FEATURE_EXTRACTOR) for name in tensors):
+        return None
+    extractor = TimmFeatureExtractor("resnet50", (4, 8, 16))
+    expected = extractor.network.state_dict()
+    weights = {name: tensors.get(FEATURE_EXTRACTOR + name) for name in expected}
+    if any(tensor is None or tensor.shape != expected[name].shape for name, tensor in weights.items()):
+        return None
+    extractor.network.load_state_dict(weights)
+    return extractor
 
 
 # --- configurations, from shapes -------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def images_to_tensors(image: ImageInput, name: str = "image") -> list[torch.Tens
             raise ValueError(
                 f"`{name}` must have shape (H, W), (C, H, W) or (N, C, H, W), but has {tuple(image.shape)}."
             )
-        image = image.reshape(-1, *((1,) if image.ndim == 2 else ()), *image.shape[-3:])  # (N, C, H, W)
+        image = image[(None,) * (4 - image.ndim)]  # (N, C, H, W)
     else:
         raise ValueError(
             f"`{name}` must be a PIL image, an array, a tensor, a path or a list of these, but is {type(image)}."

@@ -46,8 +46,13 @@ def _check(scheduler: SchedulerMixin, timesteps: torch.Tensor, **samples: torch.
     for name, shape in shapes.items():
         if len(shape) != 4:
             raise ValueError(f"`{name}` must have shape (N, C, H, W), but has shape {shape}.")
-        if shape[0] != first[0] or shape[2:] != first[2:]:
-            raise ValueError(f"`{name}` of shape {shape} and `{first_name}` of shape {first} must agree in N, H and W.")
+        if name == "model_output" and shape != (first[0], 2 * first[1], *first[2:]):
+            raise ValueError(
+                f"`model_output` of shape {shape} must have {2 * first[1]} channels (epsilon and variance) for "
+                f"`{first_name}` of shape {first}, and its N, H and W. Train the network with learned variance."
+            )
+        if name != "model_output" and shape != first:
+            raise ValueError(f"`{name}` of shape {shape} and `{first_name}` of shape {first} must have the same shape.")
     if timesteps.shape != (first[0],) or timesteps.is_floating_point():
         raise ValueError(
             f"`timesteps` must be an integer tensor of shape ({first[0]},), one for each sample, but is "
@@ -127,12 +132,7 @@ def predicted_mean_log_variance(
     Returns:
         Mean and log variance, each (N, C, H, W) float32.
     """
-    channels = noisy_sample.shape[1]
-    if model_output.shape[1] != 2 * channels:
-        raise ValueError(
-            f"`model_output` must have {2 * channels} channels (epsilon and variance) for a sample of {channels}, "
-            f"but has {model_output.shape[1]}. Train the network with learned variance."
-        )
+    _check(scheduler, timesteps, noisy_sample=noisy_sample, model_output=model_output)
     if scheduler.config.prediction_type != "epsilon":
         raise ValueError(
             f"`scheduler` must have prediction_type='epsilon', but has {scheduler.config.prediction_type!r}."

@@ -35,8 +35,9 @@ def gaussian_smooth(maps: torch.Tensor, sigma: float) -> torch.Tensor:
     kernel = kernel / kernel.sum()
     height, width = maps.shape[-2:]
     flat = maps.reshape(-1, 1, height, width)
-    flat = F.conv2d(_mirror(flat, radius, dim=2), kernel.view(1, 1, -1, 1))
-    flat = F.conv2d(_mirror(flat, radius, dim=3), kernel.view(1, 1, 1, -1))
+    with torch.autocast(maps.device.type, enabled=False):  # would round the maps to three digits
+        flat = F.conv2d(_mirror(flat, radius, dim=2), kernel.view(1, 1, -1, 1))
+        flat = F.conv2d(_mirror(flat, radius, dim=3), kernel.view(1, 1, 1, -1))
     return flat.reshape(maps.shape)
 
 
@@ -47,34 +48,35 @@ def _mirror(maps: torch.Tensor, radius: int, dim: int) -> torch.Tensor:
     return maps.index_select(dim, torch.minimum(index, 2 * length - 1 - index))
 
 
-def feature_error(residual: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean over channels of the squared feature residual (Lu et al., eq. 10).
+def feature_error(residual: torch.Tensor, layer_channels: Sequence[int]) -> torch.Tensor:
+    """Mean over each layer's channels of the squared feature residual (Lu et al., eq. 10).
+
+    Layer by layer, because a deep layer's many channels would drown the fine ones that see a crack.
 
     Args:
-        residual: true less predicted features, (N, T, C, h, w).
-        scale: what good images show, (T, C, h, w) or (N, T, C, h, w); None leaves the residual raw, as in the paper.
-            Scaled, a good image's error is 1 everywhere on average.
+        residual: true less predicted features, (N, T, C, h, w). Raw, as in the paper; or whitened by
+            `ScoreCalibration`: the error is then a squared Mahalanobis distance over C, 1 on average for a good image.
+        layer_channels: widths of the L layers, which sum to C.
 
     Returns:
-        (N, T, h, w).
+        (N, T * L, h, w).
     """
-    if scale is not None:
-        residual = residual / scale
-    return residual.square().mean(dim=2)
+    layers = residual.square().split(list(layer_channels), dim=2)
+    return torch.stack([layer.mean(dim=2) for layer in layers], dim=2).flatten(1, 2)
 
 
 def joint_map(kl_maps: torch.Tensor, feature_maps: torch.Tensor, alpha: float) -> torch.Tensor:
-    """The two scores joined and averaged over the noise levels (Lu et al., eq. 11).
+    """The two scores joined and averaged over noise levels and layers (Lu et al., eq. 11).
 
     Args:
         kl_maps: normalised KL, (N, T, H, W).
-        feature_maps: normalised feature error, (N, T, H, W).
+        feature_maps: normalised feature error, (N, T * L, H, W).
         alpha: weight of the KL in [0, 1].
 
     Returns:
         (N, H, W).
     """
-    return (alpha * kl_maps + (1.0 - alpha) * feature_maps).mean(dim=1)
+    return alpha * kl_maps.mean(dim=1) + (1.0 - alpha) * feature_maps.mean(dim=1)
 
 
 def cosine_distance_map(

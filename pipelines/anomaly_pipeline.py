@@ -1,23 +1,38 @@
-"""What the anomaly pipelines share: input images, the calibrated output, and calibration itself."""
+"""What the anomaly pipelines share: input images, the calibrated output, calibration itself, saving and sharing."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput, logging
+from huggingface_hub import CommitInfo, create_repo, file_exists
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from torch.utils.data import Subset
 
-from diffad.calibration import MomentSums, ScoreCalibration
+from diffad.calibration import MomentSums, ResidualMoments, ScoreCalibration
 from diffad.images import images_to_pixel_values, images_to_tensors, resize_images
+from diffad.model_card import CARD_NAME, copy_records, render_model_card
 
 logger = logging.get_logger(__name__)
+
+# A saved pipeline brings this file, and its `model_index.json` names it: who loads it through `DiffusionPipeline` and
+# has not imported diffad can do so with `trust_remote_code=True`.
+PIPELINE_MODULE = "pipeline"
+PIPELINE_CODE = """# For `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` without `import diffad`.
+from diffad import {class_name}
+"""
 
 
 @dataclass
@@ -66,6 +81,9 @@ class AnomalyPipeline(DiffusionPipeline):
     how normalised maps become one map and one score (`join_maps`, `image_scores`).
     """
 
+    # whether `measure` gives a feature residual, whose scale `calibrate` takes from images of its own
+    measures_residual = True
+
     def measure(
         self,
         pixel_values: torch.Tensor,
@@ -88,7 +106,7 @@ class AnomalyPipeline(DiffusionPipeline):
     def score_maps(
         self, measurement: Measurement, category: torch.Tensor, calibration: ScoreCalibration | None
     ) -> torch.Tensor:
-        """(N, S, H, W) float32: smoothed maps; residuals are scaled where there is a calibration."""
+        """(N, S, H, W) float32: smoothed maps; residuals are whitened where there is a calibration."""
         raise NotImplementedError
 
     def join_maps(self, maps: torch.Tensor) -> torch.Tensor:
@@ -170,9 +188,13 @@ class AnomalyPipeline(DiffusionPipeline):
         batch_size: int,
         resolution: int,
         generator: torch.Generator | Sequence[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
         **options: Any,
     ) -> Iterator[tuple[Measurement, torch.Tensor]]:
-        """Measurement and category indices (B,), batch by batch; only one batch is in memory."""
+        """Measurement and category indices (B,), batch by batch; only one batch is in memory.
+
+        `latents`, one for each image, reach `measure` as that batch's; `options` as they are.
+        """
         generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(images)
         side = self.input_resolution(resolution)
         starts: Any = range(0, len(images), batch_size)
@@ -181,6 +203,8 @@ class AnomalyPipeline(DiffusionPipeline):
             batch = images_to_tensors([images[i] for i in range(start, stop)])
             pixel_values = images_to_pixel_values(batch, (side, side)).to(self._execution_device)
             indices = category[start:stop].to(self._execution_device)
+            if latents is not None:
+                options["latents"] = latents[start:stop]
             yield self.measure(pixel_values, indices, resolution, generators[start:stop], **options), indices
 
     def anomaly_maps(
@@ -260,15 +284,16 @@ class AnomalyPipeline(DiffusionPipeline):
     ) -> AnomalyPipeline:
         """Learns what normal looks like from good images, in one pass over them and constant memory.
 
-        Three quantities stand on each other: the scale of the feature residual, the mean and deviation of the maps of
-        scaled residuals, and the scores of normalised maps. Each is taken from good images that the one before has not
+        Three quantities stand on each other: scale and covariance of the feature residual, the mean and deviation of the
+        maps of whitened residuals, and the scores of normalised maps. Each is taken from good images that the one before has not
         seen, so thresholds and p-values hold for new images.
 
         Args:
             images: good images that no network was trained on: PIL images, paths, arrays, or a column of a
                 `datasets.Dataset`. Thresholds and p-values come from them.
             statistics_images: more good images, for the per-position statistics; those of training may serve. Without
-                them, two thirds of `images` do, and one third is left for the thresholds.
+                them, two thirds of `images` do (half of them, for a method without a feature residual), and the rest
+                is left for the thresholds.
             false_alarm_rate: share of good parts that may raise an alarm, in (0, 1).
             category: which category the images are of, in a unified model; the others keep what they have.
             batch_size: images in a batch.
@@ -282,21 +307,11 @@ class AnomalyPipeline(DiffusionPipeline):
         """
         if not 0.0 < false_alarm_rate < 1.0:
             raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate}.")
-        if statistics_images is None:
-            third = len(images) // 3
-            ends = (0, third, 2 * third, len(images))
-            # subsets read one image at a time: a slice of a data set's column would decode all of it
-            parts = [Subset(images, range(start, stop)) for start, stop in pairwise(ends)]
-        else:
-            half = len(statistics_images) // 2
-            parts = [
-                Subset(statistics_images, range(half)),
-                Subset(statistics_images, range(half, len(statistics_images))),
-                images,
-            ]
+        sets = 2 if self.measures_residual else 1
+        parts = _split(images, sets + 1) if statistics_images is None else [*_split(statistics_images, sets), images]
         if min(len(part) for part in parts) < 1:
             raise ValueError(
-                f"`images` holds {len(images)} good images, too few to calibrate: it takes 3, or 1 and 2 "
+                f"`images` holds {len(images)} good images, too few to calibrate: it takes {sets + 1}, or 1 and {sets} "
                 "`statistics_images`, and deserves 100."
             )
         index = int(self.category_index(category, 1)[0])
@@ -305,22 +320,22 @@ class AnomalyPipeline(DiffusionPipeline):
         def measurements(part: Sequence[Any]) -> Iterator[tuple[Measurement, torch.Tensor]]:
             return self.measurements(part, torch.full((len(part),), index), batch_size, resolution, generator)
 
-        residual_moments, map_moments = MomentSums(), MomentSums()
-        for measurement, _ in measurements(parts[0]):
-            if measurement.residual is None:
-                break
-            residual_moments.update(measurement.residual)
+        residual_moments, map_moments = ResidualMoments(), MomentSums()
+        if self.measures_residual:
+            for measurement, _ in measurements(parts[0]):
+                residual_moments.update(measurement.residual)
         calibration = None
-        for measurement, indices in measurements(parts[1]):
+        for measurement, indices in measurements(parts[-2]):
             if calibration is None:
-                calibration = self._new_calibration(measurement, len(parts[2]), false_alarm_rate)
-                if residual_moments.count:
-                    calibration.residual_scale[index] = residual_moments.root_mean_square()
+                calibration = self._new_calibration(measurement, len(parts[-1]), false_alarm_rate)
+                if self.measures_residual:
+                    calibration.residual_scale[index] = residual_moments.scale()
+                    calibration.residual_whitening[index] = residual_moments.whitening()
             map_moments.update(self.score_maps(measurement, indices, calibration))
         calibration.map_mean[index] = map_moments.mean()
         calibration.map_std[index] = map_moments.standard_deviation()
         scores, maxima = [], []
-        for measurement, indices in measurements(parts[2]):
+        for measurement, indices in measurements(parts[-1]):
             anomaly_map = self.anomaly_maps(measurement, indices, calibration)
             scores.append(self.image_scores(anomaly_map))
             maxima.append(anomaly_map.flatten(1).amax(dim=1))
@@ -344,6 +359,182 @@ class AnomalyPipeline(DiffusionPipeline):
             for name, values in previous.named_buffers():
                 getattr(calibration, name)[..., : values.shape[-1]] = values
         return calibration
+
+    # -- saving and sharing --------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> AnomalyPipeline:
+        """Loads a pipeline from a folder or the Hub: diffusers' own, but never from a pickle.
+
+        Raises:
+            HfHubHTTPError: what the Hub says when it refuses, such as `RepositoryNotFoundError`.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
+        except OSError as error:
+            # diffusers only says that the model is not cached
+            if isinstance(error.__cause__, HfHubHTTPError):
+                raise error.__cause__ from None
+            raise
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Saves a folder that `from_pretrained` loads.
+
+        Args:
+            save_directory: the folder.
+            safe_serialization: always True: weights are saved in safetensors.
+            variant: of the weights' file names, such as "fp16".
+            max_shard_size: larger weights are split, as in diffusers.
+            push_to_hub: uploads it as well; `kwargs` are those of `push_to_hub`, whose `repo_id` is the folder's name
+                unless given.
+        """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization=False` would write pickles, which can run code. Leave it out.")
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
+        if _is_registered(type(self).__module__, type(self).__name__):
+            code = PIPELINE_CODE.format(class_name=type(self).__name__)
+            Path(save_directory, f"{PIPELINE_MODULE}.py").write_text(code, encoding="utf-8")
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            self.push_to_hub(repo_id, variant=variant, **{"folder": save_directory, **kwargs})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        folder: str | os.PathLike | None = None,
+        license: str | None = None,
+    ) -> CommitInfo:
+        """Uploads everything that a repository on the Hub needs, and creates the repository where there is none.
+
+        That is: weights in safetensors, configurations, calibration and feature extractor, and from `folder`
+        `training.json`, `report.json` (absolute paths cut down to their last part) and pictures (`*.png`). The model
+        card is `folder`'s `README.md` if it has one. Else it is rendered (see `diffad.model_card`), unless `folder` has
+        neither record and the repository a card: then that one stays. An interrupted upload goes on where it stopped
+        when it is called again.
+
+        Args:
+            repo_id: "org/name", or "name" for your own account.
+            commit_message: of the commit.
+            private: whether a new repository is private; None takes the account's default.
+            token: of the Hub; None takes the one you logged in with.
+            create_pr: opens a pull request instead of a commit to `main`.
+            safe_serialization: always True, as in `save_pretrained`.
+            variant: of the weights' file names, such as "fp16" after `pipe.to(torch.float16)`. The repository keeps its
+                other weights.
+            folder: where the records and pictures are; None takes the folder that the pipeline was loaded from.
+            license: of the weights, as the Hub names it, for the card; None takes that of the training data where it
+                is known and binds what is made from them, else the card states none.
+
+        Returns:
+            The commit, with `commit_url` and `pr_url`.
+
+        Raises:
+            FileNotFoundError: no folder stands at `folder`.
+        """
+        if folder is None:
+            folder = self.config.get("_name_or_path")
+        elif not Path(folder).is_dir():
+            raise FileNotFoundError(f"`folder`: no folder at {folder}.")
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        with TemporaryDirectory() as staging:
+            self.save_pretrained(staging, safe_serialization, variant)
+            for path in Path(staging).glob("*/config.json"):
+                config = json.loads(path.read_text())
+                config.pop("_name_or_path", None)  # a path on this machine tells another reader nothing
+                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            training, report, pictures = None, None, []
+            if folder is not None and Path(folder).is_dir():
+                training, report, pictures = copy_records(folder, staging)
+            card = Path(staging, CARD_NAME)
+            recorded = training is not None or report is not None
+            if not card.exists() and (recorded or not file_exists(repo_id, CARD_NAME, token=token)):
+                render_model_card(self, training, report, repo_id, license=license, pictures=pictures).save(card)
+            return self._upload_folder(
+                staging, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
+            )
+
+    def to_json_string(self) -> str:
+        """`model_index.json`, in a form that diffusers also loads from the Hub.
+
+        There it looks up every list that starts with a string as a component, by library and class, and it imports no
+        library but its own and a few others. So this package's classes stand as diffusers', where `import diffad` puts
+        them, and a list of names (of categories) as the only item of a list.
+        """
+        index = json.loads(super().to_json_string())
+        index.pop("_name_or_path", None)
+        components = self._get_signature_keys(self)[0]
+        for name, value in index.items():
+            if name in components:
+                library, class_name = value  # both None without the component
+                if library is not None and _is_registered(library, class_name):
+                    index[name] = ["diffusers", class_name]
+            elif _is_list_of_names(value):
+                index[name] = [value]
+        if _is_registered(type(self).__module__, type(self).__name__):
+            index["_class_name"] = [PIPELINE_MODULE, type(self).__name__]
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """Reads what `to_json_string` wrote."""
+        config_dict = {
+            name: value[0] if isinstance(value, list) and len(value) == 1 and _is_list_of_names(value[0]) else value
+            for name, value in config_dict.items()
+        }
+        return super().extract_init_dict(config_dict, **kwargs)
+
+
+def _is_list_of_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], str)
+
+
+def _is_registered(module: str, class_name: str) -> bool:
+    """Whether `import diffad` makes this class known to diffusers; a class that a user derived from one is not."""
+    return getattr(getattr(diffusers, class_name, None), "__module__", None) == module
+
+
+def _read_configuration(cls: type, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """A configuration file's content; a `_class_name` that names `pipeline.py` becomes the installed class's name.
+
+    diffusers would ask for `trust_remote_code=True` as soon as a repository brings a file of code. Where diffad is
+    imported there is no need to run it: it would only import diffad.
+    """
+    config = _diffusers_read_configuration(cls, *args, **kwargs)
+    class_name = config.get("_class_name")
+    if isinstance(class_name, list) and class_name[:1] == [PIPELINE_MODULE]:
+        installed = getattr(diffusers, class_name[1], None)
+        if isinstance(installed, type) and issubclass(installed, AnomalyPipeline):
+            config["_class_name"] = class_name[1]
+    return config
+
+
+# For `DiffusionPipeline.from_pretrained` itself, which knows no other place to hook into.
+_diffusers_read_configuration = DiffusionPipeline._dict_from_json_file.__func__
+DiffusionPipeline._dict_from_json_file = classmethod(_read_configuration)
+
+
+def _split(images: Sequence[Any], shares: int) -> list[Subset]:
+    """Equal shares in order, the last with the rest.
+
+    They read one image at a time; a slice of a data set's column would decode all of it.
+    """
+    share = len(images) // shares
+    ends = [*(share * i for i in range(shares)), len(images)]
+    return [Subset(images, range(start, stop)) for start, stop in pairwise(ends)]
 
 
 def _convert(output: AnomalyOutput, output_type: str) -> AnomalyOutput:

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from diffad.pipelines.anomaly_pipeline import AnomalyOutput, AnomalyPipeline, Measurement
+from accelerate import Accelerator
+from diffad.pipelines.anomaly_pipeline import AnomalyOutput, AnomalyPipeline, Measurement, _convert
 from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch.utils.data import Subset
 
 from diffad.calibration import ScoreCalibration
-from diffad.images import ImageInput, images_to_tensors, resize_images
-from diffad.likelihood import kl_divergence_map
+from diffad.images import ImageInput, images_to_pixel_values, images_to_tensors, resize_images
+from diffad.likelihood import kl_divergence_map, predicted_clean_sample
 from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
+from diffad.models.gaussian_feature_model import GaussianFeatureModel
 from diffad.scoring import feature_error, gaussian_smooth, joint_map, max_score, top_fraction_score
+
+
+@dataclass
+class ReconstructionOutput(AnomalyOutput):
+    """
+    What `AnomalyDenoisePipeline.reconstruct` returns: `AnomalyOutput`, and how it came about.
+
+    Args:
+        trajectory: (N, K, H, W, 3) in [0, 1] ((N, K, 3, H, W) as tensors; a list of PIL images for each image): the
+            image as the process began, and after each denoising step; None unless asked for.
+    """
+
+    trajectory: np.ndarray | torch.Tensor | list[list[Image.Image]] | None = None
 
 
 class AnomalyDenoisePipeline(AnomalyPipeline):
@@ -25,11 +49,15 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
     predicted posterior (eq. 8) is one map, the error of the predicted pretrained features (eq. 10) another; both are
     normalised by what good images show, joined (eq. 11) and averaged.
 
+    `reconstruct` turns a defective image into a normal one by gradient denoising (eqs. 12-13). `denoise` is what the
+    paper compares itself with: a plain DDPM, whose map is the error of the reconstruction's colours.
+
     Args:
         unet: the denoiser, with learned variance and a feature head.
         scheduler: the forward process; `variance_type` "learned_range".
         feature_extractor: the frozen network whose features the denoiser predicts.
         calibration: statistics of good images; None until `calibrate`.
+        gaussian: distribution of good images' features, for `reconstruct`; None until `fit_gaussian`.
         timesteps: noise levels T; None takes the paper's 5, 50 and 100.
         alpha: weight of the KL in eq. 11, in [0, 1].
         kl_sigma: smoothing of the KL maps, in pixels at the processing resolution.
@@ -40,8 +68,9 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
     """
 
     model_cpu_offload_seq = "feature_extractor->unet"
-    _optional_components = ["calibration"]  # noqa: RUF012 (diffusers' own form)
-    _exclude_from_cpu_offload = ["calibration"]  # noqa: RUF012
+    _optional_components = ["calibration", "gaussian"]  # noqa: RUF012 (diffusers' own form)
+    # the Gaussian and the denoiser take turns: each would be moved away for the other
+    _exclude_from_cpu_offload = ["calibration", "gaussian"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -49,6 +78,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         scheduler: DDPMScheduler,
         feature_extractor: TimmFeatureExtractor,
         calibration: ScoreCalibration | None = None,
+        gaussian: GaussianFeatureModel | None = None,
         timesteps: list[int] | None = None,
         alpha: float = 0.5,
         kl_sigma: float = 2.0,
@@ -69,6 +99,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
             scheduler=scheduler,
             feature_extractor=feature_extractor,
             calibration=calibration,
+            gaussian=gaussian,
         )
         self.register_to_config(
             timesteps=timesteps,
@@ -177,11 +208,12 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
     def score_maps(
         self, measurement: Measurement, category: torch.Tensor | None, calibration: ScoreCalibration | None
     ) -> torch.Tensor:
-        """(N, 2T, H, W): the smoothed KL at each noise level, then the smoothed feature error at each."""
+        """(N, T + T * L, H, W): the smoothed KL at each noise level, then the feature error at each level and layer."""
         residual = measurement.residual
         if calibration is not None:
-            residual = calibration.scale_residual(residual, category)
-        errors = F.interpolate(feature_error(residual), measurement.maps.shape[-2:], mode="bilinear")  # (N, T, H, W)
+            residual = calibration.whiten_residual(residual, category)
+        errors = feature_error(residual, self.feature_extractor.layer_channels)  # (N, T * L, h, w)
+        errors = F.interpolate(errors, measurement.maps.shape[-2:], mode="bilinear")  # (N, T * L, H, W)
         return torch.cat(
             [
                 gaussian_smooth(measurement.maps, self.config.kl_sigma),
@@ -191,12 +223,320 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         )
 
     def join_maps(self, maps: torch.Tensor) -> torch.Tensor:
-        """Eq. 11: (N, 2T, H, W) to (N, H, W)."""
-        kl_maps, feature_maps = maps.chunk(2, dim=1)
-        return joint_map(kl_maps, feature_maps, self.config.alpha)
+        """Eq. 11: (N, T + T * L, H, W) to (N, H, W)."""
+        levels = len(self.config.timesteps)
+        return joint_map(maps[:, :levels], maps[:, levels:], self.config.alpha)
 
     def image_scores(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         """(N, H, W) to (N,): the map's maximum, or the mean of its highest pixels."""
         if self.config.score_fraction:
             return top_fraction_score(anomaly_map, self.config.score_fraction)
         return max_score(anomaly_map)
+
+    # -- normal images out of defective ones -----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def fit_gaussian(
+        self,
+        images: Sequence[Any],
+        category: str | int | None = None,
+        batch_size: int = 32,
+        accelerator: Accelerator | None = None,
+        **config: Any,
+    ) -> AnomalyDenoisePipeline:
+        """Fits the Gaussian that `reconstruct` needs to good images, in one pass over them and constant memory.
+
+        The images are those that the denoiser sees, at its resolution: a sharper image's features would make every
+        result look defective.
+
+        Args:
+            images: good images; those of training may serve. PIL images, paths, arrays, or a column of a
+                `datasets.Dataset`.
+            category: which category the images are of, in a unified model; the others keep what they have.
+            batch_size: images in a batch.
+            accelerator: shares the images among its processes; each ends with the same Gaussian.
+            config: of a new [`GaussianFeatureModel`], other than backbone and strides, which are the pipeline's own
+                extractor's. By default images are seen at the extractor's size, and the grid is a quarter of that.
+
+        Returns:
+            The pipeline, with `gaussian`.
+
+        Raises:
+            ValueError: fewer than two images, or a wrong category.
+        """
+        index = int(self.category_index(category, 1)[0])
+        num_categories = len(self.config.categories or ["default"])
+        resolution = self.processing_resolution
+        config.setdefault("image_size", self.input_resolution(resolution))
+        config.setdefault("feature_size", max(1, config["image_size"] // 4))
+        gaussian = self.gaussian
+        if gaussian is None or num_categories == 1 or any(gaussian.config[k] != v for k, v in config.items()):
+            gaussian = GaussianFeatureModel.from_extractor(
+                self.feature_extractor, num_categories=num_categories, **config
+            ).to(self._execution_device)
+        indices = list(range(len(images)))
+        if accelerator is not None:
+            with accelerator.split_between_processes(indices) as mine:
+                indices = list(mine)
+        gaussian.fit(self._clean_images(Subset(images, indices), batch_size, resolution), index, accelerator)
+        self.register_modules(gaussian=gaussian)
+        return self
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        image: ImageInput,
+        num_iterations: int = 50,
+        learning_rate: float = 0.02,
+        denoise_every: int | None = 5,
+        category: str | int | Sequence[str | int] | None = None,
+        batch_size: int = 16,
+        processing_resolution: int | None = None,
+        match_input_resolution: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+        return_trajectory: bool = False,
+        output_type: str = "np",
+        return_dict: bool = True,
+    ) -> ReconstructionOutput | tuple:
+        """Turns defective images into normal ones by gradient denoising (Lu et al., section 3.4, algorithm 1).
+
+        Each iteration descends the gradient of -log p of the image's features under `gaussian` (eq. 12), scaled to unit
+        variance, and decays the image (eq. 13): x <- sqrt(1 - s^2) x - s g. To a diffusion model that is a step of the
+        forward process with beta = s^2, whose noise the gradient is. So, every few iterations, the denoiser takes out
+        what they have added and leaves what is an image: it predicts the clean image at the timestep of that noise.
+
+        Args:
+            image: as in a call of the pipeline.
+            num_iterations: gradient steps.
+            learning_rate: s, in (0, 1).
+            denoise_every: N_d, gradient steps between denoising steps; the last step is always followed by one. None
+                leaves denoising out, for comparison: the images then take on adversarial noise.
+            category: of a unified model, its name or index, one for all images or one each.
+            batch_size: images in one pass.
+            processing_resolution: side in pixels at which the networks see the images; None takes the pipeline's own,
+                at which the Gaussian was fitted.
+            match_input_resolution: whether images and maps come at the input's own size, which then must be one for
+                all; else at the processing resolution.
+            callback_on_step_end: called after each iteration of each batch as `callback(pipe, iteration, timestep,
+                {"sample": x})`, with x (B, 3, R, R) in about [-1, 1] and the timestep of the next denoising. What it
+                returns under "sample" is gone on with.
+            return_trajectory: whether to return the image after each denoising step too.
+            output_type: "np", "pt" or "pil".
+            return_dict: False returns a tuple of the output's fields.
+
+        Returns:
+            [`ReconstructionOutput`]. The map is the difference of the two images, its absolute value averaged over the
+            colours, in [0, 1], and smoothed as the KL map is. Calibration is not about it, so `anomaly_mask`,
+            `is_anomalous` and `p_value` are None.
+
+        Raises:
+            ValueError, FileNotFoundError: an argument is wrong, or the pipeline has no `gaussian`; the message says
+                what to do.
+        """
+        # 1. Check inputs
+        if self.gaussian is None:
+            raise ValueError(
+                "This pipeline has no `gaussian`, whose gradient `reconstruct` descends. Fit one to good images with "
+                "`training/fit_gaussian.py --model DIR --train_data_dir DIR`, or with `pipe.fit_gaussian(images)`."
+            )
+        images = images_to_tensors(image)
+        resolution = self.processing_resolution if processing_resolution is None else processing_resolution
+        self.check_call(images, batch_size, resolution, match_input_resolution, None, output_type)
+        indices = self.category_index(category, len(images)).to(self._execution_device)
+        if not isinstance(num_iterations, int) or num_iterations < 1:
+            raise ValueError(f"`num_iterations` must be a positive integer, but is {num_iterations!r}.")
+        if not 0.0 < learning_rate < 1.0:
+            raise ValueError(f"`learning_rate` must lie in (0, 1), but is {learning_rate!r}.")
+        if denoise_every is not None and (not isinstance(denoise_every, int) or denoise_every < 1):
+            raise ValueError(f"`denoise_every` must be a positive integer, or None, but is {denoise_every!r}.")
+        period = denoise_every or num_iterations
+
+        # 2. Gradient denoising, batch by batch
+        size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
+        results, trajectories = [], []
+        num_batches = math.ceil(len(images) / batch_size)
+        with self.progress_bar(total=num_batches * num_iterations) as progress:
+            for clean, category_of in zip(
+                self._clean_images(images, batch_size, resolution), indices.split(batch_size), strict=True
+            ):
+                sample, states = clean, [clean]
+                for i in range(num_iterations):
+                    # 3. Descend: eqs. 12-13
+                    gradient = self.gaussian.energy_gradient(sample, category_of)  # (B, 3, R, R)
+                    gradient = gradient / gradient.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-30)
+                    sample = math.sqrt(1.0 - learning_rate**2) * sample - learning_rate * gradient
+
+                    # 4. Take out the noise that has come in since the last time
+                    steps = i % period + 1
+                    timestep = noise_timestep(self.scheduler, learning_rate, steps)
+                    if denoise_every is not None and (steps == period or i == num_iterations - 1):
+                        sample = self._predict_clean(sample, timestep, category_of)
+                        states.append(sample)
+                    if callback_on_step_end is not None:
+                        sample = callback_on_step_end(self, i, timestep, {"sample": sample}).get("sample", sample)
+                    progress.update()
+                results.append(self._compare(clean, sample, size))
+                if return_trajectory:
+                    states = [*states, sample] if denoise_every is None else states
+                    frames = [resize_images(state / 2.0 + 0.5, size).clamp(0.0, 1.0).cpu() for state in states]
+                    trajectories.append(torch.stack(frames, dim=1))  # (B, K, 3, H, W)
+        self.maybe_free_model_hooks()
+
+        # 5. Put the output together
+        output = self._comparison_output(results, output_type)
+        trajectory = _convert_trajectory(torch.cat(trajectories), output_type) if return_trajectory else None
+        output = ReconstructionOutput(**output, trajectory=trajectory)
+        return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        image: ImageInput,
+        timestep: int = 250,
+        num_inference_steps: int = 50,
+        scheduler: SchedulerMixin | None = None,
+        category: str | int | Sequence[str | int] | None = None,
+        batch_size: int = 16,
+        processing_resolution: int | None = None,
+        match_input_resolution: bool = True,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+    ) -> AnomalyOutput | tuple:
+        """The plain DDPM that both papers compare with: noise the image, denoise it, and look at what has changed.
+
+        Args:
+            image: as in a call of the pipeline.
+            timestep: how far to noise. More noise hides larger defects, and more of the good parts.
+            num_inference_steps: passes of the denoiser; at most `timestep`. It begins at that step of the scheduler's
+                own spacing from which so many are left, which is at most one spacing below `timestep`.
+            scheduler: any of diffusers' for a network that predicts epsilon; None takes the pipeline's. Make one with
+                `DDIMScheduler.from_config(pipe.scheduler.config)`.
+            category: of a unified model, its name or index, one for all images or one each.
+            batch_size: images in one pass of the network.
+            processing_resolution: side in pixels at which the network sees the images; None takes the pipeline's own.
+            match_input_resolution: whether images and maps come at the input's own size, which then must be one for
+                all; else at the processing resolution.
+            generator: makes the call repeatable. The noise of an image depends neither on the batch size nor on the
+                images after it.
+            output_type: "np", "pt" or "pil".
+            return_dict: False returns a tuple of the output's fields.
+
+        Returns:
+            [`AnomalyOutput`] with the `reconstruction`. The map is the difference of the two images as in
+            `reconstruct`; `anomaly_mask`, `is_anomalous` and `p_value` are None.
+
+        Raises:
+            ValueError, FileNotFoundError: an argument is wrong; the message names it and what to do.
+        """
+        # 1. Check inputs
+        images = images_to_tensors(image)
+        resolution = self.processing_resolution if processing_resolution is None else processing_resolution
+        self.check_call(images, batch_size, resolution, match_input_resolution, generator, output_type)
+        device = self._execution_device
+        indices = self.category_index(category, len(images)).to(device)
+        scheduler = copy.deepcopy(self.scheduler if scheduler is None else scheduler)  # it keeps the state of a run
+        last = scheduler.config.num_train_timesteps
+        if not isinstance(timestep, int) or not 1 <= timestep <= last:
+            raise ValueError(f"`timestep` must be an integer in [1, {last}], but is {timestep!r}.")
+        if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= timestep:
+            raise ValueError(
+                f"`num_inference_steps` must be an integer in [1, {timestep}], the latter being `timestep`, but is "
+                f"{num_inference_steps!r}."
+            )
+        total_steps = round(num_inference_steps * last / timestep)  # of which the last few are taken
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        takes_variance = isinstance(scheduler, DDPMScheduler) and "learned" in scheduler.config.variance_type
+        generators = _generators(generator, len(images))
+
+        # 2. Batch by batch
+        size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
+        results = []
+        num_batches = math.ceil(len(images) / batch_size)
+        with self.progress_bar(total=num_batches * num_inference_steps) as progress:
+            for number, clean in enumerate(self._clean_images(images, batch_size, resolution)):
+                batch = slice(number * batch_size, (number + 1) * batch_size)
+                scheduler.set_timesteps(total_steps, device=device)
+                begin = (total_steps - num_inference_steps) * scheduler.order
+                timesteps = scheduler.timesteps[begin:]
+                if hasattr(scheduler, "set_begin_index"):
+                    scheduler.set_begin_index(begin)
+
+                # 3. Noise
+                noise = randn_tensor(clean.shape, generator=generators[batch], device=device)
+                sample = scheduler.add_noise(clean, noise, timesteps[:1].expand(len(clean)))
+
+                # 4. Denoise
+                options = {"generator": generators[batch]} if takes_generator else {}
+                class_labels = indices[batch] if self.unet.config.num_class_embeds else None
+                for t in timesteps:
+                    model_input = scheduler.scale_model_input(sample, t).to(self.unet.dtype)
+                    prediction = self.unet(model_input, t, class_labels=class_labels).sample.float()
+                    if not takes_variance:
+                        prediction = prediction[:, : sample.shape[1]]
+                    sample = scheduler.step(prediction, t, sample, **options).prev_sample
+                    progress.update(1.0 / scheduler.order)
+                results.append(self._compare(clean, sample, size))
+        self.maybe_free_model_hooks()
+        output = self._comparison_output(results, output_type)
+        return output if return_dict else tuple(getattr(output, field.name) for field in fields(output))
+
+    def _clean_images(self, images: Sequence[Any], batch_size: int, resolution: int) -> Iterator[torch.Tensor]:
+        """Batches (B, 3, R, R) in [-1, 1] as the denoiser sees them; resized as in a call, by way of the extractor."""
+        side = self.input_resolution(resolution)
+        for start in range(0, len(images), batch_size):
+            batch = images_to_tensors([images[i] for i in range(start, min(start + batch_size, len(images)))])
+            pixel_values = images_to_pixel_values(batch, (side, side)).to(self._execution_device)
+            yield resize_images(pixel_values, (resolution, resolution))
+
+    def _predict_clean(self, noisy: torch.Tensor, timestep: int, category: torch.Tensor) -> torch.Tensor:
+        """The clean image from a noised one, (B, 3, R, R) float32."""
+        timesteps = torch.full((len(noisy),), timestep, device=noisy.device)
+        class_labels = category if self.unet.config.num_class_embeds else None
+        prediction = self.unet(noisy.to(self.unet.dtype), timesteps, class_labels=class_labels).sample
+        return predicted_clean_sample(self.scheduler, prediction[:, : noisy.shape[1]], noisy, timesteps)
+
+    def _compare(
+        self, clean: torch.Tensor, result: torch.Tensor, size: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Map (B, *size), score (B,) and reconstruction (B, 3, *size) in [0, 1] of a batch, on the CPU."""
+        result = result.clamp(-1.0, 1.0)
+        difference = (result - clean).abs().mean(dim=1) / 2.0  # (B, R, R), in [0, 1]
+        anomaly_map = gaussian_smooth(difference, self.config.kl_sigma)
+        resized = resize_images(anomaly_map[:, None], size)[:, 0]
+        reconstruction = resize_images(result / 2.0 + 0.5, size).clamp(0.0, 1.0)
+        return resized.cpu(), self.image_scores(anomaly_map).cpu(), reconstruction.cpu()
+
+    def _comparison_output(
+        self, results: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], output_type: str
+    ) -> AnomalyOutput:
+        maps, scores, reconstructions = (torch.cat(parts) for parts in zip(*results, strict=True))
+        return _convert(AnomalyOutput(maps, scores, reconstructions), output_type)
+
+
+def noise_timestep(scheduler: SchedulerMixin, learning_rate: float, num_steps: int) -> int:
+    """The timestep whose noise is that of so many gradient steps: alpha_bar_t closest to (1 - s^2)^n."""
+    remaining = (1.0 - learning_rate**2) ** num_steps
+    return int((scheduler.alphas_cumprod - remaining).abs().argmin())
+
+
+def _generators(
+    generator: torch.Generator | Sequence[torch.Generator | None] | None, num_images: int
+) -> list[torch.Generator]:
+    """One generator for each image, so that no image's noise depends on which others are in its batch."""
+    given = generator if isinstance(generator, (list, tuple)) else [None] * num_images
+    source = generator if isinstance(generator, torch.Generator) else None  # None is torch's own
+    device = "cpu" if source is None else source.device
+    seeds = torch.randint(2**62, (num_images,), generator=source, device=device).tolist()
+    return [one or torch.Generator(device).manual_seed(seed) for one, seed in zip(given, seeds, strict=True)]
+
+
+def _convert_trajectory(
+    trajectory: torch.Tensor, output_type: str
+) -> np.ndarray | torch.Tensor | list[list[Image.Image]]:
+    if output_type == "pt":
+        return trajectory
+    array = trajectory.permute(0, 1, 3, 4, 2).numpy()  # (N, K, H, W, 3)
+    if output_type == "np":
+        return array
+    return [[Image.fromarray(frame) for frame in frames] for frames in (array * 255.0).round().astype(np.uint8)]

@@ -6,10 +6,14 @@ Nothing here comes from a network: the backbone is timm's own miniature with ran
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download something fails at once
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; two workers share the cores
+os.environ["ACCELERATE_USE_CPU"] = "true"  # the same numbers on every machine
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ from PIL import Image
 
 from diffad import AnomalyDenoisePipeline, DenoisingUNet2DModel, TimmFeatureExtractor
 
-BACKBONE = "test_resnet"  # timm's smallest with strides 2 and 4: 16 channels at each
+BACKBONE = "test_resnet"  # timm's miniature, 0.4 M parameters: 32 channels at either stride
 STRIDES = (2, 4)
 
 torch.set_num_threads(1)
@@ -75,7 +79,7 @@ def tiny_extractor(strides: tuple[int, ...] = STRIDES, image_size: int | None = 
     return TimmFeatureExtractor.from_backbone(BACKBONE, strides, image_size, weights="random")
 
 
-def tiny_unet(sample_size: int = 16, feature_channels: int = 32, **config) -> DenoisingUNet2DModel:
+def tiny_unet(sample_size: int = 16, feature_channels: int = 64, **config) -> DenoisingUNet2DModel:
     torch.manual_seed(0)
     return DenoisingUNet2DModel(
         **{
@@ -130,3 +134,27 @@ def fresh_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def launch_command(script: str | Path, *arguments: object, processes: int = 1) -> list[str]:
+    """`accelerate launch` of a file, or of a module by its dotted name.
+
+    With `--cpu`, accelerate starts one process whatever is asked for. Two come from `--multi_gpu`; the environment's
+    `ACCELERATE_USE_CPU` makes them two processes on the CPU, which exchange by gloo.
+    """
+    with socket.socket() as free:  # two tests may launch at the same time
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    module = [] if isinstance(script, Path) else ["-m"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu" if processes == 1 else "--multi_gpu"]
+    command += ["--num_processes", processes, "--num_machines", 1, "--main_process_port", port]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [str(part) for part in (*command, *module, script, *arguments)]
+
+
+def launch(script: str | Path, *arguments: object, processes: int = 1, cwd: Path) -> str:
+    """Runs `launch_command` to its end and returns what it printed; anything but success fails the test."""
+    command = launch_command(script, *arguments, processes=processes)
+    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout

@@ -9,6 +9,8 @@ Numbers do not depend on the number of processes: each image draws its noise fro
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import os
 import platform
@@ -23,11 +25,23 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from PIL import Image
 from tqdm.auto import tqdm
 
 import diffad
 from diffad.data import load_anomaly_dataset, resize_image_and_mask
 from diffad.metrics import AnomalyMetrics
+
+# the order of the papers' tables
+METRIC_TITLES = {
+    "image_auroc": "image AUROC",
+    "image_ap": "image AP",
+    "image_f1max": "image F1-max",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "pixel_f1max": "pixel F1-max",
+    "pixel_pro": "PRO",
+}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,6 +56,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16, help="images a batch (16)")
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="(accelerate's setting)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    parser.add_argument("--save_maps", metavar="DIR", help="float32 TIFF maps, as MVTec's own evaluation reads them")
+    parser.add_argument("--resume", action="store_true", help="keep the categories that --output already holds")
     return parser.parse_args(argv)
 
 
@@ -66,6 +82,7 @@ def evaluate_category(
     pro_fpr_limit: float = 0.3,
     batch_size: int = 16,
     seed: int = 0,
+    save_maps: str | Path | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Metrics of one category's test images, and each image's score.
 
@@ -115,6 +132,11 @@ def evaluate_category(
                         "is_anomalous": None if output.is_anomalous is None else bool(output.is_anomalous[j]),
                     }
                 )
+                if save_maps is not None:
+                    name = Path(row["path"]).stem or f"{indices[j]:06d}"
+                    path = Path(save_maps, category, "test", row["defect"], f"{name}.tiff")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(maps[j].numpy()).save(path)
     result = metrics.compute()
     seconds = time.time() - started
     records = sorted(gather_object(records), key=lambda record: record.pop("index"))
@@ -141,60 +163,96 @@ def _mask(row: dict[str, Any], resolution: int) -> np.ndarray | None:
     return resize_image_and_mask(row["image"], row["mask"], (resolution, resolution))[1]
 
 
-def evaluate(
-    pipeline: Any, dataset: Dataset, accelerator: Accelerator, **options: Any
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-    """`evaluate_category` for every category, and the mean over categories under the name "mean"."""
-    of_image = np.asarray(dataset["category"])
-    results, scores = {}, {}
-    for category in sorted(set(of_image.tolist())):
-        images = dataset.select(np.flatnonzero(of_image == category))
-        results[category], scores[category] = evaluate_category(pipeline, images, category, accelerator, **options)
-    values = {}
-    for name in next(iter(results.values())):
-        column = [result[name] for result in results.values()]
-        if isinstance(column[0], float) and None not in column and name not in ("seconds", "images_per_second"):
-            values[name] = round(float(np.mean(column)), 6)
-    return {**results, "mean": values}, scores
+def mean_over_categories(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Metrics averaged over categories; a metric that one category lacks is left out."""
+    columns = {name: [result.get(name) for result in results.values()] for name in METRIC_TITLES}
+    return {name: round(float(np.mean(column)), 6) for name, column in columns.items() if column and None not in column}
+
+
+def markdown_table(results: dict[str, dict[str, Any]]) -> str:
+    """A row for each category, metrics in percent and in the papers' order."""
+    names = [name for name in METRIC_TITLES if any(result.get(name) is not None for result in results.values())]
+    lines = [
+        "| category | " + " | ".join(METRIC_TITLES[name] for name in names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for category, result in results.items():
+        cells = ["" if result.get(name) is None else f"{100.0 * result[name]:.1f}" for name in names]
+        lines.append(f"| {category} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def save_report(report: dict[str, Any], path: Path) -> None:
+    """Writes `path` (JSON), and beside it the table as .csv and .md; each at once, by renaming."""
+    results = report["results"]
+    rows = [["category", *METRIC_TITLES]]
+    rows += [[category, *(result.get(name) for name in METRIC_TITLES)] for category, result in results.items()]
+    table = io.StringIO()
+    csv.writer(table).writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, text in (
+        (".csv", table.getvalue()),
+        (".md", markdown_table(results)),
+        (path.suffix, json.dumps(report, indent=2) + "\n"),
+    ):
+        unfinished = path.with_name(f".{path.stem}{suffix}.unfinished")
+        unfinished.write_text(text)
+        unfinished.replace(path.with_suffix(suffix))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    path = Path(args.output)
+    if path.suffix != ".json":
+        raise ValueError(f"--output must end in .json, but is {path}.")
     dataset = load_anomaly_dataset(args.data, split="test", category=args.category, dataset=args.dataset)
     pipeline = DiffusionPipeline.from_pretrained(args.model).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
-    results, scores = evaluate(
-        pipeline,
-        dataset,
-        accelerator,
-        resolution=args.resolution,
-        pro_fpr_limit=args.pro_fpr_limit,
-        batch_size=args.batch_size,
-        seed=args.seed,
-    )
-    report = {
+    settings = {
         "model": args.model,
         "data": args.data,
         "seed": args.seed,
         "resolution": args.resolution,
         "pro_fpr_limit": args.pro_fpr_limit,
         "mixed_precision": accelerator.mixed_precision,
+    }
+    report: dict[str, Any] = {
+        **settings,
+        "command": f"diffad evaluate {args.model} --data {args.data}",
         "processes": accelerator.num_processes,
         "machine": describe_machine(),
-        "results": results,
-        "scores": scores,
+        "results": {},
+        "scores": {},
     }
+    if args.resume and path.is_file():
+        earlier = json.loads(path.read_text())
+        changed = [name for name, value in settings.items() if earlier.get(name) != value]
+        if changed:
+            raise ValueError(f"--resume: {path} was made with another {', '.join(changed)}. Choose another --output.")
+        report["results"] = {k: v for k, v in earlier["results"].items() if k != "mean"}
+        report["scores"] = earlier["scores"]
+    accelerator.wait_for_everyone()  # nobody reads the report after it is written again
+    of_image = np.asarray(dataset["category"])
+    for category in sorted(set(of_image.tolist()) - set(report["results"])):
+        result, records = evaluate_category(
+            pipeline,
+            dataset.select(np.flatnonzero(of_image == category)),
+            category,
+            accelerator,
+            args.resolution,
+            args.pro_fpr_limit,
+            args.batch_size,
+            args.seed,
+            args.save_maps,
+        )
+        report["results"] = {**{k: v for k, v in report["results"].items() if k != "mean"}, category: result}
+        report["results"]["mean"] = mean_over_categories(report["results"])
+        report["scores"][category] = records
+        if accelerator.is_main_process:
+            save_report(report, path)
     if accelerator.is_main_process:
-        path = Path(args.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n")
-        for category, result in results.items():
-            line = "  ".join(
-                f"{k} {v:.4f}" for k, v in result.items() if isinstance(v, float) and k[:5] in ("image", "pixel")
-            )
-            print(f"{category}: {line}")
-        print(f"Report: {path}")
+        print(markdown_table(report["results"]) + f"Report: {path}")
     return report
 
 

@@ -61,7 +61,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     score.add_argument(
         "--score_fraction", type=float, default=0.0, help="share of top pixels averaged (0: the maximum)"
     )
-    return run.parse_arguments(parser, argv)
+    args = run.parse_arguments(parser, argv)
+    # what else only the end of the run would find
+    if not 0.0 <= args.alpha <= 1.0:
+        parser.error("--alpha must lie in [0, 1]")
+    if any(not 0 <= t < 1000 for t in args.timesteps):
+        parser.error("--timesteps must lie in [0, 999]")
+    return args
 
 
 def create_components(
@@ -242,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             progress.update()
             if step % 10 == 0 or step == args.max_train_steps:  # reading a loss waits for the device
                 parts = {name: value.item() for name, value in losses.items()}
-                images_seen = (step - first_step) * accumulation * args.train_batch_size * accelerator.num_processes
+                images_seen = (step - first_step) * accumulation * len(pixels) * accelerator.num_processes
                 rate = images_seen / (time.time() - train_started)
                 progress.set_postfix({**{k: f"{v:.3f}" for k, v in parts.items()}, "images/s": f"{rate:.0f}"})
                 accelerator.log({**parts, "lr": schedule.get_last_lr()[0], "images_per_s": rate}, step=step)

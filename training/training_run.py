@@ -7,6 +7,8 @@ import json
 import math
 import os
 import shutil
+import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from datasets import Dataset
+from datasets.fingerprint import get_temporary_cache_files_directory
+from diffad.pipelines.pipeline_diad import IMAGENET_MEAN, IMAGENET_STD
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
@@ -26,6 +30,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from diffad.data import load_anomaly_dataset
 from diffad.images import images_to_tensors, resize_images
+from diffad.model_card import REPORT_NAME, SECRETS, TRAINING_NAME
 
 logger = get_logger(__name__)
 
@@ -48,13 +53,15 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of good images held out for thresholds (0.15)",
     )
     data.add_argument("--resolution", type=int, help="side of the training images in pixels (default: the preset's)")
-    data.add_argument("--rotation_degrees", type=float, default=5.0, help="rotate by up to this many degrees (5)")
+    data.add_argument(
+        "--rotation_degrees", type=float, default=5.0, help="rotate by up to this many degrees (%(default)s)"
+    )
     data.add_argument("--random_flip", action="store_true", help="flip left-right")
     data.add_argument("--random_vertical_flip", action="store_true", help="flip upside down")
     data.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read images (0)")
 
     run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", default="runs/model", help="where the pipeline and checkpoints go (runs/model)")
+    run.add_argument("--output_dir", default="runs/model", help="where the pipeline and checkpoints go (%(default)s)")
     run.add_argument("--seed", type=int, default=0, help="of weights, data order, noise and augmentation (0)")
     run.add_argument("--checkpointing_steps", type=int, default=500, help="steps between checkpoints (500)")
     run.add_argument("--checkpoints_total_limit", type=int, default=2, help="checkpoints kept (2)")
@@ -66,13 +73,13 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--hub_token", help="Hub token (default: the one you logged in with)")
 
     optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--train_batch_size", type=int, default=8, help="images a step and process (8)")
-    optimization.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches a step (1)")
-    optimization.add_argument("--max_train_steps", type=int, default=10_000, help="optimizer steps (10000)")
-    optimization.add_argument("--learning_rate", type=float, default=1e-4, help="(1e-4)")
-    optimization.add_argument("--lr_scheduler", default="cosine", help="diffusers' name of it (cosine)")
-    optimization.add_argument("--lr_warmup_steps", type=int, default=100, help="(100)")
-    optimization.add_argument("--adam_weight_decay", type=float, default=1e-4, help="(1e-4)")
+    optimization.add_argument("--train_batch_size", type=int, default=8, help="images a step and process (%(default)s)")
+    optimization.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches a step (%(default)s)")
+    optimization.add_argument("--max_train_steps", type=int, default=10_000, help="optimizer steps (%(default)s)")
+    optimization.add_argument("--learning_rate", type=float, default=1e-4, help="(%(default)s)")
+    optimization.add_argument("--lr_scheduler", default="cosine", help="diffusers' name of it (%(default)s)")
+    optimization.add_argument("--lr_warmup_steps", type=int, default=100, help="(%(default)s)")
+    optimization.add_argument("--adam_weight_decay", type=float, default=1e-4, help="(%(default)s)")
     optimization.add_argument("--max_grad_norm", type=float, default=1.0, help="(1.0)")
     optimization.add_argument("--use_ema", action="store_true", help="keep and save the weights' moving average")
     optimization.add_argument("--ema_decay", type=float, default=0.9999, help="its largest decay (0.9999)")
@@ -81,19 +88,46 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     optimization.add_argument("--false_alarm_rate", type=float, default=0.01, help="of good parts, at the end (0.01)")
 
 
+def add_diad_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the autoencoder's training and the denoiser's agree on: the images, and the features that judge them."""
+    images = parser.add_argument_group("images")
+    images.add_argument("--image_mean", type=float, nargs=3, default=[*IMAGENET_MEAN], help="of colours (ImageNet's)")
+    images.add_argument("--image_std", type=float, nargs=3, default=[*IMAGENET_STD], help="of colours (ImageNet's)")
+    features = parser.add_argument_group("features")
+    features.add_argument("--backbone", default="resnet50", help="timm model (resnet50)")
+    features.add_argument(
+        "--backbone_weights", help="'timm', 'random' or a file (default: installed package, then timm)"
+    )
+    features.add_argument("--feature_strides", type=int, nargs="+", default=[4, 8, 16], help="(4 8 16)")
+    features.add_argument("--feature_image_size", type=int, help="pixels the backbone sees (default: the resolution)")
+
+
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line over `--config`'s values over the defaults, and checks what every script takes."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     early, _ = parser.parse_known_args(argv)
     if early.config:
         path = Path(early.config)
         if not path.is_file():
             parser.error(f"--config: no file at {path}")
-        values = yaml.safe_load(path.read_text()) or {}
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            parser.error(f"--config: {path} is not YAML: {' '.join(str(error).split())}")
+        if not isinstance(values, dict):
+            parser.error(f"--config: {path} must hold lines of `flag: value`")
         known = {action.dest for action in parser._actions}
         unknown = sorted(set(values) - known)
         if unknown:
             parser.error(f"--config: {path} sets unknown flags {', '.join(unknown)}")
-        parser.set_defaults(**values)
+        # in front of the command line's, so that types and choices are checked and the later ones win
+        configured: list[str] = []
+        for name, value in values.items():
+            if value is True:
+                configured.append(f"--{name}")
+            elif value is not None and value is not False:
+                configured += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+        argv = [*configured, *argv]
     args = parser.parse_args(argv)
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("give one of --train_data_dir and --dataset_name")
@@ -101,6 +135,8 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         parser.error(
             "--calibration_fraction must lie in (0, 1): thresholds need good images that training has not seen"
         )
+    if not 0.0 < args.false_alarm_rate < 1.0:
+        parser.error("--false_alarm_rate must lie in (0, 1)")
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
@@ -110,7 +146,10 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
     """Accelerate, with a data order that the seed and the epoch alone decide, so that a resumed run sees the same."""
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # Every step takes as many batches, also where an epoch ends: a step's batches follow from its number alone.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
         project_config=ProjectConfiguration(
@@ -122,7 +161,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     if args.report_to:
-        scalars = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool))}
+        scalars = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool)) and k not in SECRETS}
         accelerator.init_trackers("diffad", config=scalars)
     return accelerator
 
@@ -159,6 +198,11 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
     return good.select(sorted(training)), good.select(sorted(held_out)), categories
 
 
+def temporary_table() -> str:
+    """Path for a table of a `datasets.Dataset`, removed when the process ends."""
+    return str(Path(get_temporary_cache_files_directory(), f"{uuid.uuid4().hex}.arrow"))
+
+
 class ResizedImages(TorchDataset):
     """Images of a data set, decoded and resized once and then read from a memory-mapped table.
 
@@ -177,7 +221,12 @@ class ResizedImages(TorchDataset):
             return {"pixels": pixels.numpy().tobytes(), "index": index[record["category"]]}
 
         self.table = dataset.map(
-            resize, remove_columns=dataset.column_names, desc="Reading images", writer_batch_size=64
+            resize,
+            remove_columns=dataset.column_names,
+            desc="Reading images",
+            writer_batch_size=64,
+            # a data set in memory would keep this one there too; one on disk has a place for it, and finds it again
+            cache_file_name=None if dataset.cache_files else temporary_table(),
         ).with_format("numpy")
 
     def __len__(self) -> int:
@@ -190,9 +239,17 @@ class ResizedImages(TorchDataset):
 
 
 def create_data_loader(images: ResizedImages, args: argparse.Namespace) -> DataLoader:
+    """Shuffled batches of `train_batch_size`, or of as many images as there are for each process.
+
+    Raises:
+        ValueError: there are fewer images than processes.
+    """
+    images_a_process = len(images) // PartialState().num_processes
+    if not images_a_process:
+        raise ValueError(f"{len(images)} training images are too few for {PartialState().num_processes} processes.")
     return DataLoader(
         images,
-        batch_size=min(args.train_batch_size, len(images)),
+        batch_size=min(args.train_batch_size, images_a_process),
         shuffle=True,
         drop_last=True,
         num_workers=args.dataloader_num_workers,
@@ -364,11 +421,18 @@ def finish(
             generator=generator,
         )
     pipeline.save_pretrained(args.output_dir)
-    record = {"arguments": vars(args), "categories": list(categories), **record}
-    Path(args.output_dir, "training.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+    Path(args.output_dir, REPORT_NAME).unlink(missing_ok=True)  # it spoke of the weights that were here before
+    save_record(args, {"categories": list(categories), **record})
     if args.push_to_hub:
         repo_id = args.hub_model_id or Path(args.output_dir).name
-        pipeline.push_to_hub(repo_id, token=args.hub_token)
+        pipeline.push_to_hub(repo_id, token=args.hub_token, folder=args.output_dir)
+
+
+def save_record(args: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Writes `training.json` beside the model: the arguments, and what came of them."""
+    arguments = {name: value for name, value in vars(args).items() if name not in SECRETS}
+    record = {"arguments": arguments, **record}
+    Path(args.output_dir, TRAINING_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n")
 
 
 def load_pictures(dataset: Dataset, count: int) -> list[torch.Tensor]:

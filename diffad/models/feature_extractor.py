@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 
 LITE0_BACKBONE = "tf_efficientnet_lite0"
 
@@ -87,6 +88,7 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         """Stays in evaluation mode: the batch norms' statistics belong to the pretrained weights."""
         return super().train(False)
 
+    @apply_forward_hook  # moves an offloaded network to its device, as a call of `forward` does
     def layers(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """The backbone's maps, one for each stride.
 
@@ -98,7 +100,8 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         """
         size = self.config.image_size
         if size is not None and pixel_values.shape[-2:] != (size, size):
-            pixel_values = F.interpolate(pixel_values, (size, size), mode="bilinear", antialias=True)
+            resized = F.interpolate(pixel_values.float(), (size, size), mode="bilinear", antialias=True)
+            pixel_values = resized.to(pixel_values.dtype)  # torch has no antialiasing in half precision on every device
         images = (pixel_values / 2.0 + 0.5 - self.image_mean) / self.image_std
         return self.network(images)
 

@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    ModelMixin,  # noqa: F401 (diffusers looks ModelMixin up in this module to load it)
+    UNet2DConditionModel,
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.controlnets.controlnet import zero_module
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 GUIDANCE_OUTPUTS = ("middle", "sgdb3", "sgdb4")
@@ -272,6 +277,7 @@ class SemanticGuidedNetwork(ControlNetModel):
             )
         return network
 
+    @apply_forward_hook  # moves an offloaded network to its device, as a call of `forward` does
     def embed_condition(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The conv-SiLU stack (eq. 7). It does not depend on the timestep: call it once for an image.
 

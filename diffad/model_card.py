@@ -1,0 +1,291 @@
+"""Model cards (Mitchell et al., "Model Cards for Model Reporting", FAT* 2019) from what was recorded, and nothing else.
+
+The text is `model_cards/TEMPLATE.md`. The numbers come from the pipeline (thresholds, sizes), from `training.json` and
+from `report.json`: a card has no result that its report does not hold, and shows it with the report's own digits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+CARD_NAME = "README.md"
+TRAINING_NAME = "training.json"
+REPORT_NAME = "report.json"
+
+# The Hub has no task for anomaly detection. Of those it has, segmentation is what comes out: a mask for every image.
+PIPELINE_TAG = "image-segmentation"
+TAGS = ["anomaly-detection", "anomaly-localization", "defect-detection", "industrial-inspection", "diffusion", "diffad"]
+
+# report's name: (task on the Hub, metric on the Hub, title), in the order of the papers' tables
+METRICS = {
+    "image_auroc": ("image-classification", "roc_auc", "image AUROC"),
+    "image_ap": ("image-classification", "average_precision", "image AP"),
+    "image_f1max": ("image-classification", "f1", "image F1-max"),
+    "pixel_auroc": ("image-segmentation", "roc_auc", "pixel AUROC"),
+    "pixel_ap": ("image-segmentation", "average_precision", "pixel AP"),
+    "pixel_f1max": ("image-segmentation", "f1", "pixel F1-max"),
+    "pixel_pro": ("image-segmentation", "per_region_overlap", "PRO"),
+    "pixel_dice": ("image-segmentation", "dice", "DICE"),
+    "false_alarms": ("image-classification", "false_positive_rate", "false alarms"),
+    "defects_found": ("image-classification", "recall", "defects found"),
+}
+COUNTS = {"good_images": "good", "defective_images": "defective"}
+MEAN = "mean"
+
+PAPERS = {
+    "AnomalyDenoise": "https://openaccess.thecvf.com/content/ICCV2023/html/"
+    "Lu_Removing_Anomalies_as_Noises_for_Industrial_Defect_Localization_ICCV_2023_paper.html",
+    "DiAD": "https://arxiv.org/abs/2312.06607",
+}
+
+# Data whose licence binds what is made from it: identifier: (name, licence on the Hub, its name).
+SHARE_ALIKE = {"elpv": ("ELPV (Deitsch et al., Solar Energy 2019)", "cc-by-nc-sa-4.0", "CC BY-NC-SA 4.0")}
+
+SECRETS = ("hub_token",)
+TRAINING_ARGUMENTS = ("train_batch_size", "gradient_accumulation_steps", "learning_rate", "mixed_precision", "seed")
+
+
+def render_model_card(
+    pipeline: Any,
+    training: dict[str, Any] | None = None,
+    report: dict[str, Any] | None = None,
+    repo_id: str | None = None,
+    *,
+    license: str | None = None,
+    pictures: Sequence[str] = (),
+) -> ModelCard:
+    """The card of a pipeline.
+
+    Args:
+        pipeline: an anomaly pipeline.
+        training: what `training.json` holds; None where there is no record.
+        report: what `report.json` holds (of `diffad evaluate` or `diffad demo`); None where nothing was measured.
+        repo_id: where the card will stand on the Hub.
+        license: of the weights, as the Hub names it; None takes that of the training data where it binds the weights.
+        pictures: file names, relative to the card.
+
+    Returns:
+        The card, with the metadata that the Hub reads: task, tags, licence, data sets, and each metric of each category
+        in its model index.
+    """
+    training = None if training is None else shareable(training)
+    report = None if report is None else shareable(report)
+    method = next(name for parent in type(pipeline).__mro__ for name in PAPERS if parent.__name__ == f"{name}Pipeline")
+    class_name = type(pipeline).__name__
+    categories = list(pipeline.config.categories or [])
+    arguments = (training or {}).get("arguments", {})
+    trained_on = arguments.get("train_data_dir") or arguments.get("dataset_name") or ""
+    bound = SHARE_ALIKE.get(_data_set(trained_on))
+    results = _results_table(report["results"]) if report else None
+    title = repo_id.split("/")[-1] if repo_id else class_name
+
+    data = ModelCardData(
+        license=license or (bound[1] if bound else None),
+        library_name="diffusers",
+        pipeline_tag=PIPELINE_TAG,
+        tags=[*TAGS, method.lower()],
+        datasets=[arguments["dataset_name"]] if arguments.get("dataset_name") else None,
+        model_name=title if report else None,
+        eval_results=_evaluation_results(report) if report else None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=files("diffad.model_cards").joinpath("TEMPLATE.md").read_text(encoding="utf-8"),
+        title=title,
+        method=method,
+        paper_url=PAPERS[method],
+        class_name=class_name,
+        repo_id=repo_id,
+        categories=categories,
+        pictures=list(pictures),
+        processing_resolution=pipeline.processing_resolution,
+        training=_training_table(pipeline, training) if training else None,
+        results=results,
+        data_set=report["data"] if report else None,
+        resolution=report.get("resolution") if report else None,
+        pro_fpr_limit=report.get("pro_fpr_limit") if report and "PRO" in results["header"] else None,
+        command=_command(report, repo_id) if report else None,
+        setting=_setting(report) if report else None,
+        license_note=_license_note(license, bound),
+        **_thresholds(pipeline.calibration, categories),
+    )
+
+
+def copy_records(
+    folder: str | os.PathLike, destination: str | os.PathLike
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None, list[str]]:
+    """Copies what a repository shows beside its weights: the records, made shareable, pictures, and a card if there is
+    one.
+
+    Args:
+        folder: holds any of `training.json`, `report.json`, `README.md` and `*.png`.
+        destination: gets them.
+
+    Returns:
+        The training record, the report, and the pictures' names.
+
+    Raises:
+        ValueError: a record is no JSON.
+    """
+    folder, destination = Path(folder), Path(destination)
+    records = []
+    for name in (TRAINING_NAME, REPORT_NAME):
+        if not (folder / name).is_file():
+            records.append(None)
+            continue
+        try:
+            records.append(shareable(json.loads((folder / name).read_text(encoding="utf-8"))))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{folder / name} is no JSON ({error}). Mend or remove it.") from error
+        (destination / name).write_text(json.dumps(records[-1], indent=2) + "\n", encoding="utf-8")
+    pictures = sorted(path.name for path in folder.glob("*.png"))
+    for name in [*pictures, CARD_NAME]:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, destination / name)
+    return *records, pictures
+
+
+def shareable(record: Any) -> Any:
+    """A copy of a JSON record without secrets, and with absolute paths cut down to their last part."""
+    if isinstance(record, dict):
+        return {name: shareable(value) for name, value in record.items() if name not in SECRETS}
+    if isinstance(record, list):
+        return [shareable(value) for value in record]
+    if not isinstance(record, str):
+        return record
+    if _is_absolute(record):
+        return _last_part(record)
+    return re.sub(r"\S+", lambda word: _last_part(word[0]) if _is_absolute(word[0]) else word[0], record)
+
+
+def _is_absolute(path: str) -> bool:
+    return PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+
+
+def _data_set(description: str) -> str:
+    """The identifier in "elpv/mono", "ELPV, mono cells: 411 good ...", "org/name" or a folder's name."""
+    identifier = re.split(r"[,:]", description)[0]
+    family = identifier.split("/")[0].lower()
+    return family if family in SHARE_ALIKE else identifier
+
+
+def _results_table(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Header and rows, one a category, with the report's own digits; what was measured nowhere has no column."""
+    if len(results) == 2 and MEAN in results:  # the mean over one category
+        results = {name: values for name, values in results.items() if name != MEAN}
+    titles = {**COUNTS, **{name: title for name, (_, _, title) in METRICS.items()}}
+    columns = [name for name in titles if any(values.get(name) is not None for values in results.values())]
+    return {
+        "header": ["category", *(titles[name] for name in columns)],
+        "rows": [
+            [_cell(category), *("" if values.get(name) is None else str(values[name]) for name in columns)]
+            for category, values in results.items()
+        ],
+        "alarms": "false_alarms" in columns or "defects_found" in columns,
+    }
+
+
+def _evaluation_results(report: dict[str, Any]) -> list[EvalResult]:
+    """The Hub's model index: every metric of every category."""
+    identifier = _data_set(report["data"])
+    return [
+        EvalResult(
+            task_type=task,
+            task_name="anomaly detection" if task == "image-classification" else "anomaly localization",
+            dataset_type=identifier,
+            dataset_name=identifier.upper() if identifier in SHARE_ALIKE else identifier,
+            dataset_config=category,
+            dataset_split="test",
+            metric_type=metric,
+            metric_name=title,
+            metric_value=values[name],
+        )
+        for category, values in report["results"].items()
+        for name, (task, metric, title) in METRICS.items()
+        if values.get(name) is not None
+    ]
+
+
+def _training_table(pipeline: Any, training: dict[str, Any]) -> list[tuple[str, str]]:
+    arguments = training.get("arguments", {})
+    trained = {
+        name: sum(p.numel() for p in part.parameters())
+        for name, part in pipeline.components.items()
+        if isinstance(part, torch.nn.Module) and name not in ("feature_extractor", "calibration", "prompt_embedding")
+    }
+    rows = [
+        ("data", arguments.get("train_data_dir") or arguments.get("dataset_name")),
+        ("categories", ", ".join(training.get("categories") or [])),
+        ("parameters", ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in trained.items())),
+    ]
+    if pipeline.feature_extractor is not None:
+        config = pipeline.feature_extractor.config
+        rows.append(("features", f"{config.backbone}, strides {', '.join(map(str, config.strides))}"))
+    # what the run itself recorded: steps, seconds, and whatever a script adds
+    rows += [(name, value) for name, value in training.items() if isinstance(value, (int, float, str))]
+    rows += [(name, arguments.get(name)) for name in TRAINING_ARGUMENTS]
+    return [(name.replace("_", " "), _cell(str(value))) for name, value in rows if value not in (None, "")]
+
+
+def _command(report: dict[str, Any], repo_id: str | None) -> str | None:
+    """The report's command, with the repository in the place of the folder that was measured."""
+    command = report.get("command")
+    if command and repo_id and report.get("model"):
+        words = [repo_id if word == report["model"] else word for word in command.split(" ")]
+        command = " ".join(words)
+    return command
+
+
+def _setting(report: dict[str, Any]) -> str:
+    machine = report.get("machine", {})
+    parts = [
+        f"seed {report['seed']}" if "seed" in report else None,
+        f"mixed precision {report['mixed_precision']}" if "mixed_precision" in report else None,
+        machine.get("device"),
+        f"torch {machine['torch']}" if "torch" in machine else None,
+        f"diffad {machine['diffad']}" if "diffad" in machine else None,
+    ]
+    text = ", ".join(part for part in parts if part)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _thresholds(calibration: Any, categories: Sequence[str]) -> dict[str, Any]:
+    if calibration is None:
+        return {"calibrated": False}
+    rows = []
+    for index, category in enumerate(categories or ["all"]):
+        count = int((~calibration.normal_scores[index].isnan()).sum())
+        if count:
+            rate = max(calibration.config.false_alarm_rate, 1.0 / (count + 1))  # what that many images vouch for
+            values = (calibration.image_threshold[index], calibration.pixel_threshold[index], rate)
+            rows.append([_cell(category), *(f"{float(value):.6g}" for value in values), str(count)])
+    return {"calibrated": True, "thresholds": rows}
+
+
+def _license_note(license: str | None, bound: tuple[str, str, str] | None) -> str:
+    if license:
+        note = f"The weights are under {license}."
+    elif bound:
+        note = f"The training images, {bound[0]}, are under {bound[2]}, and so are these weights."
+    else:
+        note = "No licence is stated for these weights."
+    return f"{note} diffad itself is under Apache-2.0."
+
+
+def _cell(text: str) -> str:
+    """Text for one cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")

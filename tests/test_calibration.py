@@ -1,0 +1,335 @@
+"""Statistics against numpy, conformal guarantees by simulation, and float32 wherever a calibration goes."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import generator
+
+from diffad import ScoreCalibration
+from diffad.calibration import PRIOR_IMAGES, MomentSums, ResidualMoments, conformal_threshold, shrink
+from diffad.scoring import feature_error
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=generator(seed))
+
+
+def filled(num_categories: int = 2, num_scores: int = 9, rate: float = 0.1) -> ScoreCalibration:
+    """A calibration with a value in every tensor."""
+    calibration = ScoreCalibration(num_categories, (2, 4, 4), (1, 3, 2, 2), num_scores, rate)
+    for i, (_, buffer) in enumerate(calibration.named_buffers()):
+        buffer.copy_(random(*buffer.shape, seed=i).abs() + 0.1)
+    for category in range(num_categories):
+        scores = 1.0 / 3.0 + torch.arange(num_scores) + category
+        calibration.set_thresholds(category, scores, scores + 0.5)
+    return calibration
+
+
+# -- running sums ------------------------------------------------------------------------------------------------
+
+
+def test_moments_are_numpys():
+    values = random(37, 2, 3, 4) * 5.0 + 100.0  # far from zero, where sums of squares cancel
+    moments = MomentSums()
+    for batch in values.split(10):
+        moments.update(batch)
+    array = values.double().numpy()
+    np.testing.assert_allclose(moments.mean(), array.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(moments.variance(), array.var(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(moments.mean_square(), (array**2).mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(moments.standard_deviation(0.0), array.std(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(moments.root_mean_square(0.0), np.sqrt((array**2).mean(axis=0)), rtol=1e-9)
+
+
+def test_sums_of_two_processes_add_up():
+    values = random(20, 3, 4)
+    whole, first, second = MomentSums(), MomentSums(), MomentSums()
+    whole.update(values)
+    first.update(values[:7])
+    second.update(values[7:])
+    both = first + second
+    assert both.count == 20
+    torch.testing.assert_close(both.mean(), whole.mean())
+    torch.testing.assert_close(both.variance(), whole.variance())
+    assert first.count == 7  # neither is changed
+    alone = first + MomentSums()  # a process that saw nothing
+    torch.testing.assert_close(alone.variance(), first.variance())
+
+
+def test_half_precision_values_are_summed_exactly():
+    values = (random(2000, 3, 3) + 10.0).bfloat16()
+    moments = MomentSums()
+    for batch in values.split(100):
+        moments.update(batch)
+    torch.testing.assert_close(moments.mean(), values.double().mean(dim=0))
+
+
+# -- shrinkage ---------------------------------------------------------------------------------------------------
+
+
+def test_shrinkage_goes_from_uniform_to_untouched():
+    variance = random(2, 4, 4).exp().double()
+    average = variance.mean(dim=(-2, -1), keepdim=True)
+    torch.testing.assert_close(shrink(variance, 0, 8.0), average.expand_as(variance))
+    torch.testing.assert_close(shrink(variance, 10**9, 8.0), variance)
+    torch.testing.assert_close(shrink(variance, 5, 0.0), variance)
+    torch.testing.assert_close(shrink(variance, 8, 8.0), (variance + average) / 2.0)
+    # the average over positions stays
+    torch.testing.assert_close(shrink(variance, 3, 8.0).mean(dim=(-2, -1)), average[..., 0, 0])
+
+
+def test_shrinkage_of_few_images_makes_no_position_almost_constant():
+    moments = MomentSums()
+    moments.update(random(3, 50, 50))
+    raw = moments.standard_deviation(0.0)
+    shrunk = moments.standard_deviation()
+    assert raw.min() < 0.05  # by chance, with three images
+    assert shrunk.min() > 0.5
+    assert PRIOR_IMAGES == 8.0
+
+
+def test_the_deviation_of_a_single_image_is_that_between_its_places():
+    values = random(1, 2, 5, 6)
+    moments = MomentSums()
+    moments.update(values)
+    expected = values[0].double().std(dim=(1, 2), correction=0)
+    torch.testing.assert_close(moments.standard_deviation(), expected[:, None, None].expand(2, 5, 6))
+
+
+def test_constant_images_leave_a_positive_deviation():
+    moments = MomentSums()
+    moments.update(torch.full((5, 3, 4, 4), 2.5))
+    deviation = moments.standard_deviation()
+    assert deviation.isfinite().all()
+    assert (deviation > 0).all()
+    # one varying position among constant ones lends them its deviation
+    values = torch.zeros(5, 4, 4)
+    values[:, 0, 0] = random(5)
+    moments = MomentSums()
+    moments.update(values)
+    assert moments.standard_deviation()[3, 3] > 0.01
+
+
+# -- conformal thresholds and p-values ---------------------------------------------------------------------------
+
+
+def test_threshold_is_the_order_statistic():
+    scores = torch.arange(1.0, 100.0)  # 99 of them: rank 100 (1 - rate)
+    assert conformal_threshold(scores, 0.1) == 90.0
+    assert conformal_threshold(scores, 0.05) == 95.0
+    assert conformal_threshold(scores, 0.01) == 99.0
+    assert conformal_threshold(scores, 0.5) == 50.0
+    assert conformal_threshold(scores[:10], 0.2) == 9.0  # ceil(11 * 0.8)
+
+
+def test_too_few_images_for_the_rate_are_told():
+    with pytest.warns(UserWarning, match=r"5 good images.*0\.01.*0\.17.*at least 99"):
+        assert conformal_threshold(torch.arange(5.0), 0.01) == 4.0
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, 2.0, float("nan")])
+def test_a_rate_outside_of_zero_and_one_is_refused(rate):
+    with pytest.raises(ValueError, match="`false_alarm_rate`"):
+        conformal_threshold(torch.arange(5.0), rate)
+
+
+@pytest.mark.parametrize(("count", "rate"), [(99, 0.1), (40, 0.05), (19, 0.2)])
+def test_new_good_images_raise_no_more_alarms_than_promised(count, rate):
+    rng = np.random.default_rng(0)
+    calibration = ScoreCalibration(1, num_scores=count, false_alarm_rate=rate)
+    alarms, pixels_alarm, below = [], [], []
+    for _ in range(1500):
+        # skewed, and exchangeable rather than independent: each trial has a level of its own
+        scores = torch.from_numpy(rng.gamma(2.0, size=count + 50) * rng.uniform(0.5, 2.0)).float()
+        calibration.set_thresholds(0, scores[:count], scores[:count] * 3.0)
+        new = scores[count:]
+        alarms.append((new > calibration.image_threshold[0]).float().mean())
+        pixels_alarm.append((new * 3.0 > calibration.pixel_threshold[0]).float().mean())
+        below.append((calibration.p_value(new, torch.zeros(50, dtype=torch.long)) <= rate).float().mean())
+    noise = 0.01
+    for shares in (alarms, pixels_alarm, below):
+        assert rate - 1.0 / (count + 1) - noise < float(np.mean(shares)) < rate + noise
+
+
+def test_p_values_of_good_images_are_uniform():
+    rng = np.random.default_rng(0)
+    scores = torch.from_numpy(rng.exponential(size=20_199)).float()
+    calibration = ScoreCalibration(1, num_scores=199, false_alarm_rate=0.05)
+    p_values = []
+    for block in scores[199:].view(100, 200):  # a calibration of its own for each block
+        shuffled = scores[torch.from_numpy(rng.permutation(len(scores))[:199])]
+        calibration.set_thresholds(0, shuffled, shuffled)
+        p_values.append(calibration.p_value(block, torch.zeros(200, dtype=torch.long)))
+    p_values = torch.cat(p_values)
+    for level in (0.05, 0.1, 0.25, 0.5, 0.9):
+        assert float((p_values <= level).float().mean()) == pytest.approx(level, abs=0.02)
+
+
+def test_p_values_by_hand():
+    calibration = ScoreCalibration(1, num_scores=4, false_alarm_rate=0.3)
+    calibration.set_thresholds(0, [3.0, 1.0, 2.0, 2.0], [3.0, 1.0, 2.0, 2.0])
+    scores = torch.tensor([0.0, 1.0, 1.5, 2.0, 3.0, 3.5])
+    p = calibration.p_value(scores, torch.zeros(6, dtype=torch.long))
+    torch.testing.assert_close(p, torch.tensor([5.0, 5.0, 4.0, 4.0, 2.0, 1.0]) / 5.0)
+    assert p.dtype == torch.float32
+
+
+def test_an_alarm_and_a_small_p_value_are_the_same_thing():
+    scores = random(57)
+    calibration = ScoreCalibration(1, num_scores=57, false_alarm_rate=0.1)
+    calibration.set_thresholds(0, scores, scores)
+    new = torch.cat([random(500, seed=1), scores])
+    p = calibration.p_value(new, torch.zeros(len(new), dtype=torch.long))
+    assert torch.equal(new > calibration.image_threshold[0], p <= 0.1)
+
+
+def test_categories_of_different_sizes_are_padded():
+    calibration = ScoreCalibration(2, num_scores=4, false_alarm_rate=0.5)
+    calibration.set_thresholds(0, [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0])
+    calibration.set_thresholds(1, [10.0, 20.0], [10.0, 20.0])
+    assert calibration.normal_scores[1].isnan().tolist() == [False, False, True, True]
+    p = calibration.p_value(torch.tensor([3.5, 3.5, 15.0]), torch.tensor([0, 1, 1]))
+    torch.testing.assert_close(p, torch.tensor([2.0 / 5.0, 3.0 / 3.0, 2.0 / 3.0]))
+    assert calibration.image_threshold.tolist() == [3.0, 20.0]
+
+
+def test_fewer_scores_than_before_replace_all_of_them():
+    calibration = ScoreCalibration(1, num_scores=4, false_alarm_rate=0.5)
+    calibration.set_thresholds(0, [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0])
+    calibration.set_thresholds(0, [7.0, 8.0], [7.0, 8.0])
+    p = calibration.p_value(torch.tensor([7.5, 2.0]), torch.tensor([0, 0]))
+    torch.testing.assert_close(p, torch.tensor([2.0 / 3.0, 1.0]))
+
+
+def test_before_any_threshold_nothing_is_anomalous():
+    calibration = ScoreCalibration(2, (2, 4, 4), None, 3)
+    assert calibration.image_threshold.tolist() == [float("inf")] * 2
+    assert calibration.pixel_threshold.tolist() == [float("inf")] * 2
+    assert calibration.residual_scale is None
+
+
+# -- normalisation -----------------------------------------------------------------------------------------------
+
+
+def test_maps_are_normalised_per_category_and_place():
+    calibration = filled()
+    maps, category = random(3, 2, 4, 4), torch.tensor([1, 0, 1])
+    expected = torch.stack(
+        [(m - calibration.map_mean[c]) / calibration.map_std[c] for m, c in zip(maps, (1, 0, 1), strict=True)]
+    )
+    torch.testing.assert_close(calibration.normalize(maps, category), expected)
+
+
+def residuals(count: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
+    """Residuals (N, 2, 3, 4, 5) of good images: channels that vary together, places of different deviation."""
+    mixing = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.3, 0.0], [0.0, 0.5, 2.0]])
+    places = random(2, 1, 4, 5, seed=1).exp() * spread
+    return torch.einsum("cd,ntdhw->ntchw", mixing, random(count, 2, 3, 4, 5, seed=seed)) * places
+
+
+def fitted(calibration: ScoreCalibration, category: int, good: torch.Tensor, batch_size: int = 50) -> ScoreCalibration:
+    moments = ResidualMoments()
+    for batch in good.split(batch_size):
+        moments.update(batch)
+    calibration.residual_scale[category] = moments.scale()
+    calibration.residual_whitening[category] = moments.whitening()
+    return calibration
+
+
+def test_whitened_residuals_have_variance_one_and_no_correlation():
+    calibration = ScoreCalibration(2, (1, 4, 5), (2, 3, 4, 5))
+    fitted(calibration, 0, residuals(1000))
+    fitted(calibration, 1, residuals(1000, spread=20.0))
+    for category, spread in ((0, 1.0), (1, 20.0)):
+        new = residuals(1000, seed=7, spread=spread)
+        white = calibration.whiten_residual(new, torch.full((1000,), category))
+        assert white.shape == new.shape
+        for level in range(2):
+            channels = white[:, level].transpose(0, 1).flatten(1)  # (C, N * h * w)
+            torch.testing.assert_close(torch.cov(channels), torch.eye(3), atol=0.05, rtol=0.0)
+        # the feature error of a good image: 1 at every place
+        error = feature_error(white).mean(dim=0)
+        torch.testing.assert_close(error, torch.ones_like(error), atol=0.25, rtol=0.0)
+
+
+def test_each_image_is_whitened_by_its_own_category():
+    calibration = ScoreCalibration(2, (1, 4, 5), (2, 3, 4, 5))
+    fitted(fitted(calibration, 0, residuals(100)), 1, residuals(100, seed=3, spread=20.0))
+    mixed, category = residuals(3, seed=9), torch.tensor([1, 0, 1])
+    expected = torch.cat([calibration.whiten_residual(mixed[i : i + 1], category[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(calibration.whiten_residual(mixed, category), expected)
+    assert expected[1].abs().mean() > 5.0 * expected[0].abs().mean()
+
+
+def test_a_deviation_against_the_habit_of_the_channels_counts_more():
+    calibration = fitted(ScoreCalibration(1, (1, 4, 5), (2, 3, 4, 5)), 0, residuals(1000))
+    along, against = torch.zeros(2, 1, 2, 3, 4, 5)
+    along[:, :, 0] = against[:, :, 0] = 1.0
+    along[:, :, 1], against[:, :, 1] = 0.9, -0.9
+    errors = [feature_error(calibration.whiten_residual(r, torch.tensor([0]))).mean() for r in (along, against)]
+    assert errors[1] > 5.0 * errors[0]
+
+
+def test_a_single_batch_says_nothing_of_correlations_yet():
+    moments = ResidualMoments()
+    moments.update(residuals(5))
+    torch.testing.assert_close(moments.whitening(), torch.eye(3, dtype=torch.float64).expand(2, 3, 3))
+    assert moments.scale().shape == (2, 3, 4, 5)
+    # and constant residuals say nothing at all, but leave it finite
+    constant = ResidualMoments()
+    for _ in range(3):
+        constant.update(torch.zeros(4, 2, 3, 4, 5))
+    assert constant.whitening().isfinite().all()
+    assert (constant.scale() > 0).all()
+
+
+def test_another_resolution_reads_the_statistics_between_the_pixels():
+    calibration = ScoreCalibration(1, (1, 4, 4), (1, 2, 2, 2), 3)
+    calibration.map_mean.fill_(2.0)
+    calibration.map_std.fill_(4.0)
+    calibration.residual_scale.fill_(0.5)
+    category = torch.tensor([0])
+    normalized = calibration.normalize(torch.full((1, 1, 9, 6), 10.0), category)
+    torch.testing.assert_close(normalized, torch.full((1, 1, 9, 6), 2.0))
+    white = calibration.whiten_residual(torch.ones(1, 1, 2, 5, 3), category)
+    torch.testing.assert_close(white, torch.full((1, 1, 2, 5, 3), 2.0))
+
+
+# -- float32, always ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "move", [lambda c: c.to(torch.bfloat16), lambda c: c.half(), lambda c: c.to("cpu", torch.float16)]
+)
+def test_half_precision_leaves_it_as_it_is(move):
+    calibration = move(filled())
+    expected = dict(filled().named_buffers())
+    for name, buffer in calibration.named_buffers():
+        assert buffer.dtype == torch.float32, name
+        assert torch.equal(buffer, expected[name]), name
+
+
+def test_it_moves_to_another_device():
+    calibration = filled().to("meta")
+    assert {buffer.device.type for buffer in calibration.buffers()} == {"meta"}
+    assert {buffer.dtype for buffer in calibration.buffers()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_saved_and_loaded_to_the_bit(tmp_path, dtype):
+    calibration = filled()
+    calibration.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = ScoreCalibration.from_pretrained(tmp_path, **({} if dtype is None else {"dtype": dtype}))
+    assert loaded.config.false_alarm_rate == 0.1
+    expected = dict(calibration.named_buffers())
+    assert expected.keys() == dict(loaded.named_buffers()).keys()
+    for name, buffer in loaded.named_buffers():
+        assert buffer.dtype == torch.float32, name
+        assert torch.equal(buffer, expected[name]), name
+    assert [path.suffix for path in tmp_path.iterdir() if path.suffix != ".json"] == [".safetensors"]

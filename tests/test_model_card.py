@@ -1,0 +1,186 @@
+"""Model cards: every number has a source, and what was not measured is not claimed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import generator, textures, tiny_pipeline, write_mvtec
+from diffad.training import evaluate
+from huggingface_hub import ModelCard
+from test_hub import tiny_diad
+
+from diffad.model_card import copy_records, render_model_card, shareable
+
+CATEGORIES = {"tile": 8, "cable": 8}
+NUMBER = re.compile(r"\d+(?:\.\d+)*(?:e[+-]?\d+)?")
+
+
+def section(card: ModelCard, name: str) -> str:
+    return card.text.split(f"\n## {name}\n")[1].split("\n## ")[0]
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = tiny_pipeline(categories=list(CATEGORIES))
+    for number, category in enumerate(CATEGORIES):
+        pipeline.calibrate(
+            textures(19, 16, 1000 * number), textures(8, 16, 50), 0.1, category=category, generator=generator()
+        )
+    return pipeline
+
+
+@pytest.fixture
+def report(pipeline, tmp_path, fresh_accelerate):
+    """A real one, of `diffad evaluate`, with the folder that holds it."""
+    data, model = write_mvtec(tmp_path / "data", CATEGORIES), tmp_path / "model"
+    pipeline.save_pretrained(model)
+    evaluate.main(
+        ["--model", str(model), "--data", str(data), "--output", str(model / "report.json"), "--resolution", "32"]
+    )
+    return json.loads((model / "report.json").read_text())
+
+
+def test_no_number_of_the_results_is_missing_in_the_report(pipeline, report):
+    card = render_model_card(pipeline, None, report, "org/name")
+    known = set(NUMBER.findall(json.dumps(report)))
+    shown = NUMBER.findall(section(card, "Results").replace("org/name", ""))
+    assert len(shown) > 40
+    assert set(shown) <= known
+    for category in CATEGORIES:
+        row = next(line for line in card.text.splitlines() if line.startswith(f"| {category} | 3 | 4 |"))
+        assert str(report["results"][category]["image_auroc"]) in row
+        assert str(report["results"][category]["pixel_pro"]) in row
+
+
+def test_the_model_index_holds_each_metric_of_each_category(pipeline, report):
+    card = render_model_card(pipeline, None, report, "org/name")
+    listed = {(r.dataset_config, r.metric_name): r.metric_value for r in ModelCard(str(card)).data.eval_results}
+    for category in (*CATEGORIES, "mean"):
+        values = report["results"][category]
+        assert listed[category, "image AUROC"] == values["image_auroc"]
+        assert listed[category, "pixel F1-max"] == values["pixel_f1max"]
+        assert listed[category, "PRO"] == values["pixel_pro"]
+    assert listed["tile", "false alarms"] == report["results"]["tile"]["false_alarms"]
+    assert {r.dataset_name for r in card.data.eval_results} == {"data"}
+
+
+def test_the_command_can_be_run_on_the_repository(pipeline, report):
+    card = render_model_card(pipeline, None, report, "org/name")
+    assert "diffad evaluate org/name --data data" in section(card, "Results")
+
+
+def test_what_is_null_in_a_report_has_no_column_and_no_entry(pipeline):
+    report = {"data": "parts", "results": {"tile": {"image_auroc": 0.75, "pixel_auroc": None}, "mean": {}}}
+    card = render_model_card(pipeline, None, report)
+    assert "| category | image AUROC |" in card.text
+    assert "| tile | 0.75 |" in card.text
+    assert "| mean |" not in card.text  # over one category
+    assert [(r.metric_name, r.metric_value) for r in card.data.eval_results] == [("image AUROC", 0.75)]
+
+
+def test_without_a_report_nothing_was_measured(pipeline):
+    card = render_model_card(pipeline)
+    assert "Nothing was measured" in section(card, "Results")
+    assert not NUMBER.findall(section(card, "Results"))
+    assert "model-index" not in card.data.to_dict()
+    assert "no record of the training" in section(card, "Training")
+
+
+def test_the_metadata_is_what_the_hub_reads(pipeline, report):
+    from transformers.pipelines import get_supported_tasks
+
+    training = {"arguments": {"dataset_name": "org/parts"}, "steps": 5}
+    data = ModelCard(str(render_model_card(pipeline, training, report, "org/name", license="mit"))).data.to_dict()
+    assert data["library_name"] == "diffusers"
+    assert data["pipeline_tag"] in get_supported_tasks()
+    assert "anomaly-detection" in data["tags"]
+    assert data["datasets"] == ["org/parts"]
+    assert data["license"] == "mit"
+    assert data["model-index"][0]["name"] == "name"
+
+
+def test_training_is_told_as_it_was_recorded(pipeline):
+    training = {
+        "arguments": {"train_data_dir": "/home/me/good|parts", "train_batch_size": 6, "learning_rate": 0.0003},
+        "categories": ["tile", "cable"],
+        "steps": 1234,
+        "training_seconds": 56.7,
+    }
+    text = section(render_model_card(pipeline, training), "Training")
+    for row in (
+        "| data | good\\|parts |",
+        "| categories | tile, cable |",
+        "| steps | 1234 |",
+        "| training seconds | 56.7 |",
+        "| train batch size | 6 |",
+        "| learning rate | 0.0003 |",
+    ):
+        assert row in text
+
+
+def test_thresholds_are_the_pipelines_with_the_rate_that_their_images_vouch_for(pipeline):
+    text = section(render_model_card(pipeline), "Thresholds")
+    for index, category in enumerate(CATEGORIES):
+        image, pixel = (
+            float(t[index]) for t in (pipeline.calibration.image_threshold, pipeline.calibration.pixel_threshold)
+        )
+        assert f"| {category} | {image:.6g} | {pixel:.6g} | 0.1 | 19 |" in text
+    few = tiny_pipeline()
+    with pytest.warns(UserWarning, match="cannot vouch"):
+        few.calibrate(textures(9), false_alarm_rate=0.01)
+    assert re.search(r"\| all \| .* \| 0.25 \| 3 \|", section(render_model_card(few), "Thresholds"))
+    assert "not calibrated" in section(render_model_card(tiny_pipeline()), "Thresholds")
+
+
+def test_each_method_cites_its_own_paper(pipeline):
+    texts = [section(render_model_card(one), "Citation") for one in (pipeline, tiny_diad())]
+    assert ["Lu, Fanbin" in text for text in texts] == [True, False]
+    assert ["He, Haoyang" in text for text in texts] == [False, True]
+
+
+def test_the_code_on_the_card_runs(pipeline, tmp_path, monkeypatch):
+    from conftest import texture, write_png
+
+    monkeypatch.chdir(tmp_path)
+    write_png(Path("part.png"), texture(0))
+    pipeline.save_pretrained("name")
+    card = render_model_card(pipeline, repo_id="./name")
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL):
+        exec(code, names)
+    assert names["out"].anomaly_mask.shape == (1, 16, 16)
+
+
+def test_binding_data_gives_the_weights_its_licence_and_other_data_none(pipeline):
+    def licence(data: str, **options) -> str | None:
+        return render_model_card(pipeline, {"arguments": {"train_data_dir": data}}, **options).data.license
+
+    assert licence("elpv/mono") == "cc-by-nc-sa-4.0"
+    assert licence("elpv/mono", license="other") == "other"
+    assert licence("my_parts") is None
+
+
+def test_records_are_shared_without_secrets_and_paths_of_this_machine(tmp_path):
+    record = {
+        "arguments": {"hub_token": "hf_secret", "train_data_dir": "/home/me/parts/", "config": r"C:\runs\a.yaml"},
+        "command": "diffad evaluate /home/me/model --data data/parts",
+        "scores": {"tile": [{"path": "/home/me/parts/test/001.png", "score": 1.5}]},
+    }
+    expected = {
+        "arguments": {"train_data_dir": "parts", "config": "a.yaml"},
+        "command": "diffad evaluate model --data data/parts",
+        "scores": {"tile": [{"path": "001.png", "score": 1.5}]},
+    }
+    assert shareable(record) == expected
+    (tmp_path / "from").mkdir()
+    (tmp_path / "to").mkdir()
+    (tmp_path / "from" / "report.json").write_text(json.dumps(record))
+    training, report, pictures = copy_records(tmp_path / "from", tmp_path / "to")
+    assert (training, report, pictures) == (None, expected, [])
+    assert json.loads((tmp_path / "to" / "report.json").read_text()) == expected
+    (tmp_path / "from" / "report.json").write_text("{")
+    with pytest.raises(ValueError, match=r"report\.json is no JSON"):
+        copy_records(tmp_path / "from", tmp_path / "to")

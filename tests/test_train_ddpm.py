@@ -1,0 +1,506 @@
+"""Training from folders to a calibrated pipeline: in one process, killed and resumed, and on two."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    BACKBONE,
+    generator,
+    launch,
+    launch_command,
+    texture,
+    textures,
+    tiny_pipeline,
+    tiny_scheduler,
+    tiny_unet,
+    write_folder,
+    write_mvtec,
+)
+from diffad.training import train_ddpm, training_run
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffad import AnomalyDenoisePipeline
+from diffad.images import images_to_tensors
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+SCRIPT = Path(train_ddpm.__file__)
+MODULE = "diffad.training.train_ddpm"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A pipeline of a few thousand parameters to start from."""
+    tiny_pipeline().save_pretrained(folder := tmp_path_factory.mktemp("tiny"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    """Fifteen good images: 13 to train on, which are three batches of four, and 2 held out."""
+    return write_folder(tmp_path_factory.mktemp("data") / "part", 15)
+
+
+def flags(data: Path, output: Path, *more: object, start: Path | None = None, steps: int = 2) -> list[str]:
+    arguments = ["--train_data_dir", data, "--output_dir", output, "--max_train_steps", steps]
+    arguments += ["--train_batch_size", 4, "--lr_warmup_steps", 1, "--false_alarm_rate", 0.4]
+    if start is None:  # a preset, made as small as it goes
+        arguments += ["--preset", "cpu-64", "--resolution", 16, "--backbone", BACKBONE, "--backbone_weights", "random"]
+        arguments += ["--feature_strides", 2, 4]
+    else:
+        arguments += ["--pretrained_model_name_or_path", start]
+    return [str(argument) for argument in (*arguments, *more)]
+
+
+def train(*args, **kwargs) -> None:
+    train_ddpm.main(flags(*args, **kwargs))
+
+
+def load(output: Path) -> AnomalyDenoisePipeline:
+    """A finished run's pipeline, checked to be calibrated and to work."""
+    pipeline = DiffusionPipeline.from_pretrained(output)
+    pipeline.set_progress_bar_config(disable=True)
+    category = pipeline.config.categories[0] if len(pipeline.config.categories) > 1 else None
+    result = pipeline(texture(99), category=category)
+    assert np.isfinite(result.anomaly_map).all()
+    assert 0.0 < result.p_value[0] <= 1.0
+    return pipeline
+
+
+# -- end to end --------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_good_images_becomes_a_calibrated_pipeline(good, tmp_path):
+    train(good, tmp_path, "--alpha", 0.3, "--timesteps", 5, 20, "--kl_sigma", 1)
+    pipeline = load(tmp_path)
+    assert type(pipeline) is AnomalyDenoisePipeline
+    assert pipeline.config.categories == ["part"]
+    assert pipeline.config.timesteps == [5, 20]
+    assert pipeline.config.alpha == 0.3
+    assert pipeline.processing_resolution == 16
+    assert pipeline.unet.config.num_class_embeds is None
+    assert pipeline.unet.config.feature_channels == pipeline.feature_extractor.num_channels == 64
+    assert (pipeline.feature_extractor.channel_std != 1).all()  # standardised on these images
+    assert pipeline.calibration.config.false_alarm_rate == 0.4
+    assert pipeline.calibration.normal_scores.shape == (1, 2)
+    assert (pipeline.calibration.image_threshold < float("inf")).all()
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert record["steps"] == 2
+    assert record["categories"] == ["part"]
+    assert record["arguments"]["train_batch_size"] == 4
+
+
+def test_two_categories_of_an_mvtec_tree_become_one_class_conditional_model(tmp_path):
+    data = write_mvtec(tmp_path / "data", {"tile": 14, "cable": 7})
+    train(data, tmp_path / "run", "--validation_steps", 2, "--false_alarm_rate", 0.5)
+    pipeline = load(tmp_path / "run")
+    assert pipeline.config.categories == ["cable", "tile"]
+    assert pipeline.unet.config.num_class_embeds == 2
+    # 15% of each is held out: 1 of 7, 2 of 14
+    assert (~pipeline.calibration.normal_scores.isnan()).sum(dim=1).tolist() == [1, 2]
+    assert (pipeline.calibration.image_threshold < float("inf")).all()
+    maps = [pipeline(texture(0), category=name, generator=generator()).anomaly_map for name in ("cable", "tile")]
+    assert not np.array_equal(*maps)
+    # asked for one of them, it is a model of one
+    train(data, tmp_path / "one", "--category", "tile")
+    assert load(tmp_path / "one").config.categories == ["tile"]
+
+
+def test_training_learns(good, tiny, tmp_path):
+    train(good, tmp_path, "--learning_rate", 3e-3, "--use_ema", "--ema_decay", 0.9, start=tiny, steps=60)
+
+    def losses(folder: Path) -> dict[str, float]:
+        pipeline = AnomalyDenoisePipeline.from_pretrained(folder)
+        clean = torch.stack(images_to_tensors(textures(16, first_seed=300))) * 2.0 - 1.0
+        with torch.no_grad():
+            features = pipeline.feature_extractor(clean, (8, 8))
+            arguments = (clean, features, None, generator(7), 1.0)
+            parts = train_ddpm.denoising_loss(pipeline.unet, pipeline.scheduler, *arguments)
+        return {name: float(value) for name, value in parts.items()}
+
+    before, after = losses(tiny), losses(tmp_path)
+    assert after["noise"] < 0.8 * before["noise"]
+    assert after["feature"] < 0.8 * before["feature"]
+
+
+def test_curves_pictures_and_checkpoints_are_written(good, tiny, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    more = ("--report_to", "tensorboard", "--validation_steps", 5, "--checkpointing_steps", 4)
+    train(good, tmp_path, *more, "--checkpoints_total_limit", 2, start=tiny, steps=11)
+
+    (events,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*") if path.parent.name == "diffad"}
+    log = event_accumulator.EventAccumulator(str(events))
+    log.Reload()
+    assert {"noise", "variance", "feature", "lr", "images_per_s"} <= set(log.Tags()["scalars"])
+    points = log.Scalars("noise")
+    assert [point.step for point in points] == [10, 11]
+    assert all(0.0 < point.value < 10.0 for point in points)
+
+    pictures = sorted(path.name for path in (tmp_path / "validation").iterdir())
+    assert pictures == ["step-10.png", "step-5.png"]
+    with Image.open(tmp_path / "validation" / "step-5.png") as sheet:
+        width, height = sheet.size
+    assert width > 5 * 160  # five columns
+    assert height > 2 * 160  # both held-out images
+
+    assert sorted(p.name for p in tmp_path.glob("*checkpoint*")) == ["checkpoint-11", "checkpoint-8"]
+
+
+@pytest.mark.parametrize("more", [("--mixed_precision", "bf16"), ("--gradient_checkpointing", "--random_flip")])
+def test_other_ways_to_run(good, tiny, tmp_path, more):
+    train(good, tmp_path, *more, start=tiny)
+    pipeline = load(tmp_path)
+    assert pipeline.unet.dtype == torch.float32
+    start = AnomalyDenoisePipeline.from_pretrained(tiny).unet.state_dict()
+    moved = [name for name, value in pipeline.unet.state_dict().items() if not torch.equal(value, start[name])]
+    assert len(moved) > 0.9 * len(start)
+
+
+def test_the_extractor_may_look_closer(good, tmp_path):
+    train(good, tmp_path, "--feature_image_size", 32, "--feature_resolution", 8, "--validation_steps", 1)
+    pipeline = load(tmp_path)
+    assert pipeline.feature_extractor.config.image_size == 32
+    assert pipeline.unet.config.feature_resolution == 8
+    assert pipeline.calibration.residual_scale.shape == (1, 3, 64, 8, 8)
+
+
+# -- killed and resumed ------------------------------------------------------------------------------------------
+
+
+def test_killed_and_resumed_it_ends_with_the_same_weights_to_the_bit(good, tiny, tmp_path):
+    """With accumulation over the ends of epochs (three batches in each, two a step), and EMA."""
+    more = ("--gradient_accumulation_steps", 2, "--use_ema", "--checkpointing_steps", 4, "--random_flip")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    command = launch_command(SCRIPT, *flags(good, killed, *more, start=tiny, steps=24))
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.time() + 120
+        while not training_run.list_checkpoints(killed):
+            assert process.poll() is None, (tmp_path / "log").read_text()[-4000:]
+            assert time.time() < deadline
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # the launcher and what it launched
+        process.wait()
+    assert not (killed / "model_index.json").exists()  # in mid-run
+    assert training_run.list_checkpoints(killed)[-1].name != "checkpoint-24"
+    # what a kill in the middle of a checkpoint leaves
+    (killed / "unfinished-checkpoint-23").mkdir()
+    (killed / "unfinished-checkpoint-23" / "model.safetensors").write_bytes(b"cut off")
+
+    train(good, whole, *more, start=tiny, steps=24)
+    train(good, killed, *more, "--resume_from_checkpoint", "latest", start=tiny, steps=24)
+
+    assert json.loads((killed / "training.json").read_text())["steps"] == 24
+    for name in ("checkpoint-24/model.safetensors", "unet/diffusion_pytorch_model.safetensors"):  # raw, and averaged
+        expected, resumed = load_file(whole / name), load_file(killed / name)
+        assert expected.keys() == resumed.keys()
+        assert [key for key in expected if not torch.equal(expected[key], resumed[key])] == []
+    raw = load_file(whole / "checkpoint-24" / "model.safetensors")
+    averaged = load_file(whole / "unet" / "diffusion_pytorch_model.safetensors")
+    assert not torch.equal(raw["conv_in.weight"], averaged["conv_in.weight"])
+    averages = torch.load(killed / "checkpoint-24" / "custom_checkpoint_0.pkl", weights_only=False)
+    assert averages["optimization_step"] == 24
+    assert torch.equal(load(whole).calibration.normal_scores, load(killed).calibration.normal_scores)
+
+
+def test_accumulation_makes_no_step_of_its_own_at_the_end_of_an_epoch(good, tiny, tmp_path):
+    """Twelve batches, two a step: six steps, also where an epoch ends after the third batch."""
+    train(good, tmp_path, "--gradient_accumulation_steps", 2, "--use_ema", start=tiny, steps=6)
+    assert json.loads((tmp_path / "training.json").read_text())["steps"] == 6
+    optimizer = torch.load(tmp_path / "checkpoint-6" / "optimizer.bin", weights_only=False)
+    assert {float(state["step"]) for state in optimizer["state"].values()} == {6.0}
+
+
+def test_resuming_a_finished_run_trains_no_more(good, tiny, tmp_path, capsys):
+    train(good, tmp_path, start=tiny)
+    before = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    train(good, tmp_path, "--resume_from_checkpoint", "latest", start=tiny)
+    assert "checkpoint-2, step 2" in capsys.readouterr().out
+    after = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    # and a longer run goes on from it, from the folder by its name
+    train(good, tmp_path, "--resume_from_checkpoint", tmp_path / "checkpoint-2", start=tiny, steps=3)
+    assert json.loads((tmp_path / "training.json").read_text())["steps"] == 3
+
+
+def test_nothing_to_resume(good, tiny, tmp_path, capsys):
+    train(good, tmp_path, "--resume_from_checkpoint", "latest", start=tiny)
+    assert "No checkpoint" in capsys.readouterr().out
+    load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"--resume_from_checkpoint.*no_such.*'latest'"):
+        train(good, tmp_path, "--resume_from_checkpoint", tmp_path / "no_such", start=tiny)
+
+
+def test_the_seed_decides(good, tiny, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(good, tmp_path / name, "--seed", seed, start=tiny)
+    weights = [load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors") for name in "abc"]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not torch.equal(weights[0]["conv_in.weight"], weights[2]["conv_in.weight"])
+
+
+# -- two processes -----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_one_model(good, tiny, tmp_path):
+    script = tmp_path / "both.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from accelerate import Accelerator\n"
+        "from diffad.training import train_ddpm, training_run\n"
+        "accelerator = Accelerator()\n"
+        "layer = torch.nn.Linear(2, 2)\n"
+        "torch.nn.init.constant_(layer.weight, float(accelerator.process_index))\n"
+        "try:\n"
+        "    training_run.check_replicas(layer, accelerator)\n"
+        "except RuntimeError as error:\n"
+        "    print('REFUSED', error)\n"
+        "train_ddpm.main(sys.argv[1:])\n"
+    )
+    arguments = flags(good, tmp_path / "run", "--gradient_accumulation_steps", 2, "--use_ema", start=tiny, steps=3)
+    output = launch(script, *arguments, processes=2, cwd=tmp_path)
+    assert output.count("REFUSED Processes ended with different weights") == 2
+    assert output.count("Saved a calibrated pipeline") == 1
+    pipeline = load(tmp_path / "run")
+    assert pipeline.calibration.normal_scores.shape == (1, 2)
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["steps"] == 3
+    assert {p.name for p in (tmp_path / "run" / "checkpoint-3").glob("random_states_*")} == {
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+    }
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_overrides_the_configuration(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "train_data_dir: parts\nmax_train_steps: 7\nlearning_rate: 3e-4\nuse_ema: true\n"
+        "timesteps: [1, 2]\npreset: cpu-64\nrandom_flip: false\n"
+    )
+    args = train_ddpm.parse_args(["--config", str(config), "--max_train_steps", "9", "--timesteps", "3"])
+    assert args.max_train_steps == 9
+    assert args.timesteps == [3]
+    assert args.learning_rate == 3e-4  # YAML reads 3e-4 as text
+    assert args.use_ema is True
+    assert args.random_flip is False
+    assert args.preset == "cpu-64"
+    assert args.train_batch_size == 8  # neither says: the default
+
+
+def test_the_demos_configuration_is_valid():
+    config = SCRIPT.parent / "configs" / "demo.yaml"
+    args = train_ddpm.parse_args(["--config", str(config), "--seed", "5"])
+    assert args.train_data_dir == "elpv/mono"
+    assert args.seed == 5
+
+
+DATA = ("--train_data_dir", "parts")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config", "words"),
+    [
+        ((), None, "give one of --train_data_dir and --dataset_name"),
+        ((*DATA, "--dataset_name", "org/name"), None, "give one of --train_data_dir and --dataset_name"),
+        ((*DATA, "--calibration_fraction", "0"), None, r"--calibration_fraction must lie in \(0, 1\)"),
+        ((*DATA, "--calibration_fraction", "1"), None, r"--calibration_fraction must lie in \(0, 1\)"),
+        ((*DATA, "--false_alarm_rate", "0"), None, r"--false_alarm_rate must lie in \(0, 1\)"),
+        ((*DATA, "--false_alarm_rate", "1.5"), None, r"--false_alarm_rate must lie in \(0, 1\)"),
+        ((*DATA, "--alpha", "1.5"), None, r"--alpha must lie in \[0, 1\]"),
+        ((*DATA, "--timesteps", "5", "1000"), None, r"--timesteps must lie in \[0, 999\]"),
+        ((*DATA, "--train_batch_size", "0"), None, "--train_batch_size must be at least 1"),
+        ((*DATA, "--gradient_accumulation_steps", "-1"), None, "--gradient_accumulation_steps must be at least 1"),
+        ((*DATA, "--max_train_steps", "0"), None, "--max_train_steps must be at least 1"),
+        ((*DATA, "--checkpointing_steps", "0"), None, "--checkpointing_steps must be at least 1"),
+        ((*DATA, "--max_train_steps", "many"), None, "--max_train_steps.*'many'"),
+        ((*DATA, "--preset", "gpu-9000"), None, "--preset.*'gpu-9000'.*cpu-64"),
+        ((*DATA, "--on_bad_image", "ignore"), None, "--on_bad_image.*error.*skip"),
+        ((*DATA, "--no_such_flag"), None, "--no_such_flag"),
+        ((*DATA, "--config", "no_such.yaml"), None, "--config: no file at no_such.yaml"),
+        (DATA, "max_train_step: 5\nlearning_rates: 1\n", "sets unknown flags learning_rates, max_train_step"),
+        (DATA, "preset: gpu-9000\n", "preset.*gpu-9000"),
+        (DATA, "max_train_steps: many\n", "--max_train_steps.*'many'"),
+        (DATA, "- max_train_steps\n", "--config"),
+        (DATA, "a: [1\n", "--config"),
+    ],
+)
+def test_wrong_arguments_end_in_one_clear_line(arguments, config, words, tmp_path, capsys):
+    if config is not None:
+        (tmp_path / "run.yaml").write_text(config)
+        arguments = (*arguments, "--config", str(tmp_path / "run.yaml"))
+    with pytest.raises(SystemExit) as stopped:
+        train_ddpm.parse_args(arguments)
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.rstrip().splitlines()[-1]
+    assert re.search(f"error: .*{words}", last), last
+
+
+# -- images ------------------------------------------------------------------------------------------------------
+
+
+def test_a_corrupt_image_stops_the_run_or_is_skipped(tiny, tmp_path):
+    data = write_folder(tmp_path / "part", 6)
+    (data / "003.png").write_bytes((data / "003.png").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"(?s)on_bad_image='skip'.*003\.png"):
+        train(data, tmp_path / "run", start=tiny)
+    assert not (tmp_path / "run" / "model_index.json").exists()
+    with pytest.warns(UserWarning, match=r"(?s)Skipped 1 images.*003\.png"):
+        train(data, tmp_path / "run", "--on_bad_image", "skip", "--false_alarm_rate", 0.5, start=tiny)
+    assert load(tmp_path / "run").calibration.normal_scores.shape == (1, 1)
+
+
+def test_no_images_too_few_images_no_folder(tiny, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty is empty: expected \.png"):
+        train(tmp_path / "empty", tmp_path / "run", start=tiny)
+    with pytest.raises(FileNotFoundError, match="no_such"):
+        train(tmp_path / "no_such", tmp_path / "run", start=tiny)
+    with pytest.raises(ValueError, match=r"'part'.*has 2 good images: too few.*It takes 3"):
+        train(write_folder(tmp_path / "part", 2), tmp_path / "run", start=tiny)
+    with pytest.raises(ValueError, match=r"`category`.*\['tile'\]"):
+        train(write_mvtec(tmp_path / "tree"), tmp_path / "run", "--category", "bolt", start=tiny)
+
+
+def test_three_images_are_enough(tiny, tmp_path):
+    train(write_folder(tmp_path / "part", 3), tmp_path / "run", "--false_alarm_rate", 0.5, start=tiny)
+    assert load(tmp_path / "run").calibration.normal_scores.shape == (1, 1)
+
+
+def shared(**values) -> Namespace:
+    return Namespace(**{**vars(train_ddpm.parse_args(["--train_data_dir", "x"])), **values})
+
+
+def test_the_same_share_of_every_category_is_held_out_by_the_seed(tmp_path):
+    data = write_mvtec(tmp_path, {"tile": 20, "cable": 10})
+    args = shared(train_data_dir=str(data), calibration_fraction=0.3)
+    training, held_out, categories = training_run.load_good_images(args)
+    assert categories == ["cable", "tile"]
+    assert sorted(held_out["category"]) == ["cable"] * 3 + ["tile"] * 6
+    assert len(training) == 21
+    assert not set(training["path"]) & set(held_out["path"])
+    again = training_run.load_good_images(args)[1]
+    other = training_run.load_good_images(shared(train_data_dir=str(data), calibration_fraction=0.3, seed=1))[1]
+    assert again["path"] == held_out["path"]
+    assert other["path"] != held_out["path"]
+
+
+def test_images_are_resized_once_and_read_from_disk(tmp_path):
+    args = shared(train_data_dir=str(write_folder(tmp_path / "part", 8, size=20)))
+    training, _, categories = training_run.load_good_images(args)
+    images = training_run.ResizedImages(training, 20, categories)
+    assert len(images) == 7
+    pixels, index = images[2]
+    assert pixels.dtype == torch.uint8
+    assert index == 0
+    assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(training[2]["image"]))
+    assert images.table.cache_files  # memory-mapped: memory does not grow with the images
+    assert training_run.ResizedImages(training, 8, categories)[0][0].shape == (3, 8, 8)
+
+
+def batch(count: int = 4, size: int = 16) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(texture(i, size)).permute(2, 0, 1) for i in range(count)])
+
+
+def test_augmentation_off_only_scales():
+    args = shared(rotation_degrees=0.0)
+    images = training_run.augment(batch(), args, generator())
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images, batch().float() / 127.5 - 1.0)
+
+
+def test_flips_are_exact_and_half_of_the_images():
+    plain = batch(64).float() / 127.5 - 1.0
+    for flag, dim in (("random_flip", 3), ("random_vertical_flip", 2)):
+        images = training_run.augment(batch(64), shared(rotation_degrees=0.0, **{flag: True}), generator())
+        kept = (images - plain).abs().amax(dim=(1, 2, 3)) < 1e-4
+        flipped = (images - plain.flip(dim)).abs().amax(dim=(1, 2, 3)) < 1e-4
+        assert (kept | flipped).all()
+        assert 16 < int(flipped.sum()) < 48
+
+
+def test_rotation_turns_by_no_more_than_asked_and_invents_no_values():
+    ramp = torch.arange(64, dtype=torch.uint8).expand(32, 3, 64, 64)
+    images = training_run.augment(ramp, shared(rotation_degrees=10.0), generator())
+    assert images.min() >= -1.0
+    assert images.max() <= 63 / 127.5 - 1.0 + 1e-5
+    # the gradient of a ramp turns with the image
+    inner = images[:, 0, 24:40, 24:40]
+    dx, dy = inner.diff(dim=2)[:, :15].mean(dim=(1, 2)), inner.diff(dim=1)[:, :, :15].mean(dim=(1, 2))
+    angles = torch.atan2(dy, dx).rad2deg()
+    assert angles.abs().max() <= 10.1
+    assert angles.abs().max() > 5.0
+    assert angles.min() < 0 < angles.max()
+    again = training_run.augment(ramp, shared(rotation_degrees=10.0), generator())
+    assert torch.equal(images, again)
+
+
+def test_batches_of_a_resumed_run_are_those_of_the_first(tmp_path):
+    args = shared(train_data_dir=str(write_folder(tmp_path / "part", 15)), train_batch_size=4, output_dir=str(tmp_path))
+    accelerator = training_run.create_accelerator(args)
+    training, _, categories = training_run.load_good_images(args)
+    images = training_run.ResizedImages(training, 16, categories)
+
+    def batches(first: int, last: int) -> list[tuple[int, torch.Tensor]]:
+        loader = accelerator.prepare(training_run.create_data_loader(images, args))
+        return [(n, pixels) for n, (pixels, _) in training_run.training_batches(loader, accelerator, first, last)]
+
+    whole, resumed = batches(0, 11), batches(4, 11)  # three batches an epoch
+    assert [number for number, _ in whole] == list(range(11))
+    assert [number for number, _ in resumed] == list(range(4, 11))
+    for (_, expected), (_, actual) in zip(whole[4:], resumed, strict=True):
+        assert torch.equal(actual, expected)
+    assert not torch.equal(whole[0][1], whole[3][1])  # epochs are shuffled anew
+    draws = {training_run.step_generator(seed, n, accelerator).initial_seed() for seed in (0, 1) for n in range(50)}
+    assert len(draws) == 100
+
+
+# -- loss --------------------------------------------------------------------------------------------------------
+
+
+def test_the_bound_trains_the_variance_alone():
+    """Equations 5 to 8: the gradient of the mean is stopped in the variational bound."""
+    unet = tiny_unet()
+    clean = torch.rand(4, 3, 16, 16, generator=generator()) * 2.0 - 1.0
+    features = torch.randn(4, 64, 8, 8, generator=generator())
+    gradients = {}
+    for name in ("noise", "variance", "feature"):
+        unet.zero_grad()
+        losses = train_ddpm.denoising_loss(unet, tiny_scheduler(), clean, features, None, generator(), 1.0)
+        losses[name].backward()
+        gradients[name] = unet.conv_out.bias.grad
+    assert (gradients["noise"][:3] != 0).all()
+    assert (gradients["noise"][3:] == 0).all()
+    assert (gradients["variance"][:3] == 0).all()
+    assert (gradients["variance"][3:] != 0).all()
+    assert gradients["feature"] is None or (gradients["feature"] == 0).all()
+
+
+def test_a_larger_exponent_draws_smaller_timesteps():
+    drawn = []
+    unet = tiny_unet()
+    unet.register_forward_pre_hook(lambda module, args: drawn.append(args[1]))
+    clean, features = torch.zeros(256, 3, 16, 16), torch.zeros(256, 64, 8, 8)
+    with torch.no_grad():
+        for exponent in (1.0, 3.0):
+            train_ddpm.denoising_loss(unet, tiny_scheduler(), clean, features, None, generator(), exponent)
+    assert all(((t >= 0) & (t <= 999)).all() for t in drawn)
+    assert 450 < drawn[0].float().mean() < 550  # uniform
+    assert 200 < drawn[1].float().mean() < 300  # the mean of u^3 is a quarter

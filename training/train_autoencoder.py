@@ -1,0 +1,318 @@
+#!/usr/bin/env python
+"""Trains DiAD's autoencoder (He et al., "A Diffusion-based Framework for Multi-class Anomaly Detection", AAAI 2024).
+
+    accelerate launch training/train_autoencoder.py --train_data_dir DIR --output_dir runs/autoencoder \
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
+
+Good images in, an `AutoencoderKL` out, for `train_diad.py --vae_path`. With the same data, seed and
+--calibration_fraction, both scripts hold out the same images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from diffad.pipelines.pipeline_diad import denormalize_images, encode_latents, normalize_images
+from diffad.training import training_run as run
+from diffusers import AutoencoderKL
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from diffad import TimmFeatureExtractor
+from diffad.images import images_to_pixel_values, images_to_tensors
+from diffad.visualization import heat_map, save_rows, to_uint8
+
+AUTOENCODER_PRESETS: dict[str, dict[str, Any]] = {
+    # 8 times smaller, like Stable Diffusion's, but 40 times lighter: minutes on two CPU cores
+    "cpu-128": {
+        "sample_size": 128,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (16, 32, 64, 128),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 8,
+        "mid_block_add_attention": False,
+    },
+}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Trains DiAD's autoencoder on good images.")
+    run.add_shared_arguments(parser)
+    run.add_diad_arguments(parser)
+    parser.set_defaults(output_dir="runs/autoencoder")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--pretrained_model_name_or_path",
+        metavar="ID",
+        help="fine-tune this AutoencoderKL, or this pipeline's (folder or Hub id)",
+    )
+    model.add_argument("--preset", choices=sorted(AUTOENCODER_PRESETS), help="train this architecture from scratch")
+
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--reconstruction_loss", choices=("l1", "l2"), default="l1", help="of normalised pixels (l1)")
+    loss.add_argument("--kl_weight", type=float, default=1e-6, help="of the latents' KL, per value of the image (1e-6)")
+    loss.add_argument("--perceptual_weight", type=float, default=0.0, help="of the features' distance (0)")
+    loss.add_argument(
+        "--perceptual_loss",
+        choices=("cosine", "l2"),
+        default="cosine",
+        help="the anomaly map's cosine distance, or the squared error of standardised features (cosine)",
+    )
+    args = run.parse_arguments(parser, argv)
+    if (args.preset is None) == (args.pretrained_model_name_or_path is None):
+        parser.error("give one of --pretrained_model_name_or_path and --preset")
+    return args
+
+
+def load_autoencoder(name_or_path: str) -> AutoencoderKL:
+    """An `AutoencoderKL`, or the one in the `vae` folder of a pipeline."""
+    try:
+        AutoencoderKL.load_config(name_or_path)
+    except OSError:  # no config.json at the top: a pipeline
+        return AutoencoderKL.from_pretrained(name_or_path, subfolder="vae")
+    return AutoencoderKL.from_pretrained(name_or_path)
+
+
+class Autoencoding(nn.Module):
+    """Encodes, samples and decodes in one forward, so that several processes exchange every gradient."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixel_values: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reconstructions (N, 3, H, W), and the KL of the latents' Gaussian from the standard one, (N,) in nats."""
+        posterior = self.vae.encode(pixel_values).latent_dist
+        return self.vae.decode(posterior.sample(generator)).sample, posterior.kl()
+
+
+def perceptual_distance(
+    extractor: TimmFeatureExtractor, images: torch.Tensor, reconstruction: torch.Tensor, kind: str
+) -> torch.Tensor:
+    """How far a reconstruction's features are from the image's, a scalar; both (N, 3, R, R) in [-1, 1]."""
+    if kind == "cosine":  # as in the anomaly map (He et al., eqs. 9-10)
+        with torch.no_grad():
+            layers = extractor.layers(images)
+        distances = [
+            1.0 - F.cosine_similarity(layer.float(), other.float(), dim=1).mean()
+            for layer, other in zip(layers, extractor.layers(reconstruction), strict=True)
+        ]
+        return torch.stack(distances).sum()
+    size = (images.shape[-1] // extractor.config.strides[0],) * 2
+    with torch.no_grad():
+        features = extractor(images, size)
+    return F.mse_loss(extractor(reconstruction, size).float(), features.float())
+
+
+def reconstruction_losses(
+    autoencoding: nn.Module,
+    extractor: TimmFeatureExtractor | None,
+    images: torch.Tensor,
+    generator: torch.Generator,
+    args: argparse.Namespace,
+) -> dict[str, torch.Tensor]:
+    """The terms of the loss without their weights, as scalars, for images (N, 3, R, R) in [-1, 1].
+
+    The KL counts per value of the image, as in latent diffusion (Rombach et al., CVPR 2022, appendix G).
+    """
+    pixel_values = normalize_images(images, args.image_mean, args.image_std)
+    reconstruction, kl = autoencoding(pixel_values, generator)
+    distance = F.l1_loss if args.reconstruction_loss == "l1" else F.mse_loss
+    losses = {
+        "reconstruction": distance(reconstruction.float(), pixel_values),
+        "kl": kl.float().mean() / pixel_values[0].numel(),
+    }
+    if extractor is not None:
+        restored = denormalize_images(reconstruction.float(), args.image_mean, args.image_std)
+        losses["perceptual"] = perceptual_distance(extractor, images, restored, args.perceptual_loss)
+    return losses
+
+
+@torch.no_grad()
+def latent_scale(vae: AutoencoderKL, batches: Any) -> float:
+    """What makes the latents' standard deviation 1, from batches of normalised images, in one pass."""
+    count, total, total_of_squares = 0, 0.0, 0.0
+    for pixel_values in batches:
+        latents = encode_latents(vae, pixel_values).double() / vae.config.scaling_factor
+        count += latents.numel()
+        total += float(latents.sum())
+        total_of_squares += float(latents.square().sum())
+    return (total_of_squares / count - (total / count) ** 2) ** -0.5
+
+
+@torch.no_grad()
+def reconstruct(
+    vae: AutoencoderKL, images: list[torch.Tensor], args: argparse.Namespace, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images at the training's resolution and their reconstructions, each (N, 3, R, R), [-1, 1]."""
+    originals = images_to_pixel_values(images, (args.resolution, args.resolution)).to(device)
+    pixel_values = normalize_images(originals, args.image_mean, args.image_std)
+    decoded = vae.decode(vae.encode(pixel_values).latent_dist.mode()).sample.float()
+    return originals, denormalize_images(decoded, args.image_mean, args.image_std).clamp(-1.0, 1.0)
+
+
+def held_out_error(vae: AutoencoderKL, held_out: Dataset, args: argparse.Namespace, device: torch.device) -> float:
+    """Mean absolute error over held-out images; 1 is from black to white."""
+    total = 0.0
+    for start in range(0, len(held_out), 16):
+        rows = [held_out[i]["image"] for i in range(start, min(start + 16, len(held_out)))]
+        originals, restored = reconstruct(vae, images_to_tensors(rows), args, device)
+        total += float((originals - restored).abs().mean()) * len(rows) / 2.0
+    return total / len(held_out)
+
+
+def save_validation_pictures(
+    vae: AutoencoderKL, images: list[torch.Tensor], args: argparse.Namespace, device: torch.device, path: Path
+) -> None:
+    """One row an image: itself, its reconstruction, and the distance between them."""
+    originals, restored = reconstruct(vae, images, args, device)
+    rows = [
+        [to_uint8(original), to_uint8(one), heat_map((original - one).abs().mean(dim=0))]
+        for original, one in zip(originals, restored, strict=True)
+    ]
+    save_rows(rows, path, ["image", "reconstruction", "difference"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    accelerator = run.create_accelerator(args)
+    started = time.time()
+
+    # 1. The autoencoder, good images, and some held out
+    if args.preset:
+        vae = AutoencoderKL(**AUTOENCODER_PRESETS[args.preset])
+        args.resolution = args.resolution or vae.config.sample_size
+    else:
+        vae = load_autoencoder(args.pretrained_model_name_or_path)
+        args.resolution = args.resolution or 256
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if args.resolution % factor:
+        raise ValueError(f"--resolution must be a multiple of {factor} for this autoencoder, but is {args.resolution}.")
+    training, held_out, categories = run.load_good_images(args)
+    images = run.ResizedImages(training, args.resolution, categories)
+    data_loader = run.create_data_loader(images, args)
+    accelerator.print(
+        f"{len(training)} good images of {', '.join(categories)} for training, {len(held_out)} held out; "
+        f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f}M parameters, {args.resolution} px"
+    )
+
+    def batches(count: int) -> Any:
+        """About `count` training images, evenly spread, in [-1, 1]."""
+        chosen = Subset(images, range(0, len(images), max(1, len(images) // count)))
+        for pixels, _ in DataLoader(chosen, 16):
+            yield pixels.to(accelerator.device).float() / 127.5 - 1.0
+
+    # 2. The features of the perceptual loss
+    extractor = None
+    if args.perceptual_weight:
+        extractor = TimmFeatureExtractor.from_backbone(
+            args.backbone, args.feature_strides, args.feature_image_size, args.backbone_weights
+        ).to(accelerator.device)
+        if args.perceptual_loss == "l2":
+            extractor.fit_standardization(batches(256), (args.resolution // args.feature_strides[0],) * 2)
+
+    # 3. Optimizer, EMA, and what accelerate makes of them
+    if args.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    model = Autoencoding(vae)
+    optimizer, schedule = run.create_optimizer(list(model.parameters()), args, accelerator)
+    model, optimizer, data_loader, schedule = accelerator.prepare(model, optimizer, data_loader, schedule)
+    ema = run.create_ema(list(vae.parameters()), args)
+    if ema is not None:
+        ema.to(accelerator.device)
+        accelerator.register_for_checkpointing(ema)
+    step = run.resume(accelerator, args)
+
+    # 4. Train
+    weights = {"reconstruction": 1.0, "kl": args.kl_weight, "perceptual": args.perceptual_weight}
+    accumulation = args.gradient_accumulation_steps
+    progress = tqdm(
+        total=args.max_train_steps,
+        initial=step,
+        desc="Training",
+        disable=not accelerator.is_local_main_process,
+    )
+    pictures = run.load_pictures(held_out, 4) if args.validation_steps and accelerator.is_main_process else []
+    model.train()
+    train_started, first_step = time.time(), step
+    try:
+        for number, (pixels, _) in run.training_batches(
+            data_loader, accelerator, step * accumulation, args.max_train_steps * accumulation
+        ):
+            generator = run.step_generator(args.seed, number, accelerator)
+            with accelerator.accumulate(model):
+                augmented = run.augment(pixels, args, generator)
+                with accelerator.autocast():
+                    losses = reconstruction_losses(model, extractor, augmented, generator, args)
+                accelerator.backward(sum(weights[name] * value for name, value in losses.items()))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            step += 1
+            if ema is not None:
+                ema.step(vae.parameters())
+            progress.update()
+            if step % 10 == 0 or step == args.max_train_steps:  # reading a loss waits for the device
+                parts = {name: value.item() for name, value in losses.items()}
+                images_seen = (step - first_step) * accumulation * args.train_batch_size * accelerator.num_processes
+                rate = images_seen / (time.time() - train_started)
+                progress.set_postfix({**{k: f"{v:.3f}" for k, v in parts.items()}, "images/s": f"{rate:.0f}"})
+                accelerator.log({**parts, "lr": schedule.get_last_lr()[0], "images_per_s": rate}, step=step)
+            if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
+                path = Path(args.output_dir, "validation", f"step-{step}.png")
+                with accelerator.autocast():
+                    save_validation_pictures(vae, pictures, args, accelerator.device, path)
+            if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+                run.save_checkpoint(accelerator, args, step)
+    except KeyboardInterrupt:
+        if accelerator.num_processes == 1 and step > first_step:
+            run.save_checkpoint(accelerator, args, step)
+        accelerator.print(f"\nStopped at step {step}. Add --resume_from_checkpoint latest to go on.")
+        raise SystemExit(130) from None
+    progress.close()
+    run.check_replicas(model, accelerator)
+
+    # 5. Scale the latents of a new autoencoder, and save it
+    if accelerator.is_main_process:
+        vae.eval()
+        if ema is not None:
+            ema.copy_to(vae.parameters())
+        with accelerator.autocast():
+            if args.preset:
+                normalized = (normalize_images(batch, args.image_mean, args.image_std) for batch in batches(512))
+                vae.register_to_config(scaling_factor=latent_scale(vae, normalized))
+            error = held_out_error(vae, held_out, args, accelerator.device)
+        vae.save_pretrained(args.output_dir)
+        record = {
+            "categories": categories,
+            "steps": step,
+            "training_seconds": round(time.time() - train_started, 1),
+            "held_out_l1": round(error, 6),
+        }
+        run.save_record(args, record)
+        if args.push_to_hub:
+            vae.push_to_hub(args.hub_model_id or Path(args.output_dir).name, token=args.hub_token)
+        print(
+            f"Saved an autoencoder to {args.output_dir} after {time.time() - started:.0f} s; on held-out images its "
+            f"reconstructions are off by {error:.4f} of the range from black to white."
+        )
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

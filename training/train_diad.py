@@ -1,0 +1,470 @@
+#!/usr/bin/env python
+"""Trains DiAD (He et al., "A Diffusion-based Framework for Multi-class Anomaly Detection", AAAI 2024).
+
+    accelerate launch training/train_diad.py --train_data_dir DIR --output_dir runs/diad \
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --vae_path runs/autoencoder
+
+Good images in, a calibrated `DiADPipeline` out. Several categories in DIR train one model, which is not told which it
+sees. The semantic-guided network and the denoiser's decoder are trained, the denoiser's encoder and the autoencoder
+stay frozen. From scratch (`--preset`) there is no trained encoder to keep, so the whole denoiser is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from diffad.pipelines.pipeline_diad import denormalize_images, encode_latents, normalize_images
+from diffad.training import training_run as run
+from diffad.training.train_autoencoder import load_autoencoder
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from torch.utils.data import Dataset as TorchDataset
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from diffad import DiADPipeline, SemanticGuidedNetwork, TimmFeatureExtractor
+from diffad.images import images_to_pixel_values
+from diffad.models.prompt_embedding import PromptEmbedding
+from diffad.models.semantic_guided_network import FUSIONS, GUIDANCE_OUTPUTS
+from diffad.visualization import heat_map, save_rows, to_uint8
+
+DIAD_PRESETS: dict[str, dict[str, Any]] = {
+    # Four levels, so that for latents of 16 x 16 the guiding skips stand at 2 x 2. They stand at 4 x 4 for the paper's
+    # 256 px; a finer skip shows the denoiser the defect, and it draws it.
+    "cpu-128": {
+        "resolution": 128,
+        "unet": {
+            "sample_size": 16,
+            "block_out_channels": (64, 96, 128, 192),
+            "layers_per_block": 2,
+            "down_block_types": ("DownBlock2D",) * 4,
+            "mid_block_type": "UNetMidBlock2D",
+            "up_block_types": ("UpBlock2D",) * 4,
+            "cross_attention_dim": 1,
+            "norm_num_groups": 16,
+        },
+        "conditioning_embedding_out_channels": (8, 16, 32, 64),
+    },
+}
+
+# Stable Diffusion's noise
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Trains DiAD on good images.")
+    run.add_shared_arguments(parser)
+    run.add_diad_arguments(parser)
+    parser.set_defaults(  # the paper's, for MVTec-AD
+        output_dir="runs/diad",
+        rotation_degrees=0.0,
+        train_batch_size=12,
+        gradient_accumulation_steps=4,
+        max_train_steps=75_000,
+        learning_rate=1e-5,
+        lr_scheduler="constant",
+        lr_warmup_steps=0,
+        adam_weight_decay=0.01,
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--pretrained_model_name_or_path",
+        metavar="ID",
+        help="start from this Stable Diffusion, or from this DiADPipeline (folder or Hub id)",
+    )
+    model.add_argument("--preset", choices=sorted(DIAD_PRESETS), help="train this architecture from scratch")
+    model.add_argument("--vae_path", metavar="ID", help="fine-tuned AutoencoderKL (default: the pretrained model's)")
+    model.add_argument(
+        "--train_whole_unet",
+        action=argparse.BooleanOptionalAction,
+        help="train the denoiser's encoder too (default: with --preset only, where it was never trained)",
+    )
+    model.add_argument(
+        "--guidance_outputs",
+        nargs="+",
+        choices=(*GUIDANCE_OUTPUTS, "none"),
+        default=["middle", "sgdb4"],
+        help="what the guidance adds to the denoiser; none for no guidance (middle sgdb4)",
+    )
+    model.add_argument(
+        "--fusion", choices=(*FUSIONS, "none"), default="instance_norm_silu", help="SFF block (instance_norm_silu)"
+    )
+    model.add_argument(
+        "--cache_latents", action="store_true", help="encode every image, and each of its flips, once and not each time"
+    )
+
+    score = parser.add_argument_group("score")
+    score.add_argument("--num_inference_steps", type=int, default=10, help="of the reverse process (10)")
+    score.add_argument("--strength", type=float, default=1.0, help="below 1, start from the noised image (1)")
+    score.add_argument("--sigma", type=float, default=5.0, help="smoothing of the map, pixels (5)")
+    score.add_argument("--pooling_size", type=int, default=8, help="window of the score's average pooling, pixels (8)")
+    score.add_argument("--pooling_rounds", type=int, default=8, help="how often the score pools (8)")
+    args = run.parse_arguments(parser, argv)
+    if (args.preset is None) == (args.pretrained_model_name_or_path is None):
+        parser.error("give one of --pretrained_model_name_or_path and --preset")
+    if args.preset and not args.vae_path:
+        parser.error("--preset needs --vae_path: train an autoencoder with train_autoencoder.py first")
+    if args.cache_latents and args.rotation_degrees:
+        parser.error("--cache_latents holds no rotated images: add --rotation_degrees 0")
+    if "none" in args.guidance_outputs and len(args.guidance_outputs) > 1:
+        parser.error("--guidance_outputs none goes with no other")
+    if args.train_whole_unet is None:
+        args.train_whole_unet = args.preset is not None
+    return args
+
+
+def create_components(args: argparse.Namespace) -> dict[str, Any]:
+    """The pipeline's networks and scheduler, new or pretrained."""
+    guidance = None if args.guidance_outputs == ["none"] else tuple(args.guidance_outputs)
+    fusion = None if args.fusion == "none" else args.fusion
+    if args.preset:
+        preset = DIAD_PRESETS[args.preset]
+        unet = UNet2DConditionModel(**preset["unet"])
+        stack = preset["conditioning_embedding_out_channels"]
+        components = {
+            "unet": unet,
+            "sg_network": guidance
+            and SemanticGuidedNetwork.from_unet(unet, guidance, fusion, conditioning_embedding_out_channels=stack),
+            "scheduler": DDIMScheduler(**SCHEDULER),
+            # zeros, as the preset's denoiser does not attend to a prompt
+            "prompt_embedding": PromptEmbedding(length=1, width=unet.config.cross_attention_dim),
+        }
+    else:
+        name = args.pretrained_model_name_or_path
+        if DiffusionPipeline.load_config(name)["_class_name"] == "DiADPipeline":
+            trained = DiADPipeline.from_pretrained(name)
+            components = {
+                part: getattr(trained, part) for part in ("vae", "unet", "sg_network", "scheduler", "prompt_embedding")
+            }
+            if trained.feature_extractor is not None:
+                components["feature_extractor"] = trained.feature_extractor
+        else:
+            unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet")
+            tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
+            text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=torch.float32)
+            components = {
+                "unet": unet,
+                "sg_network": guidance and SemanticGuidedNetwork.from_unet(unet, guidance, fusion),
+                "scheduler": DDIMScheduler.from_pretrained(name, subfolder="scheduler"),
+                "prompt_embedding": PromptEmbedding.from_text_encoder(tokenizer, text_encoder),
+            }
+    if args.vae_path or "vae" not in components:
+        components["vae"] = load_autoencoder(args.vae_path or args.pretrained_model_name_or_path)
+    if "feature_extractor" not in components:
+        components["feature_extractor"] = TimmFeatureExtractor.from_backbone(
+            args.backbone, args.feature_strides, args.feature_image_size, args.backbone_weights
+        )
+    return components
+
+
+class GuidedDenoiser(nn.Module):
+    """Both trained networks in one forward, so that several processes exchange every gradient."""
+
+    def __init__(self, unet: UNet2DConditionModel, sg_network: SemanticGuidedNetwork | None):
+        super().__init__()
+        self.unet = unet
+        self.sg_network = sg_network
+
+    def forward(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        pixel_values: torch.Tensor,
+    ) -> torch.Tensor:
+        """Epsilon, (N, C, h, w), for noisy latents of the same shape, guided by images (N, 3, H, W)."""
+        residuals = {}
+        if self.sg_network is not None:
+            down, middle = self.sg_network(
+                noisy_latents, timesteps, prompt_embeds, pixel_values=pixel_values, return_dict=False
+            )
+            residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        return self.unet(noisy_latents, timesteps, prompt_embeds, **residuals).sample
+
+
+def choose_trained(unet: UNet2DConditionModel, sg_network: SemanticGuidedNetwork | None, whole_unet: bool) -> None:
+    """Freezes all but the guidance and the denoiser's decoder; with `whole_unet`, nothing of them."""
+    unet.requires_grad_(whole_unet)
+    for part in (unet.up_blocks, unet.conv_norm_out, unet.conv_out):
+        part.requires_grad_(True)
+    if sg_network is not None:
+        sg_network.requires_grad_(True)
+
+
+class CachedLatents(TorchDataset):
+    """`ResizedImages`, and the latents of each image and its flips, encoded once and read from a memory-mapped table.
+
+    An item is (uint8 tensor (3, R, R), float32 latents (F, C, h, w), category index) for F flips.
+
+    Args:
+        images: what to encode.
+        encode: (N, 3, R, R) in [-1, 1] to (N, C, h, w).
+        flips: F pairs of left-right and upside down.
+        latent_shape: (C, h, w).
+    """
+
+    def __init__(
+        self,
+        images: run.ResizedImages,
+        encode: Callable[[torch.Tensor], torch.Tensor],
+        flips: Sequence[tuple[bool, bool]],
+        latent_shape: tuple[int, int, int],
+    ):
+        self.images = images
+        self.shape = (len(flips), *latent_shape)
+
+        def encode_flips(indices: list[int]) -> dict[str, list[bytes]]:
+            scaled = torch.stack([images[i][0] for i in indices]).float() / 127.5 - 1.0
+            latents = torch.stack([encode(flip(scaled, [pair] * len(scaled))) for pair in flips], dim=1)
+            return {"latents": [one.tobytes() for one in latents.float().cpu().numpy()]}
+
+        self.table = Dataset.from_dict({"index": range(len(images))}).map(
+            encode_flips,
+            input_columns="index",
+            remove_columns="index",
+            batched=True,
+            batch_size=16,
+            desc="Encoding images",
+            cache_file_name=run.temporary_table(),
+            new_fingerprint=uuid.uuid4().hex,  # its own would hash the autoencoder
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        pixels, index = self.images[i]
+        latents = np.frombuffer(self.table[i]["latents"], dtype=np.float32).reshape(self.shape)
+        return pixels, torch.from_numpy(latents.copy()), index
+
+
+def flip(images: torch.Tensor, pairs: Sequence[tuple[bool, bool]] | torch.Tensor) -> torch.Tensor:
+    """Flips each of (N, C, H, W) images by its pair, (left-right, upside down)."""
+    across, down = torch.as_tensor(pairs, device=images.device).view(-1, 2, 1, 1, 1).unbind(dim=1)  # (N, 1, 1, 1)
+    images = torch.where(across, images.flip(3), images)
+    return torch.where(down, images.flip(2), images)
+
+
+def choose_flips(
+    pixels: torch.Tensor, latents: torch.Tensor, flips: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One of the cached flips for each image.
+
+    Args:
+        pixels: (N, 3, R, R) uint8.
+        latents: (N, F, C, h, w).
+        flips: (F, 2) bool, as in `CachedLatents`.
+        generator: of the choice.
+
+    Returns:
+        Images (N, 3, R, R) in [-1, 1], and their latents (N, C, h, w).
+    """
+    choice = torch.randint(len(flips), (len(pixels),), generator=generator, device=pixels.device)
+    images = flip(pixels.float() / 127.5 - 1.0, flips[choice])
+    return images, latents[torch.arange(len(latents), device=latents.device), choice]
+
+
+def noise_loss(
+    model: nn.Module,
+    scheduler: DDIMScheduler,
+    latents: torch.Tensor,
+    pixel_values: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Mean squared error of epsilon at uniform timesteps, a scalar.
+
+    Args:
+        model: a `GuidedDenoiser`, wrapped or not.
+        scheduler: the forward process.
+        latents: of clean images, (N, C, h, w).
+        pixel_values: the images, normalised, (N, 3, H, W).
+        prompt_embeds: the empty prompt's embedding, (1, L, D).
+        generator: of timesteps and noise.
+    """
+    count, device = len(latents), latents.device
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=generator, device=device)
+    noise = torch.randn(latents.shape, generator=generator, device=device)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    epsilon = model(noisy, timesteps, prompt_embeds.expand(count, -1, -1), pixel_values)
+    return F.mse_loss(epsilon.float(), noise)
+
+
+@torch.no_grad()
+def save_validation_pictures(pipeline: DiADPipeline, images: list[torch.Tensor], path: Path) -> None:
+    """One row an image: itself, what the autoencoder alone makes of it, its reconstruction, the cosine map."""
+    resolution, device = pipeline.processing_resolution, pipeline.device
+    statistics = (pipeline.config.image_mean, pipeline.config.image_std)
+    originals = images_to_pixel_values(images, (resolution, resolution)).to(device)
+    decoded = denormalize_images(
+        pipeline.decode(pipeline.encode(normalize_images(originals, *statistics))), *statistics
+    )
+    generators = [torch.Generator().manual_seed(i) for i in range(len(images))]
+    measurement = pipeline.measure(originals, None, resolution, generators)
+    restored = measurement.reconstruction * 2.0 - 1.0
+    rows = [
+        [to_uint8(originals[i]), to_uint8(decoded[i]), to_uint8(restored[i]), heat_map(measurement.maps[i, 0])]
+        for i in range(len(images))
+    ]
+    save_rows(rows, path, ["image", "autoencoder", "reconstruction", "cosine distance"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    accelerator = run.create_accelerator(args)
+    started = time.time()
+
+    # 1. Networks; good images, and some held out for the thresholds
+    components = create_components(args)
+    if args.resolution is None:
+        args.resolution = DIAD_PRESETS[args.preset]["resolution"] if args.preset else 256
+    training, held_out, categories = run.load_good_images(args)
+    pipeline = DiADPipeline(
+        **components,
+        num_inference_steps=args.num_inference_steps,
+        strength=args.strength,
+        sigma=args.sigma,
+        pooling_size=args.pooling_size,
+        pooling_rounds=args.pooling_rounds,
+        processing_resolution=args.resolution,
+        categories=categories,
+        image_mean=args.image_mean,
+        image_std=args.image_std,
+    )
+    multiple = pipeline.size_multiple
+    if args.resolution % multiple:
+        raise ValueError(f"--resolution must be a multiple of {multiple} for this autoencoder, not {args.resolution}.")
+    pipeline.set_progress_bar_config(disable=True)
+    for frozen in (pipeline.vae, pipeline.prompt_embedding, pipeline.feature_extractor):
+        frozen.requires_grad_(False).eval().to(accelerator.device)
+    choose_trained(pipeline.unet, pipeline.sg_network, args.train_whole_unet)
+    model = GuidedDenoiser(pipeline.unet, pipeline.sg_network)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    accelerator.print(
+        f"{len(training)} good images of {', '.join(categories)} for training, {len(held_out)} held out; "
+        f"{sum(p.numel() for p in trained) / 1e6:.1f}M of {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M "
+        f"parameters are trained, {args.resolution} px"
+    )
+
+    # 2. Images, and their latents where they do not change
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        """Latents of images in [-1, 1]."""
+        with torch.no_grad(), accelerator.autocast():
+            pixel_values = normalize_images(images.to(accelerator.device), args.image_mean, args.image_std)
+            return encode_latents(pipeline.vae, pixel_values)
+
+    images = run.ResizedImages(training, args.resolution, categories)
+    flips = list(
+        itertools.product([False, True][: 1 + args.random_flip], [False, True][: 1 + args.random_vertical_flip])
+    )
+    if args.cache_latents:
+        side = args.resolution // pipeline.size_multiple
+        images = CachedLatents(images, encode, flips, (pipeline.vae.config.latent_channels, side, side))
+    data_loader = run.create_data_loader(images, args)
+
+    # 3. Optimizer, EMA, and what accelerate makes of them
+    if args.gradient_checkpointing:
+        for network in model.children():
+            network.enable_gradient_checkpointing()
+    optimizer, schedule = run.create_optimizer(trained, args, accelerator)
+    model, optimizer, data_loader, schedule = accelerator.prepare(model, optimizer, data_loader, schedule)
+    ema = run.create_ema(trained, args)
+    if ema is not None:
+        ema.to(accelerator.device)
+        accelerator.register_for_checkpointing(ema)
+    step = run.resume(accelerator, args)
+
+    # 4. Train
+    prompt_embeds = pipeline.prompt_embedding()
+    flips = torch.tensor(flips, device=accelerator.device)
+    accumulation = args.gradient_accumulation_steps
+    progress = tqdm(
+        total=args.max_train_steps,
+        initial=step,
+        desc="Training",
+        disable=not accelerator.is_local_main_process,
+    )
+    pictures = run.load_pictures(held_out, 4) if args.validation_steps and accelerator.is_main_process else []
+    model.train()
+    train_started, first_step = time.time(), step
+    try:
+        for number, (pixels, *latents, _) in run.training_batches(
+            data_loader, accelerator, step * accumulation, args.max_train_steps * accumulation
+        ):
+            generator = run.step_generator(args.seed, number, accelerator)
+            with accelerator.accumulate(model):
+                if args.cache_latents:
+                    augmented, clean = choose_flips(pixels, *latents, flips, generator)
+                else:
+                    augmented = run.augment(pixels, args, generator)
+                    clean = encode(augmented)
+                pixel_values = normalize_images(augmented, args.image_mean, args.image_std)
+                loss = noise_loss(model, pipeline.scheduler, clean, pixel_values, prompt_embeds, generator)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            step += 1
+            if ema is not None:
+                ema.step(trained)
+            progress.update()
+            if step % 10 == 0 or step == args.max_train_steps:  # reading a loss waits for the device
+                images_seen = (step - first_step) * accumulation * len(pixels) * accelerator.num_processes
+                rate = images_seen / (time.time() - train_started)
+                progress.set_postfix(noise=f"{loss.item():.3f}", **{"images/s": f"{rate:.0f}"})
+                values = {"noise": loss.item(), "lr": schedule.get_last_lr()[0], "images_per_s": rate}
+                accelerator.log(values, step=step)
+            if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
+                model.eval()
+                with accelerator.autocast():
+                    save_validation_pictures(
+                        pipeline, pictures, Path(args.output_dir, "validation", f"step-{step}.png")
+                    )
+                model.train()
+            if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+                run.save_checkpoint(accelerator, args, step)
+    except KeyboardInterrupt:
+        if accelerator.num_processes == 1 and step > first_step:
+            run.save_checkpoint(accelerator, args, step)
+        accelerator.print(f"\nStopped at step {step}. Add --resume_from_checkpoint latest to go on.")
+        raise SystemExit(130) from None
+    progress.close()
+    run.check_replicas(model, accelerator)
+
+    # 5. Calibrate on good images and save the pipeline
+    if accelerator.is_main_process:
+        if ema is not None:
+            ema.copy_to(trained)
+        model.eval()
+        record = {"steps": step, "training_seconds": round(time.time() - train_started, 1)}
+        with accelerator.autocast():
+            run.finish(pipeline, training, held_out, categories, args, record)
+        print(f"Saved a calibrated pipeline to {args.output_dir} after {time.time() - started:.0f} s.")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
