@@ -96,6 +96,14 @@ class DiADPipeline(AnomalyPipeline):
                     f"`sg_network` makes the image {stack_factor} times smaller and `vae` {factor} times. Give the "
                     "network's `conditioning_embedding_out_channels` as many widths as the autoencoder has levels."
                 )
+        if sigma < 0:
+            raise ValueError(f"`sigma` must not be negative, but is {sigma}.")
+        if pooling_size < 1 or pooling_rounds < 0:
+            raise ValueError(
+                "`pooling_size` must be at least 1 and `pooling_rounds` at least 0, but they are "
+                f"{pooling_size} and {pooling_rounds}."
+            )
+        _skipped_steps(num_inference_steps, strength)
         self.register_modules(
             vae=vae.eval(),
             unet=unet.eval(),
@@ -258,16 +266,7 @@ class DiADPipeline(AnomalyPipeline):
         height, width = self._check_pixel_values(pixel_values)
         count, device = len(pixel_values), self._execution_device
         latents = self._check_latents(latents, (count, height, width))
-        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be a positive integer, but is {num_inference_steps!r}.")
-        if not 0.0 < strength <= 1.0:
-            raise ValueError(f"`strength` must lie in (0, 1], but is {strength}.")
-        skipped = num_inference_steps - round(num_inference_steps * strength)
-        if skipped == num_inference_steps:
-            raise ValueError(
-                f"`strength` of {strength} leaves none of {num_inference_steps} steps. Use at least "
-                f"{1.0 / num_inference_steps:.2g}, or more `num_inference_steps`."
-            )
+        skipped = _skipped_steps(num_inference_steps, strength)
         generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * count
         if len(generators) != count:
             raise ValueError(
@@ -389,6 +388,21 @@ class DiADPipeline(AnomalyPipeline):
                 f"{tuple(latents.shape)}."
             )
         return latents
+
+
+def _skipped_steps(num_inference_steps: int, strength: float) -> int:
+    """How many of the first steps a strength leaves out; both are checked."""
+    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` must be a positive integer, but is {num_inference_steps!r}.")
+    if not 0.0 < strength <= 1.0:
+        raise ValueError(f"`strength` must lie in (0, 1], but is {strength}.")
+    steps = round(num_inference_steps * strength)
+    if steps == 0:
+        raise ValueError(
+            f"`strength` of {strength} leaves none of {num_inference_steps} steps. Use at least "
+            f"{1.0 / num_inference_steps:.2g}, or more `num_inference_steps`."
+        )
+    return num_inference_steps - steps
 
 
 def normalize_images(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

@@ -244,7 +244,7 @@ def run_story(folder: Path) -> None:
                 )
 
         def finish(step: str, process: subprocess.Popen) -> None:
-            code = process.wait(timeout=300)
+            code = process.wait(timeout=600)
             assert code == 0, f"{step}: {(folder / f'{step}.log').read_text()[-4000:]}"
 
         finish("publish", start("publish", "alice"))

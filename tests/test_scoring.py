@@ -55,9 +55,16 @@ def test_smoothing_is_float32_inside_autocast():
     assert torch.equal(smooth, gaussian_smooth(maps, 2.0))
 
 
-def test_feature_error_is_the_mean_square_over_channels():
-    residual = random(2, 3, 5, 4, 6)
-    torch.testing.assert_close(feature_error(residual), (residual**2).sum(dim=2) / 5.0)
+def test_feature_error_is_the_mean_square_over_each_layers_channels():
+    residual = random(2, 3, 5, 4, 6)  # N, T, C, h, w
+    error = feature_error(residual, (2, 3))
+    assert error.shape == (2, 6, 4, 6)  # T * L: level by level, in each layer by layer
+    for level in range(3):
+        torch.testing.assert_close(error[:, 2 * level], (residual[:, level, :2] ** 2).sum(dim=1) / 2.0)
+        torch.testing.assert_close(error[:, 2 * level + 1], (residual[:, level, 2:] ** 2).sum(dim=1) / 3.0)
+    torch.testing.assert_close(feature_error(residual, [5]), residual.square().mean(dim=2))
+    with pytest.raises(RuntimeError, match="sum exactly to 5"):
+        feature_error(residual, (2, 2))
 
 
 def test_joint_map_is_equation_11():
@@ -66,6 +73,9 @@ def test_joint_map_is_equation_11():
     torch.testing.assert_close(joint_map(kl, feature, 0.3), expected)
     torch.testing.assert_close(joint_map(kl, feature, 1.0), kl.mean(dim=1))
     torch.testing.assert_close(joint_map(kl, feature, 0.0), feature.mean(dim=1))
+    # with more layers, alpha still weighs all KL maps against all features
+    layers = feature.repeat_interleave(2, dim=1)
+    torch.testing.assert_close(joint_map(kl, layers, 0.3), expected)
 
 
 def test_cosine_distance_of_equal_and_opposite_features():

@@ -113,13 +113,10 @@ def evaluate_category(
                 output.anomaly_map[:, None], (resolution, resolution), mode="bilinear"
             )[:, 0]
             masks = [_mask(row, resolution) for row in rows]
-            known = all(mask is not None for mask in masks)
-            metrics.update(
-                anomaly_map=maps if known else None,
-                mask=np.stack(masks) if known else None,
-                anomaly_score=output.anomaly_score,
-                label=torch.tensor([row["label"] for row in rows]),
-            )
+            metrics.update(anomaly_score=output.anomaly_score, label=torch.tensor([row["label"] for row in rows]))
+            known = [j for j, mask in enumerate(masks) if mask is not None]
+            if known:  # image by image, so that no result depends on what shares a batch
+                metrics.update(anomaly_map=maps[known], mask=np.stack([masks[j] for j in known]))
             for j, row in enumerate(rows):
                 records.append(
                     {

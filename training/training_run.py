@@ -125,6 +125,8 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         for name, value in values.items():
             if value is True:
                 configured.append(f"--{name}")
+            elif value is False and f"--no-{name}" in parser._option_string_actions:
+                configured.append(f"--no-{name}")
             elif value is not None and value is not False:
                 configured += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
         argv = [*configured, *argv]
@@ -314,7 +316,9 @@ def training_batches(
 def create_optimizer(
     parameters: Sequence[torch.nn.Parameter], args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[torch.optim.Optimizer, Any]:
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay, fused=True
+    )
     # accelerate steps the schedule once for every process
     schedule = get_scheduler(
         args.lr_scheduler,
