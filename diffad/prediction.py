@@ -46,6 +46,14 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     return list(found)
 
 
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """Randomness of one image, from the run's seed and the image's place among the others.
+
+    Mixed, because torch's generator on the CPU takes no more than the lowest 32 bits of a seed.
+    """
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
+
+
 def predict_files(
     pipeline: Any,
     paths: Sequence[Path],
@@ -100,7 +108,7 @@ def predict_files(
                     images,
                     batch_size=batch_size,
                     match_input_resolution=False,
-                    generator=[torch.Generator().manual_seed(seed * 2**32 + i) for i, _, _ in good],
+                    generator=[image_generator(seed, i) for i, _, _ in good],
                     output_type="pt",
                     **({"category": category} if category is not None else {}),
                 )

@@ -284,9 +284,9 @@ class AnomalyPipeline(DiffusionPipeline):
     ) -> AnomalyPipeline:
         """Learns what normal looks like from good images, in one pass over them and constant memory.
 
-        Three quantities stand on each other: scale and covariance of the feature residual, the mean and deviation of the
-        maps of whitened residuals, and the scores of normalised maps. Each is taken from good images that the one before has not
-        seen, so thresholds and p-values hold for new images.
+        Three things stand on each other: scale and covariance of the feature residual, mean and deviation of the maps
+        of whitened residuals, and the scores of normalised maps. Each is taken from good images that the one before
+        has not seen, so thresholds and p-values hold for new images.
 
         Args:
             images: good images that no network was trained on: PIL images, paths, arrays, or a column of a

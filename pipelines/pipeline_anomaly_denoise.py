@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffad.pipelines.anomaly_pipeline import AnomalyOutput, AnomalyPipeline, Measurement, _convert
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -26,6 +25,7 @@ from diffad.likelihood import kl_divergence_map, predicted_clean_sample
 from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.gaussian_feature_model import GaussianFeatureModel
+from diffad.pipelines.anomaly_pipeline import AnomalyOutput, AnomalyPipeline, Measurement, _convert
 from diffad.scoring import feature_error, gaussian_smooth, joint_map, max_score, top_fraction_score
 
 

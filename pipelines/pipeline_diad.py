@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffad.pipelines.anomaly_pipeline import AnomalyOutput, AnomalyPipeline, Measurement
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -16,6 +15,7 @@ from diffad.images import ImageInput, images_to_tensors
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
+from diffad.pipelines.anomaly_pipeline import AnomalyOutput, AnomalyPipeline, Measurement
 from diffad.scoring import cosine_distance_map, gaussian_smooth, max_score
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -155,6 +155,6 @@ def launch_command(script: str | Path, *arguments: object, processes: int = 1) -
 def launch(script: str | Path, *arguments: object, processes: int = 1, cwd: Path) -> str:
     """Runs `launch_command` to its end and returns what it printed; anything but success fails the test."""
     command = launch_command(script, *arguments, processes=processes)
-    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
+    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout

@@ -40,7 +40,9 @@ def test_help_fits_one_screen(command, monkeypatch):
 
 def test_predict_prints_json_lines_and_fails_on_anomaly_when_asked(model, tmp_path):
     parts = write_folder(tmp_path / "parts", 3)
-    rows = [json.loads(line) for line in run("predict", model, parts, "--output", tmp_path / "a", "--json").splitlines()]
+    rows = [
+        json.loads(line) for line in run("predict", model, parts, "--output", tmp_path / "a", "--json").splitlines()
+    ]
     assert [Path(row["path"]).name for row in rows] == ["000.png", "001.png", "002.png"]
     assert all(0.0 < row["p_value"] <= 1.0 for row in rows)
     alarm = any(row["verdict"] == "anomalous" for row in rows)

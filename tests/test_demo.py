@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 from conftest import textures, tiny_pipeline, write_mvtec
-from diffad.training import demo, evaluate
 from PIL import Image
 
 from diffad.data import load_anomaly_dataset
+from diffad.training import demo, evaluate
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

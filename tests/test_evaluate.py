@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from conftest import launch, texture, textures, tiny_pipeline, write_mvtec, write_png
-from diffad.training import evaluate
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffad.data import load_anomaly_dataset
 from diffad.metrics import AnomalyMetrics
+from diffad.training import evaluate
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -133,12 +135,10 @@ def test_a_unified_model_takes_each_images_category(tmp_path):
     pipeline.save_pretrained(tmp_path / "model")
     data = write_mvtec(tmp_path / "data", {"a": 2, "b": 2}, bad=2)
     records = run(tmp_path / "model", data, tmp_path / "report.json")["scores"]
-    direct = evaluate.DiffusionPipeline.from_pretrained(tmp_path / "model")
+    direct = DiffusionPipeline.from_pretrained(tmp_path / "model")
     image = Image.open(records["b"][0]["path"])
-    generator = evaluate.torch.Generator().manual_seed(0)
-    assert records["b"][0]["score"] == pytest.approx(
-        float(direct(image, category="b", generator=generator).anomaly_score[0]), rel=1e-3, abs=1e-3
-    )
+    score = direct(image, category="b", generator=evaluate.image_generator(0, 0)).anomaly_score[0]
+    assert records["b"][0]["score"] == pytest.approx(float(score), rel=1e-3, abs=1e-3)
     with pytest.raises(ValueError, match=r"`category` 'tile'.*a, b"):
         run(tmp_path / "model", write_mvtec(tmp_path / "other", {"tile": 2}), tmp_path / "other.json")
 
@@ -150,9 +150,14 @@ def test_the_batch_size_changes_nothing_and_the_seed_does(model, data, tmp_path)
     assert other["scores"]["tile"][0]["score"] != expected["scores"]["tile"][0]["score"]
 
 
+def test_every_image_and_seed_draws_its_own_noise():
+    draws = {float(torch.rand(1, generator=evaluate.image_generator(s, i))) for s in range(20) for i in range(20)}
+    assert len(draws) == 400
+
+
 def test_images_without_a_mask_cost_no_other_image_its_place(model, data):
     """A Hub data set may lack some masks: what shares a batch with such an image still counts."""
-    pipeline = evaluate.DiffusionPipeline.from_pretrained(model)
+    pipeline = DiffusionPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     whole = load_anomaly_dataset(data, split="test", category="tile")
     missing = whole.map(lambda row, i: {"mask": None if i == 4 else row["mask"]}, with_indices=True)

@@ -131,9 +131,9 @@ def finish_training(folder: Path) -> None:
     from argparse import Namespace
 
     from conftest import tiny_pipeline, write_mvtec
-    from diffad.training.training_run import finish
 
     from diffad.data import load_anomaly_dataset
+    from diffad.training.training_run import finish
 
     model, data = folder / "trained", write_mvtec(folder / "data", {"tile": 8})
     model.mkdir()

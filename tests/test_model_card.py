@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from conftest import generator, textures, tiny_pipeline, write_mvtec
-from diffad.training import evaluate
 from huggingface_hub import ModelCard
 from test_hub import tiny_diad
 
 from diffad.model_card import copy_records, render_model_card, shareable
+from diffad.training import evaluate
 
 CATEGORIES = {"tile": 8, "cable": 8}
 NUMBER = re.compile(r"\d+(?:\.\d+)*(?:e[+-]?\d+)?")

@@ -27,13 +27,13 @@ from conftest import (
     write_folder,
     write_mvtec,
 )
-from diffad.training import train_ddpm, training_run
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffad import AnomalyDenoisePipeline
 from diffad.images import images_to_tensors
+from diffad.training import train_ddpm, training_run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

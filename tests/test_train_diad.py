@@ -23,8 +23,6 @@ from conftest import (
     write_folder,
     write_mvtec,
 )
-from diffad.pipelines.pipeline_diad import normalize_images
-from diffad.training import train_autoencoder, train_diad, training_run
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, PNDMScheduler, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -33,6 +31,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffad import DiADPipeline, SemanticGuidedNetwork
 from diffad.images import images_to_tensors
 from diffad.models.prompt_embedding import PromptEmbedding
+from diffad.pipelines.pipeline_diad import normalize_images
+from diffad.training import train_autoencoder, train_diad, training_run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from diffad.training import evaluate, train_ddpm
-from diffad.training.training_run import list_checkpoints
 from matplotlib.figure import Figure
 
 from diffad import AnomalyDenoisePipeline
 from diffad.data import load_anomaly_dataset
 from diffad.images import image_to_rgb
 from diffad.metrics import AnomalyMetrics
+from diffad.prediction import image_generator
+from diffad.training import evaluate, train_ddpm
+from diffad.training.training_run import list_checkpoints
 from diffad.visualization import overlay, save_rows
 
 CATEGORY = "mono"
@@ -69,6 +70,7 @@ def run_demo(output_dir: str | Path = "runs/demo", max_train_steps: int | None =
         record["path"] = Path(record["path"]).name
     report = {
         "data": "ELPV, mono cells: 411 good for training and calibration; 177 good and 313 defective in the test",
+        "command": f"diffad demo --seed {seed}",
         "seed": seed,
         "max_train_steps": json.loads((output_dir / "training.json").read_text())["steps"],
         "mixed_precision": precision,
@@ -122,7 +124,7 @@ def draw_cells(
     threshold = float(pipeline.calibration.pixel_threshold[0])
     for name, indices in groups.items():
         cells = [image_to_rgb(test[int(i)]["image"]) for i in indices]
-        generators = [torch.Generator().manual_seed(seed * 2**32 + int(i)) for i in indices]
+        generators = [image_generator(seed, int(i)) for i in indices]
         with accelerator.autocast():
             output = pipeline(cells, generator=generators)
         pictures = [np.asarray(cell) for cell in cells]

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 import diffad
 from diffad.data import load_anomaly_dataset, resize_image_and_mask
 from diffad.metrics import AnomalyMetrics
+from diffad.prediction import image_generator
 
 # the order of the papers' tables
 METRIC_TITLES = {
@@ -105,7 +106,7 @@ def evaluate_category(
                     [row["image"] for row in rows],
                     batch_size=batch_size,
                     match_input_resolution=False,
-                    generator=[torch.Generator().manual_seed(seed * 2**32 + i) for i in indices],
+                    generator=[image_generator(seed, i) for i in indices],
                     output_type="pt",
                     **({"category": category} if unified else {}),
                 )

@@ -19,8 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from diffad.pipelines.pipeline_diad import denormalize_images, encode_latents, normalize_images
-from diffad.training import training_run as run
 from diffusers import AutoencoderKL
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -28,6 +26,8 @@ from tqdm.auto import tqdm
 
 from diffad import TimmFeatureExtractor
 from diffad.images import images_to_pixel_values, images_to_tensors
+from diffad.pipelines.pipeline_diad import denormalize_images, encode_latents, normalize_images
+from diffad.training import training_run as run
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 AUTOENCODER_PRESETS: dict[str, dict[str, Any]] = {

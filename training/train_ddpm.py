@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffad.training import training_run as run
 from diffusers import DDPMScheduler
 from tqdm.auto import tqdm
 
@@ -23,6 +22,7 @@ from diffad import AnomalyDenoisePipeline, DenoisingUNet2DModel, TimmFeatureExtr
 from diffad.images import images_to_pixel_values, resize_images
 from diffad.likelihood import kl_divergence_map, predicted_clean_sample, variational_bound
 from diffad.models.denoising_unet_2d import DENOISING_UNET_PRESETS
+from diffad.training import training_run as run
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 

@@ -23,9 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from diffad.pipelines.pipeline_diad import denormalize_images, encode_latents, normalize_images
-from diffad.training import training_run as run
-from diffad.training.train_autoencoder import load_autoencoder
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
@@ -36,6 +33,9 @@ from diffad import DiADPipeline, SemanticGuidedNetwork, TimmFeatureExtractor
 from diffad.images import images_to_pixel_values
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import FUSIONS, GUIDANCE_OUTPUTS
+from diffad.pipelines.pipeline_diad import denormalize_images, encode_latents, normalize_images
+from diffad.training import training_run as run
+from diffad.training.train_autoencoder import load_autoencoder
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 DIAD_PRESETS: dict[str, dict[str, Any]] = {

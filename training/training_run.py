@@ -22,7 +22,6 @@ from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from datasets import Dataset
 from datasets.fingerprint import get_temporary_cache_files_directory
-from diffad.pipelines.pipeline_diad import IMAGENET_MEAN, IMAGENET_STD
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
@@ -31,6 +30,7 @@ from torch.utils.data import Dataset as TorchDataset
 from diffad.data import load_anomaly_dataset
 from diffad.images import images_to_tensors, resize_images
 from diffad.model_card import REPORT_NAME, SECRETS, TRAINING_NAME
+from diffad.pipelines.pipeline_diad import IMAGENET_MEAN, IMAGENET_STD
 
 logger = get_logger(__name__)
 
@@ -316,9 +316,7 @@ def training_batches(
 def create_optimizer(
     parameters: Sequence[torch.nn.Parameter], args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[torch.optim.Optimizer, Any]:
-    optimizer = torch.optim.AdamW(
-        parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay, fused=True)
     # accelerate steps the schedule once for every process
     schedule = get_scheduler(
         args.lr_scheduler,
