@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffad import conversion
-from diffad.conversion import load_diad_components
+from diffad.conversion import load_diad_checkpoint, load_diad_components
+from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.semantic_guided_network import NO_RESIDUAL, SemanticGuidedNetwork
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -80,6 +82,42 @@ def test_networks_match_the_published_implementation(components):
         latents = scheduler.step(denoiser(latents, timestep)[2], timestep, latents).prev_sample
     assert relative_error(latents, "ddim10_latent") < 1e-5
     assert relative_error(vae.decode(latents / vae.config.scaling_factor).sample, "decoded") < 1e-5
+
+
+def test_pipeline_matches_the_published_sampler(state_dict, tmp_path):
+    """Ten DDIM steps and the autoencoder's image of them, also after saving; without a feature extractor."""
+    pipe = load_diad_checkpoint(state_dict, PROMPT_EMBEDS)
+    pixel_values = VALUES["in.pixel_values"]
+    assert relative_error(pipe.encode(pixel_values), "latent_mode") < 1e-5
+    latents = pipe.denoise(pixel_values, latents=VALUES["in.latents"], num_inference_steps=10)
+    assert relative_error(latents, "ddim10_latent") < 1e-5
+    assert relative_error(pipe.decode(latents), "decoded") < 1e-5
+
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert torch.equal(loaded.denoise(pixel_values, latents=VALUES["in.latents"], num_inference_steps=10), latents)
+    with pytest.raises(ValueError, match="`feature_extractor` is None"):
+        loaded(torch.zeros(3, 128, 128))
+
+
+def test_pipeline_takes_the_feature_extractor_that_validation_left_in_the_checkpoint(state_dict, tmp_path):
+    torch.manual_seed(0)
+    resnet = timm.create_model("resnet50", features_only=True).eval()  # all its stages, as in the published code
+    weights = {f"pretrained_model.{name}": weight for name, weight in resnet.state_dict().items()}
+    torch.save({"state_dict": {**state_dict, **weights}}, tmp_path / "diad.ckpt")
+    extractor = load_diad_checkpoint(tmp_path / "diad.ckpt", PROMPT_EMBEDS).feature_extractor
+    assert (extractor.config.backbone, list(extractor.config.strides)) == ("resnet50", [4, 8, 16])
+    images = torch.rand(1, 3, 64, 64)
+    normalised = (images - extractor.image_mean) / extractor.image_std
+    with torch.no_grad():
+        expected = resnet(normalised)[1:4]
+        assert all(torch.equal(a, b) for a, b in zip(extractor.layers(images * 2.0 - 1.0), expected, strict=True))
+
+    # a given one goes before; a part of one is none
+    given = TimmFeatureExtractor.from_backbone("test_resnet", (2, 4), weights="random")
+    assert load_diad_checkpoint(tmp_path / "diad.ckpt", PROMPT_EMBEDS, given).feature_extractor is given
+    name, weight = next(iter(weights.items()))
+    assert load_diad_checkpoint({**state_dict, name: weight}, PROMPT_EMBEDS).feature_extractor is None
 
 
 def scaled_keys(model_scale: int, vae_scale: int, prompt_width: int) -> dict[str, tuple[int, ...]]:

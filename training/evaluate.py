@@ -251,6 +251,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             save_report(report, path)
     if accelerator.is_main_process:
         print(markdown_table(report["results"]) + f"Report: {path}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # a process that exits with its group still open may abort
     return report
 
 
