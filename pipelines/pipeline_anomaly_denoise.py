@@ -243,12 +243,16 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         category: str | int | None = None,
         batch_size: int = 32,
         accelerator: Accelerator | None = None,
+        generator: torch.Generator | None = None,
+        learning_rate: float = 0.02,
+        denoise_every: int = 5,
         **config: Any,
     ) -> AnomalyDenoisePipeline:
         """Fits the Gaussian that `reconstruct` needs to good images, in one pass over them and constant memory.
 
-        The images are those that the denoiser sees, at its resolution: a sharper image's features would make every
-        result look defective.
+        It sees each image twice: as the denoiser sees it, and as the denoiser returns it, noised as far as the gradient
+        steps between two denoising steps would. What denoising itself does to an image is then no defect. Otherwise it
+        would be: where good images hardly vary, in colour for instance, their features tell a trace of it.
 
         Args:
             images: good images; those of training may serve. PIL images, paths, arrays, or a column of a
@@ -256,6 +260,9 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
             category: which category the images are of, in a unified model; the others keep what they have.
             batch_size: images in a batch.
             accelerator: shares the images among its processes; each ends with the same Gaussian.
+            generator: makes the noise, and so the result, repeatable.
+            learning_rate: as it will be in `reconstruct`.
+            denoise_every: as it will be in `reconstruct`.
             config: of a new [`GaussianFeatureModel`], other than backbone and strides, which are the pipeline's own
                 extractor's. By default images are seen at the extractor's size, and the grid is a quarter of that.
 
@@ -279,7 +286,22 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         if accelerator is not None:
             with accelerator.split_between_processes(indices) as mine:
                 indices = list(mine)
-        gaussian.fit(self._clean_images(Subset(images, indices), batch_size, resolution), index, accelerator)
+        seeds = _seeds(generator, len(images))  # of all images, so that processes share them out too
+        noise_variance = torch.tensor([1.0 - (1.0 - learning_rate**2) ** denoise_every])
+
+        def batches() -> Iterator[torch.Tensor]:
+            clean_images = self._clean_images(Subset(images, indices), batch_size, resolution)
+            for number, clean in enumerate(clean_images):
+                yield clean
+                batch = indices[number * batch_size : (number + 1) * batch_size]
+                generators = [torch.Generator().manual_seed(seeds[i]) for i in batch]
+                noise = randn_tensor(clean.shape, generators, clean.device)
+                timesteps = noise_timesteps(self.scheduler, noise_variance).expand(len(clean)).to(clean.device)
+                noisy = self.scheduler.add_noise(clean, noise, timesteps)
+                yield self._predict_clean(noisy, timesteps, torch.full_like(timesteps, index)).clamp(-1.0, 1.0)
+
+        gaussian.fit(batches(), index, accelerator)
+        self.maybe_free_model_hooks()
         self.register_modules(gaussian=gaussian)
         return self
 
@@ -294,7 +316,8 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         batch_size: int = 16,
         processing_resolution: int | None = None,
         match_input_resolution: bool = True,
-        callback_on_step_end: Callable[[Any, int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+        | None = None,
         return_trajectory: bool = False,
         output_type: str = "np",
         return_dict: bool = True,
@@ -303,8 +326,10 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
 
         Each iteration descends the gradient of -log p of the image's features under `gaussian` (eq. 12), scaled to unit
         variance, and decays the image (eq. 13): x <- sqrt(1 - s^2) x - s g. To a diffusion model that is a step of the
-        forward process with beta = s^2, whose noise the gradient is. So, every few iterations, the denoiser takes out
-        what they have added and leaves what is an image: it predicts the clean image at the timestep of that noise.
+        forward process with beta = s^2, whose noise the gradient is. So, every few iterations, the denoiser predicts
+        the clean image: of what the gradients have added it leaves what belongs to an image. Its timestep is that of
+        the noise which they have added, as measured: less than independent noise would come to, as successive
+        gradients partly undo each other, so assuming independence would blur the image.
 
         Args:
             image: as in a call of the pipeline.
@@ -318,8 +343,8 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
                 at which the Gaussian was fitted.
             match_input_resolution: whether images and maps come at the input's own size, which then must be one for
                 all; else at the processing resolution.
-            callback_on_step_end: called after each iteration of each batch as `callback(pipe, iteration, timestep,
-                {"sample": x})`, with x (B, 3, R, R) in about [-1, 1] and the timestep of the next denoising. What it
+            callback_on_step_end: called after each iteration of each batch as `callback(pipe, iteration, timesteps,
+                {"sample": x})`, with x (B, 3, R, R) in about [-1, 1] and the timesteps (B,) of the noise in it. What it
                 returns under "sample" is gone on with.
             return_trajectory: whether to return the image after each denoising step too.
             output_type: "np", "pt" or "pil".
@@ -350,7 +375,6 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
             raise ValueError(f"`learning_rate` must lie in (0, 1), but is {learning_rate!r}.")
         if denoise_every is not None and (not isinstance(denoise_every, int) or denoise_every < 1):
             raise ValueError(f"`denoise_every` must be a positive integer, or None, but is {denoise_every!r}.")
-        period = denoise_every or num_iterations
 
         # 2. Gradient denoising, batch by batch
         size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
@@ -360,7 +384,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
             for clean, category_of in zip(
                 self._clean_images(images, batch_size, resolution), indices.split(batch_size), strict=True
             ):
-                sample, states = clean, [clean]
+                sample, previous, steps, states = clean, clean, 0, [clean]
                 for i in range(num_iterations):
                     # 3. Descend: eqs. 12-13
                     gradient = self.gaussian.energy_gradient(sample, category_of)  # (B, 3, R, R)
@@ -368,17 +392,22 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
                     sample = math.sqrt(1.0 - learning_rate**2) * sample - learning_rate * gradient
 
                     # 4. Take out the noise that has come in since the last time
-                    steps = i % period + 1
-                    timestep = noise_timestep(self.scheduler, learning_rate, steps)
-                    if denoise_every is not None and (steps == period or i == num_iterations - 1):
-                        sample = self._predict_clean(sample, timestep, category_of)
-                        states.append(sample)
+                    steps += 1
+                    decay = (1.0 - learning_rate**2) ** (steps / 2.0)
+                    noise_variance = (sample - decay * previous).square().mean(dim=(1, 2, 3))  # (B,)
+                    timesteps = noise_timesteps(self.scheduler, noise_variance)
+                    denoises = denoise_every is not None and (steps == denoise_every or i == num_iterations - 1)
+                    if denoises:
+                        sample = self._predict_clean(sample, timesteps, category_of)
                     if callback_on_step_end is not None:
-                        sample = callback_on_step_end(self, i, timestep, {"sample": sample}).get("sample", sample)
+                        sample = callback_on_step_end(self, i, timesteps, {"sample": sample}).get("sample", sample)
+                    if denoises:
+                        previous, steps = sample, 0
+                    if return_trajectory and (denoises or i == num_iterations - 1):
+                        states.append(sample)
                     progress.update()
                 results.append(self._compare(clean, sample, size))
                 if return_trajectory:
-                    states = [*states, sample] if denoise_every is None else states
                     frames = [resize_images(state / 2.0 + 0.5, size).clamp(0.0, 1.0).cpu() for state in states]
                     trajectories.append(torch.stack(frames, dim=1))  # (B, K, 3, H, W)
         self.maybe_free_model_hooks()
@@ -448,7 +477,9 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         total_steps = round(num_inference_steps * last / timestep)  # of which the last few are taken
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         takes_variance = isinstance(scheduler, DDPMScheduler) and "learned" in scheduler.config.variance_type
-        generators = _generators(generator, len(images))
+        given = generator if isinstance(generator, (list, tuple)) else [None] * len(images)
+        seeds = _seeds(generator if isinstance(generator, torch.Generator) else None, len(images))
+        generators = [g or torch.Generator().manual_seed(seed) for g, seed in zip(given, seeds, strict=True)]
 
         # 2. Batch by batch
         size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
@@ -490,9 +521,8 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
             pixel_values = images_to_pixel_values(batch, (side, side)).to(self._execution_device)
             yield resize_images(pixel_values, (resolution, resolution))
 
-    def _predict_clean(self, noisy: torch.Tensor, timestep: int, category: torch.Tensor) -> torch.Tensor:
-        """The clean image from a noised one, (B, 3, R, R) float32."""
-        timesteps = torch.full((len(noisy),), timestep, device=noisy.device)
+    def _predict_clean(self, noisy: torch.Tensor, timesteps: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+        """The clean images from noised ones, (B, 3, R, R) float32; timesteps and categories (B,)."""
         class_labels = category if self.unet.config.num_class_embeds else None
         prediction = self.unet(noisy.to(self.unet.dtype), timesteps, class_labels=class_labels).sample
         return predicted_clean_sample(self.scheduler, prediction[:, : noisy.shape[1]], noisy, timesteps)
@@ -515,21 +545,16 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         return _convert(AnomalyOutput(maps, scores, reconstructions), output_type)
 
 
-def noise_timestep(scheduler: SchedulerMixin, learning_rate: float, num_steps: int) -> int:
-    """The timestep whose noise is that of so many gradient steps: alpha_bar_t closest to (1 - s^2)^n."""
-    remaining = (1.0 - learning_rate**2) ** num_steps
-    return int((scheduler.alphas_cumprod - remaining).abs().argmin())
+def noise_timesteps(scheduler: SchedulerMixin, variance: torch.Tensor) -> torch.Tensor:
+    """The timesteps whose noise, 1 - alpha_bar_t, has the given variances, (N,) to (N,)."""
+    noise = 1.0 - scheduler.alphas_cumprod.to(variance.device)  # (num_train_timesteps,)
+    return (noise - variance[:, None]).abs().argmin(dim=1)
 
 
-def _generators(
-    generator: torch.Generator | Sequence[torch.Generator | None] | None, num_images: int
-) -> list[torch.Generator]:
-    """One generator for each image, so that no image's noise depends on which others are in its batch."""
-    given = generator if isinstance(generator, (list, tuple)) else [None] * num_images
-    source = generator if isinstance(generator, torch.Generator) else None  # None is torch's own
-    device = "cpu" if source is None else source.device
-    seeds = torch.randint(2**62, (num_images,), generator=source, device=device).tolist()
-    return [one or torch.Generator(device).manual_seed(seed) for one, seed in zip(given, seeds, strict=True)]
+def _seeds(generator: torch.Generator | None, num_images: int) -> list[int]:
+    """A seed for each image, so that no image's noise depends on which others are in its batch."""
+    device = None if generator is None else generator.device
+    return torch.randint(2**62, (num_images,), generator=generator, device=device).tolist()
 
 
 def _convert_trajectory(

@@ -86,6 +86,11 @@ class FeatureMoments:
         """(P, C) float64."""
         return self.total / self.count
 
+    def variance(self) -> torch.Tensor:
+        """Unbiased variance of each channel, (P, C) float64."""
+        mean_square = self.total_of_products.diagonal(dim1=1, dim2=2) / self.count
+        return (mean_square - self.mean().square()) * (self.count / (self.count - 1))
+
     def covariance(self, positions: slice = slice(None)) -> torch.Tensor:
         """Unbiased covariance at some positions, (P', C, C) float64."""
         mean = self.total[positions] / self.count
@@ -97,7 +102,7 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
     r"""A Gaussian of pretrained features at each position of good images, and distances from it.
 
     PaDiM: the features of a frozen backbone at a few strides, resized to one grid and concatenated; a random but fixed
-    subset of their channels; at each position a mean and a covariance, to which `epsilon` I is added. The anomaly map
+    subset of their channels; at each position a mean and a covariance, regularised by a multiple of I. The anomaly map
     is the Mahalanobis distance. A detector in its own right (`detect`), and the model whose gradient turns defective
     images into normal ones (`AnomalyDenoisePipeline.reconstruct`).
 
@@ -116,7 +121,8 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
         feature_size: side of the grid of positions; None takes the finest stride's.
         num_channels: how many channels are drawn; all, where the backbone has fewer. None takes all.
         num_categories: K, one set of Gaussians for each category of a unified model.
-        epsilon: added to the covariance's diagonal, in units of squared features.
+        epsilon: what is added to the covariances' diagonals, as a share of the features' variance averaged over
+            channels and positions. (PaDiM adds 0.01 as it is, to features of another scale than this backbone's.)
         sigma: smoothing of the map, in pixels of `image_size`.
         seed: of the random channels.
 
@@ -144,7 +150,7 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if epsilon <= 0.0:
-            raise ValueError(f"`epsilon` must be positive (PaDiM: 0.01), but is {epsilon}.")
+            raise ValueError(f"`epsilon` must be positive, but is {epsilon}.")
         self.feature_extractor = TimmFeatureExtractor(backbone, strides, image_size)
         available = self.feature_extractor.num_channels
         count = available if num_channels is None else min(num_channels, available)
@@ -234,9 +240,10 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
             )
         self.mean[category] = moments.mean().float()
         identity = torch.eye(self.mean.shape[2], dtype=torch.float64, device=moments.total.device)
+        regularization = self.config.epsilon * moments.variance().mean().clamp(min=1e-12) * identity
         for start in range(0, self.mean.shape[1], POSITIONS_AT_ONCE):
             positions = slice(start, start + POSITIONS_AT_ONCE)
-            factor = torch.linalg.cholesky(moments.covariance(positions) + self.config.epsilon * identity)
+            factor = torch.linalg.cholesky(moments.covariance(positions) + regularization)
             inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)  # (P', C, C)
             self.whitening[category, positions] = inverse.float()
         self.num_images[category] = moments.count

@@ -1,0 +1,111 @@
+#!/usr/bin/env python
+"""Adds to a saved AnomalyDenoise pipeline the Gaussian of good images' features, whose gradient `reconstruct` descends.
+
+    accelerate launch training/fit_gaussian.py --model runs/mine --train_data_dir DIR
+
+Any number of processes share the images, and the result does not depend on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from diffad import AnomalyDenoisePipeline
+from diffad.data import load_anomaly_dataset
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Fits the Gaussian of good images' features.")
+    parser.add_argument("--model", required=True, help="folder or Hub id of an AnomalyDenoise pipeline")
+    parser.add_argument("--output_dir", help="save the whole pipeline here (default: add to --model's folder)")
+    data = parser.add_argument_group("data")
+    data.add_argument("--train_data_dir", metavar="DIR", help="MVTec-AD style tree or folder of good images, or 'elpv'")
+    data.add_argument("--dataset_name", metavar="ID", help="data set on the Hub, instead of --train_data_dir")
+    data.add_argument("--category", nargs="+", help="only these categories (default: all that there are)")
+    data.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable files (error)")
+    model = parser.add_argument_group("model")
+    model.add_argument("--image_size", type=int, help="pixels the backbone sees (default: the pipeline's extractor's)")
+    model.add_argument("--feature_size", type=int, help="side of the grid of positions (default: --image_size / 4)")
+    model.add_argument("--num_channels", type=int, help="channels drawn at random (default: 100)")
+    model.add_argument("--epsilon", type=float, help="regularisation, as a share of the features' variance")
+    parser.add_argument("--batch_size", type=int, default=32, help="images in one pass (32)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    args = parser.parse_args(argv)
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        parser.error("give one of --train_data_dir and --dataset_name")
+    if args.output_dir is None and not Path(args.model).is_dir():
+        parser.error(f"--model: no folder at {args.model}; to add to a pipeline from the Hub, give --output_dir")
+    return args
+
+
+def save(pipeline: AnomalyDenoisePipeline, args: argparse.Namespace) -> None:
+    """Saves the pipeline, or adds to its folder what is new in it."""
+    if args.output_dir is not None:
+        pipeline.save_pretrained(args.output_dir)
+        return
+    # written under another name and renamed: what was loaded may still be read from the files there
+    folder = Path(args.model, "gaussian")
+    unfinished = folder.with_name("unfinished-gaussian")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    pipeline.gaussian.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    pipeline.save_config(args.model)  # model_index.json
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    accelerator = Accelerator(mixed_precision="no")
+    started = time.time()
+
+    # 1. The pipeline, and good images of its categories
+    pipeline = AnomalyDenoisePipeline.from_pretrained(args.model).to(accelerator.device)
+    data = args.train_data_dir or args.dataset_name
+    good = load_anomaly_dataset(data, split="train", category=args.category, on_bad_image=args.on_bad_image)
+    labels, of_image = np.asarray(good["label"]), np.asarray(good["category"])
+    known = pipeline.config.categories or []
+    if len(known) > 1:
+        unknown = sorted(set(of_image.tolist()) - set(known))
+        if unknown:
+            raise ValueError(
+                f"{data} holds {', '.join(unknown)}, which the pipeline does not know: it knows {', '.join(known)}. "
+                "Choose with --category."
+            )
+        names = sorted(set(of_image.tolist()))
+    else:
+        names = [None]  # one category, whatever it is called
+
+    # 2. One pass over each category
+    options = {name: getattr(args, name) for name in ("image_size", "feature_size", "num_channels", "epsilon")}
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in names:
+        images = good.select(np.flatnonzero((labels == 0) & ((of_image == name) if name else True)))
+        pipeline.fit_gaussian(
+            images["image"],
+            category=name,
+            batch_size=args.batch_size,
+            accelerator=accelerator,
+            generator=torch.Generator().manual_seed(args.seed),
+            **options,
+        )
+        accelerator.print(f"{name or data}: {len(images)} good images")
+
+    # 3. Save
+    if accelerator.is_main_process:
+        save(pipeline, args)
+        size = 4 * sum(buffer.numel() for buffer in pipeline.gaussian.buffers(recurse=False)) / 1e6
+        print(f"Saved to {args.output_dir or args.model}: {size:.0f} MB, {time.time() - started:.0f} s.")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
