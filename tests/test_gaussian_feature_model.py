@@ -133,11 +133,13 @@ def test_gradient_equals_finite_differences():
     def energy(images: torch.Tensor) -> torch.Tensor:
         return 0.5 * gaussian.squared_distance(images).double().sum(dim=(1, 2))  # (N,)
 
-    for direction in (gradient, pixels(2, seed=2) * gradient.abs(), gradient.roll(1, dims=3) + gradient):
+    for direction in (gradient, gradient * (pixels(2, seed=2) > 0.0), gradient.roll(1, dims=3) + gradient):
         step = 2e-3 * direction / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         difference = (energy(images + step) - energy(images - step)) / 2.0
         expected = (gradient * step).sum(dim=(1, 2, 3)).double()
-        torch.testing.assert_close(difference, expected, rtol=2e-2, atol=0.0)
+        largest = float(2e-3 * gradient.flatten(1).norm(dim=1).min())
+        torch.testing.assert_close(difference, expected, rtol=0.0, atol=2e-2 * largest)
+        assert float(expected.min()) > 0.2 * largest  # the direction says something
 
 
 def test_gradient_of_an_image_is_its_own():
@@ -182,8 +184,11 @@ def test_painted_squares_are_found(of_textures):
     bad = of_textures(images)
     scores = torch.cat([good.anomaly_score, bad.anomaly_score])
     assert float(binary_auroc(scores, torch.arange(48) // 24)) > 0.98
-    inside = (images == -1.0).all(dim=1)  # (N, H, W), the painted squares
-    assert float(binary_auroc(bad.anomaly_map, inside.long())) > 0.9
+    # the highest point lies on the square, or as far from it as the features look
+    squares = torch.nn.functional.max_pool2d((images == -1.0).all(dim=1, keepdim=True).float(), 9, 1, 4)
+    highest = bad.anomaly_map.flatten(1).argmax(dim=1, keepdim=True)
+    assert float(squares.flatten(1).gather(1, highest).mean()) > 0.95
+    assert float(squares.mean()) < 0.5
 
 
 def test_map_and_score_of_one_call(of_textures):
@@ -204,13 +209,10 @@ def test_detect_takes_images_as_users_have_them(of_textures):
     torch.testing.assert_close(of_textures.detect(images, batch_size=2).anomaly_map, output.anomaly_map)
     of_array = of_textures.detect(np.stack(images))
     torch.testing.assert_close(of_array.anomaly_score, output.anomaly_score)
-    assert of_textures.detect([texture(0, 9), texture(1, 20)], match_input_resolution=False).anomaly_map.shape == (
-        2,
-        32,
-        32,
-    )
-    with pytest.raises(ValueError, match="`image` holds images of different sizes.*match_input_resolution=False"):
-        of_textures.detect([texture(0, 9), texture(1, 20)])
+    sizes = [texture(0, 9), texture(1, 20)]
+    assert of_textures.detect(sizes, match_input_resolution=False).anomaly_map.shape == (2, 32, 32)
+    with pytest.raises(ValueError, match=r"`image` holds images of different sizes.*match_input_resolution=False"):
+        of_textures.detect(sizes)
     with pytest.raises(ValueError, match="`batch_size`"):
         of_textures.detect(images, batch_size=0)
 
