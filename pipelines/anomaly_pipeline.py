@@ -24,6 +24,7 @@ from torch.utils.data import Subset
 from diffad.calibration import MomentSums, ResidualMoments, ScoreCalibration
 from diffad.images import images_to_pixel_values, images_to_tensors, resize_images
 from diffad.model_card import CARD_NAME, copy_records, render_model_card
+from diffad.models.feature_extractor import TimmFeatureExtractor
 
 logger = logging.get_logger(__name__)
 
@@ -121,6 +122,12 @@ class AnomalyPipeline(DiffusionPipeline):
     def size_multiple(self) -> int:
         """The networks take images whose sides are multiples of this."""
         raise NotImplementedError
+
+    @property
+    def scored_layers(self) -> list[int]:
+        """Which of the feature extractor's layers are scored, as indices."""
+        strides = list(self.feature_extractor.config.strides)
+        return [strides.index(stride) for stride in self.config.score_strides or strides]
 
     def input_resolution(self, resolution: int) -> int:
         """Side to which images are resized at first; a feature extractor may look closer than the denoiser."""
@@ -307,7 +314,7 @@ class AnomalyPipeline(DiffusionPipeline):
         """
         if not 0.0 < false_alarm_rate < 1.0:
             raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate}.")
-        sets = 2 if self.measures_residual else 1
+        sets = 2 if self.measures_residual else 1  # before the scores, as in `CalibrationFit.passes`
         parts = _split(images, sets + 1) if statistics_images is None else [*_split(statistics_images, sets), images]
         if min(len(part) for part in parts) < 1:
             raise ValueError(
@@ -315,50 +322,16 @@ class AnomalyPipeline(DiffusionPipeline):
                 "`statistics_images`, and deserves 100."
             )
         index = int(self.category_index(category, 1)[0])
-        resolution = self.processing_resolution
-
-        def measurements(part: Sequence[Any]) -> Iterator[tuple[Measurement, torch.Tensor]]:
-            return self.measurements(part, torch.full((len(part),), index), batch_size, resolution, generator)
-
-        residual_moments, map_moments = ResidualMoments(), MomentSums()
-        if self.measures_residual:
-            for measurement, _ in measurements(parts[0]):
-                residual_moments.update(measurement.residual)
-        calibration = None
-        for measurement, indices in measurements(parts[-2]):
-            if calibration is None:
-                calibration = self._new_calibration(measurement, len(parts[-1]), false_alarm_rate)
-                if self.measures_residual:
-                    calibration.residual_scale[index] = residual_moments.scale()
-                    calibration.residual_whitening[index] = residual_moments.whitening()
-            map_moments.update(self.score_maps(measurement, indices, calibration))
-        calibration.map_mean[index] = map_moments.mean()
-        calibration.map_std[index] = map_moments.standard_deviation()
-        scores, maxima = [], []
-        for measurement, indices in measurements(parts[-1]):
-            anomaly_map = self.anomaly_maps(measurement, indices, calibration)
-            scores.append(self.image_scores(anomaly_map))
-            maxima.append(anomaly_map.flatten(1).amax(dim=1))
-        calibration.set_thresholds(index, torch.cat(scores), torch.cat(maxima))
+        fit = CalibrationFit(self, index, len(parts[-1]), false_alarm_rate)
+        for learn, part in zip(fit.passes, parts, strict=True):
+            of_category = torch.full((len(part),), index)
+            for measurement, _ in self.measurements(
+                part, of_category, batch_size, self.processing_resolution, generator
+            ):
+                learn(measurement)
         self.maybe_free_model_hooks()
-        self.register_modules(calibration=calibration)
+        self.register_modules(calibration=fit.finish())
         return self
-
-    def _new_calibration(self, measurement: Measurement, num_scores: int, false_alarm_rate: float) -> ScoreCalibration:
-        """An empty calibration of the measurement's shapes, with the other categories' statistics kept."""
-        num_categories = len(self.config.categories or ["default"])
-        previous = self.calibration if num_categories > 1 else None
-        calibration = ScoreCalibration(
-            num_categories=num_categories,
-            map_shape=tuple(self.score_maps(measurement, None, None).shape[1:]),
-            residual_shape=None if measurement.residual is None else tuple(measurement.residual.shape[1:]),
-            num_scores=max(num_scores, 0 if previous is None else previous.config.num_scores),
-            false_alarm_rate=false_alarm_rate,
-        ).to(self._execution_device)
-        if previous is not None:
-            for name, values in previous.named_buffers():
-                getattr(calibration, name)[..., : values.shape[-1]] = values
-        return calibration
 
     # -- saving and sharing --------------------------------------------------------------------------------------
 
@@ -496,6 +469,86 @@ class AnomalyPipeline(DiffusionPipeline):
             for name, value in config_dict.items()
         }
         return super().extract_init_dict(config_dict, **kwargs)
+
+
+class CalibrationFit:
+    """What one category's good images say, measurement by measurement, in constant memory.
+
+    `passes` are called in order, each with all measurements of its share of the images: scale and covariance of the
+    feature residual (for a method with one), mean and deviation of the maps, scores. Pipelines that share their
+    networks' work can learn from the same pass side by side.
+
+    Args:
+        pipeline: whose maps and scores these are.
+        category: index of the images' category.
+        num_scores: images in the last pass.
+        false_alarm_rate: of the thresholds, in (0, 1).
+    """
+
+    def __init__(self, pipeline: AnomalyPipeline, category: int, num_scores: int, false_alarm_rate: float):
+        self.pipeline, self.category = pipeline, category
+        self.num_scores, self.false_alarm_rate = num_scores, false_alarm_rate
+        self.residual_moments, self.map_moments = ResidualMoments(), MomentSums()
+        self.calibration: ScoreCalibration | None = None
+        self.scores: list[torch.Tensor] = []
+        self.maxima: list[torch.Tensor] = []
+        self.passes = [self.add_maps, self.add_scores]
+        if pipeline.measures_residual:
+            self.passes.insert(0, self.add_residual)
+
+    def add_residual(self, measurement: Measurement) -> None:
+        self.residual_moments.update(measurement.residual)
+
+    def add_maps(self, measurement: Measurement) -> None:
+        if self.calibration is None:
+            self.calibration = self._new_calibration(measurement)
+            if self.pipeline.measures_residual:
+                self.calibration.residual_scale[self.category] = self.residual_moments.scale()
+                self.calibration.residual_whitening[self.category] = self.residual_moments.whitening()
+        self.map_moments.update(self.pipeline.score_maps(measurement, self._indices(measurement), self.calibration))
+
+    def add_scores(self, measurement: Measurement) -> None:
+        self.set_map_statistics()
+        anomaly_map = self.pipeline.anomaly_maps(measurement, self._indices(measurement), self.calibration)
+        self.scores.append(self.pipeline.image_scores(anomaly_map))
+        self.maxima.append(anomaly_map.flatten(1).amax(dim=1))
+
+    def set_map_statistics(self) -> ScoreCalibration:
+        """The calibration without thresholds, all that maps need."""
+        self.calibration.map_mean[self.category] = self.map_moments.mean()
+        self.calibration.map_std[self.category] = self.map_moments.standard_deviation()
+        return self.calibration
+
+    def finish(self) -> ScoreCalibration:
+        self.calibration.set_thresholds(self.category, torch.cat(self.scores), torch.cat(self.maxima))
+        return self.calibration
+
+    def _indices(self, measurement: Measurement) -> torch.Tensor:
+        return torch.full((len(measurement.maps),), self.category, device=measurement.maps.device)
+
+    def _new_calibration(self, measurement: Measurement) -> ScoreCalibration:
+        """An empty calibration of the measurement's shapes, with the other categories' statistics kept."""
+        pipeline = self.pipeline
+        num_categories = len(pipeline.config.categories or ["default"])
+        previous = pipeline.calibration if num_categories > 1 else None
+        calibration = ScoreCalibration(
+            num_categories=num_categories,
+            map_shape=tuple(pipeline.score_maps(measurement, None, None).shape[1:]),
+            residual_shape=None if measurement.residual is None else tuple(measurement.residual.shape[1:]),
+            num_scores=max(self.num_scores, 0 if previous is None else previous.config.num_scores),
+            false_alarm_rate=self.false_alarm_rate,
+        ).to(measurement.maps.device)
+        if previous is not None:
+            for name, values in previous.named_buffers():
+                getattr(calibration, name)[..., : values.shape[-1]] = values
+        return calibration
+
+
+def check_score_strides(score_strides: Sequence[int], feature_extractor: TimmFeatureExtractor) -> None:
+    """Raises a ValueError where a stride is none of the extractor's."""
+    strides = list(feature_extractor.config.strides)
+    if not score_strides or any(stride not in strides for stride in score_strides):
+        raise ValueError(f"`score_strides` must be taken from {strides}, the extractor's, but is {score_strides}.")
 
 
 def _is_list_of_names(value: Any) -> bool:

@@ -21,11 +21,17 @@ from torch.utils.data import Subset
 
 from diffad.calibration import ScoreCalibration
 from diffad.images import ImageInput, images_to_pixel_values, images_to_tensors, resize_images
-from diffad.likelihood import kl_divergence_map, predicted_clean_sample
+from diffad.likelihood import kl_divergence_map, predicted_clean_sample, predicted_mean_log_variance
 from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.gaussian_feature_model import GaussianFeatureModel
-from diffad.pipelines.anomaly_pipeline import AnomalyOutput, AnomalyPipeline, Measurement, _convert
+from diffad.pipelines.anomaly_pipeline import (
+    AnomalyOutput,
+    AnomalyPipeline,
+    Measurement,
+    _convert,
+    check_score_strides,
+)
 from diffad.scoring import feature_error, gaussian_smooth, joint_map, max_score, top_fraction_score
 
 
@@ -63,6 +69,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         kl_sigma: smoothing of the KL maps, in pixels at the processing resolution.
         feature_sigma: smoothing of the feature error, in pixels at the processing resolution.
         score_fraction: the image's score is the mean of this share of the map's highest pixels; 0 for the maximum.
+        score_strides: which of the feature extractor's strides the feature error looks at; None for all.
         processing_resolution: side in pixels to which images are resized; None takes the network's `sample_size`.
         categories: names of the categories of a unified model, in the order of its class labels.
     """
@@ -84,6 +91,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         kl_sigma: float = 2.0,
         feature_sigma: float = 4.0,
         score_fraction: float = 0.0,
+        score_strides: list[int] | None = None,
         processing_resolution: int | None = None,
         categories: list[str] | None = None,
     ):
@@ -94,6 +102,8 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         last = scheduler.config.num_train_timesteps - 1
         if not timesteps or any(not 0 <= t <= last for t in timesteps):
             raise ValueError(f"`timesteps` must list integers in [0, {last}], but is {timesteps}.")
+        if score_strides is not None:
+            check_score_strides(score_strides, feature_extractor)
         self.register_modules(
             # channels last: half-precision convolutions take two thirds of the time, on CPUs as on tensor cores
             unet=unet.eval().to(memory_format=torch.channels_last),
@@ -108,6 +118,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
             kl_sigma=kl_sigma,
             feature_sigma=feature_sigma,
             score_fraction=score_fraction,
+            score_strides=None if score_strides is None else sorted(score_strides),
             processing_resolution=processing_resolution or unet.config.sample_size,
             categories=list(categories) if categories else None,
         )
@@ -179,15 +190,27 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         resolution: int,
         generator: Sequence[torch.Generator | None],
     ) -> Measurement:
-        """KL maps (N, T, H, W) and feature residuals (N, T, C, h, w): one pass for all images and noise levels."""
-        device, count, levels = pixel_values.device, len(pixel_values), len(self.config.timesteps)
+        """KL maps (N, T, H, W) and feature residuals (N, T, C, h, w) of the scored strides."""
+        noise_levels = list(self.config.timesteps)
+        return self.select(self.measure_at(noise_levels, pixel_values, category, resolution, generator), noise_levels)
+
+    def measure_at(
+        self,
+        noise_levels: Sequence[int],
+        pixel_values: torch.Tensor,
+        category: torch.Tensor,
+        resolution: int,
+        generator: Sequence[torch.Generator | None],
+    ) -> Measurement:
+        """As `measure`, at T timesteps and of all strides: one pass of the networks for all images and noise levels."""
+        device, count, levels = pixel_values.device, len(pixel_values), len(noise_levels)
         clean = resize_images(pixel_values, (resolution, resolution))  # (N, 3, H, W)
 
         # 1. Noise every image to every timestep
         noise = torch.stack(
             [randn_tensor((levels, *clean.shape[1:]), generator=g, device=device) for g in generator]
         )  # (N, T, 3, H, W)
-        timesteps = torch.tensor(self.config.timesteps, device=device).repeat(count)  # (N * T,)
+        timesteps = torch.tensor(list(noise_levels), device=device).repeat(count)  # (N * T,)
         clean = clean.repeat_interleave(levels, dim=0)  # (N * T, 3, H, W)
         noisy = self.scheduler.add_noise(clean, noise.flatten(0, 1), timesteps)
 
@@ -206,6 +229,17 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         residual = features[:, None] - predicted.unflatten(0, (count, levels))  # (N, T, C, h, w)
         return Measurement(maps=kl, residual=residual)
 
+    def select(self, measurement: Measurement, noise_levels: Sequence[int]) -> Measurement:
+        """What this pipeline scores of a measurement at `noise_levels` and of all strides."""
+        maps, residual = measurement.maps, measurement.residual
+        if list(noise_levels) != list(self.config.timesteps):
+            chosen = [list(noise_levels).index(timestep) for timestep in self.config.timesteps]
+            maps, residual = maps[:, chosen], residual[:, chosen]
+        if self.config.score_strides is not None:
+            layers = residual.split(self.feature_extractor.layer_channels, dim=2)
+            residual = torch.cat([layers[i] for i in self.scored_layers], dim=2)
+        return Measurement(maps=maps, residual=residual)
+
     def score_maps(
         self, measurement: Measurement, category: torch.Tensor | None, calibration: ScoreCalibration | None
     ) -> torch.Tensor:
@@ -213,7 +247,8 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         residual = measurement.residual
         if calibration is not None:
             residual = calibration.whiten_residual(residual, category)
-        errors = feature_error(residual, self.feature_extractor.layer_channels)  # (N, T * L, h, w)
+        layer_channels = [self.feature_extractor.layer_channels[i] for i in self.scored_layers]
+        errors = feature_error(residual, layer_channels)  # (N, T * L, h, w)
         errors = F.interpolate(errors, measurement.maps.shape[-2:], mode="bilinear")  # (N, T * L, H, W)
         return torch.cat(
             [
@@ -316,6 +351,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         batch_size: int = 16,
         processing_resolution: int | None = None,
         match_input_resolution: bool = True,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
         | None = None,
         return_trajectory: bool = False,
@@ -343,6 +379,9 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
                 at which the Gaussian was fitted.
             match_input_resolution: whether images and maps come at the input's own size, which then must be one for
                 all; else at the processing resolution.
+            generator: draws each denoising step: p(x_{t-1} | x_t) with the learned variance, timestep by timestep down
+                to the clean image (DDPM, algorithm 2), in as many passes of the denoiser. None, which is repeatable
+                too, takes the clean image that one pass expects. The noise of an image does not depend on the batch.
             callback_on_step_end: called after each iteration of each batch as `callback(pipe, iteration, timesteps,
                 {"sample": x})`, with x (B, 3, R, R) in about [-1, 1] and the timesteps (B,) of the noise in it. What it
                 returns under "sample" is gone on with.
@@ -367,7 +406,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
             )
         images = images_to_tensors(image)
         resolution = self.processing_resolution if processing_resolution is None else processing_resolution
-        self.check_call(images, batch_size, resolution, match_input_resolution, None, output_type)
+        self.check_call(images, batch_size, resolution, match_input_resolution, generator, output_type)
         indices = self.category_index(category, len(images)).to(self._execution_device)
         if not isinstance(num_iterations, int) or num_iterations < 1:
             raise ValueError(f"`num_iterations` must be a positive integer, but is {num_iterations!r}.")
@@ -375,15 +414,16 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
             raise ValueError(f"`learning_rate` must lie in (0, 1), but is {learning_rate!r}.")
         if denoise_every is not None and (not isinstance(denoise_every, int) or denoise_every < 1):
             raise ValueError(f"`denoise_every` must be a positive integer, or None, but is {denoise_every!r}.")
+        generators = None if generator is None else _image_generators(generator, len(images))
 
         # 2. Gradient denoising, batch by batch
         size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
         results, trajectories = [], []
         num_batches = math.ceil(len(images) / batch_size)
         with self.progress_bar(total=num_batches * num_iterations) as progress:
-            for clean, category_of in zip(
-                self._clean_images(images, batch_size, resolution), indices.split(batch_size), strict=True
-            ):
+            for number, clean in enumerate(self._clean_images(images, batch_size, resolution)):
+                batch = slice(number * batch_size, (number + 1) * batch_size)
+                category_of = indices[batch]
                 sample, previous, steps, states = clean, clean, 0, [clean]
                 for i in range(num_iterations):
                     # 3. Descend: eqs. 12-13
@@ -397,8 +437,10 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
                     noise_variance = (sample - decay * previous).square().mean(dim=(1, 2, 3))  # (B,)
                     timesteps = noise_timesteps(self.scheduler, noise_variance)
                     denoises = denoise_every is not None and (steps == denoise_every or i == num_iterations - 1)
-                    if denoises:
+                    if denoises and generators is None:
                         sample = self._predict_clean(sample, timesteps, category_of)
+                    elif denoises:
+                        sample = self._draw_clean(sample, timesteps, category_of, generators[batch])
                     if callback_on_step_end is not None:
                         sample = callback_on_step_end(self, i, timesteps, {"sample": sample}).get("sample", sample)
                     if denoises:
@@ -477,9 +519,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         total_steps = round(num_inference_steps * last / timestep)  # of which the last few are taken
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         takes_variance = isinstance(scheduler, DDPMScheduler) and "learned" in scheduler.config.variance_type
-        given = generator if isinstance(generator, (list, tuple)) else [None] * len(images)
-        seeds = _seeds(generator if isinstance(generator, torch.Generator) else None, len(images))
-        generators = [g or torch.Generator().manual_seed(seed) for g, seed in zip(given, seeds, strict=True)]
+        generators = _image_generators(generator, len(images))
 
         # 2. Batch by batch
         size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
@@ -527,6 +567,27 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         prediction = self.unet(noisy.to(self.unet.dtype), timesteps, class_labels=class_labels).sample
         return predicted_clean_sample(self.scheduler, prediction[:, : noisy.shape[1]], noisy, timesteps)
 
+    def _draw_clean(
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        category: torch.Tensor,
+        generators: Sequence[torch.Generator],
+    ) -> torch.Tensor:
+        """Clean images drawn by DDPM's reverse process, as `_predict_clean` otherwise; a generator for each."""
+        sample = noisy.clone()
+        for t in range(int(timesteps.max()), -1, -1):
+            joined = (timesteps >= t).nonzero()[:, 0]  # an image joins in at its own timestep
+            part, timestep = sample[joined], torch.full_like(joined, t)
+            class_labels = category[joined] if self.unet.config.num_class_embeds else None
+            prediction = self.unet(part.to(self.unet.dtype), timestep, class_labels=class_labels).sample
+            mean, log_variance = predicted_mean_log_variance(self.scheduler, prediction, part, timestep)
+            if t > 0:  # at t = 0 the mean is the clean image
+                noise = randn_tensor(part.shape, [generators[i] for i in joined.tolist()], part.device)
+                mean = mean + torch.exp(0.5 * log_variance) * noise
+            sample[joined] = mean
+        return sample
+
     def _compare(
         self, clean: torch.Tensor, result: torch.Tensor, size: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -555,6 +616,15 @@ def _seeds(generator: torch.Generator | None, num_images: int) -> list[int]:
     """A seed for each image, so that no image's noise depends on which others are in its batch."""
     device = None if generator is None else generator.device
     return torch.randint(2**62, (num_images,), generator=generator, device=device).tolist()
+
+
+def _image_generators(
+    generator: torch.Generator | Sequence[torch.Generator | None] | None, num_images: int
+) -> list[torch.Generator]:
+    """A generator for each image: those given, or of a seed from the one given."""
+    given = generator if isinstance(generator, (list, tuple)) else [None] * num_images
+    seeds = _seeds(generator if isinstance(generator, torch.Generator) else None, num_images)
+    return [g or torch.Generator().manual_seed(seed) for g, seed in zip(given, seeds, strict=True)]
 
 
 def _convert_trajectory(

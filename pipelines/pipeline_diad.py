@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -15,8 +16,8 @@ from diffad.images import ImageInput, images_to_tensors
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
-from diffad.pipelines.anomaly_pipeline import AnomalyOutput, AnomalyPipeline, Measurement
-from diffad.scoring import cosine_distance_map, gaussian_smooth, max_score
+from diffad.pipelines.anomaly_pipeline import AnomalyOutput, AnomalyPipeline, Measurement, check_score_strides
+from diffad.scoring import cosine_distance_map, feature_error, gaussian_smooth, max_score
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -41,6 +42,9 @@ class DiADPipeline(AnomalyPipeline):
         calibration: statistics of good images; None until `calibrate`.
         num_inference_steps: steps of the reverse process.
         strength: in (0, 1]; 1 starts from noise alone, less from the encoded image, noised that far.
+        distance: "cosine", the paper's, or "mahalanobis": the squared difference of the features, whitened by what good
+            images show. The latter needs a calibration to mean something, and then sees smaller defects.
+        score_strides: which of the feature extractor's strides are compared; None for all.
         sigma: smoothing of the map, in pixels at the processing resolution.
         pooling_size: side of the window of the average pooling before the map's maximum is the image's score.
         pooling_rounds: how often it is pooled. Each round takes `pooling_size - 1` pixels off the map's sides.
@@ -56,7 +60,9 @@ class DiADPipeline(AnomalyPipeline):
     _optional_components = ["sg_network", "feature_extractor", "calibration"]  # noqa: RUF012 (diffusers' own form)
     _exclude_from_cpu_offload = ["prompt_embedding", "calibration"]  # noqa: RUF012
 
-    measures_residual = False
+    @property
+    def measures_residual(self) -> bool:
+        return self.config.distance == "mahalanobis"
 
     def __init__(
         self,
@@ -69,6 +75,8 @@ class DiADPipeline(AnomalyPipeline):
         calibration: ScoreCalibration | None = None,
         num_inference_steps: int = 10,
         strength: float = 1.0,
+        distance: str = "cosine",
+        score_strides: list[int] | None = None,
         sigma: float = 5.0,
         pooling_size: int = 8,
         pooling_rounds: int = 8,
@@ -96,6 +104,10 @@ class DiADPipeline(AnomalyPipeline):
                     f"`sg_network` makes the image {stack_factor} times smaller and `vae` {factor} times. Give the "
                     "network's `conditioning_embedding_out_channels` as many widths as the autoencoder has levels."
                 )
+        if distance not in ("cosine", "mahalanobis"):
+            raise ValueError(f'`distance` must be "cosine" or "mahalanobis", but is {distance!r}.')
+        if score_strides is not None and feature_extractor is not None:
+            check_score_strides(score_strides, feature_extractor)
         if sigma < 0:
             raise ValueError(f"`sigma` must not be negative, but is {sigma}.")
         if pooling_size < 1 or pooling_rounds < 0:
@@ -116,6 +128,8 @@ class DiADPipeline(AnomalyPipeline):
         self.register_to_config(
             num_inference_steps=num_inference_steps,
             strength=strength,
+            distance=distance,
+            score_strides=None if score_strides is None else sorted(score_strides),
             sigma=sigma,
             pooling_size=pooling_size,
             pooling_rounds=pooling_rounds,
@@ -322,14 +336,20 @@ class DiADPipeline(AnomalyPipeline):
         latents: torch.Tensor | None = None,
         callback_on_step_end: Callable | None = None,
     ) -> Measurement:
-        """Cosine maps (N, 1, R, R) and reconstructions (N, 3, R, R)."""
-        if self.feature_extractor is None:
-            raise ValueError(
-                "`feature_extractor` is None: this pipeline denoises, but has no features to score with. Give it the "
-                "paper's: pipe.register_modules(feature_extractor="
-                "TimmFeatureExtractor.from_backbone('resnet50', (4, 8, 16)).to(pipe.device))"
-            )
-        # 1. From [-1, 1] to the networks' images, and their reconstructions
+        """What the features see between images and their reconstructions; arguments as in a call."""
+        options = (num_inference_steps, strength, latents, callback_on_step_end)
+        return self.compare(pixel_values, self.reconstruct(pixel_values, generator, *options))
+
+    def reconstruct(
+        self,
+        pixel_values: torch.Tensor,
+        generator: Sequence[torch.Generator | None],
+        num_inference_steps: int | None = None,
+        strength: float | None = None,
+        latents: torch.Tensor | None = None,
+        callback_on_step_end: Callable | None = None,
+    ) -> torch.Tensor:
+        """Images as the model expects them to be, both (N, 3, R, R) in [-1, 1]; the result is not clamped."""
         statistics = (self.config.image_mean, self.config.image_std)
         latents = self.denoise(
             normalize_images(pixel_values, *statistics),
@@ -339,23 +359,51 @@ class DiADPipeline(AnomalyPipeline):
             generator,
             callback_on_step_end,
         )
-        reconstruction = denormalize_images(self.decode(latents), *statistics)  # (N, 3, R, R), not clamped
+        return denormalize_images(self.decode(latents), *statistics)
 
-        # 2. Features of both in one pass, compared (eqs. 9-10)
-        both = torch.cat([pixel_values, reconstruction]).to(self.feature_extractor.dtype)  # (2N, 3, R, R)
-        layers = [layer.chunk(2) for layer in self.feature_extractor.layers(both)]
-        maps = cosine_distance_map(*zip(*layers, strict=True), size=pixel_values.shape[-2:])  # (N, R, R)
-        return Measurement(maps=maps[:, None], reconstruction=reconstruction / 2.0 + 0.5)
+    def compare(self, pixel_values: torch.Tensor, reconstruction: torch.Tensor) -> Measurement:
+        """Images and their reconstructions, each (N, 3, R, R) in [-1, 1], in the features' eyes.
+
+        Cosine maps (N, L, R, R) of the L scored strides, or the residual (N, 1, C, h, w) of their features.
+        """
+        if self.feature_extractor is None:
+            raise ValueError(
+                "`feature_extractor` is None: this pipeline denoises, but has no features to score with. Give it the "
+                "paper's: pipe.register_modules(feature_extractor="
+                "TimmFeatureExtractor.from_backbone('resnet50', (4, 8, 16)).to(pipe.device))"
+            )
+        both = torch.cat([pixel_values, reconstruction]).to(self.feature_extractor.dtype)  # (2N, 3, R, R), one pass
+        layers = self.feature_extractor.layers(both)
+        layers = [layers[i].float() for i in self.scored_layers]
+        size = pixel_values.shape[-2:]
+        restored = reconstruction / 2.0 + 0.5
+        if self.config.distance == "cosine":
+            maps = [cosine_distance_map([a], [b], size) for a, b in (layer.chunk(2) for layer in layers)]
+            return Measurement(maps=torch.stack(maps, dim=1), reconstruction=restored)
+        grid = layers[0].shape[-2:]
+        features = torch.cat([F.interpolate(layer, grid, mode="bilinear") for layer in layers], dim=1)  # (2N, C, h, w)
+        image, other = features.chunk(2)
+        no_maps = pixel_values.new_zeros(len(pixel_values), 0, *size)
+        return Measurement(maps=no_maps, residual=(image - other)[:, None], reconstruction=restored)
 
     def score_maps(
         self, measurement: Measurement, category: torch.Tensor | None, calibration: ScoreCalibration | None
     ) -> torch.Tensor:
-        """(N, 1, H, W): the smoothed cosine map."""
-        return gaussian_smooth(measurement.maps, self.config.sigma)
+        """(N, L, H, W): each scored layer's smoothed map."""
+        maps = measurement.maps
+        if measurement.residual is not None:
+            residual = measurement.residual
+            if calibration is not None:
+                residual = calibration.whiten_residual(residual, category)
+            widths = [self.feature_extractor.layer_channels[i] for i in self.scored_layers]
+            maps = F.interpolate(feature_error(residual, widths), maps.shape[-2:], mode="bilinear")
+        if calibration is None:
+            maps = maps * maps.shape[1]  # the paper's sum over layers, where `join_maps` takes the mean
+        return gaussian_smooth(maps, self.config.sigma)
 
     def join_maps(self, maps: torch.Tensor) -> torch.Tensor:
-        """(N, 1, H, W) to (N, H, W): there is one."""
-        return maps[:, 0]
+        """(N, L, H, W) to (N, H, W): the mean, as normalised maps are of one scale."""
+        return maps.mean(dim=1)
 
     def image_scores(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         """(N, H, W) to (N,): the maximum after rounds of average pooling (section 4.1)."""

@@ -228,7 +228,7 @@ def test_an_interrupted_evaluation_goes_on(model, data, tmp_path):
 )
 def test_wrong_arguments_end_in_one_clear_line(arguments, words, capsys):
     with pytest.raises(SystemExit):
-        evaluate.parse_args(arguments)
+        evaluate.create_parser().parse_args(arguments)
     assert words in capsys.readouterr().err.rstrip().splitlines()[-1]
 
 

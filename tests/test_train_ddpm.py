@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from conftest import (
     BACKBONE,
     generator,
@@ -255,6 +257,23 @@ def test_the_seed_decides(good, tiny, tmp_path):
     assert not torch.equal(weights[0]["conv_in.weight"], weights[2]["conv_in.weight"])
 
 
+def test_a_balanced_run_resumes_to_the_bit(tmp_path):
+    """Of 12 and 4 images, in the middle of an epoch of five batches."""
+    data = write_mvtec(tmp_path / "data", {"tile": 12, "cable": 4})
+    tiny_pipeline(categories=["cable", "tile"]).save_pretrained(unified := tmp_path / "unified")
+    more = ("--balance_categories", "--checkpointing_steps", 3, "--false_alarm_rate", 0.5)
+    whole, resumed, drawn_freely = tmp_path / "whole", tmp_path / "resumed", tmp_path / "free"
+    train(data, whole, *more, start=unified, steps=8)
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    train(data, resumed, *more, "--resume_from_checkpoint", "latest", start=unified, steps=8)
+    train(data, drawn_freely, *more[1:], start=unified, steps=8)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    expected, actual, other = (load_file(folder / weights) for folder in (whole, resumed, drawn_freely))
+    assert [key for key in expected if not torch.equal(expected[key], actual[key])] == []
+    assert not torch.equal(expected["conv_in.weight"], other["conv_in.weight"])
+    assert json.loads((whole / "training.json").read_text())["arguments"]["balance_categories"] is True
+
+
 # -- two processes -----------------------------------------------------------------------------------------------
 
 
@@ -402,6 +421,17 @@ def test_the_same_share_of_every_category_is_held_out_by_the_seed(tmp_path):
     assert other["path"] != held_out["path"]
 
 
+def test_a_stream_trains_as_the_data_set_does(tmp_path):
+    data = str(write_mvtec(tmp_path, {"tile": 5, "cable": 4}))
+    streamed = training_run.load_good_images(shared(train_data_dir=data, streaming=True))
+    loaded = training_run.load_good_images(shared(train_data_dir=data))
+    assert streamed[2] == loaded[2]
+    for one, other in zip(streamed[:2], loaded[:2], strict=True):
+        assert one["path"] == other["path"]
+        assert all(np.array_equal(a, b) for a, b in zip(one["image"], other["image"], strict=True))
+        assert one.cache_files  # on disk: memory does not grow with the images
+
+
 def test_images_are_resized_once_and_read_from_disk(tmp_path):
     args = shared(train_data_dir=str(write_folder(tmp_path / "part", 8, size=20)))
     training, _, categories = training_run.load_good_images(args)
@@ -470,6 +500,84 @@ def test_batches_of_a_resumed_run_are_those_of_the_first(tmp_path):
     assert not torch.equal(whole[0][1], whole[3][1])  # epochs are shuffled anew
     draws = {training_run.step_generator(seed, n, accelerator).initial_seed() for seed in (0, 1) for n in range(50)}
     assert len(draws) == 100
+
+
+# -- balanced categories -----------------------------------------------------------------------------------------
+
+
+def test_every_category_comes_equally_often_and_no_image_more_often_than_another():
+    of_image = np.array([0] * 5 + [1] * 2 + [2] * 3)
+    sampler = training_run.BalancedSampler(of_image, seed=0)
+    assert len(sampler) == 15
+    seen = np.zeros(10, dtype=int)
+    orders = []
+    for epoch in range(6):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert len(orders[-1]) == 15
+        assert np.bincount(of_image[orders[-1]]).tolist() == [5, 5, 5]
+        assert all(sorted(of_image[orders[-1][i : i + 3]]) == [0, 1, 2] for i in range(0, 15, 3))  # so is each batch
+        seen += np.bincount(orders[-1], minlength=10)
+        for category in range(3):
+            counts = seen[of_image == category]
+            assert counts.max() - counts.min() <= 1
+    assert seen.tolist() == [6] * 5 + [15] * 2 + [10] * 3
+    assert len({tuple(order) for order in orders}) == 6
+    places = {tuple(of_image[order]) for order in orders}
+    assert len(places) > 1  # the categories' order changes, too
+
+    sampler.set_epoch(3)
+    assert list(sampler) == orders[3]  # seed and epoch alone decide
+    other = training_run.BalancedSampler(of_image, seed=1)
+    other.set_epoch(3)
+    assert list(other) != orders[3]
+
+
+def test_balanced_batches_of_a_resumed_run_are_those_of_the_first(tmp_path):
+    data = write_mvtec(tmp_path / "data", {"tile": 14, "cable": 4})
+    args = shared(train_data_dir=str(data), train_batch_size=4, output_dir=str(tmp_path), balance_categories=True)
+    accelerator = training_run.create_accelerator(args)
+    training, _, categories = training_run.load_good_images(args)
+    images = training_run.ResizedImages(training, 16, categories)
+    assert np.bincount(images.category_index).tolist() == [3, 12]
+
+    def batches(first: int, last: int) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+        loader = accelerator.prepare(training_run.create_data_loader(images, args))
+        return [(n, *batch) for n, batch in training_run.training_batches(loader, accelerator, first, last)]
+
+    whole, resumed = batches(0, 15), batches(8, 15)  # six batches an epoch
+    assert [number for number, *_ in resumed] == list(range(8, 15))
+    for (_, expected, classes), (_, actual, _) in zip(whole[8:], resumed, strict=True):
+        assert torch.equal(actual, expected)
+        assert sorted(classes.tolist()) == [0, 0, 1, 1]
+    assert not torch.equal(whole[0][1], whole[6][1])  # epochs differ
+
+
+def test_two_processes_share_the_batches_of_one():
+    class Images(torch.utils.data.Dataset):
+        category_index = np.array([0] * 12 + [1] * 3)
+
+        def __len__(self) -> int:
+            return 15
+
+        def __getitem__(self, i: int) -> int:
+            return i
+
+    args = shared(train_batch_size=4, balance_categories=True)
+    loader = training_run.create_data_loader(Images(), args)
+
+    def batches(processes: int, index: int, epoch: int) -> list[list[int]]:
+        options = {"num_processes": processes, "process_index": index, "use_seedable_sampler": True, "data_seed": 0}
+        prepared = prepare_data_loader(loader, **options)
+        prepared.set_epoch(epoch)
+        return [batch.tolist() for batch in prepared]
+
+    for epoch in (0, 3):
+        one = batches(1, 0, epoch)
+        assert len(one) == 6
+        assert batches(2, 0, epoch) == one[::2]
+        assert batches(2, 1, epoch) == one[1::2]
+    assert batches(1, 0, 0) != batches(1, 0, 3)
 
 
 # -- loss --------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def run_demo(output_dir: str | Path = "runs/demo", max_train_steps: int | None =
     accelerator = Accelerator(mixed_precision=precision)
     pipeline.to(accelerator.device)
     test = load_anomaly_dataset("elpv", split="test", category=CATEGORY)
-    result, records = evaluate.evaluate_category(pipeline, test, CATEGORY, accelerator, seed=seed)
+    result, records, _ = evaluate.evaluate_category(pipeline, test, CATEGORY, accelerator, seed=seed)
     for record in records:  # a path on this machine tells another reader nothing
         record["path"] = Path(record["path"]).name
     report = {

@@ -14,22 +14,25 @@ import io
 import json
 import os
 import platform
+import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
 import diffad
+from diffad import AnomalyOutput, GaussianFeatureModel, TimmFeatureExtractor
 from diffad.data import load_anomaly_dataset, resize_image_and_mask
+from diffad.images import images_to_pixel_values, images_to_tensors, resize_images
 from diffad.metrics import AnomalyMetrics
 from diffad.prediction import image_generator
 
@@ -45,7 +48,12 @@ METRIC_TITLES = {
 }
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+# what users would take otherwise: name on the command line, title in the tables
+BASELINES = {"padim": "PaDiM", "ddpm": "plain DDPM"}
+MEAN = "mean"
+
+
+def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Evaluates a saved pipeline.")
     parser.add_argument("--model", required=True, help="folder or Hub id of a pipeline")
     parser.add_argument("--data", required=True, help="data set's folder or Hub id, or 'elpv'")
@@ -58,8 +66,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="(accelerate's setting)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     parser.add_argument("--save_maps", metavar="DIR", help="float32 TIFF maps, as MVTec's own evaluation reads them")
+    parser.add_argument(
+        "--baselines",
+        nargs="+",
+        choices=(*BASELINES, "none"),
+        default=["padim"],
+        help="rows beside ours: PaDiM over the same backbone; the model's own plain DDPM (padim)",
+    )
     parser.add_argument("--resume", action="store_true", help="keep the categories that --output already holds")
-    return parser.parse_args(argv)
+    return parser
 
 
 def describe_machine() -> dict[str, Any]:
@@ -73,7 +88,19 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
+class Evaluation(NamedTuple):
+    """What one detector showed on one category; the same on every process.
+
+    result: metrics, number of images, seconds.
+    records: path, label, defect, score, p_value and is_anomalous of each image, in the data set's order.
+    curves: as of `AnomalyMetrics.curves`.
+    """
+
+    result: dict[str, Any]
+    records: list[dict[str, Any]]
+    curves: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
 def evaluate_category(
     pipeline: Any,
     images: Dataset,
@@ -84,74 +111,210 @@ def evaluate_category(
     batch_size: int = 16,
     seed: int = 0,
     save_maps: str | Path | None = None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Metrics of one category's test images, and each image's score.
+) -> Evaluation:
+    """Evaluates a pipeline on one category's test images; the noise of each image follows from `seed` and its place."""
+
+    def detect(pictures: list[Any], indices: list[int]) -> list[AnomalyOutput]:
+        return [
+            pipeline(
+                pictures,
+                batch_size=batch_size,
+                match_input_resolution=False,
+                generator=[image_generator(seed, i) for i in indices],
+                output_type="pt",
+                **category_argument(pipeline, category),
+            )
+        ]
+
+    return evaluate_detectors(
+        detect, 1, images, category, accelerator, resolution, pro_fpr_limit, batch_size, save_maps
+    )[0]
+
+
+def category_argument(pipeline: Any, category: str) -> dict[str, str]:
+    """What a call needs to know of the category: nothing, for a pipeline of one."""
+    return {"category": category} if len(pipeline.config.categories or []) > 1 else {}
+
+
+@torch.no_grad()
+def evaluate_detectors(
+    detect: Callable[[list[Any], list[int]], Sequence[Any]],
+    num_detectors: int,
+    images: Dataset,
+    category: str,
+    accelerator: Accelerator,
+    resolution: int = 256,
+    pro_fpr_limit: float = 0.3,
+    batch_size: int = 16,
+    save_maps: str | Path | None = None,
+) -> list[Evaluation]:
+    """Evaluates detectors that share their work, in one pass over one category's test images.
+
+    Args:
+        detect: from a batch of images and their places in `images` to one output for each detector, with `anomaly_map`
+            (N, H, W) and `anomaly_score` (N,) as tensors, and perhaps `p_value` and `is_anomalous`.
+        num_detectors: how many outputs `detect` returns.
+        images: as of `load_anomaly_dataset`.
+        category: its name.
+        accelerator: shares the batches among its processes. A batch is the same on any number of them, and so are
+            its maps to the bit.
+        resolution: side in pixels at which maps meet masks.
+        pro_fpr_limit: of PRO.
+        batch_size: images a batch.
+        save_maps: folder for the first detector's maps.
 
     Returns:
-        The metrics with the number of images and the seconds it took, and records of path, label, defect, score,
-        p_value and is_anomalous, in the data set's order; the same on every process.
+        One evaluation for each detector. Seconds are those of all detectors together.
     """
-    metrics = AnomalyMetrics(pro_fpr_limit=pro_fpr_limit)
-    unified = len(pipeline.config.categories or []) > 1
+    metrics = [AnomalyMetrics(pro_fpr_limit=pro_fpr_limit) for _ in range(num_detectors)]
+    records: list[list[dict[str, Any]]] = [[] for _ in range(num_detectors)]
     started = time.time()
-    records = []
     # this process's share, without the padding that would count images twice
-    with accelerator.split_between_processes(list(range(len(images)))) as mine:
-        starts = range(0, len(mine), batch_size)
+    with accelerator.split_between_processes(list(range(0, len(images), batch_size))) as starts:
         for start in tqdm(starts, desc=category, disable=not accelerator.is_local_main_process):
-            indices = mine[start : start + batch_size]
+            indices = list(range(start, min(start + batch_size, len(images))))
             rows = [images[i] for i in indices]
-            with accelerator.autocast():
-                output = pipeline(
-                    [row["image"] for row in rows],
-                    batch_size=batch_size,
-                    match_input_resolution=False,
-                    generator=[image_generator(seed, i) for i in indices],
-                    output_type="pt",
-                    **({"category": category} if unified else {}),
-                )
-            maps = torch.nn.functional.interpolate(
-                output.anomaly_map[:, None], (resolution, resolution), mode="bilinear"
-            )[:, 0]
             masks = [_mask(row, resolution) for row in rows]
-            metrics.update(anomaly_score=output.anomaly_score, label=torch.tensor([row["label"] for row in rows]))
             known = [j for j, mask in enumerate(masks) if mask is not None]
-            if known:  # image by image, so that no result depends on what shares a batch
-                metrics.update(anomaly_map=maps[known], mask=np.stack([masks[j] for j in known]))
-            for j, row in enumerate(rows):
-                records.append(
-                    {
-                        "index": indices[j],
-                        "path": row["path"],
-                        "label": row["label"],
-                        "defect": row["defect"],
-                        "score": float(output.anomaly_score[j]),
-                        "p_value": None if output.p_value is None else float(output.p_value[j]),
-                        "is_anomalous": None if output.is_anomalous is None else bool(output.is_anomalous[j]),
-                    }
-                )
-                if save_maps is not None:
-                    name = Path(row["path"]).stem or f"{indices[j]:06d}"
-                    path = Path(save_maps, category, "test", row["defect"], f"{name}.tiff")
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(maps[j].numpy()).save(path)
-    result = metrics.compute()
+            with accelerator.autocast():
+                outputs = detect([row["image"] for row in rows], indices)
+            for number, output in enumerate(outputs):
+                maps = resize_images(output.anomaly_map.float()[:, None], (resolution, resolution))[:, 0].cpu()
+                scores = output.anomaly_score.cpu()
+                metrics[number].update(anomaly_score=scores, label=torch.tensor([row["label"] for row in rows]))
+                if known:
+                    metrics[number].update(anomaly_map=maps[known], mask=np.stack([masks[j] for j in known]))
+                records[number] += [_record(output, j, indices[j], row) for j, row in enumerate(rows)]
+                if save_maps is not None and number == 0:
+                    _save_maps(maps, rows, indices, Path(save_maps, category, "test"))
+    results = [one.compute() for one in metrics]
+    curves = [one.curves() for one in metrics]
     seconds = time.time() - started
-    records = sorted(gather_object(records), key=lambda record: record.pop("index"))
+    gathered = [sorted(gather_object(one), key=lambda record: record.pop("index")) for one in records]
+    return [
+        Evaluation(_complete(*one, seconds), one[1], curve)
+        for one, curve in zip(zip(results, gathered, strict=True), curves, strict=True)
+    ]
+
+
+def _record(output: Any, j: int, index: int, row: dict[str, Any]) -> dict[str, Any]:
+    p_value, is_anomalous = getattr(output, "p_value", None), getattr(output, "is_anomalous", None)
+    return {
+        "index": index,
+        "path": row["path"],
+        "label": row["label"],
+        "defect": row["defect"],
+        "score": float(output.anomaly_score[j]),
+        "p_value": None if p_value is None else float(p_value[j]),
+        "is_anomalous": None if is_anomalous is None else bool(is_anomalous[j]),
+    }
+
+
+def _save_maps(maps: torch.Tensor, rows: list[dict[str, Any]], indices: list[int], folder: Path) -> None:
+    for one, row, index in zip(maps, rows, indices, strict=True):
+        name = Path(row["path"]).stem or f"{index:06d}"
+        path = folder / row["defect"] / f"{name}.tiff"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(one.numpy()).save(path)
+
+
+def _complete(result: dict[str, float], records: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """A category's entry in the report: metrics rounded, None where one is not defined; alarms, counts, times."""
     labels = [record["label"] for record in records]
-    result = {name: None if np.isnan(value) else round(value, 6) for name, value in result.items()}
+    entry: dict[str, Any] = {name: None if np.isnan(value) else round(value, 6) for name, value in result.items()}
     if records and records[0]["is_anomalous"] is not None:
         good = [r["is_anomalous"] for r in records if not r["label"]]
         bad = [r["is_anomalous"] for r in records if r["label"]]
-        result["false_alarms"] = round(float(np.mean(good)), 6) if good else None
-        result["defects_found"] = round(float(np.mean(bad)), 6) if bad else None
-    result.update(
+        entry["false_alarms"] = round(float(np.mean(good)), 6) if good else None
+        entry["defects_found"] = round(float(np.mean(bad)), 6) if bad else None
+    entry.update(
         good_images=labels.count(0),
         defective_images=labels.count(1),
         seconds=round(seconds, 2),
         images_per_second=round(len(records) / seconds, 2),
     )
-    return result, records
+    return entry
+
+
+# -- baselines ---------------------------------------------------------------------------------------------------
+
+
+def fit_padim(
+    feature_extractor: TimmFeatureExtractor, good: Dataset, batch_size: int = 16, image_size: int = 224
+) -> GaussianFeatureModel:
+    """PaDiM over the pipeline's own backbone and strides, at PaDiM's 224 px, fitted to good images.
+
+    The grid is 56 x 56 whatever the finest stride: PaDiM's own, with a ResNet.
+    """
+    model = GaussianFeatureModel.from_extractor(feature_extractor, image_size=image_size, feature_size=image_size // 4)
+
+    def batches() -> Iterator[torch.Tensor]:
+        for start in range(0, len(good), batch_size):
+            images = images_to_tensors([good[i]["image"] for i in range(start, min(start + batch_size, len(good)))])
+            yield images_to_pixel_values(images, (image_size, image_size))
+
+    return model.fit(batches())
+
+
+def evaluate_baseline(
+    name: str,
+    pipeline: Any,
+    good: Dataset | None,
+    images: Dataset,
+    category: str,
+    accelerator: Accelerator,
+    resolution: int = 256,
+    pro_fpr_limit: float = 0.3,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Evaluation:
+    """Evaluates what users would take otherwise, on the same images.
+
+    Args:
+        name: "padim", or "ddpm": the plain DDPM of an AnomalyDenoise pipeline, noised to t = 250 and denoised in 50
+            DDIM steps.
+        good: training images of the category, for PaDiM. Every process fits all of them, so that the sums, and with
+            them all numbers, are the same on any number of processes.
+        others: as of `evaluate_category`.
+    """
+    if name == "padim":
+        padim = fit_padim(pipeline.feature_extractor, good, batch_size)
+
+        def detect(pictures: list[Any], indices: list[int]) -> list[Any]:
+            return [padim.detect(pictures, batch_size=batch_size, match_input_resolution=False)]
+
+    else:
+        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+
+        def detect(pictures: list[Any], indices: list[int]) -> list[Any]:
+            return [
+                pipeline.denoise(
+                    pictures,
+                    scheduler=scheduler,
+                    batch_size=batch_size,
+                    match_input_resolution=False,
+                    generator=[image_generator(seed, i) for i in indices],
+                    output_type="pt",
+                    **category_argument(pipeline, category),
+                )
+            ]
+
+    return evaluate_detectors(
+        detect, 1, images, f"{BASELINES[name]}: {category}", accelerator, resolution, pro_fpr_limit, batch_size
+    )[0]
+
+
+def load_training_images(data: str, category: Sequence[str] | None, dataset: str | None) -> Dataset | None:
+    """Good images of the training split; None where the data set has none."""
+    try:
+        training = load_anomaly_dataset(data, split="train", category=category, dataset=dataset)
+    except (FileNotFoundError, ValueError):
+        return None
+    labels = np.asarray(training["label"])
+    return training.select(np.flatnonzero(labels == 0)) if labels.any() else training
+
+
+# -- the report --------------------------------------------------------------------------------------------------
 
 
 def _mask(row: dict[str, Any], resolution: int) -> np.ndarray | None:
@@ -167,46 +330,88 @@ def mean_over_categories(results: dict[str, dict[str, Any]]) -> dict[str, float]
     return {name: round(float(np.mean(column)), 6) for name, column in columns.items() if column and None not in column}
 
 
-def markdown_table(results: dict[str, dict[str, Any]]) -> str:
-    """A row for each category, metrics in percent and in the papers' order."""
-    names = [name for name in METRIC_TITLES if any(result.get(name) is not None for result in results.values())]
+def with_mean(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Results by category, and their mean as the last."""
+    categories = {name: result for name, result in results.items() if name != MEAN}
+    return {**categories, MEAN: mean_over_categories(categories)}
+
+
+def markdown_table(results: dict[str, dict[str, Any]], baselines: dict[str, dict[str, Any]] | None = None) -> str:
+    """A row for each category and their mean, then each baseline's mean; metrics in percent, in the papers' order."""
+    rows = {**results, **{BASELINES[name]: of_category[MEAN] for name, of_category in (baselines or {}).items()}}
+    names = [name for name in METRIC_TITLES if any(row.get(name) is not None for row in rows.values())]
     lines = [
         "| category | " + " | ".join(METRIC_TITLES[name] for name in names) + " |",
         "|---" * (len(names) + 1) + "|",
     ]
-    for category, result in results.items():
-        cells = ["" if result.get(name) is None else f"{100.0 * result[name]:.1f}" for name in names]
-        lines.append(f"| {category} | " + " | ".join(cells) + " |")
+    for title, row in rows.items():
+        cells = ["" if row.get(name) is None else f"{100.0 * row[name]:.1f}" for name in names]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def save_report(report: dict[str, Any], path: Path) -> None:
     """Writes `path` (JSON), and beside it the table as .csv and .md; each at once, by renaming."""
-    results = report["results"]
-    rows = [["category", *METRIC_TITLES]]
-    rows += [[category, *(result.get(name) for name in METRIC_TITLES)] for category, result in results.items()]
+    results, baselines = report["results"], report["baselines"]
+    rows = [["method", "category", *METRIC_TITLES]]
+    for method, of_category in {"": results, **baselines}.items():
+        for category, result in of_category.items():
+            rows.append([method, category, *(result.get(name) for name in METRIC_TITLES)])
     table = io.StringIO()
     csv.writer(table).writerows(rows)
+    write_files(
+        path,
+        {
+            ".csv": table.getvalue(),
+            ".md": markdown_table(results, baselines),
+            path.suffix: json.dumps(report, indent=2) + "\n",
+        },
+    )
+
+
+def write_files(path: Path, texts: dict[str, str]) -> None:
+    """Writes texts to `path` with other suffixes, each under another name first and then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, text in (
-        (".csv", table.getvalue()),
-        (".md", markdown_table(results)),
-        (path.suffix, json.dumps(report, indent=2) + "\n"),
-    ):
+    for suffix, text in texts.items():
         unfinished = path.with_name(f".{path.stem}{suffix}.unfinished")
-        unfinished.write_text(text)
+        unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path.with_suffix(suffix))
 
 
+def command_line(module: str, args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """The command that makes the same report again: every argument that is not its default."""
+    words = ["accelerate", "launch", "-m", module]
+    for name, value in vars(args).items():
+        if value in (parser.get_default(name), None, False):
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{name}", *map(str, values)]
+    return shlex.join(words)
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    args = parse_args(argv)
+    parser = create_parser()
+    args = parser.parse_args(argv)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     path = Path(args.output)
     if path.suffix != ".json":
         raise ValueError(f"--output must end in .json, but is {path}.")
+
+    # 1. Data and detectors
     dataset = load_anomaly_dataset(args.data, split="test", category=args.category, dataset=args.dataset)
     pipeline = DiffusionPipeline.from_pretrained(args.model).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
+    baselines = [name for name in args.baselines if name != "none"]
+    if "ddpm" in baselines and not hasattr(pipeline.unet.config, "feature_channels"):
+        raise ValueError("--baselines ddpm noises and denoises pixels: it goes with AnomalyDenoise pipelines only.")
+    training = None
+    if "padim" in baselines and pipeline.feature_extractor is not None:
+        training = load_training_images(args.data, args.category, args.dataset)
+    if training is None and "padim" in baselines:
+        accelerator.print(f"No good images of a training split in {args.data} to fit PaDiM to: its row is left out.")
+        baselines.remove("padim")
+
+    # 2. A new report, or what an interrupted run left of one
     settings = {
         "model": args.model,
         "data": args.data,
@@ -217,40 +422,46 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     report: dict[str, Any] = {
         **settings,
-        "command": f"diffad evaluate {args.model} --data {args.data}",
+        "command": command_line("diffad.training.evaluate", args, parser),
         "processes": accelerator.num_processes,
         "machine": describe_machine(),
         "results": {},
+        "baselines": {name: {} for name in baselines},
         "scores": {},
+        "curves": {},
     }
     if args.resume and path.is_file():
         earlier = json.loads(path.read_text())
         changed = [name for name, value in settings.items() if earlier.get(name) != value]
+        if sorted(earlier.get("baselines", {})) != sorted(baselines):
+            changed.append("baselines")
         if changed:
             raise ValueError(f"--resume: {path} was made with another {', '.join(changed)}. Choose another --output.")
-        report["results"] = {k: v for k, v in earlier["results"].items() if k != "mean"}
-        report["scores"] = earlier["scores"]
+        report.update({name: earlier[name] for name in ("results", "baselines", "scores", "curves")})
     accelerator.wait_for_everyone()  # nobody reads the report after it is written again
+
+    # 3. Category by category
     of_image = np.asarray(dataset["category"])
+    trained = None if training is None else np.asarray(training["category"])
     for category in sorted(set(of_image.tolist()) - set(report["results"])):
-        result, records = evaluate_category(
-            pipeline,
-            dataset.select(np.flatnonzero(of_image == category)),
-            category,
-            accelerator,
-            args.resolution,
-            args.pro_fpr_limit,
-            args.batch_size,
-            args.seed,
-            args.save_maps,
-        )
-        report["results"] = {**{k: v for k, v in report["results"].items() if k != "mean"}, category: result}
-        report["results"]["mean"] = mean_over_categories(report["results"])
-        report["scores"][category] = records
+        images = dataset.select(np.flatnonzero(of_image == category))
+        limits = (args.resolution, args.pro_fpr_limit, args.batch_size, args.seed)
+        ours = evaluate_category(pipeline, images, category, accelerator, *limits, args.save_maps)
+        for name in baselines:
+            good = training.select(np.flatnonzero(trained == category)) if name == "padim" else None
+            result: dict[str, Any] = {}
+            if good is None or len(good) > 1:  # a covariance takes two
+                result = evaluate_baseline(name, pipeline, good, images, category, accelerator, *limits).result
+            report["baselines"][name] = with_mean({**report["baselines"][name], category: result})
+        report["results"] = with_mean({**report["results"], category: ours.result})
+        report["scores"][category] = ours.records
+        report["curves"][category] = {
+            name: [np.round(axis, 5).tolist() for axis in curve] for name, curve in ours.curves.items()
+        }
         if accelerator.is_main_process:
             save_report(report, path)
     if accelerator.is_main_process:
-        print(markdown_table(report["results"]) + f"Report: {path}")
+        print(markdown_table(report["results"], report["baselines"]) + f"Report: {path}")
     accelerator.wait_for_everyone()
     accelerator.end_training()  # a process that exits with its group still open may abort
     return report

@@ -229,6 +229,7 @@ class CachedLatents(TorchDataset):
         latent_shape: tuple[int, int, int],
     ):
         self.images = images
+        self.category_index = images.category_index
         self.shape = (len(flips), *latent_shape)
 
         def encode_flips(indices: list[int]) -> dict[str, list[bytes]]:
@@ -356,7 +357,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for frozen in (pipeline.vae, pipeline.prompt_embedding, pipeline.feature_extractor):
         frozen.requires_grad_(False).eval().to(accelerator.device)
     choose_trained(pipeline.unet, pipeline.sg_network, args.train_whole_unet)
-    model = GuidedDenoiser(pipeline.unet, pipeline.sg_network)
+    # channels last: convolutions over latents as small as these take two thirds of the time, on CPUs as on tensor cores
+    model = GuidedDenoiser(pipeline.unet, pipeline.sg_network).to(memory_format=torch.channels_last)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     accelerator.print(
         f"{len(training)} good images of {', '.join(categories)} for training, {len(held_out)} held out; "

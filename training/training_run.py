@@ -20,14 +20,14 @@ import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
-from datasets import Dataset
+from datasets import Dataset, Image, IterableDataset
 from datasets.fingerprint import get_temporary_cache_files_directory
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from diffad.data import load_anomaly_dataset
+from diffad.data import FEATURES, load_anomaly_dataset
 from diffad.images import images_to_tensors, resize_images
 from diffad.model_card import REPORT_NAME, SECRETS, TRAINING_NAME
 from diffad.pipelines.pipeline_diad import IMAGENET_MEAN, IMAGENET_STD
@@ -45,6 +45,14 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--train_data_dir", metavar="DIR", help="MVTec-AD style tree or folder of good images, or 'elpv'")
     data.add_argument("--dataset_name", metavar="ID", help="data set on the Hub, instead of --train_data_dir")
     data.add_argument("--category", nargs="+", help="train on these categories only (default: all that there are)")
+    data.add_argument(
+        "--balance_categories",
+        action="store_true",
+        help="draw every category equally often, however many images it has (default: every image)",
+    )
+    data.add_argument(
+        "--streaming", action="store_true", help="read the data once as a stream, and keep only its good images on disk"
+    )
     data.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable files (error)")
     data.add_argument(
         "--calibration_fraction",
@@ -181,7 +189,10 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
         split="train",
         category=args.category,
         on_bad_image=args.on_bad_image,
+        streaming=args.streaming,
     )
+    if args.streaming:
+        good = keep_good_images(good)
     labels = np.asarray(good["label"])
     good = good.select(np.flatnonzero(labels == 0)) if labels.any() else good
     of_image = np.asarray(good["category"])
@@ -200,6 +211,23 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
     return good.select(sorted(training)), good.select(sorted(held_out)), categories
 
 
+def keep_good_images(stream: IterableDataset) -> Dataset:
+    """The good images of a stream, kept on disk as they come, encoded as they are: one pass in constant memory."""
+    stream = stream.cast_column("image", Image(decode=False))
+
+    def good_records() -> Iterator[dict[str, Any]]:
+        for record in stream:
+            if record["label"] == 0:
+                yield {**record, "mask": None}
+
+    return Dataset.from_generator(
+        good_records,
+        features=FEATURES,
+        cache_dir=get_temporary_cache_files_directory(),
+        fingerprint=uuid.uuid4().hex,  # its own would hash the stream
+    )
+
+
 def temporary_table() -> str:
     """Path for a table of a `datasets.Dataset`, removed when the process ends."""
     return str(Path(get_temporary_cache_files_directory(), f"{uuid.uuid4().hex}.arrow"))
@@ -208,8 +236,9 @@ def temporary_table() -> str:
 class ResizedImages(TorchDataset):
     """Images of a data set, decoded and resized once and then read from a memory-mapped table.
 
-    An item is (uint8 tensor (3, R, R), category index). Decoding again in every epoch would cost more than a small
-    network's step; keeping tensors in memory would grow with the data set.
+    An item is (uint8 tensor (3, R, R), category index), and `category_index` holds the latter of all images. Decoding
+    again in every epoch would cost more than a small network's step; keeping tensors in memory would grow with the
+    data set.
     """
 
     def __init__(self, dataset: Dataset, resolution: int, categories: Sequence[str]):
@@ -230,6 +259,7 @@ class ResizedImages(TorchDataset):
             # a data set in memory would keep this one there too; one on disk has a place for it, and finds it again
             cache_file_name=None if dataset.cache_files else temporary_table(),
         ).with_format("numpy")
+        self.category_index = np.asarray(self.table["index"][:])
 
     def __len__(self) -> int:
         return len(self.table)
@@ -240,8 +270,50 @@ class ResizedImages(TorchDataset):
         return torch.from_numpy(pixels.copy()), int(row["index"])
 
 
+class BalancedSampler(Sampler[int]):
+    """Image indices in which every category comes equally often.
+
+    An epoch has as many images of each category as the largest one holds. It is made of rounds, each with one image of
+    every category in random order, so that a batch is balanced as well. A category's images are gone through again and
+    again, shuffled anew each time and across the ends of epochs: none comes up more often than another. The order
+    follows from seed and epoch alone.
+
+    Args:
+        category_index: (N,) integers.
+        seed: of all orders.
+    """
+
+    def __init__(self, category_index: np.ndarray, seed: int):
+        self.members = [np.flatnonzero(category_index == category) for category in np.unique(category_index)]
+        self.rounds = max(len(members) for members in self.members)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Accelerate calls this through its data loader's own `set_epoch`."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rounds * len(self.members)
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = []
+        for number, members in enumerate(self.members):
+            # this epoch's part of an endless row of permutations
+            start = self.epoch * self.rounds
+            first, last = start // len(members), (start + self.rounds - 1) // len(members)
+            shuffled = [
+                np.random.default_rng([self.seed, number, i]).permutation(members) for i in range(first, last + 1)
+            ]
+            drawn.append(np.concatenate(shuffled)[start - first * len(members) :][: self.rounds])
+        order = np.random.default_rng([self.seed, len(self.members), self.epoch])
+        yield from order.permuted(np.stack(drawn, axis=1), axis=1).flatten().tolist()  # (rounds, categories)
+
+
 def create_data_loader(images: ResizedImages, args: argparse.Namespace) -> DataLoader:
     """Shuffled batches of `train_batch_size`, or of as many images as there are for each process.
+
+    `images` may be any data set with a `category_index`.
 
     Raises:
         ValueError: there are fewer images than processes.
@@ -252,7 +324,8 @@ def create_data_loader(images: ResizedImages, args: argparse.Namespace) -> DataL
     return DataLoader(
         images,
         batch_size=min(args.train_batch_size, images_a_process),
-        shuffle=True,
+        shuffle=not args.balance_categories,
+        sampler=BalancedSampler(images.category_index, args.seed) if args.balance_categories else None,
         drop_last=True,
         num_workers=args.dataloader_num_workers,
         pin_memory=torch.cuda.is_available(),

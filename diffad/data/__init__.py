@@ -42,7 +42,7 @@ from .layouts import (
     require_good_images,
 )
 
-__all__ = ["check_images", "image_to_rgb", "load_anomaly_dataset", "mask_to_array", "resize_image_and_mask"]
+__all__ = ["FEATURES", "check_images", "image_to_rgb", "load_anomaly_dataset", "mask_to_array", "resize_image_and_mask"]
 
 
 def load_anomaly_dataset(

@@ -1,0 +1,377 @@
+#!/usr/bin/env python
+"""Makes a table of the papers for a model and a data set: one row a setting, PaDiM as the last.
+
+    accelerate launch training/tabulate.py --table alpha --model runs/mine --data DIR --output tables/alpha.json
+
+`training/configs/tables/` holds the tables. What rows share is done once: all rows of a model that look at the same
+noise levels or the same reconstructions share one pass of the networks, in the calibration as in the test. Every row is
+calibrated alike, on the good images of the training split. Rows that need a model of their own (`train`) are trained
+first, with `--train_config` and the row's changes to it; a model that is there already is taken as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+
+from diffad import AnomalyDenoisePipeline, DiADPipeline, TimmFeatureExtractor
+from diffad.data import load_anomaly_dataset
+from diffad.images import images_to_pixel_values, images_to_tensors
+from diffad.pipelines.anomaly_pipeline import AnomalyPipeline, CalibrationFit, Measurement
+from diffad.prediction import image_generator
+from diffad.training.evaluate import (
+    METRIC_TITLES,
+    category_argument,
+    command_line,
+    describe_machine,
+    evaluate_baseline,
+    evaluate_detectors,
+    load_training_images,
+    with_mean,
+    write_files,
+)
+
+TABLES = files("diffad.training") / "configs" / "tables"
+METHODS = {"AnomalyDenoise": AnomalyDenoisePipeline, "DiAD": DiADPipeline}
+SCRIPTS = {"AnomalyDenoise": "train_ddpm", "DiAD": "train_diad"}
+# what a row may say beside the pipeline's own settings
+ROW_KEYS = ("name", "calibrated", "backbone", "backbone_weights", "train", "each_category", "all_steps", "baseline")
+# what makes the networks of DiAD give another reconstruction
+SAMPLING = ("num_inference_steps", "strength")
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Makes a table of the papers for a model and a data set.")
+    names = ", ".join(sorted(path.name.removesuffix(".yaml") for path in TABLES.iterdir()))
+    parser.add_argument("--table", required=True, help=f"a table's file, or one of {names}")
+    parser.add_argument("--model", help="folder or Hub id of a pipeline (not for tables whose rows are trained)")
+    parser.add_argument("--train_config", metavar="FILE", help="YAML of flags that rows with models of their own share")
+    parser.add_argument("--data", required=True, help="data set's folder or Hub id, or 'elpv/mono'")
+    parser.add_argument("--dataset", help="force a layout (mvtec_ad, visa, ...)")
+    parser.add_argument("--category", nargs="+", help="only these categories")
+    parser.add_argument("--output", default="table.json", help="gets the table, and .md beside it (table.json)")
+    parser.add_argument("--max_statistics_images", type=int, default=512, help="good images of a calibration (512)")
+    parser.add_argument("--resolution", type=int, default=256, help="pixels a side at which maps meet masks (256)")
+    parser.add_argument("--pro_fpr_limit", type=float, default=0.3, help="of PRO (0.3)")
+    parser.add_argument("--batch_size", type=int, default=16, help="images a batch (16)")
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="(accelerate's setting)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise, and of trained rows (0)")
+    return parser
+
+
+def load_table(name: str) -> dict[str, Any]:
+    """A table's title, source, method and rows.
+
+    Raises:
+        FileNotFoundError: there is no such table.
+        ValueError: it sets what no row can.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else TABLES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.name.removesuffix(".yaml") for p in TABLES.iterdir()))
+        raise FileNotFoundError(f"--table: there is no table {name!r}. Give a YAML file, or one of {known}.")
+    table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(table, dict) or not {"title", "method", "rows"} <= set(table):
+        raise ValueError(f"--table: {path} must set title, method and rows.")
+    if table["method"] not in METHODS:
+        raise ValueError(f"--table: method must be one of {', '.join(METHODS)} in {path}, not {table['method']!r}.")
+    known = {*ROW_KEYS, *settings_of(METHODS[table["method"]])}
+    for row in table["rows"]:
+        unknown = sorted(set(row) - known)
+        if unknown or "name" not in row:
+            raise ValueError(
+                f"--table: a row of {path} {f'sets unknown {unknown}' if unknown else 'has no name'}. "
+                f"A row takes {', '.join(sorted(known))}."
+            )
+    return table
+
+
+def settings_of(pipeline_class: type[AnomalyPipeline]) -> list[str]:
+    """The configuration values of a pipeline class: its arguments with a default that are no components."""
+    parameters = inspect.signature(pipeline_class.__init__).parameters.values()
+    settings = [p.name for p in parameters if p.default is not inspect.Parameter.empty]
+    return [name for name in settings if name not in pipeline_class._optional_components]
+
+
+# -- rows --------------------------------------------------------------------------------------------------------
+
+
+def row_pipeline(model: AnomalyPipeline, row: dict[str, Any], device: torch.device) -> AnomalyPipeline:
+    """A pipeline of the model's own networks with a row's settings, not calibrated."""
+    components = {**model.components, "calibration": None}
+    if "backbone" in row:
+        strides = row.get("score_strides", model.feature_extractor.config.strides)
+        components["feature_extractor"] = TimmFeatureExtractor.from_backbone(
+            row["backbone"], strides, model.feature_extractor.config.image_size, row.get("backbone_weights")
+        ).to(device)
+    kept = {name: model.config[name] for name in settings_of(type(model))}
+    changed = {name: value for name, value in row.items() if name in kept}
+    pipeline = type(model)(**components, **{**kept, **changed})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def shared_work(row: dict[str, Any]) -> tuple:
+    """Rows of equal keys share one pass of the networks."""
+    return tuple(row.get(name) for name in SAMPLING)
+
+
+def measure_rows(
+    pipelines: Sequence[AnomalyPipeline],
+    pixel_values: torch.Tensor,
+    category: torch.Tensor,
+    generators: Sequence[torch.Generator],
+) -> Iterator[Measurement]:
+    """Each row's measurement of a batch, from one pass of the networks they share."""
+    first = pipelines[0]
+    resolution = first.processing_resolution
+    if isinstance(first, DiADPipeline):
+        reconstruction = first.reconstruct(pixel_values, generators)
+        for pipeline in pipelines:
+            yield pipeline.compare(pixel_values, reconstruction)
+    else:
+        noise_levels = sorted({timestep for pipeline in pipelines for timestep in pipeline.config.timesteps})
+        measurement = first.measure_at(noise_levels, pixel_values, category, resolution, generators)
+        for pipeline in pipelines:
+            yield pipeline.select(measurement, noise_levels)
+
+
+def to_pixel_values(images: Iterable[Any], pipeline: AnomalyPipeline, device: torch.device) -> torch.Tensor:
+    """Images as the networks of `pipeline` take them, (N, 3, R, R) in [-1, 1]."""
+    side = pipeline.input_resolution(pipeline.processing_resolution)
+    return images_to_pixel_values(images_to_tensors(list(images)), (side, side)).to(device)
+
+
+@torch.no_grad()
+def calibrate_rows(
+    pipelines: Sequence[AnomalyPipeline],
+    good: Dataset,
+    category: int,
+    accelerator: Accelerator,
+    batch_size: int,
+    seed: int,
+) -> list[Any]:
+    """A calibration, without thresholds, for each row: residuals from one half of the images, maps from the other.
+
+    Every process takes all images, so that no number depends on how many there are.
+    """
+    fits = [CalibrationFit(pipeline, category, 1, 0.5) for pipeline in pipelines]
+    halves = [range(0, len(good) // 2), range(len(good) // 2, len(good))]
+    if not any(pipeline.measures_residual for pipeline in pipelines):
+        halves = [range(0), range(len(good))]
+    for part, indices in enumerate(halves):
+        for start in range(indices.start, indices.stop, batch_size):
+            chosen = range(start, min(start + batch_size, indices.stop))
+            pixel_values = to_pixel_values((good[i]["image"] for i in chosen), pipelines[0], accelerator.device)
+            of_category = torch.full((len(chosen),), category, device=accelerator.device)
+            generators = [image_generator(seed, i) for i in chosen]
+            with accelerator.autocast():
+                measurements = measure_rows(pipelines, pixel_values, of_category, generators)
+                for fit, measurement in zip(fits, measurements, strict=True):
+                    if part == 1:
+                        fit.add_maps(measurement)
+                    elif fit.pipeline.measures_residual:
+                        fit.add_residual(measurement)
+    return [fit.set_map_statistics() for fit in fits]
+
+
+def evaluate_rows(
+    model: AnomalyPipeline,
+    rows: Sequence[dict[str, Any]],
+    good: Dataset | None,
+    images: Dataset,
+    category: str,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Metrics of rows that share one pass of a model's networks, on one category."""
+    pipelines = [row_pipeline(model, row, accelerator.device) for row in rows]
+    index = int(model.category_index(category_argument(model, category).get("category"), 1)[0])
+    calibrations: list[Any] = [None] * len(rows)
+    chosen = [i for i, row in enumerate(rows) if row.get("calibrated", True)]
+    if chosen:
+        if good is None or len(good) < 2:
+            raise ValueError(
+                f"--data: {args.data} has no good training images of {category} to calibrate the rows with. Add them, "
+                "or set `calibrated: false` in the table."
+            )
+        statistics = good
+        if len(good) > args.max_statistics_images:
+            statistics = good.shuffle(seed=args.seed).select(range(args.max_statistics_images))
+        fitted = calibrate_rows(
+            [pipelines[i] for i in chosen], statistics, index, accelerator, args.batch_size, args.seed
+        )
+        for i, calibration in zip(chosen, fitted, strict=True):
+            calibrations[i] = calibration
+
+    def detect(pictures: list[Any], places: list[int]) -> list[SimpleNamespace]:
+        pixel_values = to_pixel_values(pictures, pipelines[0], accelerator.device)
+        indices = torch.full((len(pictures),), index, device=accelerator.device)
+        generators = [image_generator(args.seed, i) for i in places]
+        outputs = []
+        measurements = measure_rows(pipelines, pixel_values, indices, generators)
+        for pipeline, calibration, measurement in zip(pipelines, calibrations, measurements, strict=True):
+            anomaly_map = pipeline.anomaly_maps(measurement, indices, calibration)
+            outputs.append(SimpleNamespace(anomaly_map=anomaly_map, anomaly_score=pipeline.image_scores(anomaly_map)))
+        return outputs
+
+    evaluations = evaluate_detectors(
+        detect, len(rows), images, category, accelerator, args.resolution, args.pro_fpr_limit, args.batch_size
+    )
+    return [evaluation.result for evaluation in evaluations]
+
+
+def train_row(
+    table: dict[str, Any], row: dict[str, Any], category: str | None, num_categories: int, args: argparse.Namespace
+) -> Path:
+    """The folder of a row's own model, trained now where it is not there; in a process of its own."""
+    name = "-".join(filter(None, [re.sub(r"[^\w.]+", "-", row["name"].lower()).strip("-"), category]))
+    folder = Path(args.output).with_suffix("") / name
+    if (folder / "model_index.json").is_file():
+        return folder
+    if args.train_config is None:
+        raise ValueError(f"--train_config is needed: the row {row['name']!r} trains a model of its own.")
+    flags: list[str] = ["--train_data_dir", args.data, "--output_dir", str(folder), "--seed", str(args.seed)]
+    if args.mixed_precision is not None:
+        flags += ["--mixed_precision", args.mixed_precision]
+    if row.get("all_steps"):  # as many as one model for each category takes together
+        steps = yaml.safe_load(Path(args.train_config).read_text(encoding="utf-8"))["max_train_steps"]
+        flags += ["--max_train_steps", str(steps * num_categories)]
+    chosen = [category] if category else args.category
+    flags += ["--category", *chosen] if chosen else []
+    for flag, value in row["train"].items():
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{flag}", *map(str, [] if value is True else values)]
+    module = f"diffad.training.{SCRIPTS[table['method']]}"
+    command = [sys.executable, "-m", module, "--config", args.train_config, *flags]
+    command += ["--resume_from_checkpoint", "latest"]
+    print(f"{row['name']}: training {folder}", flush=True)
+    subprocess.run(command, check=True)
+    return folder
+
+
+# -- the table ---------------------------------------------------------------------------------------------------
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """Title, source, and a row for each setting: its metrics, averaged over categories, in percent."""
+    rows = table["rows"]
+    names = [name for name in METRIC_TITLES if any(row["results"]["mean"].get(name) is not None for row in rows)]
+    lines = [f"{table['title']}", "", f"Source: {table['source']}. Data: {table['data']}.", ""]
+    lines += ["| row | " + " | ".join(METRIC_TITLES[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
+    for row in rows:
+        mean = row["results"]["mean"]
+        cells = ["" if mean.get(name) is None else f"{100.0 * mean[name]:.1f}" for name in names]
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def load_model(path: str | Path, method: str, device: torch.device) -> AnomalyPipeline:
+    pipeline = DiffusionPipeline.from_pretrained(path)
+    if not isinstance(pipeline, METHODS[method]):
+        raise ValueError(f"--model: this table is about {method}, but {path} holds a {type(pipeline).__name__}.")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = create_parser()
+    args = parser.parse_args(argv)
+    table = load_table(args.table)
+    if Path(args.output).suffix != ".json":
+        raise ValueError(f"--output must end in .json, but is {args.output}.")
+    trained = [row for row in table["rows"] if "train" in row]
+    if args.model is None and len(trained) < len(table["rows"]):
+        raise ValueError("--model is needed: not every row of this table trains its own.")
+
+    # 1. Data, and the models that rows train for themselves
+    images = load_anomaly_dataset(args.data, split="test", category=args.category, dataset=args.dataset)
+    good = load_training_images(args.data, args.category, args.dataset)
+    of_image = np.asarray(images["category"])
+    of_good = None if good is None else np.asarray(good["category"])
+    categories = sorted(set(of_image.tolist()))
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    folders: dict[tuple[str, str], Path | str] = {}
+    with accelerator.main_process_first():
+        for row in table["rows"]:
+            for category in categories:
+                own = category if row.get("each_category") else None
+                folder = train_row(table, row, own, len(categories), args) if row in trained else args.model
+                folders[row["name"], category] = folder
+
+    # 2. Category by category, model by model; rows that share the networks' work together
+    results: dict[str, dict[str, Any]] = {row["name"]: {} for row in table["rows"]}
+    padim: dict[str, Any] = {}
+    for category in categories:
+        test = images.select(np.flatnonzero(of_image == category))
+        training = None if good is None else good.select(np.flatnonzero(of_good == category))
+        for folder in dict.fromkeys(folders[row["name"], category] for row in table["rows"]):
+            model = load_model(folder, table["method"], accelerator.device)
+            of_model = [row for row in table["rows"] if folders[row["name"], category] == folder]
+            plain = [row for row in of_model if "baseline" not in row]
+            for work in dict.fromkeys(map(shared_work, plain)):
+                group = [row for row in plain if shared_work(row) == work]
+                evaluated = evaluate_rows(model, group, training, test, category, accelerator, args)
+                for row, result in zip(group, evaluated, strict=True):
+                    results[row["name"]][category] = result
+            limits = (args.resolution, args.pro_fpr_limit, args.batch_size, args.seed)
+            for row in of_model:
+                if "baseline" in row:
+                    results[row["name"]][category] = evaluate_baseline(
+                        row["baseline"], model, training, test, category, accelerator, *limits
+                    ).result
+        if training is not None and len(training) > 1 and model.feature_extractor is not None:
+            padim[category] = evaluate_baseline("padim", model, training, test, category, accelerator, *limits).result
+
+    # 3. The table
+    rows = [
+        {
+            "name": row["name"],
+            "settings": {name: value for name, value in row.items() if name != "name"},
+            "results": with_mean(results[row["name"]]),
+        }
+        for row in table["rows"]
+    ]
+    if padim:
+        rows.append({"name": "PaDiM", "settings": {"baseline": "padim"}, "results": with_mean(padim)})
+    report = {
+        "title": table["title"],
+        "source": table.get("source", "none of the papers"),
+        "model": args.model,
+        "data": args.data,
+        "seed": args.seed,
+        "resolution": args.resolution,
+        "pro_fpr_limit": args.pro_fpr_limit,
+        "mixed_precision": accelerator.mixed_precision,
+        "command": command_line("diffad.training.tabulate", args, parser),
+        "processes": accelerator.num_processes,
+        "machine": describe_machine(),
+        "rows": rows,
+    }
+    if accelerator.is_main_process:
+        path = Path(args.output)
+        write_files(path, {".md": markdown(report), path.suffix: json.dumps(report, indent=2) + "\n"})
+        print(markdown(report) + f"Table: {path}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return report
+
+
+if __name__ == "__main__":
+    main()
