@@ -35,7 +35,7 @@ class DiADPipeline(AnomalyPipeline):
         vae: the autoencoder between images and latents.
         unet: the denoiser, conditioned on the empty prompt.
         prompt_embedding: the empty prompt's embedding, in the place of a text encoder.
-        scheduler: of the reverse process; any of diffusers' for a network that predicts epsilon.
+        scheduler: of the reverse process; any of diffusers' for what the denoiser predicts.
         sg_network: guides the denoiser by the input image; None leaves a plain latent diffusion model.
         feature_extractor: pretrained features to compare; the paper's are ResNet-50's at strides 4, 8 and 16. Without
             it `denoise` and `decode` work, and a call does not.
@@ -319,8 +319,8 @@ class DiADPipeline(AnomalyPipeline):
                     sample, timestep, prompt_embeds, conditioning_embedding=condition, return_dict=False
                 )
                 residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-            epsilon = self.unet(sample, timestep, prompt_embeds, return_dict=False, **residuals)[0]
-            latents = self.scheduler.step(epsilon.float(), timestep, latents, return_dict=False, **options)[0]
+            prediction = self.unet(sample, timestep, prompt_embeds, return_dict=False, **residuals)[0]
+            latents = self.scheduler.step(prediction.float(), timestep, latents, return_dict=False, **options)[0]
             if callback_on_step_end is not None:
                 latents = callback_on_step_end(self, step, timestep, {"latents": latents}).pop("latents", latents)
         return latents

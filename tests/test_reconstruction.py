@@ -496,8 +496,8 @@ def test_the_noise_of_an_image_does_not_depend_on_its_batch(plain, name):
 
 def test_more_noise_changes_more(plain):
     changes = [
-        plain.denoise(textures(4), timestep=t, num_inference_steps=1, generator=generator()).anomaly_map.mean()
-        for t in (1, 50, 600)
+        plain.denoise(textures(4), timestep=t, num_inference_steps=5, generator=generator()).anomaly_map.mean()
+        for t in (5, 50, 600)
     ]
     assert changes[0] < 0.02
     assert changes[0] < changes[1] < changes[2]

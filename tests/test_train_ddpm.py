@@ -261,7 +261,15 @@ def test_a_balanced_run_resumes_to_the_bit(tmp_path):
     """Of 12 and 4 images, in the middle of an epoch of five batches."""
     data = write_mvtec(tmp_path / "data", {"tile": 12, "cable": 4})
     tiny_pipeline(categories=["cable", "tile"]).save_pretrained(unified := tmp_path / "unified")
-    more = ("--balance_categories", "--checkpointing_steps", 3, "--false_alarm_rate", 0.5)
+    more = (
+        "--balance_categories",
+        "--checkpointing_steps",
+        3,
+        "--checkpoints_total_limit",
+        3,
+        "--false_alarm_rate",
+        0.5,
+    )
     whole, resumed, drawn_freely = tmp_path / "whole", tmp_path / "resumed", tmp_path / "free"
     train(data, whole, *more, start=unified, steps=8)
     shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")

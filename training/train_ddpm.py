@@ -58,6 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     score.add_argument("--alpha", type=float, default=0.5, help="weight of the KL in eq. 11 (0.5)")
     score.add_argument("--kl_sigma", type=float, default=2.0, help="smoothing of the KL maps, pixels (2)")
     score.add_argument("--feature_sigma", type=float, default=4.0, help="of the feature error, pixels (4)")
+    score.add_argument("--score_strides", type=int, nargs="+", help="strides whose feature error counts (all)")
     score.add_argument(
         "--score_fraction", type=float, default=0.0, help="share of top pixels averaged (0: the maximum)"
     )
@@ -281,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             kl_sigma=args.kl_sigma,
             feature_sigma=args.feature_sigma,
             score_fraction=args.score_fraction,
+            score_strides=args.score_strides,
             categories=categories,
         )
         record = {"steps": step, "training_seconds": round(time.time() - train_started, 1)}
