@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     help="Finds and outlines defects in images, having seen only good ones.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # boxes and blank lines would take a second screen
     pretty_exceptions_enable=False,
 )
 console = Console(stderr=True)  # standard output is for results
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a saved pipeline.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (the fastest there is)")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images in one pass of the networks.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a pipeline.", show_default=False)]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, ... (the fastest there is)")]
+Dtype = Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images in one pass of the networks.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Of the noise.")]
+Category = Annotated[str | None, typer.Option(metavar="NAME", help="Of a unified model.")]
 
 
 @app.callback()
-def callback(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def callback(debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback.")] = False) -> None:
     """Finds and outlines defects in images, having seen only good ones."""
 
 
@@ -38,25 +44,37 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "float32")
     import diffad  # noqa: F401 (registers the pipelines with diffusers)
 
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype must be float32, bfloat16 or float16, but is {dtype!r}.")
+        raise ValueError(f"`dtype` must be float32, bfloat16 or float16, but is {dtype!r}.")
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"`device` is {device}, but torch finds no GPU here. Leave it out to run on what there is.")
     folder = Path(model)
     if (folder.exists() or model.count("/") != 1) and not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{model} holds no pipeline (no model_index.json there).")
+        raise FileNotFoundError(
+            f"{model} holds no pipeline (no model_index.json there). Give the folder that training or `diffad demo` "
+            "has saved one in, or its id on the Hub, org/name."
+        )
     pipeline = DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-@app.command()
+def check_folder(path: Path) -> Path:
+    """`path`, unless a file stands there: diffusers would save nothing, and go on."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"The output goes into a folder, but {path} is a file. Give another one.")
+    return path
+
+
+@app.command(short_help="The whole story on real solar cells, in minutes.")
 def demo(
-    output: Annotated[Path, typer.Option(help="Gets the model, the report and pictures.")] = Path("runs/demo"),
-    max_train_steps: Annotated[int | None, typer.Option(min=1, help="Fewer is faster and worse.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, data order and noise.")] = 0,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Gets model, report, pictures.")] = Path("runs/demo"),
+    max_train_steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Fewer is faster and worse.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of weights, data order and noise.")] = 0,
 ) -> None:
-    """Trains on good solar cells, finds the defective ones, and shows what it found."""
+    """Trains on good solar cells, and shows which others it finds defective."""
     from diffad.training.demo import run_demo
 
-    report = run_demo(output, max_train_steps, seed)
+    report = run_demo(check_folder(output), max_train_steps, seed)
     result = report["results"]["mono"]
     print(
         f"\nImage AUROC {result['image_auroc']:.4f} (AP {result['image_ap']:.4f}, F1-max {result['image_f1max']:.4f}) "
@@ -72,27 +90,29 @@ def demo(
     )
 
 
-@app.command()
+@app.command(short_help="Scores images, and outlines their defects.")
 def predict(
     model: Model,
     images: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", help="Files, or folders of them.")],
-    output: Annotated[Path, typer.Option(help="Gets overlays, maps, masks and scores.csv.")],
-    category: Annotated[str | None, typer.Option(help="Of a unified model.")] = None,
+    output_dir: Annotated[Path, typer.Option("--output", metavar="DIR", help="Gets all of this.")],
+    category: Category = None,
     batch_size: BatchSize = 16,
     device: Device = None,
     dtype: Dtype = "float32",
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Seed = 0,
     fail_on_anomaly: Annotated[bool, typer.Option("--fail-on-anomaly", help="Exit with 3 if there is one.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object an image on standard output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each image that is new.")] = False,
 ) -> None:
-    """Scores images; run again, it skips what is done.
+    """Overlays, maps, masks, scores.csv, and a sheet of the most anomalous images.
 
-    A file that cannot be read stands in scores.csv as unreadable, and the rest goes on.
+    Run again, it skips what is done. A file that cannot be read stands in scores.csv as unreadable, and the rest goes
+    on.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from diffad.prediction import find_images, predict_files
 
+    check_folder(output_dir)
     paths = find_images(images)
     pipeline = load_pipeline(model, device, dtype)
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -105,25 +125,28 @@ def predict(
                 numbers = {k: float(row[k]) for k in ("score", "p_value", "map_low", "map_high") if row[k] is not None}
                 print(json.dumps({**row, **numbers}), flush=True)
 
-        counts = predict_files(pipeline, paths, output, batch_size, category, seed, report=report)
+        counts = predict_files(pipeline, paths, output_dir, batch_size, category, seed, report=report)
         progress.update(task, completed=len(paths))
     summary = ", ".join(f"{count} {name}" for name, count in counts.items() if count and name != "skipped")
-    console.print(f"{summary} ({counts['skipped']} done before). Scores: {output / 'scores.csv'}")
+    files = f"{output_dir / 'scores.csv'}; the most anomalous: {output_dir / 'most_anomalous.png'}"
+    console.print(
+        f"{summary} ({counts['skipped']} done before). Scores: {escape(files)}", highlight=False, soft_wrap=True
+    )
     if fail_on_anomaly and counts["anomalous"]:
         raise typer.Exit(3)
 
 
-@app.command()
+@app.command(short_help="The field's metrics on a test split, and a page to read.")
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Option(help="Data set with a test split: folder, Hub id, or elpv/mono.")],
-    output: Annotated[Path, typer.Option(help="The report.")] = Path("report.json"),
-    dataset: Annotated[str | None, typer.Option(help="Force a layout: mvtec_ad, visa, ...")] = None,
-    category: Annotated[list[str] | None, typer.Option(help="Only this one; may be given again.")] = None,
+    data: Annotated[str, typer.Option(metavar="DATA", help="With a test split: folder, Hub id, elpv/mono.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The report, .json.")] = Path("report.json"),
+    dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout: mvtec_ad, visa, ...")] = None,
+    category: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one; may be repeated.")] = None,
     batch_size: BatchSize = 16,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Seed = 0,
 ) -> None:
-    """The field's metrics on a test split, per category and mean.
+    """The field's metrics on a test split, by category, as tables and a page.
 
     For several processes: accelerate launch training/evaluate.py.
     """
@@ -135,29 +158,32 @@ def evaluate(
     run([*flags, *(["--category", *category] if category else [])])
 
 
-@app.command()
+@app.command(short_help="Statistics and thresholds from good images.")
 def calibrate(
     model: Model,
-    data: Annotated[
-        str, typer.Option(help="Good images: a folder, a data set's folder (its train split), or elpv/mono.")
-    ],
-    output: Annotated[Path | None, typer.Option(help="Where to save (in place, if MODEL is a folder).")] = None,
-    false_alarm_rate: Annotated[float, typer.Option(help="Share of good parts that may raise an alarm.")] = 0.01,
-    category: Annotated[str | None, typer.Option(help="Of a unified model.")] = None,
+    data: Annotated[str, typer.Option(metavar="DATA", help="Good images: a folder, a data set, elpv/mono.")],
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to save (MODEL, if a folder).")] = None,
+    false_alarm_rate: Annotated[float, typer.Option(metavar="RATE", help="Share of good parts that may alarm.")] = 0.01,
+    category: Category = None,
     batch_size: BatchSize = 16,
     device: Device = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Seed = 0,
 ) -> None:
-    """Statistics and thresholds from good images that no network was trained on."""
+    """Statistics and thresholds from good images that training has not seen.
+
+    Of a data set, the good images of its train split are taken.
+    """
     import torch
 
     from diffad.data import load_anomaly_dataset
+    from diffad.model_card import REPORT_NAME
 
-    pipeline = load_pipeline(model, device)
+    if output is None and not Path(model).is_dir():
+        raise ValueError(f"`output` is needed: {model} is not a folder that could be written to.")
+    folder = check_folder(Path(model) if output is None else output)
     good = load_anomaly_dataset(data, split="train", category=category)
     good = good.filter(lambda label: label == 0, input_columns="label")
-    if output is None and not Path(model).is_dir():
-        raise ValueError(f"--output is needed: {model} is not a folder that could be written to.")
+    pipeline = load_pipeline(model, device)
     pipeline.calibrate(
         good["image"],
         false_alarm_rate=false_alarm_rate,
@@ -165,15 +191,19 @@ def calibrate(
         batch_size=batch_size,
         generator=torch.Generator().manual_seed(seed),
     )
-    pipeline.save_pretrained(output or model)
-    console.print(f"Calibrated on {len(good)} good images and saved to {output or model}.")
+    pipeline.save_pretrained(folder)
+    if (folder / REPORT_NAME).is_file():  # it spoke of the statistics that were here before
+        for suffix in (".json", ".csv", ".md", ".html"):
+            (folder / REPORT_NAME).with_suffix(suffix).unlink(missing_ok=True)
+        console.print(f"Removed {escape(str(folder / REPORT_NAME))}: it was measured with the old calibration.")
+    console.print(f"Calibrated on {len(good)} good images and saved to {escape(str(folder))}.")
 
 
 @app.command()
 def benchmark(
     model: Model,
     batch_size: BatchSize = 16,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed calls, after one that warms up.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Timed calls, after a first.")] = 5,
     device: Device = None,
     dtype: Dtype = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")] = False,
@@ -196,17 +226,30 @@ def benchmark(
 @app.command()
 def convert(
     method: Annotated[str, typer.Argument(metavar="diad", help="Method of the checkpoint.")],
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=".ckpt, .pth or .safetensors")],
+    state_dict_or_path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=".ckpt, .pth or .safetensors")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for the pipeline.")],
-    prompt_embeds: Annotated[Path | None, typer.Option(help="Empty prompt's embedding, .safetensors.")] = None,
+    prompt_embeds: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Empty prompt's embedding, .safetensors.")
+    ] = None,
 ) -> None:
     """A published checkpoint to a saved pipeline."""
-    from diffad.conversion import load_diad_checkpoint
-
     if method != "diad":
         raise ValueError(f"Only 'diad' checkpoints can be converted, not {method!r}.")
-    load_diad_checkpoint(checkpoint, prompt_embeds=prompt_embeds).save_pretrained(output)
-    console.print(f"Saved to {output}. Next: diffad calibrate {output} --data GOOD_IMAGES")
+    check_folder(output)
+
+    from diffad.conversion import load_diad_checkpoint
+
+    pipeline = load_diad_checkpoint(state_dict_or_path, prompt_embeds=prompt_embeds)
+    pipeline.save_pretrained(output)
+    if pipeline.feature_extractor is None:
+        console.print(
+            "The checkpoint brings no network that images are compared with. Save the pipeline once more with one:\n"
+            f'DiADPipeline.from_pretrained("{escape(str(output))}", feature_extractor='
+            'TimmFeatureExtractor.from_backbone("resnet50", (4, 8, 16)))',
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(f"Saved to {escape(str(output))}. Next: diffad calibrate {escape(str(output))} --data GOOD_IMAGES")
 
 
 @app.command()
@@ -214,26 +257,53 @@ def push(
     model: Model,
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="org/name on the Hub.")],
     private: Annotated[bool, typer.Option("--private", help="Create it as a private repository.")] = False,
-    token: Annotated[str | None, typer.Option(help="Hub token (the one you logged in with).")] = None,
+    token: Annotated[str | None, typer.Option(metavar="TOKEN", help="Of the Hub (the one you logged in with).")] = None,
 ) -> None:
     """Uploads a saved pipeline with its model card."""
+    from huggingface_hub.errors import HfHubHTTPError
+
     pipeline = load_pipeline(model, "cpu")
-    console.print(f"Pushed to {pipeline.push_to_hub(repo_id, private=private, token=token)}")
+    try:
+        commit = pipeline.push_to_hub(repo_id, private=private or None, token=token)
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise PermissionError(
+            f"The Hub does not let you write to {repo_id} ({error.response.status_code}). Log in with `hf auth login`, "
+            "or give a `token` that may write there."
+        ) from error
+    console.print(f"Pushed to {commit.commit_url}", highlight=False, soft_wrap=True)
+
+
+def describe_error(error: Exception, arguments: list[str]) -> str:
+    """One line for the one who typed `arguments`: the library's `batch_size` is --batch-size here."""
+    message = " ".join(str(error).split())
+    if not isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):  # nobody foresaw it
+        message = f"{type(error).__name__}: {message} (--debug shows where)"
+    commands = typer.main.get_command(app).commands
+    command = next((commands[word] for word in arguments if word in commands), None)
+    typed = {}
+    for parameter in command.params if command else ():
+        option = next((name for name in parameter.opts if name.startswith("--")), None)
+        typed[parameter.name] = option or parameter.metavar
+    return re.sub(r"`(\w+)`", lambda match: typed.get(match[1]) or match[0], message)
 
 
 def main() -> None:
-    """Entry point: an error that a user can mend is one line, with `--debug` a traceback."""
+    """Entry point: an error is one line that says what to do, and with `--debug`, anywhere, a traceback."""
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    warnings.formatwarning = lambda message, *where, **more: f"warning: {' '.join(str(message).split())}\n"
     try:
-        app()
+        app(arguments)
     except KeyboardInterrupt:
         console.print("Stopped.")
         sys.exit(130)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except Exception as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
         else:
             console.print(
-                f"[red]error:[/red] {str(error).strip() or type(error).__name__}", highlight=False, soft_wrap=True
+                f"[red]error:[/red] {escape(describe_error(error, arguments))}", highlight=False, soft_wrap=True
             )
         sys.exit(1)
 

@@ -155,6 +155,13 @@ def copy_records(
     return *records, pictures
 
 
+def remove_reports(folder: str | os.PathLike) -> None:
+    """Removes `report.json`, its tables, page and pictures, which speak of a model as it was before."""
+    stem = Path(REPORT_NAME).stem
+    for path in [*Path(folder).glob(f"{stem}.*"), *Path(folder).glob(f"{stem}-*.png")]:
+        path.unlink()
+
+
 def shareable(record: Any) -> Any:
     """A copy of a JSON record without secrets, and with absolute paths cut down to their last part."""
     if isinstance(record, dict):

@@ -7,22 +7,28 @@ a killed run leaves no half-written file, and the next one goes on where it stop
 from __future__ import annotations
 
 import csv
+import heapq
+import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from diffad.images import images_to_tensors, read_image, resize_images
-from diffad.visualization import overlay, to_uint8
+from diffad.images import image_to_rgb, images_to_tensors, read_image, resize_images
+from diffad.visualization import overlay, save_rows
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 COLUMNS = ("path", "score", "p_value", "verdict", "map_low", "map_high", "message")
+VERDICTS = ("normal", "anomalous", "unreadable", "scored")
+SCORES_NAME, JOURNAL_NAME = "scores.csv", "scores.partial.csv"
+SETTINGS_NAME = "settings.json"
+SHEET_NAME, SHEET_COLUMNS, SHEET_ROWS = "most_anomalous.png", 6, 4
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
@@ -54,6 +60,13 @@ def image_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
 
 
+class Decoded(NamedTuple):
+    """An input that could be read: its pixels, (H, W, 3) uint8, and what the networks see, (3, R, R) in [0, 1]."""
+
+    pixels: np.ndarray
+    network_input: torch.Tensor
+
+
 def predict_files(
     pipeline: Any,
     paths: Sequence[Path],
@@ -64,125 +77,205 @@ def predict_files(
     num_workers: int = 2,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, int]:
-    """Scores image files and writes overlays, maps, masks and `scores.csv`.
+    """Scores image files and writes overlays, maps, masks, `scores.csv` and a sheet of the most anomalous.
 
     Args:
         pipeline: an anomaly pipeline; uncalibrated, it gives no masks and no verdicts.
         paths: image files, as from `find_images`. The outputs keep their folders below the common one.
         output_dir: gets `overlays/`, `maps/` (16-bit PNG: map_low at 0, map_high at 65535, both in scores.csv),
-            `masks/` (0 or 255) and `scores.csv`.
+            `masks/` (0 or 255), `most_anomalous.png`, `scores.csv` (in order of `paths`, below what earlier runs have
+            scored) and `settings.json`. The pictures of `part.png` are named so too, those of `part.jpg`
+            `part.jpg.png`.
         batch_size: images in one pass of the networks.
         category: of a unified model.
         seed: the noise of an image follows from this and its place in `paths`.
-        num_workers: threads that decode ahead, two batches at most.
-        report: called with each row of scores.csv, as a dict.
+        num_workers: threads that decode ahead, one batch at most, and write what the batch before has shown.
+        report: called with each new row of scores.csv, as a dict.
 
     Returns:
         Counts of "normal", "anomalous", "unreadable" and, uncalibrated, "scored" images, and of those "skipped"
-        because an earlier run had done them.
+        because an earlier run had done them. What could not be read then is tried again.
+
+    Raises:
+        ValueError: `output_dir` holds results of another calibration, category or seed, or of images elsewhere; or the
+            category is unknown.
     """
     output_dir = Path(output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"`output_dir` must be a folder, but {output_dir} is a file.")
+    index = int(pipeline.category_index(category, 1)[0])
     output_dir.mkdir(parents=True, exist_ok=True)
-    root = Path(os.path.commonpath([p.absolute().parent for p in paths]))
-    journal = output_dir / "scores.partial.csv"
-    rows = {row["path"]: row for name in ("scores.csv", journal.name) for row in _read_rows(output_dir / name)}
-    todo = [(i, path) for i, path in enumerate(paths) if str(path) not in rows]
-    counts = {"normal": 0, "anomalous": 0, "unreadable": 0, "scored": 0, "skipped": len(paths) - len(todo)}
+    root = _check_settings(pipeline, index, paths, output_dir, category, seed)
+    done = _take_up(output_dir, set(map(str, paths)))
+    todo = [(i, path) for i, path in enumerate(paths) if str(path) not in done]
+    counts = dict.fromkeys(VERDICTS, 0) | {"skipped": len(paths) - len(todo)}
     for path in paths:
-        if str(path) in rows:
-            counts[rows[str(path)]["verdict"]] += 1
-    _write_rows(journal, rows.values())  # without a line that a killed run left unfinished
-    threshold = None if pipeline.calibration is None else float(pipeline.calibration.pixel_threshold.min())
-    with open(journal, "a", newline="") as file:
+        if str(path) in done:
+            counts[done[str(path)]] += 1
+    threshold = None if pipeline.calibration is None else float(pipeline.calibration.pixel_threshold[index])
+    side = pipeline.input_resolution(pipeline.processing_resolution)
+    journal = output_dir / JOURNAL_NAME
+    with open(journal, "a", newline="", encoding="utf-8") as file, ThreadPoolExecutor(num_workers) as pool:
         writer = csv.DictWriter(file, COLUMNS)
-        for batch in _decoded_batches(todo, batch_size, num_workers):
-            batch_rows = [
-                {"path": str(path), "verdict": "unreadable", "message": str(image)}
-                for _, path, image in batch
-                if isinstance(image, Exception)
-            ]
-            good = [entry for entry in batch if not isinstance(entry[2], Exception)]
-            if good:
-                images = [image for _, _, image in good]
-                output = pipeline(
-                    images,
-                    batch_size=batch_size,
-                    match_input_resolution=False,
-                    generator=[image_generator(seed, i) for i, _, _ in good],
-                    output_type="pt",
-                    **({"category": category} if category is not None else {}),
-                )
-                for j, (_, path, image) in enumerate(good):
-                    name = path.absolute().relative_to(root).with_suffix(".png")
-                    batch_rows.append(
-                        {"path": str(path), **_write_outputs(output, j, image, output_dir, name, threshold)}
-                    )
-            for row in batch_rows:
+
+        def enter(rows: Iterable[dict[str, Any] | Future]) -> None:
+            """Into the journal, once their files are written."""
+            for row in rows:
+                row = row.result() if isinstance(row, Future) else row
                 writer.writerow(row)
                 counts[row["verdict"]] += 1
                 report({column: row.get(column) for column in COLUMNS})
-                rows[row["path"]] = row
             file.flush()
-    wanted = dict.fromkeys(map(str, paths))
-    ordered = [rows[path] for path in wanted] + [row for path, row in rows.items() if path not in wanted]
-    _write_rows(output_dir / "scores.csv", ordered)
-    journal.unlink()
+
+        being_written: list[dict[str, Any] | Future] = []
+        for batch in _decoded_batches(todo, side, batch_size, pool):
+            good = [(i, decoded) for i, _, decoded in batch if isinstance(decoded, Decoded)]
+            if good:
+                output = pipeline(
+                    [decoded.network_input for _, decoded in good],
+                    batch_size=batch_size,
+                    match_input_resolution=False,
+                    generator=[image_generator(seed, i) for i, _ in good],
+                    output_type="pt",
+                    **({"category": category} if category is not None else {}),
+                )
+            enter(being_written)
+            being_written, j = [], 0
+            for _, path, decoded in batch:
+                if isinstance(decoded, Decoded):
+                    name = _output_name(path, root)
+                    arguments = (output, j, decoded.pixels, output_dir, name, threshold)
+                    being_written.append(pool.submit(_write_outputs, path, *arguments))
+                    j += 1
+                else:
+                    being_written.append({"path": str(path), "verdict": "unreadable", "message": str(decoded)})
+        enter(being_written)
+    save_most_anomalous(journal, output_dir, root)
+    journal.replace(output_dir / SCORES_NAME)
     return counts
 
 
-def _decoded_batches(
-    todo: Sequence[tuple[int, Path]], batch_size: int, num_workers: int
-) -> Iterator[list[tuple[int, Path, torch.Tensor | Exception]]]:
-    """Decoded images (3, H, W) in [0, 1], or the error of reading them, at most two batches ahead."""
+def save_most_anomalous(scores: Path, output_dir: Path, root: Path) -> None:
+    """A contact sheet of the overlays with the highest scores, from a table like scores.csv."""
+    scored = (row for row in _read_rows(scores) if row["score"])
+    highest = heapq.nlargest(SHEET_COLUMNS * SHEET_ROWS, scored, key=lambda row: float(row["score"]))
+    tiles, captions = [], []
+    for row in highest:
+        name = _output_name(Path(row["path"]), root)
+        overlay_path = output_dir / "overlays" / name
+        if overlay_path.is_file():  # an earlier run's may have been taken away
+            with Image.open(overlay_path) as picture:
+                picture.thumbnail((320, 320))
+                tiles.append(np.asarray(picture))
+            p_value = f", p = {float(row['p_value']):.2g}" if row["p_value"] else ""
+            captions.append(f"{Path(row['path']).name}\n{float(row['score']):.4g}{p_value}")
+    if tiles:
+        unfinished = output_dir / f".unfinished.{SHEET_NAME}"
+        starts = range(0, len(tiles), SHEET_COLUMNS)
+        in_rows = [[list(items[i : i + SHEET_COLUMNS]) for i in starts] for items in (tiles, captions)]
+        save_rows(in_rows[0], unfinished, captions=in_rows[1])
+        unfinished.replace(output_dir / SHEET_NAME)
 
-    def decode(path: Path) -> torch.Tensor | Exception:
+
+def _check_settings(
+    pipeline: Any, index: int, paths: Sequence[Path], output_dir: Path, category: str | None, seed: int
+) -> Path:
+    """The folder that the outputs' names start from: the inputs' common one, or that of an earlier run.
+
+    Raises:
+        ValueError: the earlier run's results and new ones would not fit together.
+    """
+    folders = {path.absolute().parent for path in paths}
+    settings: dict[str, Any] = {"root": os.path.commonpath(folders), "category": category, "seed": seed}
+    if pipeline.calibration is not None:
+        thresholds = (pipeline.calibration.image_threshold, pipeline.calibration.pixel_threshold)
+        settings["calibration"] = [float(threshold[index]) for threshold in thresholds]
+    else:
+        settings["calibration"] = None
+    path = output_dir / SETTINGS_NAME
+    if path.is_file():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in settings if name != "root" and settings[name] != earlier[name]]
+        if changed:
+            raise ValueError(
+                f"{output_dir} holds results of another {' and '.join(changed)}. Give another `output_dir`, or remove "
+                "that one."
+            )
+        elsewhere = next((folder for folder in folders if not folder.is_relative_to(earlier["root"])), None)
+        if elsewhere is not None:
+            raise ValueError(
+                f"{output_dir} holds results of images in {earlier['root']}, and {elsewhere} lies elsewhere. Give "
+                "another `output_dir`."
+            )
+        return Path(earlier["root"])
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+    return Path(settings["root"])
+
+
+def _output_name(path: Path, root: Path) -> Path:
+    """Of an input's pictures; no two inputs share one."""
+    name = path.absolute().relative_to(root)
+    return name if name.suffix == ".png" else name.with_name(f"{name.name}.png")
+
+
+def _decoded_batches(
+    todo: Sequence[tuple[int, Path]], side: int, batch_size: int, pool: ThreadPoolExecutor
+) -> Iterator[list[tuple[int, Path, Decoded | Exception]]]:
+    """Decoded images, or the error of reading them, with one batch decoded ahead."""
+
+    def decode(path: Path) -> Decoded | Exception:
         try:
-            return images_to_tensors(read_image(path))[0]
+            pixels = np.asarray(image_to_rgb(read_image(path)))
         except (ValueError, OSError) as error:
             return error
+        image = images_to_tensors(pixels)[0]
+        resized = resize_images(image[None], (side, side))[0]
+        return Decoded(pixels, resized.clamp(0.0, 1.0))  # rounding may have left the range
 
-    with ThreadPoolExecutor(num_workers) as pool:
-        waiting: deque[tuple[int, Path, Future]] = deque()
-        batch: list[tuple[int, Path, torch.Tensor | Exception]] = []
-        entries = iter(todo)
-        while True:
-            for i, path in entries:
-                waiting.append((i, path, pool.submit(decode, path)))
-                if len(waiting) >= 2 * batch_size:
-                    break
-            if not waiting:
-                break
-            i, path, future = waiting.popleft()
-            batch.append((i, path, future.result()))
-            if len(batch) == batch_size:
-                yield batch
-                batch = []
-        if batch:
+    entries = iter(todo)
+    waiting: deque[tuple[int, Path, Future]] = deque()
+    batch: list[tuple[int, Path, Decoded | Exception]] = []
+    while True:
+        while len(waiting) <= batch_size and (entry := next(entries, None)) is not None:
+            waiting.append((*entry, pool.submit(decode, entry[1])))
+        if not waiting:
+            break
+        i, path, future = waiting.popleft()
+        batch.append((i, path, future.result()))
+        if len(batch) == batch_size:
             yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _write_outputs(
-    output: Any, j: int, image: torch.Tensor, output_dir: Path, name: Path, threshold: float | None
+    path: Path, output: Any, j: int, pixels: np.ndarray, output_dir: Path, name: Path, threshold: float | None
 ) -> dict[str, Any]:
     """Writes one image's pictures and returns its row."""
-    size = tuple(image.shape[-2:])
+    size = pixels.shape[:2]
     anomaly_map = resize_images(output.anomaly_map[j][None, None], size)[0, 0].numpy()  # (H, W)
     low, high = float(anomaly_map.min()), float(anomaly_map.max())
     scaled = (anomaly_map - low) / max(high - low, 1e-12) * 65535.0
-    row = {"score": f"{float(output.anomaly_score[j]):.6g}", "map_low": f"{low:.6g}", "map_high": f"{high:.6g}"}
+    row = {
+        "path": str(path),
+        "score": f"{float(output.anomaly_score[j]):.6g}",
+        "map_low": f"{low:.6g}",
+        "map_high": f"{high:.6g}",
+        "verdict": "scored",
+    }
     _save(Image.fromarray((scaled + 0.5).astype(np.uint16)), output_dir / "maps" / name)
     mask, ends = None, {}
     if threshold is not None:
         mask = resize_images(output.anomaly_mask[j][None, None].float(), size)[0, 0].numpy() > 0.5
         _save(Image.fromarray(mask.astype(np.uint8) * 255), output_dir / "masks" / name)
         # one scale for all images: nothing is coloured on a good one
-        ends = {"low": threshold / 3.0, "high": 3.0 * threshold} if threshold > 0.0 else {}
+        ends = {"low": threshold / 3.0, "high": 3.0 * threshold} if 0.0 < threshold < np.inf else {}
         row["p_value"] = f"{float(output.p_value[j]):.6g}"
         row["verdict"] = "anomalous" if bool(output.is_anomalous[j]) else "normal"
-    else:
-        row["verdict"] = "scored"
-    picture = overlay(to_uint8(image.permute(1, 2, 0).numpy()), anomaly_map, mask, **ends)
-    _save(Image.fromarray(picture), output_dir / "overlays" / name)
+    _save(Image.fromarray(overlay(pixels, anomaly_map, mask, **ends)), output_dir / "overlays" / name)
     return row
 
 
@@ -193,18 +286,30 @@ def _save(image: Image.Image, path: Path) -> None:
     unfinished.replace(path)
 
 
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if None not in row.values()]  # a killed run may have left half a line
+def _take_up(output_dir: Path, wanted: Collection[str]) -> dict[str, str]:
+    """Begins the journal with what earlier runs have done; returns the verdict of each of their paths.
 
-
-def _write_rows(path: Path, rows: Any) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with open(unfinished, "w", newline="") as file:
+    Left out are what a killed run left of a line, and those `wanted` files that could not be read: they may have been
+    mended.
+    """
+    done: dict[str, str] = {}
+    journal = output_dir / JOURNAL_NAME
+    unfinished = journal.with_name(f".{journal.name}.unfinished")
+    with open(unfinished, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(rows)
-    unfinished.replace(path)
+        for name in (SCORES_NAME, JOURNAL_NAME):
+            for row in _read_rows(output_dir / name):
+                again = row["verdict"] == "unreadable" and row["path"] in wanted
+                if row["path"] not in done and not again:
+                    writer.writerow(row)
+                    done[row["path"]] = VERDICTS[VERDICTS.index(row["verdict"])]  # the one string for all rows
+    unfinished.replace(journal)
+    return done
+
+
+def _read_rows(path: Path) -> Iterator[dict[str, str]]:
+    """Rows of a table that is whole or, killed, broken off in its last line."""
+    if path.is_file():
+        with open(path, newline="", encoding="utf-8") as file:
+            yield from (row for row in csv.DictReader(file) if None not in row.values())

@@ -21,8 +21,8 @@ from PIL import Image
 from diffad.model_card import MEAN, METRICS
 
 # the order of the papers' tables; DICE and the rates at the threshold are no columns there
-COLUMNS = {name: METRICS[name][2] for name in METRICS if name.split("_")[0] in ("image", "pixel")}
-del COLUMNS["pixel_dice"]
+METRIC_TITLES = {name: METRICS[name][2] for name in METRICS if name.split("_")[0] in ("image", "pixel")}
+del METRIC_TITLES["pixel_dice"]
 BASELINE_TITLES = {"padim": "PaDiM", "ddpm": "plain DDPM"}
 
 # `AnomalyMetrics.curves`' name: title, metric, axes; in the order in which they are shown
@@ -97,9 +97,8 @@ def render_report_page(
 
     Args:
         report: what `report.json` holds. Of it, only `results` is needed: the metrics of each category. `baselines`
-            holds the same by name; `scores` holds records by category, for the histograms. The threshold is a result's
-            `image_threshold` or, without one, lies between the highest score that raised no alarm and the lowest that
-            did.
+            holds the same by name; `scores` holds records by category, for the histograms. A result's
+            `image_threshold` is drawn where there is one.
         curves: by category, as of `AnomalyMetrics.curves`; a curve that is not there is not drawn.
         cases: by category, in the order in which they are shown.
 
@@ -119,13 +118,13 @@ def render_report_page(
     for title, of_category in baselines.items():
         # of one category, this one's; of several, their mean
         row = of_category.get(MEAN) or of_category.get(next(iter(results), None)) or {}
-        rows.append((title, None, row))
+        rows.append((f"{title}, {MEAN}" if len(results) > 1 else title, None, row))
     by_category = {
         title: [(name, None, of_category.get(name) or {}) for name in results]
         for title, of_category in baselines.items()
     }
     shown = [row for _, _, row in rows] + [row for of_one in by_category.values() for _, _, row in of_one]
-    columns = {name: title for name, title in COLUMNS.items() if any(row.get(name) is not None for row in shown)}
+    columns = {name: title for name, title in METRIC_TITLES.items() if any(row.get(name) is not None for row in shown)}
     return _TEMPLATE.render(
         title=_title(report),
         facts=_facts(report),
@@ -169,7 +168,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("seed", report.get("seed")),
         ("machine", ", ".join(filter(None, [machine.get("device"), machine.get("platform"), *versions]))),
         ("mixed precision", report.get("mixed_precision")),
-        ("pixels a side of maps and masks", report.get("resolution")),
+        ("maps", f"{report['resolution']} x {report['resolution']} px" if "resolution" in report else None),
         ("command", report.get("command")),
     ]
     return [(name, str(value)) for name, value in rows if value not in (None, "")]
@@ -227,7 +226,7 @@ def _figures(
             value = "" if result.get(metric) is None else f"{short} {_percent(result[metric])}%"
             limit = float(x[-1])
             if name == "pro" and limit < 1.0:
-                title = f"{title} up to {limit:.0%} false positives"
+                value += f" up to {limit:.0%} false positives"
             caption = Markup("<b>{}</b> {}").format(title, value)
             figures.append((_curve(title, x, y, limit, y_label, name != "pro"), caption))
     return figures
@@ -237,7 +236,7 @@ def _histogram(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) 
     labels = np.array([bool(record["label"]) for record in records])
     scores = np.array([record["score"] for record in records], dtype=float)
     scores = np.clip(scores, np.finfo(np.float32).min, np.finfo(np.float32).max)  # infinity has no place on an axis
-    threshold = _threshold(result, records)
+    threshold = result.get("image_threshold")  # None where there is no calibration
     # a few far outliers would leave all others in one bar
     low, high = float(scores.min()), float(np.quantile(scores, 0.98))
     if threshold is not None:
@@ -267,15 +266,6 @@ def _histogram(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) 
     if scores.max() > edges[-1]:
         caption += Markup("; the last bar holds all above")
     return _drawing("Histogram of anomaly scores", [frame, *bars]), caption
-
-
-def _threshold(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> float | None:
-    """The calibrated threshold; None where there is none, or where no image tells on which side it lies."""
-    if result.get("image_threshold") is not None:
-        return float(result["image_threshold"])
-    silent = [record["score"] for record in records if record.get("is_anomalous") is False]
-    alarmed = [record["score"] for record in records if record.get("is_anomalous") is True]
-    return (max(silent) + min(alarmed)) / 2.0 if silent and alarmed else None
 
 
 def _curve(title: str, x: np.ndarray, y: np.ndarray, x_limit: float, y_label: str, diagonal: bool) -> Markup:
@@ -389,7 +379,7 @@ svg .threshold { stroke: var(--text); stroke-width: 1.4; stroke-dasharray: 5 3; 
 img { display: block; width: 100%; height: auto; border-radius: .35rem; margin-bottom: .3rem;
   background: var(--raised); }
 @media (max-width: 34rem) { dl.setting { grid-template-columns: 1fr; gap: 0; } dl.setting dd { margin-bottom: .5rem; }
-  th, td { padding: .4rem .6rem; } }
+  th, td { padding: .4rem .6rem; } tbody th { white-space: normal; min-width: 6.5rem; overflow-wrap: anywhere; } }
 """
 
 _TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(

@@ -71,29 +71,62 @@ def overlay(
     return blended
 
 
+def beside_overlay(
+    image: np.ndarray, anomaly_map: np.ndarray, mask: np.ndarray | None = None, threshold: float | None = None
+) -> np.ndarray:
+    """An image and, to its right, its overlay, (H, 2 W, 3) uint8.
+
+    Args:
+        image: (H, W, 3) uint8.
+        anomaly_map: (H, W).
+        mask: (H, W) bool to outline, or None.
+        threshold: of pixels. The colours then go from a third of it to three times it, the same for all images, and a
+            good image has none; without it, over the map's own range.
+    """
+    fixed = threshold is not None and 0.0 < threshold < float("inf")
+    ends = {"low": threshold / 3.0, "high": 3.0 * threshold} if fixed else {}
+    return np.concatenate([image, overlay(image, anomaly_map, mask, **ends)], axis=1)
+
+
 def save_rows(
     rows: Sequence[Sequence[np.ndarray]],
     path: str | Path,
     column_titles: Sequence[str] = (),
     row_titles: Sequence[str] = (),
     tile: int = 160,
+    captions: Sequence[Sequence[str]] = (),
 ) -> None:
-    """Writes a contact sheet: rows of (H, W, 3) uint8 pictures, each shown `tile` pixels wide and high."""
+    """Writes a contact sheet: rows of (H, W, 3) uint8 pictures, each shown `tile` pixels wide and high.
+
+    `captions`, one for each picture and of any number of lines, stand below; of a line that is too long the end stays.
+    """
     gap, head = 4, 18 if column_titles else 0
+    foot = 14 * max((caption.count("\n") + 1 for row in captions for caption in row), default=0)
     font = ImageFont.load_default(12)
     side = 6 + max((int(font.getlength(title)) for title in row_titles), default=-6)
     columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (side + columns * (tile + gap), head + len(rows) * (tile + gap)), "white")
+    sheet = Image.new("RGB", (side + columns * (tile + gap), head + len(rows) * (tile + foot + gap)), "white")
     draw = ImageDraw.Draw(sheet)
     for j, title in enumerate(column_titles):
         draw.text((side + j * (tile + gap) + 2, 2), title, fill="black", font=font)
     for i, row in enumerate(rows):
-        top = head + i * (tile + gap)
+        top = head + i * (tile + foot + gap)
         if i < len(row_titles):
             draw.text((2, top + tile // 2 - 8), row_titles[i], fill="black", font=font)
         for j, picture in enumerate(row):
             resized = Image.fromarray(picture).resize((tile, tile), Image.Resampling.BILINEAR)
             sheet.paste(resized, (side + j * (tile + gap), top))
+        for j, caption in enumerate(captions[i] if captions else ()):
+            lines = "\n".join(_end_that_fits(line, font, tile) for line in caption.split("\n"))
+            draw.multiline_text((side + j * (tile + gap), top + tile + 1), lines, fill="black", font=font, spacing=0)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+def _end_that_fits(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(f"..{line}") > width:
+        line = line[1:]
+    return f"..{line}"

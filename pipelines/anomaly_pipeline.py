@@ -217,11 +217,30 @@ class AnomalyPipeline(DiffusionPipeline):
     def anomaly_maps(
         self, measurement: Measurement, category: torch.Tensor, calibration: ScoreCalibration | None
     ) -> torch.Tensor:
-        """A measurement's anomaly map, (N, H, W): smoothed, normalised where calibrated, joined."""
+        """A measurement's anomaly map, (N, H, W): smoothed, normalised where calibrated, joined.
+
+        Raises:
+            ValueError: the calibration is of other scores.
+        """
+        if calibration is not None:
+            self._check_calibration(measurement, calibration)
         maps = self.score_maps(measurement, category, calibration)  # (N, S, H, W)
         if calibration is not None:
             maps = calibration.normalize(maps, category)
         return self.join_maps(maps)
+
+    def _check_calibration(self, measurement: Measurement, calibration: ScoreCalibration) -> None:
+        # levels and channels of the residual; without one, the number of maps
+        if measurement.residual is not None:
+            found, calibrated = measurement.residual.shape[1:3], (calibration.config.residual_shape or ())[:2]
+        else:
+            found = measurement.maps.shape[1:2]
+            calibrated = () if calibration.config.residual_shape else calibration.config.map_shape[:1]
+        if tuple(found) != tuple(calibrated):
+            raise ValueError(
+                "`calibration` was made for other scores than this pipeline's settings give (timesteps, strides or "
+                "distance). Load the pipeline with `calibration=None` and call `calibrate` with good images."
+            )
 
     def detect(
         self,
@@ -508,7 +527,8 @@ class CalibrationFit:
         self.map_moments.update(self.pipeline.score_maps(measurement, self._indices(measurement), self.calibration))
 
     def add_scores(self, measurement: Measurement) -> None:
-        self.set_map_statistics()
+        if not self.scores:
+            self.set_map_statistics()
         anomaly_map = self.pipeline.anomaly_maps(measurement, self._indices(measurement), self.calibration)
         self.scores.append(self.pipeline.image_scores(anomaly_map))
         self.maxima.append(anomaly_map.flatten(1).amax(dim=1))

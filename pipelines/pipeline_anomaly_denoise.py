@@ -305,14 +305,26 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
             The pipeline, with `gaussian`.
 
         Raises:
-            ValueError: fewer than two images, or a wrong category.
+            ValueError: fewer than two images, a wrong argument, or a configuration that is not that of the categories
+                fitted before.
         """
         index = int(self.category_index(category, 1)[0])
+        if not isinstance(denoise_every, int) or denoise_every < 1:
+            raise ValueError(f"`denoise_every` must be a positive integer, but is {denoise_every!r}.")
         num_categories = len(self.config.categories or ["default"])
         resolution = self.processing_resolution
         config.setdefault("image_size", self.input_resolution(resolution))
         config.setdefault("feature_size", max(1, config["image_size"] // 4))
         gaussian = self.gaussian
+        if gaussian is not None and num_categories > 1:
+            changed = [name for name, value in config.items() if gaussian.config[name] != value]
+            others = gaussian.num_images.clone()
+            others[index] = 0
+            if changed and others.any():
+                raise ValueError(
+                    f"`{changed[0]}` is not that of the other categories' Gaussians. Leave it out, or start anew with "
+                    "`pipe.register_modules(gaussian=None)`."
+                )
         if gaussian is None or num_categories == 1 or any(gaussian.config[k] != v for k, v in config.items()):
             gaussian = GaussianFeatureModel.from_extractor(
                 self.feature_extractor, num_categories=num_categories, **config

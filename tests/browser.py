@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,17 @@ def find_browser() -> str | None:
     cache = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH") or Path.home() / ".cache" / "ms-playwright")
     fetched = sorted(p for name in ("chrome", "headless_shell") for p in cache.glob(f"chromium*/*/{name}"))
     return found or (str(fetched[-1]) if fetched else None)
+
+
+# Puts our pipes where the browser looks for them, and becomes the browser. Through higher numbers, as the pipes may be
+# 3 and 4 in the wrong order.
+LAUNCH = """
+import fcntl, os, sys
+theirs_in, theirs_out = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])
+os.dup2(theirs_in, 3)
+os.dup2(theirs_out, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -102,10 +114,17 @@ def browser(executable: str, profile: Path) -> Iterator[Browser]:
     ours_in, theirs_out = os.pipe()
     flags = ["--headless", "--remote-debugging-pipe", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage"]
     flags += ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses to work for root
-    # the shell puts our pipes where the browser looks for them
-    command = ["sh", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', executable, *flags]
     process = subprocess.Popen(
-        [*command, f"--user-data-dir={profile}"],
+        [
+            sys.executable,
+            "-c",
+            LAUNCH,
+            str(theirs_in),
+            str(theirs_out),
+            executable,
+            *flags,
+            f"--user-data-dir={profile}",
+        ],
         pass_fds=(theirs_in, theirs_out),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

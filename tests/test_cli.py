@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from conftest import textures, tiny_pipeline, write_folder, write_mvtec
 from typer.testing import CliRunner
 
+from diffad import cli
 from diffad.cli import app
 
 COMMANDS = ("demo", "predict", "evaluate", "calibrate", "benchmark", "convert", "push")
@@ -30,12 +32,16 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_fits_one_screen(command, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    text = run(command, "--help")
-    assert len(text.splitlines()) <= 40
-    assert max(map(len, text.splitlines())) <= 100
+    """Of 80 columns and 24 lines, the last of which is the prompt's."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run(*command.split(), "--help").splitlines()
+    assert len(lines) <= 23
+    assert max(map(len, lines)) <= 80
+    assert not any(line.endswith("...") for line in lines[2:] if not line.startswith("Usage"))  # nothing is cut off
+    if not command:
+        assert all(any(line.startswith(f"  {name} ") for line in lines) for name in COMMANDS)
 
 
 def test_predict_prints_json_lines_and_fails_on_anomaly_when_asked(model, tmp_path):
@@ -78,6 +84,19 @@ def test_calibrate_changes_thresholds_in_place(model, tmp_path):
     assert calibration.normal_scores.shape == (1, 3)
 
 
+def test_calibrate_in_place_removes_the_old_report(model, tmp_path):
+    """It was measured with other statistics, and a model card would show it."""
+    shutil.copytree(model, tmp_path / "model")
+    for name in ("report.json", "report.csv", "report.html"):
+        (tmp_path / "model" / name).write_text("{}")
+    (tmp_path / "model" / "training.json").write_text("{}")
+    good = write_folder(tmp_path / "good", 9, first_seed=50)
+    run("calibrate", tmp_path / "model", "--data", good, "--false-alarm-rate", 0.4)
+    assert not list((tmp_path / "model").glob("report.*"))
+    assert (tmp_path / "model" / "training.json").exists()  # the weights are the same
+    assert json.loads((tmp_path / "model" / "calibration" / "config.json").read_text())["false_alarm_rate"] == 0.4
+
+
 def test_benchmark_says_where_the_time_goes(model):
     result = json.loads(run("benchmark", model, "--batch-size", 2, "--repeats", 2, "--json", "--device", "cpu"))
     assert set(result["milliseconds_by_part"]) == {"unet", "feature_extractor", "rest"}
@@ -85,21 +104,89 @@ def test_benchmark_says_where_the_time_goes(model):
     assert result["peak_memory_mib"] > 0
 
 
+def fail(monkeypatch, capsys, *arguments: object) -> str:
+    """What the command says on standard error, having failed."""
+    monkeypatch.setattr(sys, "argv", ["diffad", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def damaged(model, tmp_path) -> Path:
+    """A model whose weights are cut off."""
+    shutil.copytree(model, tmp_path / "damaged")
+    weights = next((tmp_path / "damaged" / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    return tmp_path / "damaged"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("predict", "nowhere", ".", "--output", "out"), "no images"),
-        (("benchmark", "nowhere/at/all"), "holds no pipeline"),
-        (("convert", "sgd", "x.ckpt", "out"), "'diad'"),
+        ("predict nowhere . --output out", ["no images"]),
+        ("predict nowhere missing.png --output out", ["no file or folder at missing.png"]),
+        ("predict nowhere parts --output out", ["nowhere holds no pipeline", "Give the folder"]),
+        ("predict {model} parts --output parts/000.png", ["parts/000.png is a file", "Give another"]),
+        ("predict {model} parts --output out --category x", ["--category 'x' is unknown", "knows"]),
+        ("predict {model} parts --output out --dtype int8", ["--dtype must be float32, bfloat16 or float16"]),
+        ("predict {model} parts --output out --device cuda", ["--device is cuda", "no GPU", "Leave it out"]),
+        ("predict {damaged} parts --output out", ["damaged"]),
+        ("benchmark nowhere/at/all", ["holds no pipeline"]),
+        ("evaluate {model} --data missing", ["missing"]),
+        ("evaluate {model} --data parts --output r.txt", ["--output must end in .json"]),
+        ("calibrate {model} --data missing", ["missing"]),
+        ("calibrate {model} --data parts --false-alarm-rate 7", ["--false-alarm-rate must lie in (0, 1)"]),
+        ("calibrate org/name --data parts", ["--output is needed", "org/name is not a folder"]),
+        ("convert sgd x.ckpt out", ["'diad'"]),
+        ("convert diad x.ckpt out", ["CHECKPOINT: no file at x.ckpt", ".safetensors"]),
+        ("convert diad parts/000.png out", ["CHECKPOINT: parts/000.png is damaged"]),
+        ("convert diad x.ckpt parts/000.png", ["parts/000.png is a file"]),
+        ("push {model} a/b/c", ["a/b/c"]),
+        ("push nowhere org/name", ["nowhere holds no pipeline"]),
     ],
 )
-def test_errors_are_one_line(arguments, words, tmp_path):
-    command = [sys.executable, "-m", "diffad.cli", *arguments]
+def test_errors_are_one_line_that_says_what_to_do(
+    arguments, words, model, damaged, tmp_path, monkeypatch, capsys, fresh_accelerate
+):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "parts", 3)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    typed = [word.format(model=model, damaged=damaged) for word in arguments.split()]
+    message = fail(monkeypatch, capsys, *typed)
+    errors = [line for line in message.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert message.endswith(f"{errors[0]}\n")  # nothing follows
+    for word in words:
+        assert word in errors[0]
+    assert "Traceback" not in message
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(tmp_path, monkeypatch, capsys):
+    for arguments in (["--debug", "benchmark", "nowhere"], ["benchmark", "nowhere", "--debug"]):
+        message = fail(monkeypatch, capsys, *arguments)
+        assert "Traceback" in message
+        assert "FileNotFoundError: nowhere holds no pipeline" in message
+
+
+def test_messages_are_shown_as_they_are(monkeypatch, capsys):
+    """Square brackets are no markup, and an error that nobody foresaw has its kind."""
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "load_pipeline", broken)
+    error: Exception = ImportError('It needs timm:\n  pip install "diffad[demo]"')
+    assert fail(monkeypatch, capsys, "benchmark", "m") == 'error: It needs timm: pip install "diffad[demo]"\n'
+    error = KeyError("unet")
+    assert fail(monkeypatch, capsys, "benchmark", "m") == "error: KeyError: 'unet' (--debug shows where)\n"
+
+
+def test_the_command_itself_fails_with_one_line(tmp_path):
+    command = [sys.executable, "-m", "diffad.cli", "benchmark", "nowhere/at/all"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1
-    message = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert len(message) == 1
-    assert words in message[0]
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith("error: nowhere/at/all holds no pipeline")
     assert "Traceback" not in result.stderr
-    command.insert(3, "--debug")
-    assert "Traceback" in subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,48 @@ def test_the_report_of_a_calibrated_model(model, data, tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "deep" / "report.csv").open()))
     assert float(rows[0]["pixel_pro"]) == tile["pixel_pro"]
     assert "| tile | 100.0 |" in (tmp_path / "deep" / "report.md").read_text()
+    page = (tmp_path / "deep" / "report.html").read_text()
+    assert page.count("data:image/") == 7 + 1  # every image of either category is a case
+    assert "defective, highest score" in page
+    for kind in ("defective", "good"):
+        with Image.open(tmp_path / "deep" / f"report-{kind}.png") as sheet:
+            assert sheet.width > 200
+
+
+def test_padim_stands_beside_the_model(model, data, tmp_path, capsys):
+    for i in range(3):
+        write_png(data / "wood" / "train" / "good" / f"{i + 1:03}.png", texture(10 + i))
+    report = run(model, data, tmp_path / "report.json", "--category", "tile")
+    padim = report["baselines"]["padim"]
+    assert set(padim) == {"tile", "mean"}
+    assert padim["tile"]["defective_images"] == 4
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert table[-1].startswith("| PaDiM | ")
+    rows = list(csv.DictReader((tmp_path / "report.csv").open()))
+    assert [(row["method"], row["category"]) for row in rows][-2:] == [("padim", "tile"), ("padim", "mean")]
+    without = run(model, data, tmp_path / "without.json", "--category", "tile", "--baselines", "none")
+    assert without["baselines"] == {}
+    assert without["results"]["tile"]["image_auroc"] == report["results"]["tile"]["image_auroc"]
+
+
+def test_no_training_images_leave_padim_out(model, data, tmp_path, capsys):
+    folder = tmp_path / "test_only"
+    shutil.copytree(data / "tile" / "test", folder / "tile" / "test")
+    shutil.copytree(data / "tile" / "ground_truth", folder / "tile" / "ground_truth")
+    report = run(model, folder, tmp_path / "report.json")
+    assert report["baselines"] == {}
+    assert "its row is left out" in capsys.readouterr().out
+
+
+def test_padim_never_sees_the_test_images(model, tmp_path, capsys):
+    for name in ("good", "dent"):  # a plain folder has one set of good images
+        for i in range(4):
+            write_png(tmp_path / "parts" / name / f"{i}.png", texture(i, defect=name == "dent"))
+    with pytest.warns(UserWarning, match="same good images"):
+        report = run(model, tmp_path / "parts", tmp_path / "report.json")
+    assert report["baselines"] == {}
+    assert "all of them are in its test split" in capsys.readouterr().out
 
 
 def test_an_uncalibrated_model_reports_no_alarms(data, tmp_path):

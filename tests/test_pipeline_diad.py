@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
-from conftest import generator, relative_error, texture, textures, tiny_extractor
+from conftest import STRIDES, generator, relative_error, texture, textures, tiny_extractor
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -439,27 +439,51 @@ def test_calibration_normalises_by_place_and_counts_good_images():
     pipe = make_pipeline()
     good = textures(9)
     pipe.calibrate(good[:3], statistics_images=good[3:], false_alarm_rate=0.3, generator=generator(), batch_size=4)
-    assert pipe.calibration.map_mean.shape == (1, 1, SIDE, SIDE)
+    assert pipe.calibration.map_mean.shape == (1, len(STRIDES), SIDE, SIDE)
     assert pipe.calibration.residual_scale is None
     assert pipe.calibration.normal_scores.shape == (1, 3)
 
-    # all images for statistics are used, as there is no residual to scale first
-    calls = generator()
-    raw = make_pipeline()
-    maps = np.concatenate([raw(image, generator=calls).anomaly_map for image in good[3:]])
-    np.testing.assert_allclose(pipe.calibration.map_mean[0, 0], maps.mean(axis=0), rtol=1e-3, atol=1e-6)
-
+    # all images for statistics are used, as there is no residual to scale first; each layer is normalised by itself
     latents = noise(1)
-    raw_map = raw(good[0], latents=latents).anomaly_map[0]
     output = pipe(good[0], latents=latents)
-    mean, std = pipe.calibration.map_mean[0, 0].numpy(), pipe.calibration.map_std[0, 0].numpy()
-    np.testing.assert_allclose(output.anomaly_map[0], (raw_map - mean) / std, rtol=1e-3, atol=1e-3)
+    normalized = []
+    for i, stride in enumerate(STRIDES):
+        calls = generator()
+        raw = make_pipeline(score_strides=[stride])
+        maps = np.concatenate([raw(image, generator=calls).anomaly_map for image in good[3:]])
+        mean, std = pipe.calibration.map_mean[0, i].numpy(), pipe.calibration.map_std[0, i].numpy()
+        np.testing.assert_allclose(mean, maps.mean(axis=0), rtol=1e-3, atol=1e-6)
+        normalized.append((raw(good[0], latents=latents).anomaly_map[0] - mean) / std)
+    np.testing.assert_allclose(output.anomaly_map[0], np.mean(normalized, axis=0), rtol=1e-3, atol=1e-3)
     assert output.anomaly_mask.shape == (1, SIDE, SIDE)
     assert output.p_value[0] in np.arange(1, 5, dtype=np.float32) / 4
     # half for statistics and half for thresholds, of one list
     assert make_pipeline().calibrate(textures(5), false_alarm_rate=0.4).calibration.normal_scores.shape == (1, 3)
     with pytest.raises(ValueError, match="it takes 2, or 1 and 1 `statistics_images`"):
         make_pipeline().calibrate(textures(1))
+
+
+def test_the_papers_map_is_the_sum_of_its_layers():
+    layers = [make_pipeline(score_strides=[s])(texture(0), latents=noise(1)).anomaly_map for s in STRIDES]
+    together = make_pipeline()(texture(0), latents=noise(1)).anomaly_map
+    np.testing.assert_allclose(together, sum(layers), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"`score_strides` must be taken from \[2, 4\]"):
+        make_pipeline(score_strides=[16])
+
+
+def test_whitened_residuals_are_calibrated_and_saved(tmp_path):
+    pipe = make_pipeline(distance="mahalanobis")
+    pipe.calibrate(textures(4), statistics_images=textures(24, first_seed=50), false_alarm_rate=0.3)
+    assert pipe.calibration.residual_scale.shape == (1, 1, pipe.feature_extractor.num_channels, SIDE // 2, SIDE // 2)
+    bad = [texture(i, defect=True) for i in range(4)]
+    latents = noise(1).expand(4, -1, -1, -1)
+    good, found = pipe(textures(4, first_seed=90), latents=latents), pipe(bad, latents=latents)
+    assert found.anomaly_score.min() > good.anomaly_score.max()
+    pipe.save_pretrained(tmp_path)
+    loaded = DiADPipeline.from_pretrained(tmp_path)
+    assert np.array_equal(loaded(bad, latents=latents).anomaly_map, found.anomaly_map)
+    with pytest.raises(ValueError, match="`distance` must be"):
+        make_pipeline(distance="euclidean")
 
 
 def test_one_model_of_two_categories_differs_in_calibration_alone():

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import textures, tiny_pipeline, write_folder, write_mvtec, write_png
+from conftest import BACKBONE, textures, tiny_pipeline, write_folder, write_mvtec, write_png
+from diffusers import AutoencoderKL
+from hub_server import running_hub
+from test_pipeline_diad import make_pipeline
+from test_train_diad import stable_diffusion  # noqa: F401 (a fixture)
 from typer.testing import CliRunner
 
 from diffad.cli import app
+from diffad.training.train_autoencoder import AUTOENCODER_PRESETS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,13 +36,20 @@ def commands() -> list[list[str]]:
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch) -> Path:
-    """An empty folder with what the README's reader has: a model, parts, a data set."""
+def workplace(tmp_path, monkeypatch, stable_diffusion) -> Path:  # noqa: F811
+    """A folder with what the README's reader has by then: models, parts, a data set, the training scripts."""
     monkeypatch.chdir(tmp_path)
     pipeline = tiny_pipeline()
     pipeline.calibrate(textures(12), false_alarm_rate=0.25)
+    pipeline.fit_gaussian(textures(12), image_size=16, feature_size=4)
     for name in ("runs/demo", "runs/parts"):
         pipeline.save_pretrained(name)
+    make_pipeline().calibrate(textures(12), false_alarm_rate=0.25).save_pretrained("runs/diad")
+    AutoencoderKL(**AUTOENCODER_PRESETS["cpu-128"]).save_pretrained("runs/autoencoder")
+    AutoencoderKL.from_pretrained(stable_diffusion / "vae").save_pretrained("runs/autoencoder-sd")
+    (tmp_path / "training").symlink_to(ROOT / "training")
+    (tmp_path / "stable-diffusion-v1-5").mkdir()
+    (tmp_path / "stable-diffusion-v1-5" / "stable-diffusion-v1-5").symlink_to(stable_diffusion)
     write_png(tmp_path / "part.png", textures(1)[0])
     write_folder(tmp_path / "good_parts", 12)
     write_folder(tmp_path / "new_parts", 3)
@@ -46,25 +62,44 @@ def test_python_examples_run(code, workplace):
     exec(compile(code, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("words", [c for c in commands() if c[0] == "diffad" and c[1] != "demo"], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [c for c in commands() if c[0] == "diffad" and c[1] not in ("demo", "push")], ids=" ".join
+)
 def test_diffad_examples_run(words, workplace):
     result = CliRunner().invoke(app, words[1:], catch_exceptions=False)
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("words", [c for c in commands() if c[0] == "accelerate"], ids=lambda c: c[2])
-def test_training_examples_run(words, workplace, fresh_accelerate):
-    """The arguments as they stand, cut short: two steps of two images, with an untrained miniature backbone."""
-    import importlib
+@pytest.mark.parametrize("words", [c for c in commands() if c[:2] == ["diffad", "push"]], ids=" ".join)
+def test_push_examples_run(words, workplace):
+    with running_hub({"hf_org": "org"}) as hub:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(workplace / "home"), "HF_TOKEN": "hf_org"}
+        command = [sys.executable, "-m", "diffad.cli", *words[1:]]
+        subprocess.run(command, env={**inherited, **settings, "HF_HUB_DISABLE_XET": "1"}, check=True)
+        assert "org/parts" in hub.repositories
 
-    assert (ROOT / words[2]).is_file()
-    main = importlib.import_module(f"diffad.{words[2].removesuffix('.py').replace('/', '.')}").main
-    short = {
-        "training/train_ddpm.py": ["--max_train_steps", "2", "--train_batch_size", "2", "--feature_image_size", "64"],
-        "training/train_diad.py": ["--max_train_steps", "2", "--train_batch_size", "2"],
-        "training/train_autoencoder.py": ["--max_train_steps", "2", "--train_batch_size", "2"],
-    }
-    main([*words[3:], *short.get(words[2], [])])
+
+# what makes an example short: one step of two images, an untrained miniature backbone
+SHORT = ["--max_train_steps", "1", "--train_batch_size", "2", "--mixed_precision", "no"]
+MINIATURE = ["--backbone", BACKBONE, "--backbone_weights", "random", "--feature_strides", "2", "4"]
+
+
+@pytest.mark.parametrize("words", [c for c in commands() if c[0] == "accelerate"], ids=" ".join)
+def test_accelerate_examples_run(words, workplace, fresh_accelerate):
+    """The arguments as they stand, cut short."""
+    script, arguments = words[2], words[3:]
+    assert (ROOT / script).is_file()
+    main = importlib.import_module(f"diffad.{script.removesuffix('.py').replace('/', '.')}").main
+    if script == "training/train_ddpm.py":
+        arguments += [*SHORT, "--feature_image_size", "64"]
+    elif "--config" in arguments:
+        arguments += [*SHORT, *MINIATURE, "--train_data_dir", "good_parts"]
+    elif "--pretrained_model_name_or_path" in arguments:
+        arguments += [*SHORT, *MINIATURE, "--resolution", "32", "--gradient_accumulation_steps", "1"]
+    elif script == "training/fit_gaussian.py":
+        arguments += ["--image_size", "16", "--feature_size", "4"]
+    main(arguments)
 
 
 def test_the_two_set_up_commands_stand_in_the_readme():

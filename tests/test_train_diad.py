@@ -251,6 +251,26 @@ def test_two_categories_are_one_model_with_statistics_of_each(tiny, tmp_path):
     assert moved(load_file(tiny / "vae" / VAE), pipeline.vae.state_dict()) == set()
 
 
+@pytest.mark.parametrize("preset", sorted(train_diad.DIAD_PRESETS))
+def test_from_scratch_the_last_timestep_is_noise_alone_and_velocity_the_target(preset):
+    scheduler = DDIMScheduler(**{**train_diad.SCHEDULER, **train_diad.DIAD_PRESETS[preset]["scheduler"]})
+    assert scheduler.alphas_cumprod[-1] == 0.0
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps[0] == 999
+    latents = torch.randn(2, 4, 4, 4)
+
+    class Perfect(torch.nn.Module):
+        """Knows the image: at the last timestep, where the noisy latents tell nothing, it says minus the image."""
+
+        def forward(self, noisy, timesteps, prompt_embeds, pixel_values):
+            signal = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1).sqrt()
+            noise = (noisy - signal * latents) / (1.0 - signal.square()).sqrt()
+            return signal * noise - (1.0 - signal.square()).sqrt() * latents
+
+    loss = train_diad.noise_loss(Perfect(), scheduler, latents, latents, torch.zeros(1, 1, 1), generator())
+    assert float(loss) < 1e-6
+
+
 def test_training_learns(good, tiny, tmp_path):
     train(
         good, tmp_path, tiny, "--learning_rate", 3e-3, "--use_ema", "--ema_decay", 0.9, "--train_whole_unet", steps=60

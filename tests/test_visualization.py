@@ -82,6 +82,21 @@ def test_an_overlay_shows_the_image_where_all_is_well_and_heat_where_not():
     assert np.array_equal(overlay(image, anomaly_map, opacity=0.0), image)
 
 
+def test_captions_stand_below_their_pictures_and_keep_their_ends(tmp_path):
+    picture = np.full((8, 8, 3), 128, dtype=np.uint8)
+    captions = [["a.png\n1.5", f"{'long' * 30}/b.png\n0.5"]]
+    save_rows([[picture, picture]], tmp_path / "sheet.png", tile=80, captions=captions)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape[:2] == (80 + 2 * 14 + 4, 2 * 84)
+    assert (sheet[:80, :80] == 128).all()
+    written = (sheet[80:] < 100).all(axis=2)
+    assert written[:14].any()
+    assert written[14:].any()
+    left, right = np.flatnonzero(written.any(axis=0) & (np.arange(168) >= 84))[[0, -1]]
+    assert left >= 84
+    assert right < 164  # no letter below the next picture
+
+
 @pytest.mark.parametrize("titles", [False, True])
 def test_a_contact_sheet_has_a_place_for_every_picture(tmp_path, titles):
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]

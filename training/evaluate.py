@@ -4,12 +4,14 @@
     accelerate launch training/evaluate.py --model runs/mine --data DIR --output report.json
 
 Numbers do not depend on the number of processes: each image draws its noise from its own seed, and metrics are sums.
+Beside the report stand its table (.csv, .md), a page to read (.html) and two contact sheets (.png).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import os
@@ -31,26 +33,21 @@ from tqdm.auto import tqdm
 
 import diffad
 from diffad import AnomalyOutput, GaussianFeatureModel, TimmFeatureExtractor
-from diffad.data import load_anomaly_dataset, resize_image_and_mask
+from diffad.data import image_to_rgb, load_anomaly_dataset, mask_to_array, resize_image_and_mask
 from diffad.images import images_to_pixel_values, images_to_tensors, resize_images
 from diffad.metrics import AnomalyMetrics
+from diffad.model_card import MEAN
 from diffad.prediction import image_generator
-
-# the order of the papers' tables
-METRIC_TITLES = {
-    "image_auroc": "image AUROC",
-    "image_ap": "image AP",
-    "image_f1max": "image F1-max",
-    "pixel_auroc": "pixel AUROC",
-    "pixel_ap": "pixel AP",
-    "pixel_f1max": "pixel F1-max",
-    "pixel_pro": "PRO",
-}
-
-
-# what users would take otherwise: name on the command line, title in the tables
-BASELINES = {"padim": "PaDiM", "ddpm": "plain DDPM"}
-MEAN = "mean"
+from diffad.report_page import (
+    BASELINE_TITLES,
+    METRIC_TITLES,
+    PICTURE_HEIGHT,
+    Case,
+    case_caption,
+    choose_cases,
+    render_report_page,
+)
+from diffad.visualization import beside_overlay, save_rows
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -69,7 +66,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--baselines",
         nargs="+",
-        choices=(*BASELINES, "none"),
+        choices=(*BASELINE_TITLES, "none"),
         default=["padim"],
         help="rows beside ours: PaDiM over the same backbone; the model's own plain DDPM (padim)",
     )
@@ -89,7 +86,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 class Evaluation(NamedTuple):
-    """What one detector showed on one category; the same on every process.
+    """What one detector showed on one category; but for times, the same on every process.
 
     result: metrics, number of images, seconds.
     records: path, label, defect, score, p_value and is_anomalous of each image, in the data set's order.
@@ -184,9 +181,11 @@ def evaluate_detectors(
                 metrics[number].update(anomaly_score=scores, label=torch.tensor([row["label"] for row in rows]))
                 if known:
                     metrics[number].update(anomaly_map=maps[known], mask=np.stack([masks[j] for j in known]))
-                records[number] += [_record(output, j, indices[j], row) for j, row in enumerate(rows)]
+                records[number] += [_record(output, j, float(scores[j]), indices[j], row) for j, row in enumerate(rows)]
                 if save_maps is not None and number == 0:
                     _save_maps(maps, rows, indices, Path(save_maps, category, "test"))
+    if accelerator.num_processes > 1:  # states are exchanged where they lie, and NCCL knows GPUs only
+        metrics = [one.to(accelerator.device) for one in metrics]
     results = [one.compute() for one in metrics]
     curves = [one.curves() for one in metrics]
     seconds = time.time() - started
@@ -197,14 +196,14 @@ def evaluate_detectors(
     ]
 
 
-def _record(output: Any, j: int, index: int, row: dict[str, Any]) -> dict[str, Any]:
+def _record(output: Any, j: int, score: float, index: int, row: dict[str, Any]) -> dict[str, Any]:
     p_value, is_anomalous = getattr(output, "p_value", None), getattr(output, "is_anomalous", None)
     return {
         "index": index,
         "path": row["path"],
         "label": row["label"],
         "defect": row["defect"],
-        "score": float(output.anomaly_score[j]),
+        "score": score,
         "p_value": None if p_value is None else float(p_value[j]),
         "is_anomalous": None if is_anomalous is None else bool(is_anomalous[j]),
     }
@@ -275,7 +274,8 @@ def evaluate_baseline(
             DDIM steps.
         good: training images of the category, for PaDiM. Every process fits all of them, so that the sums, and with
             them all numbers, are the same on any number of processes.
-        others: as of `evaluate_category`.
+        pipeline, images, category, accelerator, resolution, pro_fpr_limit, batch_size, seed: as of
+            `evaluate_category`.
     """
     if name == "padim":
         padim = fit_padim(pipeline.feature_extractor, good, batch_size)
@@ -283,7 +283,7 @@ def evaluate_baseline(
         def detect(pictures: list[Any], indices: list[int]) -> list[Any]:
             return [padim.detect(pictures, batch_size=batch_size, match_input_resolution=False)]
 
-    else:
+    else:  # the plain DDPM
         scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
 
         def detect(pictures: list[Any], indices: list[int]) -> list[Any]:
@@ -300,18 +300,26 @@ def evaluate_baseline(
             ]
 
     return evaluate_detectors(
-        detect, 1, images, f"{BASELINES[name]}: {category}", accelerator, resolution, pro_fpr_limit, batch_size
+        detect, 1, images, f"{BASELINE_TITLES[name]}: {category}", accelerator, resolution, pro_fpr_limit, batch_size
     )[0]
 
 
-def load_training_images(data: str, category: Sequence[str] | None, dataset: str | None) -> Dataset | None:
-    """Good images of the training split; None where the data set has none."""
+def load_training_images(
+    data: str, category: Sequence[str] | None, dataset: str | None, test: Dataset, accelerator: Accelerator
+) -> Dataset | None:
+    """Good images of the training split that are not in the test split too; None, and a word why, if there are none."""
     try:
         training = load_anomaly_dataset(data, split="train", category=category, dataset=dataset)
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError) as error:
+        accelerator.print(f"No good images for training in {data}: {error}")
         return None
-    labels = np.asarray(training["label"])
-    return training.select(np.flatnonzero(labels == 0)) if labels.any() else training
+    tested = set(test["path"]) - {""}  # a plain folder shows the same good images in both
+    paths, labels = training["path"], np.asarray(training["label"])
+    chosen = [i for i, path in enumerate(paths) if labels[i] == 0 and path not in tested]
+    if not chosen:
+        accelerator.print(f"No good images for training in {data}: all of them are in its test split.")
+        return None
+    return training.select(chosen) if len(chosen) < len(training) else training
 
 
 # -- the report --------------------------------------------------------------------------------------------------
@@ -338,7 +346,7 @@ def with_mean(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def markdown_table(results: dict[str, dict[str, Any]], baselines: dict[str, dict[str, Any]] | None = None) -> str:
     """A row for each category and their mean, then each baseline's mean; metrics in percent, in the papers' order."""
-    rows = {**results, **{BASELINES[name]: of_category[MEAN] for name, of_category in (baselines or {}).items()}}
+    rows = {**results, **{BASELINE_TITLES[name]: of_category[MEAN] for name, of_category in (baselines or {}).items()}}
     names = [name for name in METRIC_TITLES if any(row.get(name) is not None for row in rows.values())]
     lines = [
         "| category | " + " | ".join(METRIC_TITLES[name] for name in names) + " |",
@@ -369,6 +377,62 @@ def save_report(report: dict[str, Any], path: Path) -> None:
     )
 
 
+def draw_cases(
+    pipeline: Any,
+    images: Dataset,
+    records: Sequence[dict[str, Any]],
+    category: str,
+    accelerator: Accelerator,
+    seed: int,
+) -> list[Case]:
+    """The images with the highest and the lowest scores of either kind, beside their maps and the defects' outlines."""
+    threshold = thresholds(pipeline, category)[1]
+    cases = []
+    for title, indices in choose_cases(records).items():
+        rows = [images[i] for i in indices]
+        with accelerator.autocast():
+            output = pipeline(
+                [row["image"] for row in rows],
+                match_input_resolution=False,
+                generator=[image_generator(seed, i) for i in indices],
+                output_type="pt",
+                **category_argument(pipeline, category),
+            )
+        for i, row, anomaly_map in zip(indices, rows, output.anomaly_map, strict=True):
+            picture = image_to_rgb(row["image"])
+            mask = None if row["mask"] is None else Image.fromarray(mask_to_array(row["mask"]))
+            if picture.height > PICTURE_HEIGHT:  # what the page shows; at full size many categories would add up
+                size = (max(1, round(picture.width * PICTURE_HEIGHT / picture.height)), PICTURE_HEIGHT)
+                picture = picture.resize(size, Image.Resampling.BILINEAR)
+                mask = None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
+            shown = resize_images(anomaly_map[None, None].float(), (picture.height, picture.width))[0, 0].numpy()
+            defect = None if mask is None else np.asarray(mask)
+            drawn = beside_overlay(np.asarray(picture), shown, defect, threshold)
+            cases.append(Case(title, case_caption(records[i]), drawn))
+    return cases
+
+
+def thresholds(pipeline: Any, category: str) -> tuple[float | None, float | None]:
+    """Of images and of pixels, of one category; None before it is calibrated."""
+    if pipeline.calibration is None:
+        return None, None
+    index = int(pipeline.category_index(category_argument(pipeline, category).get("category"), 1)[0])
+    image, pixel = pipeline.calibration.image_threshold[index], pipeline.calibration.pixel_threshold[index]
+    return tuple(float(value) if torch.isfinite(value) else None for value in (image, pixel))
+
+
+def save_sheets(cases: dict[str, list[Case]], path: Path) -> None:
+    """Contact sheets of all categories' cases, beside `path`: one of defective images and one of good ones."""
+    for kind in ("defective", "good"):
+        rows: dict[str, list[np.ndarray]] = {}
+        for category, of_category in cases.items():
+            for case in of_category:
+                if case.title.startswith(kind):
+                    rows.setdefault(f"{category}: {case.title}", []).extend(np.hsplit(case.picture, 2))
+        if rows:
+            save_rows(list(rows.values()), path.with_name(f"{path.stem}-{kind}.png"), row_titles=list(rows))
+
+
 def write_files(path: Path, texts: dict[str, str]) -> None:
     """Writes texts to `path` with other suffixes, each under another name first and then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -378,11 +442,18 @@ def write_files(path: Path, texts: dict[str, str]) -> None:
         unfinished.replace(path.with_suffix(suffix))
 
 
+def fingerprint(model: str) -> str | None:
+    """Changes when a folder's pipeline is trained or calibrated anew; None for one on the Hub."""
+    paths = [*Path(model).glob("model_index.json"), *sorted(Path(model).glob("*/*.safetensors"))]
+    parts = [f"{path.relative_to(model)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16] if parts else None
+
+
 def command_line(module: str, args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
     """The command that makes the same report again: every argument that is not its default."""
     words = ["accelerate", "launch", "-m", module]
     for name, value in vars(args).items():
-        if value in (parser.get_default(name), None, False):
+        if value in (parser.get_default(name), None, False) or name == "resume":
             continue
         values = value if isinstance(value, list) else [] if value is True else [value]
         words += [f"--{name}", *map(str, values)]
@@ -393,6 +464,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = create_parser()
     args = parser.parse_args(argv)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    args.mixed_precision = accelerator.mixed_precision  # also where accelerate's own settings say so
     path = Path(args.output)
     if path.suffix != ".json":
         raise ValueError(f"--output must end in .json, but is {path}.")
@@ -406,15 +478,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise ValueError("--baselines ddpm noises and denoises pixels: it goes with AnomalyDenoise pipelines only.")
     training = None
     if "padim" in baselines and pipeline.feature_extractor is not None:
-        training = load_training_images(args.data, args.category, args.dataset)
+        training = load_training_images(args.data, args.category, args.dataset, dataset, accelerator)
     if training is None and "padim" in baselines:
-        accelerator.print(f"No good images of a training split in {args.data} to fit PaDiM to: its row is left out.")
+        accelerator.print("PaDiM has nothing to be fitted to: its row is left out.")
         baselines.remove("padim")
 
     # 2. A new report, or what an interrupted run left of one
     settings = {
         "model": args.model,
+        "model_files": fingerprint(args.model),
         "data": args.data,
+        "chosen_categories": args.category,
         "seed": args.seed,
         "resolution": args.resolution,
         "pro_fpr_limit": args.pro_fpr_limit,
@@ -453,6 +527,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             if good is None or len(good) > 1:  # a covariance takes two
                 result = evaluate_baseline(name, pipeline, good, images, category, accelerator, *limits).result
             report["baselines"][name] = with_mean({**report["baselines"][name], category: result})
+        ours.result["image_threshold"] = thresholds(pipeline, category)[0]
         report["results"] = with_mean({**report["results"], category: ours.result})
         report["scores"][category] = ours.records
         report["curves"][category] = {
@@ -461,7 +536,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if accelerator.is_main_process:
             save_report(report, path)
     if accelerator.is_main_process:
-        print(markdown_table(report["results"], report["baselines"]) + f"Report: {path}")
+        # 4. The page, with pictures of the cases that tell most
+        cases = {
+            category: draw_cases(
+                pipeline,
+                dataset.select(np.flatnonzero(of_image == category)),
+                records,
+                category,
+                accelerator,
+                args.seed,
+            )
+            for category, records in report["scores"].items()
+        }
+        write_files(path, {".html": render_report_page(report, report["curves"], cases)})
+        save_sheets(cases, path)
+        print(
+            markdown_table(report["results"], report["baselines"]) + f"Report: {path} and {path.with_suffix('.html')}"
+        )
     accelerator.wait_for_everyone()
     accelerator.end_training()  # a process that exits with its group still open may abort
     return report

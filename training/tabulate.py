@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -54,6 +55,8 @@ SCRIPTS = {"AnomalyDenoise": "train_ddpm", "DiAD": "train_diad"}
 ROW_KEYS = ("name", "calibrated", "backbone", "backbone_weights", "train", "each_category", "all_steps", "baseline")
 # what makes the networks of DiAD give another reconstruction
 SAMPLING = ("num_inference_steps", "strength")
+# what belongs to the model and not to a row
+FIXED = ("processing_resolution", "categories", "image_mean", "image_std")
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -86,20 +89,39 @@ def load_table(name: str) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(p.name.removesuffix(".yaml") for p in TABLES.iterdir()))
         raise FileNotFoundError(f"--table: there is no table {name!r}. Give a YAML file, or one of {known}.")
-    table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    table = load_yaml(path)
     if not isinstance(table, dict) or not {"title", "method", "rows"} <= set(table):
         raise ValueError(f"--table: {path} must set title, method and rows.")
     if table["method"] not in METHODS:
         raise ValueError(f"--table: method must be one of {', '.join(METHODS)} in {path}, not {table['method']!r}.")
-    known = {*ROW_KEYS, *settings_of(METHODS[table["method"]])}
+    known = {*ROW_KEYS, *settings_of(METHODS[table["method"]])} - set(FIXED)
+    if table["method"] == "AnomalyDenoise":
+        known -= {"backbone", "backbone_weights"}  # its denoiser predicts the features of one backbone
+    baselines = ["padim", "ddpm"] if table["method"] == "AnomalyDenoise" else ["padim"]
     for row in table["rows"]:
         unknown = sorted(set(row) - known)
-        if unknown or "name" not in row:
-            raise ValueError(
-                f"--table: a row of {path} {f'sets unknown {unknown}' if unknown else 'has no name'}. "
-                f"A row takes {', '.join(sorted(known))}."
-            )
+        wrong_baseline = row.get("baseline", "padim") not in baselines
+        switched_off = any(value is False for value in row.get("train", {}).values())
+        mistakes = {
+            f"sets unknown {unknown}": unknown,
+            "has no name": "name" not in row,
+            f"asks for a baseline that is none of {', '.join(baselines)}": wrong_baseline,
+            "says `false` under `train`, where a flag is left out": switched_off,
+        }
+        for mistake, made in mistakes.items():
+            if made:
+                raise ValueError(f"--table: a row of {path} {mistake}. A row takes {', '.join(sorted(known))}.")
+    names = [row["name"] for row in table["rows"]]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--table: two rows of {path} have the same name.")
     return table
+
+
+def load_yaml(path: Path | Any) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def settings_of(pipeline_class: type[AnomalyPipeline]) -> list[str]:
@@ -240,19 +262,31 @@ def evaluate_rows(
 def train_row(
     table: dict[str, Any], row: dict[str, Any], category: str | None, num_categories: int, args: argparse.Namespace
 ) -> Path:
-    """The folder of a row's own model, trained now where it is not there; in a process of its own."""
+    """The folder of a row's own model, trained now where it is not there; in a process of its own.
+
+    Raises:
+        ValueError: it has to be trained, and cannot be.
+    """
     name = "-".join(filter(None, [re.sub(r"[^\w.]+", "-", row["name"].lower()).strip("-"), category]))
     folder = Path(args.output).with_suffix("") / name
     if (folder / "model_index.json").is_file():
         return folder
-    if args.train_config is None:
-        raise ValueError(f"--train_config is needed: the row {row['name']!r} trains a model of its own.")
+    if args.train_config is None or not Path(args.train_config).is_file():
+        raise ValueError(
+            f"--train_config must be a file of training flags: the row {row['name']!r} trains a model of its own."
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("Rows train in one process. Run this once without `accelerate launch`, then with it.")
+    if args.dataset is not None:
+        raise ValueError("--dataset cannot be forced on training: it finds the layout of --data by itself.")
+    configuration = load_yaml(Path(args.train_config))
     flags: list[str] = ["--train_data_dir", args.data, "--output_dir", str(folder), "--seed", str(args.seed)]
     if args.mixed_precision is not None:
         flags += ["--mixed_precision", args.mixed_precision]
     if row.get("all_steps"):  # as many as one model for each category takes together
-        steps = yaml.safe_load(Path(args.train_config).read_text(encoding="utf-8"))["max_train_steps"]
-        flags += ["--max_train_steps", str(steps * num_categories)]
+        if "max_train_steps" not in configuration:
+            raise ValueError(f"--train_config: {args.train_config} must set max_train_steps for a row with all_steps.")
+        flags += ["--max_train_steps", str(configuration["max_train_steps"] * num_categories)]
     chosen = [category] if category else args.category
     flags += ["--category", *chosen] if chosen else []
     for flag, value in row["train"].items():
@@ -302,42 +336,46 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # 1. Data, and the models that rows train for themselves
     images = load_anomaly_dataset(args.data, split="test", category=args.category, dataset=args.dataset)
-    good = load_training_images(args.data, args.category, args.dataset)
     of_image = np.asarray(images["category"])
-    of_good = None if good is None else np.asarray(good["category"])
     categories = sorted(set(of_image.tolist()))
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
     folders: dict[tuple[str, str], Path | str] = {}
-    with accelerator.main_process_first():
-        for row in table["rows"]:
-            for category in categories:
-                own = category if row.get("each_category") else None
-                folder = train_row(table, row, own, len(categories), args) if row in trained else args.model
-                folders[row["name"], category] = folder
+    for row in table["rows"]:
+        for category in categories:
+            own = category if row.get("each_category") else None
+            folder = train_row(table, row, own, len(categories), args) if row in trained else args.model
+            folders[row["name"], category] = folder
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    args.mixed_precision = accelerator.mixed_precision  # also where accelerate's own settings say so
+    good = load_training_images(args.data, args.category, args.dataset, images, accelerator)
+    of_good = None if good is None else np.asarray(good["category"])
 
-    # 2. Category by category, model by model; rows that share the networks' work together
+    # 2. Model by model, category by category; rows that share the networks' work together
     results: dict[str, dict[str, Any]] = {row["name"]: {} for row in table["rows"]}
     padim: dict[str, Any] = {}
-    for category in categories:
-        test = images.select(np.flatnonzero(of_image == category))
-        training = None if good is None else good.select(np.flatnonzero(of_good == category))
-        for folder in dict.fromkeys(folders[row["name"], category] for row in table["rows"]):
-            model = load_model(folder, table["method"], accelerator.device)
+    limits = (args.resolution, args.pro_fpr_limit, args.batch_size, args.seed)
+    for folder in dict.fromkeys(folders.values()):
+        model = load_model(folder, table["method"], accelerator.device)
+        for category in categories:
             of_model = [row for row in table["rows"] if folders[row["name"], category] == folder]
+            test = images.select(np.flatnonzero(of_image == category))
+            training = None if good is None else good.select(np.flatnonzero(of_good == category))
             plain = [row for row in of_model if "baseline" not in row]
             for work in dict.fromkeys(map(shared_work, plain)):
                 group = [row for row in plain if shared_work(row) == work]
                 evaluated = evaluate_rows(model, group, training, test, category, accelerator, args)
                 for row, result in zip(group, evaluated, strict=True):
                     results[row["name"]][category] = result
-            limits = (args.resolution, args.pro_fpr_limit, args.batch_size, args.seed)
-            for row in of_model:
-                if "baseline" in row:
-                    results[row["name"]][category] = evaluate_baseline(
-                        row["baseline"], model, training, test, category, accelerator, *limits
-                    ).result
-        if training is not None and len(training) > 1 and model.feature_extractor is not None:
-            padim[category] = evaluate_baseline("padim", model, training, test, category, accelerator, *limits).result
+            for name in [row["baseline"] for row in of_model if "baseline" in row] + ["padim"]:
+                if name == "padim" and category in padim:
+                    continue
+                result = {}
+                if name != "padim" or (training is not None and len(training) > 1):  # a covariance takes two
+                    result = evaluate_baseline(name, model, training, test, category, accelerator, *limits).result
+                if name == "padim":
+                    padim[category] = result
+                for row in of_model:
+                    if row.get("baseline") == name:
+                        results[row["name"]][category] = result
 
     # 3. The table
     rows = [
@@ -348,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         }
         for row in table["rows"]
     ]
-    if padim:
+    if any(padim.values()):
         rows.append({"name": "PaDiM", "settings": {"baseline": "padim"}, "results": with_mean(padim)})
     report = {
         "title": table["title"],

@@ -330,7 +330,7 @@ def noise_loss(
 
 @torch.no_grad()
 def save_validation_pictures(pipeline: DiADPipeline, images: list[torch.Tensor], path: Path) -> None:
-    """One row an image: itself, what the autoencoder alone makes of it, its reconstruction, the cosine map."""
+    """One row an image: itself, what the autoencoder alone makes of it, its reconstruction, the map that is raw yet."""
     resolution, device = pipeline.processing_resolution, pipeline.device
     statistics = (pipeline.config.image_mean, pipeline.config.image_std)
     originals = images_to_pixel_values(images, (resolution, resolution)).to(device)
@@ -340,11 +340,12 @@ def save_validation_pictures(pipeline: DiADPipeline, images: list[torch.Tensor],
     generators = [torch.Generator().manual_seed(i) for i in range(len(images))]
     measurement = pipeline.measure(originals, None, resolution, generators)
     restored = measurement.reconstruction * 2.0 - 1.0
+    maps = pipeline.anomaly_maps(measurement, None, None)
     rows = [
-        [to_uint8(originals[i]), to_uint8(decoded[i]), to_uint8(restored[i]), heat_map(measurement.maps[i, 0])]
+        [to_uint8(originals[i]), to_uint8(decoded[i]), to_uint8(restored[i]), heat_map(maps[i])]
         for i in range(len(images))
     ]
-    save_rows(rows, path, ["image", "autoencoder", "reconstruction", "cosine distance"])
+    save_rows(rows, path, ["image", "autoencoder", "reconstruction", "anomaly map"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
+import fsspec
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,17 +22,19 @@ import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
-from datasets import Dataset, Image, IterableDataset
+from datasets import Dataset, IterableDataset
 from datasets.fingerprint import get_temporary_cache_files_directory
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from diffad.data import FEATURES, load_anomaly_dataset
-from diffad.images import images_to_tensors, resize_images
-from diffad.model_card import REPORT_NAME, SECRETS, TRAINING_NAME
+from diffad.images import image_to_rgb, images_to_tensors, resize_images
+from diffad.model_card import SECRETS, TRAINING_NAME, remove_reports
 from diffad.pipelines.pipeline_diad import IMAGENET_MEAN, IMAGENET_STD
+from diffad.visualization import beside_overlay
 
 logger = get_logger(__name__)
 
@@ -76,7 +80,10 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--resume_from_checkpoint", metavar="DIR", help="a checkpoint folder, or 'latest'")
     run.add_argument("--validation_steps", type=int, default=0, help="steps between validation pictures (0: none)")
     run.add_argument("--report_to", default=None, help="tracker: tensorboard, wandb, ... (none)")
-    run.add_argument("--push_to_hub", action="store_true", help="upload the pipeline at the end")
+    run.add_argument("--push_to_hub", action="store_true", help="upload the pipeline, its card and pictures at the end")
+    run.add_argument(
+        "--num_example_images", type=int, default=2, help="held-out good images saved as pictures, and pushed (2)"
+    )
     run.add_argument("--hub_model_id", help="repository to push to (default: the name of --output_dir)")
     run.add_argument("--hub_token", help="Hub token (default: the one you logged in with)")
 
@@ -213,12 +220,16 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
 
 def keep_good_images(stream: IterableDataset) -> Dataset:
     """The good images of a stream, kept on disk as they come, encoded as they are: one pass in constant memory."""
-    stream = stream.cast_column("image", Image(decode=False))
+    stream = stream.cast_column("image", datasets.Image(decode=False))
 
     def good_records() -> Iterator[dict[str, Any]]:
         for record in stream:
             if record["label"] == 0:
-                yield {**record, "mask": None}
+                image = record["image"]
+                if image["bytes"] is None and "://" in image["path"]:  # of an image folder only the address came
+                    with fsspec.open(image["path"], "rb") as file:
+                        image = {**image, "bytes": file.read()}
+                yield {**record, "image": image, "mask": None}
 
     return Dataset.from_generator(
         good_records,
@@ -495,12 +506,23 @@ def finish(
             category=category if len(categories) > 1 else None,
             generator=generator,
         )
+    remove_reports(args.output_dir)  # they speak of the weights that were here before
     pipeline.save_pretrained(args.output_dir)
-    Path(args.output_dir, REPORT_NAME).unlink(missing_ok=True)  # it spoke of the weights that were here before
+    save_examples(pipeline, held_out, args)
     save_record(args, {"categories": list(categories), **record})
     if args.push_to_hub:
         repo_id = args.hub_model_id or Path(args.output_dir).name
         pipeline.push_to_hub(repo_id, token=args.hub_token, folder=args.output_dir)
+
+
+def save_examples(pipeline: Any, held_out: Dataset, args: argparse.Namespace) -> None:
+    """Held-out images beside their overlays, for the model's card: on good ones nothing should light up."""
+    for i in range(min(args.num_example_images, len(held_out))):
+        picture, category = np.asarray(image_to_rgb(held_out[i]["image"])), held_out[i]["category"]
+        output = pipeline(picture, category=category, generator=torch.Generator().manual_seed(args.seed))
+        threshold = float(pipeline.calibration.pixel_threshold[pipeline.category_index(category, 1)[0]])
+        sheet = beside_overlay(picture, output.anomaly_map[0], output.anomaly_mask[0], threshold)
+        Image.fromarray(sheet).save(Path(args.output_dir, f"good-{i + 1}.png"))
 
 
 def save_record(args: argparse.Namespace, record: dict[str, Any]) -> None:

@@ -76,9 +76,12 @@ def measure(
         return pipeline(pictures, generator=generators, **common).anomaly_score
 
     enlarged = [resize_images(one[None], tuple(image.shape[-2:]))[0] for one, image in zip(result, images, strict=True)]
+    before, after = mahalanobis(given), mahalanobis(result)
     numbers = {
-        "mahalanobis_before": mahalanobis(given),
-        "mahalanobis_after": mahalanobis(result),
+        "mahalanobis_before": before,
+        "mahalanobis_after": after,
+        "mahalanobis_ratio_of_each": after / before,
+        "share_halved": (after <= 0.5 * before).float(),
         "mahalanobis_without_denoising": mahalanobis(noisy),
         "anomaly_score_before": own_score(given),
         "anomaly_score_after": own_score(result),
