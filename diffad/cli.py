@@ -113,7 +113,7 @@ def predict(
     from diffad.prediction import find_images, predict_files
 
     check_folder(output_dir)
-    paths = find_images(images)
+    paths = find_images(images, output_dir)
     pipeline = load_pipeline(model, device, dtype)
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -176,7 +176,7 @@ def calibrate(
     import torch
 
     from diffad.data import load_anomaly_dataset
-    from diffad.model_card import REPORT_NAME
+    from diffad.model_card import REPORT_NAME, remove_reports
 
     if output is None and not Path(model).is_dir():
         raise ValueError(f"`output` is needed: {model} is not a folder that could be written to.")
@@ -193,8 +193,7 @@ def calibrate(
     )
     pipeline.save_pretrained(folder)
     if (folder / REPORT_NAME).is_file():  # it spoke of the statistics that were here before
-        for suffix in (".json", ".csv", ".md", ".html"):
-            (folder / REPORT_NAME).with_suffix(suffix).unlink(missing_ok=True)
+        remove_reports(folder)
         console.print(f"Removed {escape(str(folder / REPORT_NAME))}: it was measured with the old calibration.")
     console.print(f"Calibrated on {len(good)} good images and saved to {escape(str(folder))}.")
 

@@ -39,6 +39,8 @@ METRICS = {
     "false_alarms": ("image-classification", "false_positive_rate", "false alarms"),
     "defects_found": ("image-classification", "recall", "defects found"),
 }
+# what users would take otherwise: a report's name, title in tables
+BASELINE_TITLES = {"padim": "PaDiM", "ddpm": "plain DDPM"}
 COUNTS = {"good_images": "good", "defective_images": "defective"}
 MEAN = "mean"
 
@@ -86,7 +88,7 @@ def render_model_card(
     arguments = (training or {}).get("arguments", {})
     trained_on = arguments.get("train_data_dir") or arguments.get("dataset_name") or ""
     bound = SHARE_ALIKE.get(_data_set(trained_on))
-    results = _results_table(report["results"]) if report else None
+    results = _results_table(report) if report else None
     title = repo_id.split("/")[-1] if repo_id else class_name
 
     data = ModelCardData(
@@ -190,10 +192,17 @@ def _data_set(description: str) -> str:
     return family if family in SHARE_ALIKE else identifier
 
 
-def _results_table(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Header and rows, one a category, with the report's own digits; what was measured nowhere has no column."""
-    if len(results) == 2 and MEAN in results:  # the mean over one category
-        results = {name: values for name, values in results.items() if name != MEAN}
+def _results_table(report: dict[str, Any]) -> dict[str, Any]:
+    """Header and rows, one a category and then each baseline's, with the report's own digits.
+
+    What was measured nowhere has no column.
+    """
+    results = dict(report["results"])
+    for baseline, of_category in report.get("baselines", {}).items():
+        title = BASELINE_TITLES.get(baseline, baseline)
+        results |= {f"{title}, {category}": values for category, values in of_category.items()}
+    if len(report["results"]) == 2:  # the mean over one category
+        results = {name: values for name, values in results.items() if name.split(", ")[-1] != MEAN}
     titles = {**COUNTS, **{name: title for name, (_, _, title) in METRICS.items()}}
     columns = [name for name in titles if any(values.get(name) is not None for values in results.values())]
     return {

@@ -31,18 +31,22 @@ SETTINGS_NAME = "settings.json"
 SHEET_NAME, SHEET_COLUMNS, SHEET_ROWS = "most_anomalous.png", 6, 4
 
 
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
+def find_images(paths: Sequence[str | Path], output_dir: str | Path | None = None) -> list[Path]:
     """Image files among `paths` and below the folders in it, in order, each once.
+
+    What lies below `output_dir` is left out: an earlier run's pictures are no inputs of the next.
 
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: there are no images.
     """
     found: dict[Path, None] = {}
+    written = None if output_dir is None else Path(output_dir).absolute()
     for path in map(Path, paths):
         if path.is_dir():
             inside = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            found.update(dict.fromkeys(p for p in inside if not p.name.startswith(".")))
+            shown = (p for p in inside if not p.name.startswith("."))
+            found.update(dict.fromkeys(p for p in shown if written is None or written not in p.absolute().parents))
         elif path.is_file():
             found[path] = None
         else:
@@ -161,14 +165,16 @@ def save_most_anomalous(scores: Path, output_dir: Path, root: Path) -> None:
     highest = heapq.nlargest(SHEET_COLUMNS * SHEET_ROWS, scored, key=lambda row: float(row["score"]))
     tiles, captions = [], []
     for row in highest:
-        name = _output_name(Path(row["path"]), root)
-        overlay_path = output_dir / "overlays" / name
+        path = Path(row["path"])
+        if not path.absolute().is_relative_to(root):
+            continue  # an earlier run's, by a path from another working folder
+        overlay_path = output_dir / "overlays" / _output_name(path, root)
         if overlay_path.is_file():  # an earlier run's may have been taken away
             with Image.open(overlay_path) as picture:
                 picture.thumbnail((320, 320))
                 tiles.append(np.asarray(picture))
             p_value = f", p = {float(row['p_value']):.2g}" if row["p_value"] else ""
-            captions.append(f"{Path(row['path']).name}\n{float(row['score']):.4g}{p_value}")
+            captions.append(f"{path.name}\n{float(row['score']):.4g}{p_value}")
     if tiles:
         unfinished = output_dir / f".unfinished.{SHEET_NAME}"
         starts = range(0, len(tiles), SHEET_COLUMNS)

@@ -18,12 +18,11 @@ from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from diffad.model_card import MEAN, METRICS
+from diffad.model_card import BASELINE_TITLES, MEAN, METRICS
 
 # the order of the papers' tables; DICE and the rates at the threshold are no columns there
 METRIC_TITLES = {name: METRICS[name][2] for name in METRICS if name.split("_")[0] in ("image", "pixel")}
 del METRIC_TITLES["pixel_dice"]
-BASELINE_TITLES = {"padim": "PaDiM", "ddpm": "plain DDPM"}
 
 # `AnomalyMetrics.curves`' name: title, metric, axes; in the order in which they are shown
 CURVES = {

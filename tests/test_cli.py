@@ -39,8 +39,8 @@ def test_help_fits_one_screen(command, monkeypatch):
     lines = run(*command.split(), "--help").splitlines()
     assert len(lines) <= 23
     assert max(map(len, lines)) <= 80
-    assert not any(line.endswith("...") for line in lines[2:] if not line.startswith("Usage"))  # nothing is cut off
     if not command:
+        assert not any(line.endswith("...") for line in lines[1:])  # no summary is cut off
         assert all(any(line.startswith(f"  {name} ") for line in lines) for name in COMMANDS)
 
 
@@ -71,7 +71,7 @@ def test_evaluate_writes_the_report_and_its_tables(model, tmp_path):
     assert report["results"]["tile"]["good_images"] == 3
     assert report["results"]["tile"]["image_auroc"] == report["results"]["mean"]["image_auroc"]
     assert (tmp_path / "r.md").read_text().startswith("| category | image AUROC |")
-    assert (tmp_path / "r.csv").read_text().splitlines()[1].startswith("tile,")
+    assert (tmp_path / "r.csv").read_text().splitlines()[1].split(",")[:2] == ["", "tile"]
 
 
 def test_calibrate_changes_thresholds_in_place(model, tmp_path):
@@ -125,7 +125,7 @@ def damaged(model, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("predict nowhere . --output out", ["no images"]),
+        ("predict nowhere empty --output out", ["no images", "in empty"]),
         ("predict nowhere missing.png --output out", ["no file or folder at missing.png"]),
         ("predict nowhere parts --output out", ["nowhere holds no pipeline", "Give the folder"]),
         ("predict {model} parts --output parts/000.png", ["parts/000.png is a file", "Give another"]),
@@ -152,6 +152,7 @@ def test_errors_are_one_line_that_says_what_to_do(
 ):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "parts", 3)
+    (tmp_path / "empty").mkdir()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     typed = [word.format(model=model, damaged=damaged) for word in arguments.split()]
     message = fail(monkeypatch, capsys, *typed)

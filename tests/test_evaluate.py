@@ -147,7 +147,7 @@ def test_padim_never_sees_the_test_images(model, tmp_path, capsys):
     for name in ("good", "dent"):  # a plain folder has one set of good images
         for i in range(4):
             write_png(tmp_path / "parts" / name / f"{i}.png", texture(i, defect=name == "dent"))
-    with pytest.warns(UserWarning, match="same good images"):
+    with pytest.warns(UserWarning, match="good images are the same"):
         report = run(model, tmp_path / "parts", tmp_path / "report.json")
     assert report["baselines"] == {}
     assert "all of them are in its test split" in capsys.readouterr().out
@@ -259,6 +259,15 @@ def test_an_interrupted_evaluation_goes_on(model, data, tmp_path):
     assert set(second["results"]) == {"tile", "wood", "mean"}
     with pytest.raises(ValueError, match=r"--resume.*another seed"):
         run(model, data, tmp_path / "report.json", "--resume", "--seed", 1)
+    with pytest.raises(ValueError, match=r"--resume.*another category"):
+        run(model, data, tmp_path / "report.json", "--resume", "--category", "wood")
+    changed = shutil.copytree(model, tmp_path / "model")
+    tiny_pipeline().calibrate(textures(20), false_alarm_rate=0.2).save_pretrained(changed)
+    report = tmp_path / "changed.json"
+    run(changed, data, report, "--category", "wood")
+    tiny_pipeline().calibrate(textures(30), false_alarm_rate=0.2).save_pretrained(changed)
+    with pytest.raises(ValueError, match=r"--resume.*another model_files"):
+        run(changed, data, report, "--resume", "--category", "wood")
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,23 @@ def test_uncalibrated_gives_scores_without_verdict(tmp_path):
     assert {row["verdict"] for row in read_scores(tmp_path / "out")} == {"scored"}
 
 
+def test_outputs_below_the_inputs_are_no_inputs_of_the_next_run(calibrated, tmp_path):
+    parts = write_folder(tmp_path / "parts", 2)
+    for skipped in (0, 2):
+        paths = find_images([parts], parts / "out")
+        assert [path.name for path in paths] == ["000.png", "001.png"]
+        assert predict_files(calibrated, paths, parts / "out")["skipped"] == skipped
+
+
+def test_rows_of_another_working_folder_stay(calibrated, tmp_path, monkeypatch):
+    parts = write_folder(tmp_path / "parts", 2)
+    monkeypatch.chdir(tmp_path)
+    predict_files(calibrated, [Path("parts/000.png")], tmp_path / "out")
+    monkeypatch.chdir("/")
+    predict_files(calibrated, [parts / "001.png"], tmp_path / "out")
+    assert [row["path"] for row in read_scores(tmp_path / "out")] == ["parts/000.png", str(parts / "001.png")]
+
+
 def test_find_images_names_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         find_images([tmp_path / "nowhere"])

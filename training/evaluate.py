@@ -36,10 +36,9 @@ from diffad import AnomalyOutput, GaussianFeatureModel, TimmFeatureExtractor
 from diffad.data import image_to_rgb, load_anomaly_dataset, mask_to_array, resize_image_and_mask
 from diffad.images import images_to_pixel_values, images_to_tensors, resize_images
 from diffad.metrics import AnomalyMetrics
-from diffad.model_card import MEAN
+from diffad.model_card import BASELINE_TITLES, MEAN
 from diffad.prediction import image_generator
 from diffad.report_page import (
-    BASELINE_TITLES,
     METRIC_TITLES,
     PICTURE_HEIGHT,
     Case,
@@ -488,7 +487,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "model": args.model,
         "model_files": fingerprint(args.model),
         "data": args.data,
-        "chosen_categories": args.category,
         "seed": args.seed,
         "resolution": args.resolution,
         "pro_fpr_limit": args.pro_fpr_limit,
@@ -509,6 +507,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         changed = [name for name, value in settings.items() if earlier.get(name) != value]
         if sorted(earlier.get("baselines", {})) != sorted(baselines):
             changed.append("baselines")
+        if set(earlier["results"]) - {MEAN} - set(dataset["category"]):
+            changed.append("category")
         if changed:
             raise ValueError(f"--resume: {path} was made with another {', '.join(changed)}. Choose another --output.")
         report.update({name: earlier[name] for name in ("results", "baselines", "scores", "curves")})

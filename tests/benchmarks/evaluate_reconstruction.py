@@ -12,6 +12,7 @@ beside it. Images go through in batches, and nothing but sums and the few cases 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import time
 from collections import defaultdict
@@ -50,7 +51,7 @@ def measure(
     pipeline: AnomalyDenoisePipeline,
     rows: list[dict[str, Any]],
     indices: list[int],
-    options: dict[str, Any],
+    num_iterations: int,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Numbers of a batch, each (B,), and its pictures."""
     gaussian, device = pipeline.gaussian, pipeline.device
@@ -63,8 +64,8 @@ def measure(
         "match_input_resolution": False,
         "output_type": "pt",
     }
-    output = pipeline.reconstruct(images, return_trajectory=True, **common, **options)
-    noisy = pipeline.reconstruct(images, denoise_every=None, **common, **options).reconstruction
+    output = pipeline.reconstruct(images, num_iterations, return_trajectory=True, **common)
+    noisy = pipeline.reconstruct(images, num_iterations, denoise_every=None, **common).reconstruction
     given, result = output.trajectory[:, 0], output.reconstruction  # (B, 3, R, R) in [0, 1]
 
     def mahalanobis(pictures: torch.Tensor) -> torch.Tensor:
@@ -138,14 +139,13 @@ def run(pipeline: AnomalyDenoisePipeline, dataset: Dataset, args: argparse.Names
     measured_bad, measured_good = np.intersect1d(bad, chosen), np.intersect1d(good, chosen)
     num_good = max(2, 6 - len(measured_bad)) if len(measured_good) else 0
     cases = [*spread(measured_bad, 6 - num_good).tolist(), *spread(measured_good, num_good).tolist()]
-    options = {} if args.num_iterations is None else {"num_iterations": args.num_iterations}
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     counts: dict[str, int] = defaultdict(int)
     rows: dict[int, list[np.ndarray]] = {}
     started = time.time()
     for start in tqdm(range(0, len(chosen), args.batch_size)):
         indices = chosen[start : start + args.batch_size]
-        numbers, pictures = measure(pipeline, [dataset[i] for i in indices], indices, options)
+        numbers, pictures = measure(pipeline, [dataset[i] for i in indices], indices, args.num_iterations)
         for j, i in enumerate(indices):
             kind = "defective" if labels[i] else "good"
             counts[kind] += 1
@@ -175,7 +175,8 @@ def main() -> None:
     parser.add_argument(
         "--output", default="runs/reconstruction", help="folder of the report and picture (%(default)s)"
     )
-    parser.add_argument("--num_iterations", type=int, help="gradient steps (default: those of `reconstruct`)")
+    default = inspect.signature(AnomalyDenoisePipeline.reconstruct).parameters["num_iterations"].default
+    parser.add_argument("--num_iterations", type=int, default=default, help="gradient steps (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, help="images in one pass (16)")
     parser.add_argument("--limit", type=int, help="only so many defective images and so many good, evenly spaced")
     args = parser.parse_args()
