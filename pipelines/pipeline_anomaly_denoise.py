@@ -299,7 +299,8 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
             learning_rate: as it will be in `reconstruct`.
             denoise_every: as it will be in `reconstruct`.
             config: of a new [`GaussianFeatureModel`], other than backbone and strides, which are the pipeline's own
-                extractor's. By default images are seen at the extractor's size, and the grid is a quarter of that.
+                extractor's. By default images are seen at the extractor's size, the grid is a quarter of that, and 100
+                channels are drawn.
 
         Returns:
             The pipeline, with `gaussian`.
@@ -315,6 +316,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         resolution = self.processing_resolution
         config.setdefault("image_size", self.input_resolution(resolution))
         config.setdefault("feature_size", max(1, config["image_size"] // 4))
+        config.setdefault("num_channels", 100)  # all of them would make the file three times as large
         gaussian = self.gaussian
         if gaussian is not None and num_categories > 1:
             changed = [name for name, value in config.items() if gaussian.config[name] != value]

@@ -43,7 +43,7 @@ def test_the_pictures_show_both_kinds_of_errors(tmp_path: Path):
     test = load_anomaly_dataset(data, split="test")
     pipeline = tiny_pipeline().calibrate(textures(12), false_alarm_rate=0.3)
     accelerator = Accelerator()
-    _, records = evaluate.evaluate_category(pipeline, test, "tile", accelerator, resolution=32)
+    _, records, _ = evaluate.evaluate_category(pipeline, test, "tile", accelerator, resolution=32)
 
     demo.draw_cells(pipeline, test, records, accelerator, tmp_path / "cells.png", seed=0)
     sheet = np.asarray(Image.open(tmp_path / "cells.png"))

@@ -146,6 +146,7 @@ def finish_training(folder: Path) -> None:
         push_to_hub=True,
         hub_model_id="alice/trained",
         hub_token=ALICE,
+        num_example_images=2,
     )
     good = load_anomaly_dataset(data, split="train")
     training, held_out = good.select(range(5)), good.select(range(5, 8))
@@ -309,6 +310,7 @@ def test_a_repository_is_complete_and_safe(story):
     added = set(parts["main"]) - set(parts["v1"])
     assert added == {f"{name}/diffusion_pytorch_model.fp16.safetensors" for name in folders}
     assert json.loads(parts["v1"]["report.json"])["data"] == "parts"
+    assert {"good-1.png", "good-2.png", "README.md"} <= set(contents["alice/trained"]["main"])  # from training itself
     for repository in contents.values():
         for content in repository["main"].values():
             for private in (str(story), "/home/alice", ALICE):

@@ -69,7 +69,7 @@ def test_the_model_index_holds_each_metric_of_each_category(pipeline, report):
 
 def test_the_command_can_be_run_on_the_repository(pipeline, report):
     card = render_model_card(pipeline, None, report, "org/name")
-    assert "diffad evaluate org/name --data data" in section(card, "Results")
+    assert "diffad.training.evaluate --model org/name --data data" in section(card, "Results")
 
 
 def test_what_is_null_in_a_report_has_no_column_and_no_entry(pipeline):

@@ -101,10 +101,10 @@ class FeatureMoments:
 class GaussianFeatureModel(ModelMixin, ConfigMixin):
     r"""A Gaussian of pretrained features at each position of good images, and distances from it.
 
-    PaDiM: the features of a frozen backbone at a few strides, resized to one grid and concatenated; a random but fixed
-    subset of their channels; at each position a mean and a covariance, regularised by a multiple of I. The anomaly map
-    is the Mahalanobis distance. A detector in its own right (`detect`), and the model whose gradient turns defective
-    images into normal ones (`AnomalyDenoisePipeline.reconstruct`).
+    PaDiM: the features of a frozen backbone at a few strides, resized to one grid and concatenated; all
+    of their channels, or a random but fixed subset; at each position a mean and a covariance, regularised by a multiple
+    of I. The anomaly map is the Mahalanobis distance. A detector in its own right (`detect`), and the model whose
+    gradient turns defective images into normal ones (`AnomalyDenoisePipeline.reconstruct`).
 
     What is kept of the covariance is the inverse of its Cholesky factor: one batched product whitens the features, and
     another is the gradient. Against triangular solves it is as exact (7e-7 in float32), and on a CPU 5 times as fast
@@ -119,7 +119,8 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
         strides: which of the backbone's strides to take, increasing.
         image_size: side of the square that images are resized to, in pixels.
         feature_size: side of the grid of positions; None takes the finest stride's.
-        num_channels: how many channels are drawn; all, where the backbone has fewer. None takes all.
+        num_channels: how many channels are drawn at random; all, where the backbone has fewer. None takes all. PaDiM
+            draws 100 of ResNet-18's 448; memory grows with the square.
         num_categories: K, one set of Gaussians for each category of a unified model.
         epsilon: what is added to the covariances' diagonals, as a share of the features' variance averaged over
             channels and positions. (PaDiM adds 0.01 as it is, to features of another scale than this backbone's.)
@@ -142,7 +143,7 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
         strides: Sequence[int] = (4, 8, 16),
         image_size: int = 224,
         feature_size: int | None = None,
-        num_channels: int | None = 100,
+        num_channels: int | None = None,
         num_categories: int = 1,
         epsilon: float = 0.01,
         sigma: float = 4.0,
