@@ -378,7 +378,7 @@ svg .threshold { stroke: var(--text); stroke-width: 1.4; stroke-dasharray: 5 3; 
 img { display: block; width: 100%; height: auto; border-radius: .35rem; margin-bottom: .3rem;
   background: var(--raised); }
 @media (max-width: 34rem) { dl.setting { grid-template-columns: 1fr; gap: 0; } dl.setting dd { margin-bottom: .5rem; }
-  th, td { padding: .4rem .6rem; } tbody th { white-space: normal; min-width: 6.5rem; overflow-wrap: anywhere; } }
+  th, td { padding: .4rem .6rem; } tbody th { white-space: normal; min-width: 8rem; overflow-wrap: anywhere; } }
 """
 
 _TEMPLATE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
