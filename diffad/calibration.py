@@ -1,9 +1,11 @@
 """What normal looks like: per-position statistics of good images, thresholds, and p-values.
 
 Neither paper has this. Both methods take noise in the background of good images for defects, because a good image's
-error is not the same everywhere: dividing each map by what good images show at that place is worth more than any other
-choice. Thresholds and p-values are conformal (Vovk et al., "Algorithmic Learning in a Random World", 2005): they hold
-for any distribution, as long as the good images to come are like the good images measured here.
+error is not the same everywhere: measuring it by what good images show at that place is worth more than any other
+choice. The residual of pretrained features is measured by a Gaussian at each place, as PaDiM (Defard et al., 2021) does
+with the features themselves; every map by its mean and deviation. Thresholds and p-values are conformal (Vovk et al.,
+"Algorithmic Learning in a Random World", 2005): they hold for any distribution, as long as the good images to come are
+like the good images measured here.
 """
 
 from __future__ import annotations
@@ -17,8 +19,18 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
+from diffad.models.gaussian_feature_model import FeatureMoments
+
 # Shrinkage: how many images the average over all positions counts for, see `MomentSums.standard_deviation`.
 PRIOR_IMAGES = 8.0
+
+# Share of the identity in the correlations of the feature residual.
+RIDGE = 0.05
+
+# Most cells a side that have a covariance of their own, see `covariance_grid`; and how many are factorised together,
+# which bounds the memory of float64 copies.
+COVARIANCE_GRID = 16
+CELLS_AT_ONCE = 64
 
 
 class MomentSums:
@@ -49,11 +61,8 @@ class MomentSums:
     def mean(self) -> torch.Tensor:
         return self.total / self.count
 
-    def mean_square(self) -> torch.Tensor:
-        return self.total_of_squares / self.count
-
     def variance(self) -> torch.Tensor:
-        return (self.mean_square() - self.mean().square()).clamp(min=0.0)
+        return (self.total_of_squares / self.count - self.mean().square()).clamp(min=0.0)
 
     def standard_deviation(self, prior_images: float = PRIOR_IMAGES) -> torch.Tensor:
         """Per position over the last two dimensions, its variance shrunk towards the average over all positions."""
@@ -62,49 +71,80 @@ class MomentSums:
             variance = self.mean().var(dim=(-2, -1), correction=0, keepdim=True).expand_as(variance)
         return shrink(variance, self.count, prior_images).sqrt()
 
-    def root_mean_square(self, prior_images: float = PRIOR_IMAGES) -> torch.Tensor:
-        """As `standard_deviation`, of the distance from zero instead of from the mean."""
-        return shrink(self.mean_square(), self.count, prior_images).sqrt()
 
+def covariance_grid(size: tuple[int, int]) -> tuple[int, int]:
+    """Cells, (rows, columns), that share a covariance on a residual map of `size`: its largest divisors up to 16.
 
-class ResidualMoments:
-    """Scale per channel and position, and covariance between channels, of a feature residual; one streaming pass.
-
-    The covariance is of the scaled residual, pooled over positions. Each batch is scaled by what the batches before it
-    have shown, so one pass serves for both.
+    A covariance takes C (C + 1) / 2 numbers. At most 16 x 16 of them bound a calibration to 16 MB for 176 channels,
+    whatever the map's size; on held-out good images against synthetic defects a finer grid found no more.
     """
+    return tuple(max(d for d in range(1, COVARIANCE_GRID + 1) if side % d == 0) for side in size)
 
-    def __init__(self) -> None:
-        self.moments = MomentSums()
-        self.products: torch.Tensor | float = 0.0  # (T, C, C), summed over images, averaged over positions
-        self.product_count = 0
 
-    def update(self, residual: torch.Tensor) -> None:
-        """Adds a batch, (N, T, C, h, w)."""
-        if self.moments.count:
-            scaled = residual / self.scale().to(residual.dtype)
-            positions = scaled.permute(1, 0, 3, 4, 2).flatten(1, 3)  # (T, N * h * w, C)
-            with torch.autocast(residual.device.type, enabled=False):
-                products = positions.mT @ positions / residual[0, 0, 0].numel()  # (T, C, C)
-            self.products = self.products + products.double()
-            self.product_count += len(residual)
-        self.moments.update(residual)
+def to_cells(residual: torch.Tensor) -> torch.Tensor:
+    """Groups the positions of a residual (N, C, h, w) by cell, (N, m, C, P), m positions in each of P cells."""
+    rows, columns = covariance_grid(residual.shape[-2:])
+    n, c, h, w = residual.shape
+    cells = residual.view(n, c, rows, h // rows, columns, w // columns)
+    return cells.permute(0, 3, 5, 1, 2, 4).reshape(n, -1, c, rows * columns)
 
-    def scale(self) -> torch.Tensor:
-        """(T, C, h, w)."""
-        return self.moments.root_mean_square()
 
-    def whitening(self, prior_images: float = PRIOR_IMAGES) -> torch.Tensor:
-        """W of (T, C, C) with W^T W the covariance's inverse; the covariance is shrunk towards the identity.
+def from_cells(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Puts values (N, m, P) of grouped positions back in their places, (N, h, w); the inverse of `to_cells`."""
+    rows, columns = covariance_grid(size)
+    n, h, w = len(values), *size
+    cells = values.view(n, h // rows, w // columns, rows, columns)
+    return cells.permute(0, 3, 1, 4, 2).reshape(n, h, w)
 
-        Pretrained channels vary together. A crack that moves many channels a little, against their habit, is nothing to
-        a mean of squares and much to a Mahalanobis distance.
-        """
-        num_levels, num_channels = self.moments.total.shape[:2]
-        identity = torch.eye(num_channels, dtype=torch.float64, device=self.moments.total.device)
-        covariance = (self.products + prior_images * identity) / (self.product_count + prior_images)
-        cholesky = torch.linalg.cholesky(covariance.expand(num_levels, -1, -1))
-        return torch.linalg.solve_triangular(cholesky, identity.expand_as(cholesky), upper=False)
+
+def residual_gaussian(
+    moments: FeatureMoments, num_images: int, grid: tuple[int, int], prior_images: float = PRIOR_IMAGES
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A Gaussian of the feature residual in every cell, from sums over good images.
+
+    Few images leave most of a covariance to chance, so each statistic is shrunk towards what needs fewer numbers, as if
+    `prior_images` images had shown it: means towards 0, where a denoiser's residual should be; variances towards their
+    average over the cells; correlations towards theirs. A ridge keeps directions that no image has shown finite.
+
+    Args:
+        moments: sums over (N, C, P).
+        num_images: n. Positions of one cell count as one: neighbours repeat each other.
+        grid: rows and columns of the cells, P in all.
+        prior_images: what each prior counts for.
+
+    Returns:
+        The means, (P, C), and the whitening, (P, C (C + 1) / 2): the lower triangle, row by row, of the matrix W for
+        which W^T W is the covariance's inverse. Both float64.
+    """
+    num_cells, num_channels = moments.total.shape
+    weight = num_images / (num_images + prior_images)
+    mean = weight * moments.mean()  # (P, C)
+
+    def covariance(cells: slice) -> torch.Tensor:  # about the shrunk mean, (P', C, C)
+        raw, shrunk = moments.mean()[cells], mean[cells]
+        offset = raw - shrunk
+        products = moments.total_of_products[cells] / moments.count
+        return products - raw[:, :, None] * raw[:, None, :] + offset[:, :, None] * offset[:, None, :]
+
+    parts = [slice(start, start + CELLS_AT_ONCE) for start in range(0, num_cells, CELLS_AT_ONCE)]
+    variance = torch.cat([covariance(part).diagonal(dim1=1, dim2=2) for part in parts])  # (P, C)
+    variance = shrink(variance.mT.unflatten(1, grid), num_images, prior_images).flatten(1).mT
+    deviation = variance.sqrt()
+
+    def correlation(cells: slice) -> torch.Tensor:
+        return covariance(cells) / (deviation[cells, :, None] * deviation[cells, None, :])
+
+    identity = torch.eye(num_channels, dtype=torch.float64, device=mean.device)
+    average = sum(correlation(part).sum(dim=0) for part in parts) / num_cells  # (C, C)
+    average = average.where(identity == 0, 1.0)
+    lower = identity.new_ones(num_channels, num_channels).tril().bool()
+    whitening = []
+    for part in parts:
+        shrunk = weight * correlation(part) + (1.0 - weight) * average  # (P', C, C)
+        factor = torch.linalg.cholesky((1.0 - RIDGE) * shrunk + RIDGE * identity)
+        inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+        whitening.append((inverse / deviation[part, None, :])[:, lower])
+    return mean, torch.cat(whitening)
 
 
 def shrink(variance: torch.Tensor, count: int, prior_images: float) -> torch.Tensor:
@@ -155,14 +195,15 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     Args:
         num_categories: K.
         map_shape: (S, H, W): S score maps (one for each noise level and kind of score) of H x W pixels.
-        residual_shape: (T, C, h, w) of the feature residual, or None for methods without one.
+        residual_shape: (C, h, w) of the feature residual, or None for methods without one.
         num_scores: n, the most held-out good images of any category.
         false_alarm_rate: the rate at which the thresholds were set.
 
     Attributes:
         map_mean, map_std: (K, S, H, W), of the smoothed maps over good images.
-        residual_scale: (K, T, C, h, w), root mean square of the feature residual over good images.
-        residual_whitening: (K, T, C, C), takes the scaled residual's channels to uncorrelated ones of variance 1.
+        residual_mean: (K, P, C), mean of the feature residual over good images in P cells of its map.
+        residual_whitening: (K, P, C (C + 1) / 2), lower triangles: with them the residual's channels become
+            uncorrelated, of variance 1 (`residual_gaussian`).
         normal_scores: (K, n), held-out good images' scores, ascending, padded with NaN.
         image_threshold: (K,): scores above it are anomalous.
         pixel_threshold: (K,): pixels of the map above it are. At most `false_alarm_rate` of good images show any.
@@ -171,7 +212,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     _keep_in_fp32_modules = [  # noqa: RUF012 (the form diffusers expects)
         "map_mean",
         "map_std",
-        "residual_scale",
+        "residual_mean",
         "residual_whitening",
         "normal_scores",
         "image_threshold",
@@ -183,7 +224,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         self,
         num_categories: int = 1,
         map_shape: tuple[int, int, int] = (1, 1, 1),
-        residual_shape: tuple[int, int, int, int] | None = None,
+        residual_shape: tuple[int, int, int] | None = None,
         num_scores: int = 0,
         false_alarm_rate: float = 0.01,
     ):
@@ -191,12 +232,14 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
         self.register_buffer("map_std", torch.ones(num_categories, *map_shape))
         if residual_shape is not None:
-            num_levels, num_channels = residual_shape[:2]
-            self.register_buffer("residual_scale", torch.ones(num_categories, *residual_shape))
-            identity = torch.eye(num_channels).repeat(num_categories, num_levels, 1, 1)
-            self.register_buffer("residual_whitening", identity)
+            num_channels, *size = residual_shape
+            cells = math.prod(covariance_grid(tuple(size)))
+            identity = torch.eye(num_channels)[torch.ones(num_channels, num_channels).tril().bool()]
+            self.register_buffer("residual_mean", torch.zeros(num_categories, cells, num_channels))
+            self.register_buffer("residual_whitening", identity.repeat(num_categories, cells, 1))
         else:
-            self.residual_scale = self.residual_whitening = None
+            self.residual_mean = self.residual_whitening = None
+        self._dense_whitening: dict[int, torch.Tensor] = {}
         self.register_buffer("normal_scores", torch.full((num_categories, num_scores), float("nan")))
         self.register_buffer("image_threshold", torch.full((num_categories,), float("inf")))
         self.register_buffer("pixel_threshold", torch.full((num_categories,), float("inf")))
@@ -208,21 +251,51 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             device = fn(tensor.new_empty(0)).device
             return fn(tensor) if device.type == "meta" or tensor.is_meta else tensor.to(device)
 
+        self._dense_whitening.clear()
         return super()._apply(move, recurse)
 
-    def whiten_residual(self, residual: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
-        """A feature residual (N, T, C, h, w) in units of what good images show; `category` is (N,) integers.
+    def set_residual_gaussian(self, category: int, mean: torch.Tensor, whitening: torch.Tensor) -> None:
+        """Stores what `residual_gaussian` found for a category."""
+        self.residual_mean[category] = mean
+        self.residual_whitening[category] = whitening
+        self._dense_whitening.clear()
 
-        A good image's result has variance 1 in every channel and position, and no correlation between channels.
+    def residual_distance(self, residual: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+        """Squared Mahalanobis distance of a feature residual from good images', by their number of channels.
+
+        Pretrained channels vary together. A crack that moves many of them a little, against their habit, is nothing to
+        a mean of squares and much to this.
+
+        Args:
+            residual: (N, C, h, w).
+            category: (N,) integers.
+
+        Returns:
+            (N, h, w) float32, a little below 1 on average for a good image (the ridge takes some).
         """
-        scale = self.residual_scale
-        if residual.shape[-2:] != scale.shape[-2:]:  # another processing resolution than the calibrated one
-            flat = F.interpolate(scale.flatten(0, 1), residual.shape[-2:], mode="bilinear")
-            scale = flat.unflatten(0, scale.shape[:2])
-        scaled = (residual / scale[category]).flatten(3)  # (N, T, C, h * w)
+        size = tuple(self.config.residual_shape[1:])
+        if residual.shape[-2:] != size:  # another processing resolution than the calibrated one
+            residual = F.interpolate(residual, size, mode="bilinear")
+        cells = to_cells(residual.float())  # (N, m, C, P)
+        distance = cells.new_empty(cells.shape[:2] + cells.shape[3:])  # (N, m, P)
         with torch.autocast(residual.device.type, enabled=False):
-            whitened = self.residual_whitening[category] @ scaled
-        return whitened.unflatten(3, residual.shape[-2:])
+            for index in set(category.tolist()):
+                chosen = category == index
+                mean = self.residual_mean[index][:, :, None, None]
+                centered = cells[chosen].permute(3, 2, 0, 1) - mean  # (P, C, N', m)
+                whitened = self._whitening(index) @ centered.flatten(2)  # (P, C, N' * m)
+                squared = whitened.square_().mean(dim=1).unflatten(1, centered.shape[2:])  # (P, N', m)
+                distance[chosen] = squared.permute(1, 2, 0)
+        return from_cells(distance, size)
+
+    def _whitening(self, category: int) -> torch.Tensor:
+        """One category's triangles as matrices, (P, C, C); made once, as that takes as long as their product."""
+        if category not in self._dense_whitening:
+            packed, num_channels = self.residual_whitening[category], self.residual_mean.shape[2]
+            lower = torch.ones(num_channels, num_channels, dtype=torch.bool, device=packed.device).tril()
+            dense = packed.new_zeros(len(packed), num_channels, num_channels)
+            self._dense_whitening[category] = dense.masked_scatter_(lower, packed)
+        return self._dense_whitening[category]
 
     def normalize(self, maps: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Smoothed maps (N, S, H, W) in standard deviations above what good images show at that place."""

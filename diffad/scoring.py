@@ -54,8 +54,7 @@ def feature_error(residual: torch.Tensor, layer_channels: Sequence[int]) -> torc
     Layer by layer, because a deep layer's many channels would drown the fine ones that see a crack.
 
     Args:
-        residual: true less predicted features, (N, T, C, h, w). Raw, as in the paper; or whitened by
-            `ScoreCalibration`: the error is then a squared Mahalanobis distance over C, 1 on average for a good image.
+        residual: true less predicted features, (N, T, C, h, w).
         layer_channels: widths of the L layers, which sum to C.
 
     Returns:

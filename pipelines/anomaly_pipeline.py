@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,10 +20,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from torch.utils.data import Subset
 
-from diffad.calibration import MomentSums, ResidualMoments, ScoreCalibration
+from diffad.calibration import MomentSums, ScoreCalibration, covariance_grid, residual_gaussian, to_cells
 from diffad.images import images_to_pixel_values, images_to_tensors, resize_images
 from diffad.model_card import CARD_NAME, copy_records, render_model_card
 from diffad.models.feature_extractor import TimmFeatureExtractor
+from diffad.models.gaussian_feature_model import FeatureMoments
 
 logger = logging.get_logger(__name__)
 
@@ -107,7 +107,7 @@ class AnomalyPipeline(DiffusionPipeline):
     def score_maps(
         self, measurement: Measurement, category: torch.Tensor, calibration: ScoreCalibration | None
     ) -> torch.Tensor:
-        """(N, S, H, W) float32: smoothed maps; residuals are whitened where there is a calibration."""
+        """(N, S, H, W) float32: smoothed maps; of a residual, its Mahalanobis distance where there is a calibration."""
         raise NotImplementedError
 
     def join_maps(self, maps: torch.Tensor) -> torch.Tensor:
@@ -230,9 +230,9 @@ class AnomalyPipeline(DiffusionPipeline):
         return self.join_maps(maps)
 
     def _check_calibration(self, measurement: Measurement, calibration: ScoreCalibration) -> None:
-        # levels and channels of the residual; without one, the number of maps
+        # channels of the residual; without one, the number of maps
         if measurement.residual is not None:
-            found, calibrated = measurement.residual.shape[1:3], (calibration.config.residual_shape or ())[:2]
+            found, calibrated = measurement.residual.shape[2:3], (calibration.config.residual_shape or ())[:1]
         else:
             found = measurement.maps.shape[1:2]
             calibrated = () if calibration.config.residual_shape else calibration.config.map_shape[:1]
@@ -310,16 +310,16 @@ class AnomalyPipeline(DiffusionPipeline):
     ) -> AnomalyPipeline:
         """Learns what normal looks like from good images, in one pass over them and constant memory.
 
-        Three things stand on each other: scale and covariance of the feature residual, mean and deviation of the maps
-        of whitened residuals, and the scores of normalised maps. Each is taken from good images that the one before
-        has not seen, so thresholds and p-values hold for new images.
+        Three things stand on each other: mean and covariance of the feature residual, mean and deviation of the maps,
+        its Mahalanobis distance among them, and the scores of normalised maps. Each is taken from good images that the
+        one before has not seen, so thresholds and p-values hold for new images.
 
         Args:
             images: good images that no network was trained on: PIL images, paths, arrays, or a column of a
                 `datasets.Dataset`. Thresholds and p-values come from them.
             statistics_images: more good images, for the per-position statistics; those of training may serve. Without
                 them, two thirds of `images` do (half of them, for a method without a feature residual), and the rest
-                is left for the thresholds.
+                is left for the thresholds. The residual's covariance takes three quarters of them.
             false_alarm_rate: share of good parts that may raise an alarm, in (0, 1).
             category: which category the images are of, in a unified model; the others keep what they have.
             batch_size: images in a batch.
@@ -333,11 +333,17 @@ class AnomalyPipeline(DiffusionPipeline):
         """
         if not 0.0 < false_alarm_rate < 1.0:
             raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate}.")
+        num_images = len(images)
         sets = 2 if self.measures_residual else 1  # before the scores, as in `CalibrationFit.passes`
-        parts = _split(images, sets + 1) if statistics_images is None else [*_split(statistics_images, sets), images]
+        if statistics_images is None:
+            rest = sets * (len(images) // (sets + 1))
+            statistics_images, images = Subset(images, range(rest)), Subset(images, range(rest, len(images)))
+        # views that read one image at a time; a slice of a data set's column would decode all of it
+        shares = split_statistics(len(statistics_images), self.measures_residual)
+        parts = [*(Subset(statistics_images, share) for share in shares), images]
         if min(len(part) for part in parts) < 1:
             raise ValueError(
-                f"`images` holds {len(images)} good images, too few to calibrate: it takes {sets + 1}, or 1 and {sets} "
+                f"`images` holds {num_images} good images, too few to calibrate: it takes {sets + 1}, or 1 and {sets} "
                 "`statistics_images`, and deserves 100."
             )
         index = int(self.category_index(category, 1)[0])
@@ -493,7 +499,7 @@ class AnomalyPipeline(DiffusionPipeline):
 class CalibrationFit:
     """What one category's good images say, measurement by measurement, in constant memory.
 
-    `passes` are called in order, each with all measurements of its share of the images: scale and covariance of the
+    `passes` are called in order, each with all measurements of its share of the images: mean and covariance of the
     feature residual (for a method with one), mean and deviation of the maps, scores. Pipelines that share their
     networks' work can learn from the same pass side by side.
 
@@ -507,7 +513,9 @@ class CalibrationFit:
     def __init__(self, pipeline: AnomalyPipeline, category: int, num_scores: int, false_alarm_rate: float):
         self.pipeline, self.category = pipeline, category
         self.num_scores, self.false_alarm_rate = num_scores, false_alarm_rate
-        self.residual_moments, self.map_moments = ResidualMoments(), MomentSums()
+        self.residual_moments: FeatureMoments | None = None
+        self.num_residuals = 0  # images
+        self.map_moments = MomentSums()
         self.calibration: ScoreCalibration | None = None
         self.scores: list[torch.Tensor] = []
         self.maxima: list[torch.Tensor] = []
@@ -516,14 +524,15 @@ class CalibrationFit:
             self.passes.insert(0, self.add_residual)
 
     def add_residual(self, measurement: Measurement) -> None:
-        self.residual_moments.update(measurement.residual)
+        cells = to_cells(measurement.residual.mean(dim=1))  # (N, m, C, P)
+        if self.residual_moments is None:
+            self.residual_moments = FeatureMoments(cells.shape[3], cells.shape[2], cells.device)
+        self.residual_moments.update(cells.flatten(0, 1))
+        self.num_residuals += len(cells)
 
     def add_maps(self, measurement: Measurement) -> None:
         if self.calibration is None:
             self.calibration = self._new_calibration(measurement)
-            if self.pipeline.measures_residual:
-                self.calibration.residual_scale[self.category] = self.residual_moments.scale()
-                self.calibration.residual_whitening[self.category] = self.residual_moments.whitening()
         self.map_moments.update(self.pipeline.score_maps(measurement, self._indices(measurement), self.calibration))
 
     def add_scores(self, measurement: Measurement) -> None:
@@ -551,16 +560,22 @@ class CalibrationFit:
         pipeline = self.pipeline
         num_categories = len(pipeline.config.categories or ["default"])
         previous = pipeline.calibration if num_categories > 1 else None
+        residual_shape = None if measurement.residual is None else tuple(measurement.residual.shape[2:])
+        num_maps = measurement.maps.shape[1] + (residual_shape is not None)  # the residual's distance is a map, too
         calibration = ScoreCalibration(
             num_categories=num_categories,
-            map_shape=tuple(pipeline.score_maps(measurement, None, None).shape[1:]),
-            residual_shape=None if measurement.residual is None else tuple(measurement.residual.shape[1:]),
+            map_shape=(num_maps, *measurement.maps.shape[-2:]),
+            residual_shape=residual_shape,
             num_scores=max(self.num_scores, 0 if previous is None else previous.config.num_scores),
             false_alarm_rate=self.false_alarm_rate,
         ).to(measurement.maps.device)
         if previous is not None:
             for name, values in previous.named_buffers():
                 getattr(calibration, name)[..., : values.shape[-1]] = values
+        if residual_shape is not None:
+            gaussian = residual_gaussian(self.residual_moments, self.num_residuals, covariance_grid(residual_shape[1:]))
+            calibration.set_residual_gaussian(self.category, *gaussian)
+            self.residual_moments = None  # larger than all else here
         return calibration
 
 
@@ -600,14 +615,15 @@ _diffusers_read_configuration = DiffusionPipeline._dict_from_json_file.__func__
 DiffusionPipeline._dict_from_json_file = classmethod(_read_configuration)
 
 
-def _split(images: Sequence[Any], shares: int) -> list[Subset]:
-    """Equal shares in order, the last with the rest.
+def split_statistics(num_images: int, measures_residual: bool) -> list[range]:
+    """Which images the passes of `CalibrationFit` before the scores take.
 
-    They read one image at a time; a slice of a data set's column would decode all of it.
+    Three quarters go to the residual's covariance, by far the largest of the statistics.
     """
-    share = len(images) // shares
-    ends = [*(share * i for i in range(shares)), len(images)]
-    return [Subset(images, range(start, stop)) for start, stop in pairwise(ends)]
+    if not measures_residual:
+        return [range(num_images)]
+    share = num_images * 3 // 4
+    return [range(share), range(share, num_images)]
 
 
 def _convert(output: AnomalyOutput, output_type: str) -> AnomalyOutput:

@@ -243,13 +243,17 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
     def score_maps(
         self, measurement: Measurement, category: torch.Tensor | None, calibration: ScoreCalibration | None
     ) -> torch.Tensor:
-        """(N, T + T * L, H, W): the smoothed KL at each noise level, then the feature error at each level and layer."""
-        residual = measurement.residual
+        """(N, T + E, H, W): the smoothed KL at each of T noise levels, then E maps of the feature error.
+
+        Calibrated, E = 1: the Mahalanobis distance of the true features from their prediction, averaged over the noise
+        levels. Uncalibrated, as in the paper, the error at each level and layer, E = T * L.
+        """
+        residual = measurement.residual  # (N, T, C, h, w)
         if calibration is not None:
-            residual = calibration.whiten_residual(residual, category)
-        layer_channels = [self.feature_extractor.layer_channels[i] for i in self.scored_layers]
-        errors = feature_error(residual, layer_channels)  # (N, T * L, h, w)
-        errors = F.interpolate(errors, measurement.maps.shape[-2:], mode="bilinear")  # (N, T * L, H, W)
+            errors = calibration.residual_distance(residual.mean(dim=1), category)[:, None]
+        else:
+            errors = feature_error(residual, [self.feature_extractor.layer_channels[i] for i in self.scored_layers])
+        errors = F.interpolate(errors, measurement.maps.shape[-2:], mode="bilinear")  # (N, E, H, W)
         return torch.cat(
             [
                 gaussian_smooth(measurement.maps, self.config.kl_sigma),
@@ -259,7 +263,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         )
 
     def join_maps(self, maps: torch.Tensor) -> torch.Tensor:
-        """Eq. 11: (N, T + T * L, H, W) to (N, H, W)."""
+        """Eq. 11: (N, T + E, H, W) to (N, H, W)."""
         levels = len(self.config.timesteps)
         return joint_map(maps[:, :levels], maps[:, levels:], self.config.alpha)
 

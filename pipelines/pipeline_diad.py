@@ -42,8 +42,8 @@ class DiADPipeline(AnomalyPipeline):
         calibration: statistics of good images; None until `calibrate`.
         num_inference_steps: steps of the reverse process.
         strength: in (0, 1]; 1 starts from noise alone, less from the encoded image, noised that far.
-        distance: "cosine", the paper's, or "mahalanobis": the squared difference of the features, whitened by what good
-            images show. The latter needs a calibration to mean something, and then sees smaller defects.
+        distance: "cosine", the paper's, or "mahalanobis": the squared difference of the features, once calibrated by
+            mean and covariance of good images' differences at each place. Then it sees smaller defects.
         score_strides: which of the feature extractor's strides are compared; None for all.
         sigma: smoothing of the map, in pixels at the processing resolution.
         pooling_size: side of the window of the average pooling before the map's maximum is the image's score.
@@ -389,14 +389,15 @@ class DiADPipeline(AnomalyPipeline):
     def score_maps(
         self, measurement: Measurement, category: torch.Tensor | None, calibration: ScoreCalibration | None
     ) -> torch.Tensor:
-        """(N, L, H, W): each scored layer's smoothed map."""
+        """(N, L, H, W): each scored layer's smoothed map; (N, 1, H, W) of a calibrated Mahalanobis distance."""
         maps = measurement.maps
         if measurement.residual is not None:
-            residual = measurement.residual
+            residual = measurement.residual  # (N, 1, C, h, w)
             if calibration is not None:
-                residual = calibration.whiten_residual(residual, category)
-            widths = [self.feature_extractor.layer_channels[i] for i in self.scored_layers]
-            maps = F.interpolate(feature_error(residual, widths), maps.shape[-2:], mode="bilinear")
+                errors = calibration.residual_distance(residual[:, 0], category)[:, None]
+            else:
+                errors = feature_error(residual, [self.feature_extractor.layer_channels[i] for i in self.scored_layers])
+            maps = F.interpolate(errors, maps.shape[-2:], mode="bilinear")
         if calibration is None:
             maps = maps * maps.shape[1]  # the paper's sum over layers, where `join_maps` takes the mean
         return gaussian_smooth(maps, self.config.sigma)

@@ -10,8 +10,18 @@ import torch
 from conftest import generator
 
 from diffad import ScoreCalibration
-from diffad.calibration import PRIOR_IMAGES, MomentSums, ResidualMoments, conformal_threshold, shrink
-from diffad.scoring import feature_error
+from diffad.calibration import (
+    PRIOR_IMAGES,
+    RIDGE,
+    MomentSums,
+    conformal_threshold,
+    covariance_grid,
+    from_cells,
+    residual_gaussian,
+    shrink,
+    to_cells,
+)
+from diffad.models.gaussian_feature_model import FeatureMoments
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -20,7 +30,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def filled(num_categories: int = 2, num_scores: int = 9, rate: float = 0.1) -> ScoreCalibration:
     """A calibration with a value in every tensor."""
-    calibration = ScoreCalibration(num_categories, (2, 4, 4), (1, 3, 2, 2), num_scores, rate)
+    calibration = ScoreCalibration(num_categories, (2, 4, 4), (3, 2, 2), num_scores, rate)
     for i, (_, buffer) in enumerate(calibration.named_buffers()):
         buffer.copy_(random(*buffer.shape, seed=i).abs() + 0.1)
     for category in range(num_categories):
@@ -40,9 +50,7 @@ def test_moments_are_numpys():
     array = values.double().numpy()
     np.testing.assert_allclose(moments.mean(), array.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(moments.variance(), array.var(axis=0), rtol=1e-9)
-    np.testing.assert_allclose(moments.mean_square(), (array**2).mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(moments.standard_deviation(0.0), array.std(axis=0), rtol=1e-9)
-    np.testing.assert_allclose(moments.root_mean_square(0.0), np.sqrt((array**2).mean(axis=0)), rtol=1e-9)
 
 
 def test_sums_of_two_processes_add_up():
@@ -209,7 +217,7 @@ def test_before_any_threshold_nothing_is_anomalous():
     calibration = ScoreCalibration(2, (2, 4, 4), None, 3)
     assert calibration.image_threshold.tolist() == [float("inf")] * 2
     assert calibration.pixel_threshold.tolist() == [float("inf")] * 2
-    assert calibration.residual_scale is None
+    assert calibration.residual_mean is None
 
 
 # -- normalisation -----------------------------------------------------------------------------------------------
@@ -224,79 +232,117 @@ def test_maps_are_normalised_per_category_and_place():
     torch.testing.assert_close(calibration.normalize(maps, category), expected)
 
 
-def residuals(count: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
-    """Residuals (N, 2, 3, 4, 5) of good images: channels that vary together, places of different deviation."""
-    mixing = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.3, 0.0], [0.0, 0.5, 2.0]])
-    places = (0.4 * random(2, 1, 4, 5, seed=1)).exp() * spread
-    return torch.einsum("cd,ntdhw->ntchw", mixing, random(count, 2, 3, 4, 5, seed=seed)) * places
+MIXING = torch.tensor([[1.0, 0.0, 0.0], [0.9, 0.3, 0.0], [0.0, 0.5, 2.0]])
+
+
+def residuals(count: int, seed: int = 0, spread: float = 1.0, size: tuple[int, int] = (4, 5)) -> torch.Tensor:
+    """Residuals (N, 3, h, w) of good images: channels that vary together, places of different mean and deviation."""
+    places = (0.4 * random(1, *size, seed=1)).exp() * spread
+    offset = random(3, *size, seed=2) * spread
+    return torch.einsum("cd,ndhw->nchw", MIXING, random(count, 3, *size, seed=seed)) * places + offset
 
 
 def fitted(calibration: ScoreCalibration, category: int, good: torch.Tensor, batch_size: int = 50) -> ScoreCalibration:
-    moments = ResidualMoments()
+    grid = covariance_grid(good.shape[-2:])
+    moments = FeatureMoments(grid[0] * grid[1], good.shape[1])
     for batch in good.split(batch_size):
-        moments.update(batch)
-    calibration.residual_scale[category] = moments.scale()
-    calibration.residual_whitening[category] = moments.whitening()
+        moments.update(to_cells(batch).flatten(0, 1))
+    calibration.set_residual_gaussian(category, *residual_gaussian(moments, len(good), grid))
     return calibration
 
 
-def test_whitened_residuals_have_variance_one_and_no_correlation():
-    calibration = ScoreCalibration(2, (1, 4, 5), (2, 3, 4, 5))
-    fitted(calibration, 0, residuals(1000))
-    fitted(calibration, 1, residuals(1000, spread=20.0))
-    for category, spread in ((0, 1.0), (1, 20.0)):
-        new = residuals(1000, seed=7, spread=spread)
-        white = calibration.whiten_residual(new, torch.full((1000,), category))
-        assert white.shape == new.shape
-        for level in range(2):
-            channels = white[:, level].transpose(0, 1).flatten(1)  # (C, N * h * w)
-            torch.testing.assert_close(torch.cov(channels), torch.eye(3), atol=0.2, rtol=0.0)
-        # the feature error of a good image: 1 at every place
-        error = feature_error(white, (3,)).mean(dim=0)
-        torch.testing.assert_close(error, torch.ones_like(error), atol=0.25, rtol=0.0)
+@pytest.mark.parametrize(
+    ("size", "grid"), [((16, 16), (16, 16)), ((32, 64), (16, 16)), ((24, 7), (12, 7)), ((1, 34), (1, 2))]
+)
+def test_cells_group_neighbours_and_give_them_back(size, grid):
+    assert covariance_grid(size) == grid
+    rows = torch.arange(size[0]).view(-1, 1).expand(size)
+    columns = torch.arange(size[1]).expand(size)
+    residual = torch.stack([rows, columns]).float()[None].repeat(2, 1, 1, 1)  # (2, 2, h, w): where each position is
+    residual[1] += 1000.0
+    cells = to_cells(residual)
+    assert cells.shape == (2, size[0] * size[1] // (grid[0] * grid[1]), 2, grid[0] * grid[1])
+    for axis in (0, 1):  # a cell's positions lie together
+        extent = cells[:, :, axis].amax(dim=1) - cells[:, :, axis].amin(dim=1)
+        assert (extent == size[axis] // grid[axis] - 1).all()
+    assert torch.equal(from_cells(cells[:, :, 1], size), residual[:, 1])
 
 
-def test_each_image_is_whitened_by_its_own_category():
-    calibration = ScoreCalibration(2, (1, 4, 5), (2, 3, 4, 5))
-    fitted(fitted(calibration, 0, residuals(100)), 1, residuals(100, seed=3, spread=20.0))
-    mixed, category = residuals(3, seed=9), torch.tensor([1, 0, 1])
-    expected = torch.cat([calibration.whiten_residual(mixed[i : i + 1], category[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(calibration.whiten_residual(mixed, category), expected)
-    assert expected[1].abs().mean() > 5.0 * expected[0].abs().mean()
+def test_the_distance_is_mahalanobis_with_enough_images():
+    good, new = residuals(20_000), residuals(7, seed=7)
+    calibration = fitted(ScoreCalibration(1, (1, 4, 5), (3, 4, 5)), 0, good, 1000)
+    distance = calibration.residual_distance(new, torch.zeros(7, dtype=torch.long))
+    assert distance.shape == (7, 4, 5)
+    for row, column in ((0, 0), (3, 1), (2, 4)):
+        array = good[:, :, row, column].double().numpy()
+        deviation = np.diag(array.std(axis=0))
+        correlation = (1.0 - RIDGE) * np.corrcoef(array.T) + RIDGE * np.eye(3)
+        inverse = np.linalg.inv(deviation @ correlation @ deviation)
+        offset = new[:, :, row, column].double().numpy() - array.mean(axis=0)
+        expected = np.einsum("nc,cd,nd->n", offset, inverse, offset) / 3.0
+        np.testing.assert_allclose(distance[:, row, column], expected, rtol=0.01)
+
+
+@pytest.mark.parametrize("size", [(4, 5), (32, 34)])
+def test_good_images_lie_at_a_distance_of_one_at_every_place_and_category(size):
+    calibration = ScoreCalibration(2, (1, *size), (3, *size))
+    fitted(calibration, 0, residuals(500, size=size))
+    fitted(calibration, 1, residuals(500, spread=20.0, size=size))
+    category = torch.tensor([1, 0] * 150)
+    new = torch.where(
+        category.bool()[:, None, None, None],
+        residuals(300, seed=7, spread=20.0, size=size),
+        residuals(300, seed=8, size=size),
+    )
+    distance = calibration.residual_distance(new, category)
+    for index in (0, 1):
+        assert 0.75 < float(distance[category == index].mean()) < 1.05  # the ridge takes some
+    one_by_one = torch.cat([calibration.residual_distance(new[i : i + 1], category[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(distance[:3], one_by_one)
 
 
 def test_a_deviation_against_the_habit_of_the_channels_counts_more():
-    calibration = fitted(ScoreCalibration(1, (1, 4, 5), (2, 3, 4, 5)), 0, residuals(1000))
-    along, against = torch.zeros(2, 1, 2, 3, 4, 5)
-    along[:, :, 0] = against[:, :, 0] = 1.0
-    along[:, :, 1], against[:, :, 1] = 0.9, -0.9
-    errors = [calibration.whiten_residual(r, torch.tensor([0])).square().mean() for r in (along, against)]
-    assert errors[1] > 5.0 * errors[0]
+    calibration = fitted(ScoreCalibration(1, (1, 4, 5), (3, 4, 5)), 0, residuals(1000))
+    mean = from_cells(calibration.residual_mean.permute(2, 0, 1), (4, 5))[None]  # (1, C, h, w)
+    along, against = mean.clone(), mean.clone()
+    along[:, 0] += 1.0
+    against[:, 0] += 1.0
+    along[:, 1] += 0.9
+    against[:, 1] -= 0.9
+    first, second = (calibration.residual_distance(r, torch.tensor([0])).mean() for r in (along, against))
+    assert second > 5.0 * first
 
 
-def test_a_single_batch_says_nothing_of_correlations_yet():
-    moments = ResidualMoments()
-    moments.update(residuals(5))
-    torch.testing.assert_close(moments.whitening(), torch.eye(3, dtype=torch.float64).expand(2, 3, 3))
-    assert moments.scale().shape == (2, 3, 4, 5)
-    # and constant residuals say nothing at all, but leave it finite
-    constant = ResidualMoments()
-    for _ in range(3):
-        constant.update(torch.zeros(4, 2, 3, 4, 5))
-    assert constant.whitening().isfinite().all()
-    assert (constant.scale() > 0).all()
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_few_images_give_something_sane(count):
+    calibration = fitted(ScoreCalibration(1, (1, 4, 5), (3, 4, 5)), 0, residuals(count))
+    distance = calibration.residual_distance(residuals(200, seed=7), torch.zeros(200, dtype=torch.long))
+    assert 0.1 < float(distance.mean()) < 20.0
+
+
+def test_constant_residuals_leave_it_finite():
+    calibration = fitted(ScoreCalibration(1, (1, 4, 5), (3, 4, 5)), 0, torch.zeros(4, 3, 4, 5))
+    assert calibration.residual_distance(torch.zeros(1, 3, 4, 5), torch.tensor([0])).isfinite().all()
+
+
+def test_a_second_fit_replaces_the_first():
+    calibration = fitted(ScoreCalibration(1, (1, 4, 5), (3, 4, 5)), 0, residuals(100))
+    new, category = residuals(2, seed=7), torch.zeros(2, dtype=torch.long)
+    before = calibration.residual_distance(new, category)
+    fitted(calibration, 0, residuals(100, spread=10.0))
+    assert (calibration.residual_distance(new, category) - before).abs().min() > 1e-3
 
 
 def test_another_resolution_reads_the_statistics_between_the_pixels():
-    calibration = ScoreCalibration(1, (1, 4, 4), (1, 2, 2, 2), 3)
+    calibration = ScoreCalibration(1, (1, 4, 4), (2, 2, 2), 3)
     calibration.map_mean.fill_(2.0)
     calibration.map_std.fill_(4.0)
-    calibration.residual_scale.fill_(0.5)
+    calibration.set_residual_gaussian(0, torch.zeros(4, 2), torch.tensor([[2.0, 0.0, 2.0]]))
     category = torch.tensor([0])
     normalized = calibration.normalize(torch.full((1, 1, 9, 6), 10.0), category)
     torch.testing.assert_close(normalized, torch.full((1, 1, 9, 6), 2.0))
-    white = calibration.whiten_residual(torch.ones(1, 1, 2, 5, 3), category)
-    torch.testing.assert_close(white, torch.full((1, 1, 2, 5, 3), 2.0))
+    distance = calibration.residual_distance(torch.ones(1, 2, 5, 3), category)
+    torch.testing.assert_close(distance, torch.full((1, 2, 2), 4.0))
 
 
 # -- float32, always ---------------------------------------------------------------------------------------------

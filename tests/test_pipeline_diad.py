@@ -440,7 +440,7 @@ def test_calibration_normalises_by_place_and_counts_good_images():
     good = textures(9)
     pipe.calibrate(good[:3], statistics_images=good[3:], false_alarm_rate=0.3, generator=generator(), batch_size=4)
     assert pipe.calibration.map_mean.shape == (1, len(STRIDES), SIDE, SIDE)
-    assert pipe.calibration.residual_scale is None
+    assert pipe.calibration.residual_mean is None
     assert pipe.calibration.normal_scores.shape == (1, 3)
 
     # all images for statistics are used, as there is no residual to scale first; each layer is normalised by itself
@@ -474,7 +474,7 @@ def test_the_papers_map_is_the_sum_of_its_layers():
 def test_whitened_residuals_are_calibrated_and_saved(tmp_path):
     pipe = make_pipeline(distance="mahalanobis")
     pipe.calibrate(textures(4), statistics_images=textures(24, first_seed=50), false_alarm_rate=0.3)
-    assert pipe.calibration.residual_scale.shape == (1, 1, pipe.feature_extractor.num_channels, SIDE // 2, SIDE // 2)
+    assert tuple(pipe.calibration.config.residual_shape) == (pipe.feature_extractor.num_channels, SIDE // 2, SIDE // 2)
     bad = [texture(i, defect=True) for i in range(4)]
     latents = noise(1).expand(4, -1, -1, -1)
     good, found = pipe(textures(4, first_seed=90), latents=latents), pipe(bad, latents=latents)

@@ -176,7 +176,7 @@ def test_the_extractor_may_look_closer(good, tmp_path):
     pipeline = load(tmp_path)
     assert pipeline.feature_extractor.config.image_size == 32
     assert pipeline.unet.config.feature_resolution == 8
-    assert pipeline.calibration.residual_scale.shape == (1, 3, 64, 8, 8)
+    assert tuple(pipeline.calibration.config.residual_shape) == (64, 8, 8)
 
 
 # -- killed and resumed ------------------------------------------------------------------------------------------
@@ -328,14 +328,19 @@ def test_the_command_line_overrides_the_configuration(tmp_path):
     assert args.learning_rate == 3e-4  # YAML reads 3e-4 as text
     assert args.use_ema is True
     assert args.random_flip is False
+    assert train_ddpm.parse_args(["--config", str(config), "--no-use_ema"]).use_ema is False
     assert args.preset == "cpu-64"
     assert args.train_batch_size == 8  # neither says: the default
 
 
-def test_the_demos_configuration_is_valid():
-    config = SCRIPT.parent / "configs" / "demo.yaml"
-    args = train_ddpm.parse_args(["--config", str(config), "--seed", "5"])
-    assert args.train_data_dir == "elpv/mono"
+@pytest.mark.parametrize(
+    ("name", "data"), [("demo", "elpv/mono"), ("elpv_cpu", "elpv/poly"), ("magnetic_tile_cpu", None)]
+)
+def test_the_shipped_configurations_are_valid(name, data):
+    config = SCRIPT.parent / "configs" / f"{name}.yaml"
+    more = [] if data else ["--train_data_dir", "tiles"]
+    args = train_ddpm.parse_args(["--config", str(config), "--seed", "5", *more])
+    assert args.train_data_dir == (data or "tiles")
     assert args.seed == 5
 
 

@@ -117,7 +117,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--fusion", choices=(*FUSIONS, "none"), default="instance_norm_silu", help="SFF block (instance_norm_silu)"
     )
     model.add_argument(
-        "--cache_latents", action="store_true", help="encode every image, and each of its flips, once and not each time"
+        "--cache_latents",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="encode every image, and each of its flips, once and not each time",
     )
 
     score = parser.add_argument_group("score")
@@ -127,7 +130,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--distance",
         choices=("cosine", "mahalanobis"),
         default="cosine",
-        help="of image and reconstruction: the paper's, or one whitened by good images (cosine)",
+        help="of image and reconstruction: the paper's, or one that knows how good images vary (cosine)",
     )
     score.add_argument("--score_strides", type=int, nargs="+", help="strides that are compared (all)")
     score.add_argument("--sigma", type=float, default=5.0, help="smoothing of the map, pixels (5)")

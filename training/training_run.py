@@ -44,6 +44,7 @@ logger = get_logger(__name__)
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of diffusers' own training examples, and what finding anomalies adds to them."""
+    switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": False}  # --no-FLAG undoes a --config
     data = parser.add_argument_group("data")
     data.add_argument("--config", metavar="FILE", help="YAML of any of these flags; the command line overrides it")
     data.add_argument("--train_data_dir", metavar="DIR", help="MVTec-AD style tree or folder of good images, or 'elpv'")
@@ -51,11 +52,11 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--category", nargs="+", help="train on these categories only (default: all that there are)")
     data.add_argument(
         "--balance_categories",
-        action="store_true",
+        **switch,
         help="draw every category equally often, however many images it has (default: every image)",
     )
     data.add_argument(
-        "--streaming", action="store_true", help="read the data once as a stream, and keep only its good images on disk"
+        "--streaming", **switch, help="read the data once as a stream, and keep only its good images on disk"
     )
     data.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable files (error)")
     data.add_argument(
@@ -68,8 +69,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--rotation_degrees", type=float, default=5.0, help="rotate by up to this many degrees (%(default)s)"
     )
-    data.add_argument("--random_flip", action="store_true", help="flip left-right")
-    data.add_argument("--random_vertical_flip", action="store_true", help="flip upside down")
+    data.add_argument("--random_flip", **switch, help="flip left-right")
+    data.add_argument("--random_vertical_flip", **switch, help="flip upside down")
     data.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read images (0)")
 
     run = parser.add_argument_group("run")
@@ -80,7 +81,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--resume_from_checkpoint", metavar="DIR", help="a checkpoint folder, or 'latest'")
     run.add_argument("--validation_steps", type=int, default=0, help="steps between validation pictures (0: none)")
     run.add_argument("--report_to", default=None, help="tracker: tensorboard, wandb, ... (none)")
-    run.add_argument("--push_to_hub", action="store_true", help="upload the pipeline, its card and pictures at the end")
+    run.add_argument("--push_to_hub", **switch, help="upload the pipeline, its card and pictures at the end")
     run.add_argument(
         "--num_example_images", type=int, default=2, help="held-out good images saved as pictures, and pushed (2)"
     )
@@ -96,10 +97,10 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     optimization.add_argument("--lr_warmup_steps", type=int, default=100, help="(%(default)s)")
     optimization.add_argument("--adam_weight_decay", type=float, default=1e-4, help="(%(default)s)")
     optimization.add_argument("--max_grad_norm", type=float, default=1.0, help="(1.0)")
-    optimization.add_argument("--use_ema", action="store_true", help="keep and save the weights' moving average")
+    optimization.add_argument("--use_ema", **switch, help="keep and save the weights' moving average")
     optimization.add_argument("--ema_decay", type=float, default=0.9999, help="its largest decay (0.9999)")
     optimization.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="(accelerate's setting)")
-    optimization.add_argument("--gradient_checkpointing", action="store_true", help="less memory for more time")
+    optimization.add_argument("--gradient_checkpointing", **switch, help="less memory for more time")
     optimization.add_argument("--false_alarm_rate", type=float, default=0.01, help="of good parts, at the end (0.01)")
 
 
