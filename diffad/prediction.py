@@ -273,15 +273,13 @@ def _write_outputs(
         "verdict": "scored",
     }
     _save(Image.fromarray((scaled + 0.5).astype(np.uint16)), output_dir / "maps" / name)
-    mask, ends = None, {}
+    mask = None
     if threshold is not None:
         mask = resize_images(output.anomaly_mask[j][None, None].float(), size)[0, 0].numpy() > 0.5
         _save(Image.fromarray(mask.astype(np.uint8) * 255), output_dir / "masks" / name)
-        # one scale for all images: nothing is coloured on a good one
-        ends = {"low": threshold / 3.0, "high": 3.0 * threshold} if 0.0 < threshold < np.inf else {}
         row["p_value"] = f"{float(output.p_value[j]):.6g}"
         row["verdict"] = "anomalous" if bool(output.is_anomalous[j]) else "normal"
-    _save(Image.fromarray(overlay(pixels, anomaly_map, mask, **ends)), output_dir / "overlays" / name)
+    _save(Image.fromarray(overlay(pixels, anomaly_map, mask, threshold)), output_dir / "overlays" / name)
     return row
 
 

@@ -44,8 +44,7 @@ def overlay(
     image: np.ndarray,
     anomaly_map: np.ndarray,
     mask: np.ndarray | None = None,
-    low: float | None = None,
-    high: float | None = None,
+    threshold: float | None = None,
     opacity: float = 0.6,
 ) -> np.ndarray:
     """The map laid over its image, hot places opaque, with the mask's outline.
@@ -54,15 +53,17 @@ def overlay(
         image: (H, W, 3) uint8.
         anomaly_map: (H, W).
         mask: (H, W) bool, or None for no outline.
-        low: map value that is fully transparent (the map's minimum).
-        high: map value at the scale's end (the map's maximum).
+        threshold: of pixels. The colours then go from a third of it to three times it, the same for all images, and a
+            good image has none; without it, over the map's own range.
         opacity: of the hottest places, in [0, 1].
 
     Returns:
         (H, W, 3) uint8.
     """
-    low = float(np.min(anomaly_map)) if low is None else low
-    high = float(np.max(anomaly_map)) if high is None else high
+    if threshold is not None and 0.0 < threshold < np.inf:
+        low, high = threshold / 3.0, 3.0 * threshold
+    else:
+        low, high = float(np.min(anomaly_map)), float(np.max(anomaly_map))
     strength = np.clip((anomaly_map - low) / max(high - low, 1e-12), 0.0, 1.0)[..., None] * opacity
     blended = image * (1.0 - strength) + heat_map(anomaly_map, low, high) * strength
     blended = (blended + 0.5).astype(np.uint8)
@@ -80,12 +81,9 @@ def beside_overlay(
         image: (H, W, 3) uint8.
         anomaly_map: (H, W).
         mask: (H, W) bool to outline, or None.
-        threshold: of pixels. The colours then go from a third of it to three times it, the same for all images, and a
-            good image has none; without it, over the map's own range.
+        threshold: as in `overlay`.
     """
-    fixed = threshold is not None and 0.0 < threshold < float("inf")
-    ends = {"low": threshold / 3.0, "high": 3.0 * threshold} if fixed else {}
-    return np.concatenate([image, overlay(image, anomaly_map, mask, **ends)], axis=1)
+    return np.concatenate([image, overlay(image, anomaly_map, mask, threshold)], axis=1)
 
 
 def save_rows(

@@ -319,7 +319,8 @@ class AnomalyPipeline(DiffusionPipeline):
                 `datasets.Dataset`. Thresholds and p-values come from them.
             statistics_images: more good images, for the per-position statistics; those of training may serve. Without
                 them, two thirds of `images` do (half of them, for a method without a feature residual), and the rest
-                is left for the thresholds. The residual's covariance takes three quarters of them.
+                is left for the thresholds. The residual's covariance takes three of four of them. All are taken in
+                turn, so the order of the images does not matter much.
             false_alarm_rate: share of good parts that may raise an alarm, in (0, 1).
             category: which category the images are of, in a unified model; the others keep what they have.
             batch_size: images in a batch.
@@ -336,8 +337,9 @@ class AnomalyPipeline(DiffusionPipeline):
         num_images = len(images)
         sets = 2 if self.measures_residual else 1  # before the scores, as in `CalibrationFit.passes`
         if statistics_images is None:
-            rest = sets * (len(images) // (sets + 1))
-            statistics_images, images = Subset(images, range(rest)), Subset(images, range(rest, len(images)))
+            thresholds = range(sets, len(images), sets + 1)
+            statistics_images = Subset(images, sorted(set(range(len(images))) - set(thresholds)))
+            images = Subset(images, thresholds)
         # views that read one image at a time; a slice of a data set's column would decode all of it
         shares = split_statistics(len(statistics_images), self.measures_residual)
         parts = [*(Subset(statistics_images, share) for share in shares), images]
@@ -615,15 +617,16 @@ _diffusers_read_configuration = DiffusionPipeline._dict_from_json_file.__func__
 DiffusionPipeline._dict_from_json_file = classmethod(_read_configuration)
 
 
-def split_statistics(num_images: int, measures_residual: bool) -> list[range]:
+def split_statistics(num_images: int, measures_residual: bool) -> list[Sequence[int]]:
     """Which images the passes of `CalibrationFit` before the scores take.
 
-    Three quarters go to the residual's covariance, by far the largest of the statistics.
+    Three of four go to the residual's covariance, by far the largest of the statistics. They are taken in turn: images
+    often come in order of their time or kind, and each statistic must see all of it.
     """
     if not measures_residual:
         return [range(num_images)]
-    share = num_images * 3 // 4
-    return [range(share), range(share, num_images)]
+    maps = range(1, num_images, 4)
+    return [sorted(set(range(num_images)) - set(maps)), maps]
 
 
 def _convert(output: AnomalyOutput, output_type: str) -> AnomalyOutput:

@@ -131,7 +131,7 @@ def draw_cells(
         rows.append(pictures)
         rows.append(
             [
-                overlay(picture, anomaly_map, mask, low=threshold / 3.0, high=3.0 * threshold)
+                overlay(picture, anomaly_map, mask, threshold)
                 for picture, anomaly_map, mask in zip(pictures, output.anomaly_map, output.anomaly_mask, strict=True)
             ]
         )

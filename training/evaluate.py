@@ -18,7 +18,7 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,19 +48,15 @@ from diffad.report_page import (
 )
 from diffad.visualization import beside_overlay, save_rows
 
+# what a report must agree in with the one that it goes on with
+SETTINGS = ("model", "model_files", "data", "seed", "resolution", "pro_fpr_limit", "mixed_precision")
+
 
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Evaluates a saved pipeline.")
     parser.add_argument("--model", required=True, help="folder or Hub id of a pipeline")
-    parser.add_argument("--data", required=True, help="data set's folder or Hub id, or 'elpv'")
-    parser.add_argument("--dataset", help="force a layout (mvtec_ad, visa, ...)")
-    parser.add_argument("--category", nargs="+", help="only these categories")
+    add_evaluation_arguments(parser)
     parser.add_argument("--output", default="report.json", help="the report (report.json)")
-    parser.add_argument("--resolution", type=int, default=256, help="pixels a side at which maps meet masks (256)")
-    parser.add_argument("--pro_fpr_limit", type=float, default=0.3, help="of PRO (0.3)")
-    parser.add_argument("--batch_size", type=int, default=16, help="images a batch (16)")
-    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="(accelerate's setting)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     parser.add_argument("--save_maps", metavar="DIR", help="float32 TIFF maps, as MVTec's own evaluation reads them")
     parser.add_argument(
         "--baselines",
@@ -71,6 +67,18 @@ def create_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--resume", action="store_true", help="keep the categories that --output already holds")
     return parser
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every evaluation takes: the data, and how it is measured."""
+    parser.add_argument("--data", required=True, help="data set's folder or Hub id, 'elpv' or 'elpv/mono'")
+    parser.add_argument("--dataset", help="force a layout (mvtec_ad, visa, ...)")
+    parser.add_argument("--category", nargs="+", help="only these categories")
+    parser.add_argument("--resolution", type=int, default=256, help="pixels a side at which maps meet masks (256)")
+    parser.add_argument("--pro_fpr_limit", type=float, default=0.3, help="of PRO (0.3)")
+    parser.add_argument("--batch_size", type=int, default=16, help="images a batch (16)")
+    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="(accelerate's setting)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -111,25 +119,34 @@ def evaluate_category(
     """Evaluates a pipeline on one category's test images; the noise of each image follows from `seed` and its place."""
 
     def detect(pictures: list[Any], indices: list[int]) -> list[AnomalyOutput]:
-        return [
-            pipeline(
-                pictures,
-                batch_size=batch_size,
-                match_input_resolution=False,
-                generator=[image_generator(seed, i) for i in indices],
-                output_type="pt",
-                **category_argument(pipeline, category),
-            )
-        ]
+        return [pipeline(pictures, **call_arguments(pipeline, category, indices, seed))]
 
     return evaluate_detectors(
         detect, 1, images, category, accelerator, resolution, pro_fpr_limit, batch_size, save_maps
     )[0]
 
 
-def category_argument(pipeline: Any, category: str) -> dict[str, str]:
-    """What a call needs to know of the category: nothing, for a pipeline of one."""
-    return {"category": category} if len(pipeline.config.categories or []) > 1 else {}
+def call_arguments(pipeline: Any, category: str, indices: Sequence[int], seed: int) -> dict[str, Any]:
+    """What a pipeline is called with for test images of one category, `indices` being their places in it.
+
+    Maps come as tensors at the processing resolution, and noise follows from the seed and the place alone.
+    """
+    return {
+        "category": category_index(pipeline, category),
+        "batch_size": len(indices),
+        "match_input_resolution": False,
+        "generator": [image_generator(seed, i) for i in indices],
+        "output_type": "pt",
+    }
+
+
+def category_index(pipeline: Any, category: str) -> int:
+    """A category's index in a unified model; 0 in a model of one, which goes with a category of any name.
+
+    Raises:
+        ValueError: a unified model does not know it.
+    """
+    return int(pipeline.category_index(category if len(pipeline.config.categories or []) > 1 else None, 1)[0])
 
 
 @torch.no_grad()
@@ -185,14 +202,20 @@ def evaluate_detectors(
                     _save_maps(maps, rows, indices, Path(save_maps, category, "test"))
     if accelerator.num_processes > 1:  # states are exchanged where they lie, and NCCL knows GPUs only
         metrics = [one.to(accelerator.device) for one in metrics]
-    results = [one.compute() for one in metrics]
-    curves = [one.curves() for one in metrics]
+    measured = [(one.compute(), one.curves()) for one in metrics]
     seconds = time.time() - started
-    gathered = [sorted(gather_object(one), key=lambda record: record.pop("index")) for one in records]
-    return [
-        Evaluation(_complete(*one, seconds), one[1], curve)
-        for one, curve in zip(zip(results, gathered, strict=True), curves, strict=True)
-    ]
+    evaluations = []
+    for (result, curves), own in zip(measured, records, strict=True):
+        everyones = sorted(gather_object(own), key=lambda record: record.pop("index"))
+        evaluations.append(Evaluation(_complete(result, everyones, seconds), everyones, curves))
+    return evaluations
+
+
+def _mask(row: dict[str, Any], resolution: int) -> np.ndarray | None:
+    """(resolution, resolution) bool; None where a defective image has no mask."""
+    if row["mask"] is None:
+        return None if row["label"] else np.zeros((resolution, resolution), dtype=bool)
+    return resize_image_and_mask(row["image"], row["mask"], (resolution, resolution))[1]
 
 
 def _record(output: Any, j: int, score: float, index: int, row: dict[str, Any]) -> dict[str, Any]:
@@ -265,7 +288,7 @@ def evaluate_baseline(
     pro_fpr_limit: float = 0.3,
     batch_size: int = 16,
     seed: int = 0,
-) -> Evaluation:
+) -> dict[str, Any]:
     """Evaluates what users would take otherwise, on the same images.
 
     Args:
@@ -275,8 +298,13 @@ def evaluate_baseline(
             them all numbers, are the same on any number of processes.
         pipeline, images, category, accelerator, resolution, pro_fpr_limit, batch_size, seed: as of
             `evaluate_category`.
+
+    Returns:
+        As of `Evaluation.result`; empty for PaDiM with fewer than two good images, as a covariance takes two.
     """
     if name == "padim":
+        if good is None or len(good) < 2:
+            return {}
         padim = fit_padim(pipeline.feature_extractor, good, batch_size)
 
         def detect(pictures: list[Any], indices: list[int]) -> list[Any]:
@@ -287,20 +315,11 @@ def evaluate_baseline(
 
         def detect(pictures: list[Any], indices: list[int]) -> list[Any]:
             return [
-                pipeline.denoise(
-                    pictures,
-                    scheduler=scheduler,
-                    batch_size=batch_size,
-                    match_input_resolution=False,
-                    generator=[image_generator(seed, i) for i in indices],
-                    output_type="pt",
-                    **category_argument(pipeline, category),
-                )
+                pipeline.denoise(pictures, scheduler=scheduler, **call_arguments(pipeline, category, indices, seed))
             ]
 
-    return evaluate_detectors(
-        detect, 1, images, f"{BASELINE_TITLES[name]}: {category}", accelerator, resolution, pro_fpr_limit, batch_size
-    )[0]
+    title = f"{BASELINE_TITLES[name]}: {category}"
+    return evaluate_detectors(detect, 1, images, title, accelerator, resolution, pro_fpr_limit, batch_size)[0].result
 
 
 def load_training_images(
@@ -321,14 +340,15 @@ def load_training_images(
     return training.select(chosen) if len(chosen) < len(training) else training
 
 
+def split_by_category(dataset: Dataset | None) -> dict[str, Dataset]:
+    """Each category's images, by the categories' names in order; none of None."""
+    if dataset is None:
+        return {}
+    of_image = np.asarray(dataset["category"])
+    return {str(name): dataset.select(np.flatnonzero(of_image == name)) for name in np.unique(of_image)}
+
+
 # -- the report --------------------------------------------------------------------------------------------------
-
-
-def _mask(row: dict[str, Any], resolution: int) -> np.ndarray | None:
-    """(resolution, resolution) bool; None where a defective image has no mask."""
-    if row["mask"] is None:
-        return None if row["label"] else np.zeros((resolution, resolution), dtype=bool)
-    return resize_image_and_mask(row["image"], row["mask"], (resolution, resolution))[1]
 
 
 def mean_over_categories(results: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -343,37 +363,67 @@ def with_mean(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {**categories, MEAN: mean_over_categories(categories)}
 
 
-def markdown_table(results: dict[str, dict[str, Any]], baselines: dict[str, dict[str, Any]] | None = None) -> str:
-    """A row for each category and their mean, then each baseline's mean; metrics in percent, in the papers' order."""
-    rows = {**results, **{BASELINE_TITLES[name]: of_category[MEAN] for name, of_category in (baselines or {}).items()}}
-    names = [name for name in METRIC_TITLES if any(row.get(name) is not None for row in rows.values())]
+def markdown_table(rows: dict[str, dict[str, Any]], head: str = "category") -> str:
+    """A row of metrics for each title, in percent and in the papers' order; a metric that no row has is left out.
+
+    `head` stands above the titles.
+    """
+    names = [name for name in METRIC_TITLES if any(result.get(name) is not None for result in rows.values())]
     lines = [
-        "| category | " + " | ".join(METRIC_TITLES[name] for name in names) + " |",
+        f"| {' | '.join([head, *(METRIC_TITLES[name] for name in names)])} |",
         "|---" * (len(names) + 1) + "|",
     ]
-    for title, row in rows.items():
-        cells = ["" if row.get(name) is None else f"{100.0 * row[name]:.1f}" for name in names]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    for title, result in rows.items():
+        cells = ["" if result.get(name) is None else f"{100.0 * result[name]:.1f}" for name in names]
+        lines.append(f"| {' | '.join([title, *cells])} |")
     return "\n".join(lines) + "\n"
+
+
+def report_markdown(report: dict[str, Any]) -> str:
+    """A row for each category and their mean, then each baseline's mean."""
+    baselines = {BASELINE_TITLES[name]: of_category[MEAN] for name, of_category in report["baselines"].items()}
+    return markdown_table({**report["results"], **baselines})
 
 
 def save_report(report: dict[str, Any], path: Path) -> None:
     """Writes `path` (JSON), and beside it the table as .csv and .md; each at once, by renaming."""
-    results, baselines = report["results"], report["baselines"]
     rows = [["method", "category", *METRIC_TITLES]]
-    for method, of_category in {"": results, **baselines}.items():
+    for method, of_category in {"": report["results"], **report["baselines"]}.items():
         for category, result in of_category.items():
             rows.append([method, category, *(result.get(name) for name in METRIC_TITLES)])
     table = io.StringIO()
     csv.writer(table).writerows(rows)
-    write_files(
-        path,
-        {
-            ".csv": table.getvalue(),
-            ".md": markdown_table(results, baselines),
-            path.suffix: json.dumps(report, indent=2) + "\n",
-        },
-    )
+    texts = {".csv": table.getvalue(), ".md": report_markdown(report), path.suffix: json.dumps(report, indent=2) + "\n"}
+    write_files(path, texts)
+
+
+def take_up_report(report: dict[str, Any], path: Path, categories: Collection[str]) -> None:
+    """Puts the categories that the report at `path` holds into a new one.
+
+    Raises:
+        ValueError: it was made with other settings or baselines, or it holds a category that is none of `categories`.
+    """
+    earlier = json.loads(path.read_text())
+    changed = [name for name in SETTINGS if earlier.get(name) != report[name]]
+    if sorted(earlier.get("baselines", {})) != sorted(report["baselines"]):
+        changed.append("baselines")
+    if set(earlier["results"]) - {MEAN} - set(categories):
+        changed.append("category")
+    if changed:
+        raise ValueError(f"--resume: {path} was made with another {', '.join(changed)}. Choose another --output.")
+    report.update({name: earlier[name] for name in ("results", "baselines", "scores", "curves")})
+
+
+def save_page(
+    report: dict[str, Any], pipeline: Any, images: dict[str, Dataset], accelerator: Accelerator, path: Path
+) -> None:
+    """Writes the page (.html), with pictures of the cases that tell most, and their contact sheets beside `path`."""
+    cases = {
+        category: draw_cases(pipeline, images[category], records, category, accelerator, report["seed"])
+        for category, records in report["scores"].items()
+    }
+    write_files(path, {".html": render_report_page(report, report["curves"], cases)})
+    save_sheets(cases, path)
 
 
 def draw_cases(
@@ -390,32 +440,29 @@ def draw_cases(
     for title, indices in choose_cases(records).items():
         rows = [images[i] for i in indices]
         with accelerator.autocast():
-            output = pipeline(
-                [row["image"] for row in rows],
-                match_input_resolution=False,
-                generator=[image_generator(seed, i) for i in indices],
-                output_type="pt",
-                **category_argument(pipeline, category),
-            )
+            output = pipeline([row["image"] for row in rows], **call_arguments(pipeline, category, indices, seed))
         for i, row, anomaly_map in zip(indices, rows, output.anomaly_map, strict=True):
-            picture = image_to_rgb(row["image"])
-            mask = None if row["mask"] is None else Image.fromarray(mask_to_array(row["mask"]))
-            if picture.height > PICTURE_HEIGHT:  # what the page shows; at full size many categories would add up
-                size = (max(1, round(picture.width * PICTURE_HEIGHT / picture.height)), PICTURE_HEIGHT)
-                picture = picture.resize(size, Image.Resampling.BILINEAR)
-                mask = None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
-            shown = resize_images(anomaly_map[None, None].float(), (picture.height, picture.width))[0, 0].numpy()
-            defect = None if mask is None else np.asarray(mask)
-            drawn = beside_overlay(np.asarray(picture), shown, defect, threshold)
-            cases.append(Case(title, case_caption(records[i]), drawn))
+            cases.append(Case(title, case_caption(records[i]), draw_case(row, anomaly_map, threshold)))
     return cases
+
+
+def draw_case(row: dict[str, Any], anomaly_map: torch.Tensor, threshold: float | None) -> np.ndarray:
+    """An image beside its map, as of `beside_overlay`; no higher than the page shows it."""
+    picture = image_to_rgb(row["image"])
+    mask = None if row["mask"] is None else Image.fromarray(mask_to_array(row["mask"]))
+    if picture.height > PICTURE_HEIGHT:  # at full size many categories would add up
+        size = (max(1, round(picture.width * PICTURE_HEIGHT / picture.height)), PICTURE_HEIGHT)
+        picture = picture.resize(size, Image.Resampling.BILINEAR)
+        mask = None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
+    shown = resize_images(anomaly_map[None, None].float(), (picture.height, picture.width))[0, 0].numpy()
+    return beside_overlay(np.asarray(picture), shown, None if mask is None else np.asarray(mask), threshold)
 
 
 def thresholds(pipeline: Any, category: str) -> tuple[float | None, float | None]:
     """Of images and of pixels, of one category; None before it is calibrated."""
     if pipeline.calibration is None:
         return None, None
-    index = int(pipeline.category_index(category_argument(pipeline, category).get("category"), 1)[0])
+    index = category_index(pipeline, category)
     image, pixel = pipeline.calibration.image_threshold[index], pipeline.calibration.pixel_threshold[index]
     return tuple(float(value) if torch.isfinite(value) else None for value in (image, pixel))
 
@@ -481,9 +528,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if training is None and "padim" in baselines:
         accelerator.print("PaDiM has nothing to be fitted to: its row is left out.")
         baselines.remove("padim")
+    tests, goods = split_by_category(dataset), split_by_category(training)
 
     # 2. A new report, or what an interrupted run left of one
-    settings = {
+    report: dict[str, Any] = {
         "model": args.model,
         "model_files": fingerprint(args.model),
         "data": args.data,
@@ -491,9 +539,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "resolution": args.resolution,
         "pro_fpr_limit": args.pro_fpr_limit,
         "mixed_precision": accelerator.mixed_precision,
-    }
-    report: dict[str, Any] = {
-        **settings,
         "command": command_line("diffad.training.evaluate", args, parser),
         "processes": accelerator.num_processes,
         "machine": describe_machine(),
@@ -503,29 +548,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "curves": {},
     }
     if args.resume and path.is_file():
-        earlier = json.loads(path.read_text())
-        changed = [name for name, value in settings.items() if earlier.get(name) != value]
-        if sorted(earlier.get("baselines", {})) != sorted(baselines):
-            changed.append("baselines")
-        if set(earlier["results"]) - {MEAN} - set(dataset["category"]):
-            changed.append("category")
-        if changed:
-            raise ValueError(f"--resume: {path} was made with another {', '.join(changed)}. Choose another --output.")
-        report.update({name: earlier[name] for name in ("results", "baselines", "scores", "curves")})
+        take_up_report(report, path, tests)
     accelerator.wait_for_everyone()  # nobody reads the report after it is written again
 
     # 3. Category by category
-    of_image = np.asarray(dataset["category"])
-    trained = None if training is None else np.asarray(training["category"])
-    for category in sorted(set(of_image.tolist()) - set(report["results"])):
-        images = dataset.select(np.flatnonzero(of_image == category))
-        limits = (args.resolution, args.pro_fpr_limit, args.batch_size, args.seed)
+    limits = (args.resolution, args.pro_fpr_limit, args.batch_size, args.seed)
+    for category in [name for name in tests if name not in report["results"]]:
+        images, good = tests[category], goods.get(category)
         ours = evaluate_category(pipeline, images, category, accelerator, *limits, args.save_maps)
         for name in baselines:
-            good = training.select(np.flatnonzero(trained == category)) if name == "padim" else None
-            result: dict[str, Any] = {}
-            if good is None or len(good) > 1:  # a covariance takes two
-                result = evaluate_baseline(name, pipeline, good, images, category, accelerator, *limits).result
+            result = evaluate_baseline(name, pipeline, good, images, category, accelerator, *limits)
             report["baselines"][name] = with_mean({**report["baselines"][name], category: result})
         ours.result["image_threshold"] = thresholds(pipeline, category)[0]
         report["results"] = with_mean({**report["results"], category: ours.result})
@@ -535,24 +567,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         }
         if accelerator.is_main_process:
             save_report(report, path)
+
+    # 4. The page
     if accelerator.is_main_process:
-        # 4. The page, with pictures of the cases that tell most
-        cases = {
-            category: draw_cases(
-                pipeline,
-                dataset.select(np.flatnonzero(of_image == category)),
-                records,
-                category,
-                accelerator,
-                args.seed,
-            )
-            for category, records in report["scores"].items()
-        }
-        write_files(path, {".html": render_report_page(report, report["curves"], cases)})
-        save_sheets(cases, path)
-        print(
-            markdown_table(report["results"], report["baselines"]) + f"Report: {path} and {path.with_suffix('.html')}"
-        )
+        save_page(report, pipeline, tests, accelerator, path)
+        print(report_markdown(report) + f"Report: {path} and {path.with_suffix('.html')}")
     accelerator.wait_for_everyone()
     accelerator.end_training()  # a process that exits with its group still open may abort
     return report

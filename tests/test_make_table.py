@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import BACKBONE, texture, tiny_pipeline, write_mvtec, write_png
+from conftest import BACKBONE, STRIDES, texture, tiny_pipeline, write_mvtec, write_png
 from test_pipeline_diad import make_pipeline
 from torch import nn
 
-from diffad.training import tabulate
+from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
+from diffad.training import make_table
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -39,17 +40,17 @@ def write_table(path: Path, rows: list[dict], method: str = "AnomalyDenoise") ->
 def run(table: Path | str, model: Path | None, data: Path, output: Path, *more: object) -> dict[str, dict]:
     """Mean results by row name."""
     arguments = ["--table", table, "--data", data, "--output", output, "--resolution", 32, *more]
-    tabulate.main([str(a) for a in [*arguments, *(["--model", model] if model else [])]])
+    make_table.main([str(a) for a in [*arguments, *(["--model", model] if model else [])]])
     report = json.loads(output.read_text())
     return {row["name"]: row["results"]["mean"] for row in report["rows"]}
 
 
-@pytest.mark.parametrize("name", sorted(p.name.removesuffix(".yaml") for p in tabulate.TABLES.iterdir()))
+@pytest.mark.parametrize("name", sorted(p.name.removesuffix(".yaml") for p in make_table.TABLES.iterdir()))
 def test_every_table_reads(name):
-    table = tabulate.load_table(name)
+    table = make_table.load_table(name)
     names = [row["name"] for row in table["rows"]]
     assert len(set(names)) == len(names) > 1
-    script = tabulate.SCRIPTS[table["method"]]
+    script = make_table.SCRIPTS[table["method"]]
     for row in table["rows"]:
         flags = [f"--{flag}" for flag in row.get("train", {})]
         module = __import__(f"diffad.training.{script}", fromlist=["parse_args"])
@@ -78,9 +79,9 @@ def test_rows_of_one_pass_equal_rows_of_their_own(model, data, tmp_path, capsys)
 
 def test_alphas_share_one_pass_of_the_network(model, data, tmp_path, monkeypatch):
     calls = []
-    forward = tabulate.AnomalyDenoisePipeline.measure_at
+    forward = make_table.AnomalyDenoisePipeline.measure_at
     monkeypatch.setattr(
-        tabulate.AnomalyDenoisePipeline,
+        make_table.AnomalyDenoisePipeline,
         "measure_at",
         lambda self, levels, pixel_values, *rest: (
             calls.append(len(pixel_values)) or forward(self, levels, pixel_values, *rest)
@@ -140,6 +141,19 @@ def test_rows_that_train_their_own_model(data, tmp_path):
     written = weights.stat().st_mtime_ns
     assert run(table, None, data, tmp_path / "t.json") == results  # nothing is trained again
     assert weights.stat().st_mtime_ns == written
+
+
+def test_padim_has_a_row_over_the_features_of_each_model(model, data, tmp_path):
+    torch.manual_seed(7)
+    features = TimmFeatureExtractor.from_backbone(BACKBONE, STRIDES, weights="random")
+    other = AnomalyDenoisePipeline(**{**tiny_pipeline().components, "feature_extractor": features})
+    other.save_pretrained(tmp_path / "t" / "own")  # where the row's own model would be trained
+    rows = [{"name": "given", "baseline": "padim"}, {"name": "own", "baseline": "padim", "train": {}}]
+    results = run(write_table(tmp_path / "t.yaml", rows), model, data, tmp_path / "t.json")
+    assert results["given"]["image_auroc"] >= 0.0
+    assert results["own"]["pixel_pro"] >= 0.0
+    assert results["own"] != results["given"]
+    assert results["PaDiM"] == results["given"]
 
 
 @pytest.mark.parametrize(

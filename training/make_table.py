@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Makes a table of the papers for a model and a data set: one row a setting, PaDiM as the last.
 
-    accelerate launch training/tabulate.py --table alpha --model runs/mine --data DIR --output tables/alpha.json
+    accelerate launch training/make_table.py --table alpha --model runs/mine --data DIR --output tables/alpha.json
 
 `training/configs/tables/` holds the tables. What rows share is done once: all rows of a model that look at the same
 noise levels or the same reconstructions share one pass of the networks, in the calibration as in the test. Every row is
@@ -24,7 +24,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -34,16 +33,19 @@ from diffusers import DiffusionPipeline
 from diffad import AnomalyDenoisePipeline, DiADPipeline, TimmFeatureExtractor
 from diffad.data import load_anomaly_dataset
 from diffad.images import images_to_pixel_values, images_to_tensors
-from diffad.pipelines.anomaly_pipeline import AnomalyPipeline, CalibrationFit, Measurement
+from diffad.model_card import MEAN
+from diffad.pipelines.anomaly_pipeline import AnomalyPipeline, CalibrationFit, Measurement, split_statistics
 from diffad.prediction import image_generator
 from diffad.training.evaluate import (
-    METRIC_TITLES,
-    category_argument,
+    add_evaluation_arguments,
+    category_index,
     command_line,
     describe_machine,
     evaluate_baseline,
     evaluate_detectors,
     load_training_images,
+    markdown_table,
+    split_by_category,
     with_mean,
     write_files,
 )
@@ -53,29 +55,32 @@ METHODS = {"AnomalyDenoise": AnomalyDenoisePipeline, "DiAD": DiADPipeline}
 SCRIPTS = {"AnomalyDenoise": "train_ddpm", "DiAD": "train_diad"}
 # what a row may say beside the pipeline's own settings
 ROW_KEYS = ("name", "calibrated", "backbone", "backbone_weights", "train", "each_category", "all_steps", "baseline")
-# what makes the networks of DiAD give another reconstruction
-SAMPLING = ("num_inference_steps", "strength")
+# rows of a model that agree in these share one evaluation; the last two give DiAD another reconstruction
+SHARED = ("baseline", "num_inference_steps", "strength")
 # what belongs to the model and not to a row
 FIXED = ("processing_resolution", "categories", "image_mean", "image_std")
+# the last row of every table
+PADIM = {"name": "PaDiM", "baseline": "padim"}
 
 
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Makes a table of the papers for a model and a data set.")
-    names = ", ".join(sorted(path.name.removesuffix(".yaml") for path in TABLES.iterdir()))
-    parser.add_argument("--table", required=True, help=f"a table's file, or one of {names}")
+    parser.add_argument("--table", required=True, help=f"a table's file, or one of {table_names()}")
     parser.add_argument("--model", help="folder or Hub id of a pipeline (not for tables whose rows are trained)")
-    parser.add_argument("--train_config", metavar="FILE", help="YAML of flags that rows with models of their own share")
-    parser.add_argument("--data", required=True, help="data set's folder or Hub id, or 'elpv/mono'")
-    parser.add_argument("--dataset", help="force a layout (mvtec_ad, visa, ...)")
-    parser.add_argument("--category", nargs="+", help="only these categories")
+    parser.add_argument(
+        "--train_config",
+        metavar="FILE",
+        help="YAML of flags that rows with models of their own share; --seed goes along",
+    )
+    add_evaluation_arguments(parser)
     parser.add_argument("--output", default="table.json", help="gets the table, and .md beside it (table.json)")
     parser.add_argument("--max_statistics_images", type=int, default=512, help="good images of a calibration (512)")
-    parser.add_argument("--resolution", type=int, default=256, help="pixels a side at which maps meet masks (256)")
-    parser.add_argument("--pro_fpr_limit", type=float, default=0.3, help="of PRO (0.3)")
-    parser.add_argument("--batch_size", type=int, default=16, help="images a batch (16)")
-    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="(accelerate's setting)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise, and of trained rows (0)")
     return parser
+
+
+def table_names() -> str:
+    """The tables that come with the package, as a list to read."""
+    return ", ".join(sorted(path.name.removesuffix(".yaml") for path in TABLES.iterdir()))
 
 
 def load_table(name: str) -> dict[str, Any]:
@@ -87,10 +92,9 @@ def load_table(name: str) -> dict[str, Any]:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else TABLES / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.name.removesuffix(".yaml") for p in TABLES.iterdir()))
-        raise FileNotFoundError(f"--table: there is no table {name!r}. Give a YAML file, or one of {known}.")
+        raise FileNotFoundError(f"--table: there is no table {name!r}. Give a YAML file, or one of {table_names()}.")
     table = load_yaml(path)
-    if not isinstance(table, dict) or not {"title", "method", "rows"} <= set(table):
+    if not isinstance(table, dict) or not all(table.get(name) for name in ("title", "method", "rows")):
         raise ValueError(f"--table: {path} must set title, method and rows.")
     if table["method"] not in METHODS:
         raise ValueError(f"--table: method must be one of {', '.join(METHODS)} in {path}, not {table['method']!r}.")
@@ -111,13 +115,18 @@ def load_table(name: str) -> dict[str, Any]:
         for mistake, made in mistakes.items():
             if made:
                 raise ValueError(f"--table: a row of {path} {mistake}. A row takes {', '.join(sorted(known))}.")
-    names = [row["name"] for row in table["rows"]]
+    names = [row["name"] for row in (*table["rows"], PADIM)]
     if len(set(names)) < len(names):
-        raise ValueError(f"--table: two rows of {path} have the same name.")
+        raise ValueError(f"--table: two rows of {path} have the same name, or one is called PaDiM, as the last row is.")
     return table
 
 
 def load_yaml(path: Path | Any) -> dict[str, Any]:
+    """What a file says; {} where it is empty.
+
+    Raises:
+        ValueError: it is not YAML.
+    """
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
@@ -147,11 +156,6 @@ def row_pipeline(model: AnomalyPipeline, row: dict[str, Any], device: torch.devi
     pipeline = type(model)(**components, **{**kept, **changed})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def shared_work(row: dict[str, Any]) -> tuple:
-    """Rows of equal keys share one pass of the networks."""
-    return tuple(row.get(name) for name in SAMPLING)
 
 
 def measure_rows(
@@ -188,29 +192,29 @@ def calibrate_rows(
     accelerator: Accelerator,
     batch_size: int,
     seed: int,
-) -> list[Any]:
-    """A calibration, without thresholds, for each row: residuals from one half of the images, maps from the other.
+) -> None:
+    """Gives each row's pipeline a calibration, without thresholds.
 
     Every process takes all images, so that no number depends on how many there are.
     """
     fits = [CalibrationFit(pipeline, category, 1, 0.5) for pipeline in pipelines]
-    halves = [range(0, len(good) // 2), range(len(good) // 2, len(good))]
-    if not any(pipeline.measures_residual for pipeline in pipelines):
-        halves = [range(0), range(len(good))]
-    for part, indices in enumerate(halves):
-        for start in range(indices.start, indices.stop, batch_size):
-            chosen = range(start, min(start + batch_size, indices.stop))
+    measures_residual = any(pipeline.measures_residual for pipeline in pipelines)
+    shares = split_statistics(len(good), measures_residual)
+    for share in shares:
+        for start in range(0, len(share), batch_size):
+            chosen = share[start : start + batch_size]
             pixel_values = to_pixel_values((good[i]["image"] for i in chosen), pipelines[0], accelerator.device)
             of_category = torch.full((len(chosen),), category, device=accelerator.device)
             generators = [image_generator(seed, i) for i in chosen]
             with accelerator.autocast():
                 measurements = measure_rows(pipelines, pixel_values, of_category, generators)
                 for fit, measurement in zip(fits, measurements, strict=True):
-                    if part == 1:
-                        fit.add_maps(measurement)
-                    elif fit.pipeline.measures_residual:
+                    if fit.pipeline.measures_residual and share is not shares[-1]:
                         fit.add_residual(measurement)
-    return [fit.set_map_statistics() for fit in fits]
+                    else:
+                        fit.add_maps(measurement)
+    for fit in fits:
+        fit.pipeline.register_modules(calibration=fit.set_map_statistics())
 
 
 def evaluate_rows(
@@ -222,25 +226,27 @@ def evaluate_rows(
     accelerator: Accelerator,
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    """Metrics of rows that share one pass of a model's networks, on one category."""
+    """Metrics of rows of a model that share their work (see `SHARED`), on one category.
+
+    Raises:
+        ValueError: there are too few good training images to calibrate the rows with.
+    """
+    limits = (args.resolution, args.pro_fpr_limit, args.batch_size)
+    if "baseline" in rows[0]:
+        result = evaluate_baseline(rows[0]["baseline"], model, good, images, category, accelerator, *limits, args.seed)
+        return [result] * len(rows)
     pipelines = [row_pipeline(model, row, accelerator.device) for row in rows]
-    index = int(model.category_index(category_argument(model, category).get("category"), 1)[0])
-    calibrations: list[Any] = [None] * len(rows)
-    chosen = [i for i, row in enumerate(rows) if row.get("calibrated", True)]
-    if chosen:
+    index = category_index(model, category)
+    calibrated = [pipeline for pipeline, row in zip(pipelines, rows, strict=True) if row.get("calibrated", True)]
+    if calibrated:
         if good is None or len(good) < 2:
             raise ValueError(
                 f"--data: {args.data} has no good training images of {category} to calibrate the rows with. Add them, "
                 "or set `calibrated: false` in the table."
             )
-        statistics = good
         if len(good) > args.max_statistics_images:
-            statistics = good.shuffle(seed=args.seed).select(range(args.max_statistics_images))
-        fitted = calibrate_rows(
-            [pipelines[i] for i in chosen], statistics, index, accelerator, args.batch_size, args.seed
-        )
-        for i, calibration in zip(chosen, fitted, strict=True):
-            calibrations[i] = calibration
+            good = good.shuffle(seed=args.seed).select(range(args.max_statistics_images))
+        calibrate_rows(calibrated, good, index, accelerator, args.batch_size, args.seed)
 
     def detect(pictures: list[Any], places: list[int]) -> list[SimpleNamespace]:
         pixel_values = to_pixel_values(pictures, pipelines[0], accelerator.device)
@@ -248,14 +254,12 @@ def evaluate_rows(
         generators = [image_generator(args.seed, i) for i in places]
         outputs = []
         measurements = measure_rows(pipelines, pixel_values, indices, generators)
-        for pipeline, calibration, measurement in zip(pipelines, calibrations, measurements, strict=True):
-            anomaly_map = pipeline.anomaly_maps(measurement, indices, calibration)
+        for pipeline, measurement in zip(pipelines, measurements, strict=True):
+            anomaly_map = pipeline.anomaly_maps(measurement, indices, pipeline.calibration)
             outputs.append(SimpleNamespace(anomaly_map=anomaly_map, anomaly_score=pipeline.image_scores(anomaly_map)))
         return outputs
 
-    evaluations = evaluate_detectors(
-        detect, len(rows), images, category, accelerator, args.resolution, args.pro_fpr_limit, args.batch_size
-    )
+    evaluations = evaluate_detectors(detect, len(rows), images, category, accelerator, *limits)
     return [evaluation.result for evaluation in evaluations]
 
 
@@ -300,23 +304,32 @@ def train_row(
     return folder
 
 
+def row_folders(
+    table: dict[str, Any], row: dict[str, Any], categories: Sequence[str], args: argparse.Namespace
+) -> dict[str, str | Path]:
+    """The model that a row has for each category, as its folder or Hub id; trained now where it is the row's own."""
+    if "train" not in row:
+        return dict.fromkeys(categories, args.model)
+    if not row.get("each_category"):
+        return dict.fromkeys(categories, train_row(table, row, None, len(categories), args))
+    return {category: train_row(table, row, category, len(categories), args) for category in categories}
+
+
 # -- the table ---------------------------------------------------------------------------------------------------
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """Title, source, and a row for each setting: its metrics, averaged over categories, in percent."""
-    rows = table["rows"]
-    names = [name for name in METRIC_TITLES if any(row["results"]["mean"].get(name) is not None for row in rows)]
-    lines = [f"{table['title']}", "", f"Source: {table['source']}. Data: {table['data']}.", ""]
-    lines += ["| row | " + " | ".join(METRIC_TITLES[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
-    for row in rows:
-        mean = row["results"]["mean"]
-        cells = ["" if mean.get(name) is None else f"{100.0 * mean[name]:.1f}" for name in names]
-        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    """Title, source, and a row for each setting: its metrics, averaged over categories."""
+    heading = f"{table['title']}\n\nSource: {table['source']}. Data: {table['data']}.\n\n"
+    return heading + markdown_table({row["name"]: row["results"][MEAN] for row in table["rows"]}, "row")
 
 
 def load_model(path: str | Path, method: str, device: torch.device) -> AnomalyPipeline:
+    """A saved pipeline on its device.
+
+    Raises:
+        ValueError: it is not of `method`.
+    """
     pipeline = DiffusionPipeline.from_pretrained(path)
     if not isinstance(pipeline, METHODS[method]):
         raise ValueError(f"--model: this table is about {method}, but {path} holds a {type(pipeline).__name__}.")
@@ -330,64 +343,45 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     table = load_table(args.table)
     if Path(args.output).suffix != ".json":
         raise ValueError(f"--output must end in .json, but is {args.output}.")
-    trained = [row for row in table["rows"] if "train" in row]
-    if args.model is None and len(trained) < len(table["rows"]):
+    if args.model is None and not all("train" in row for row in table["rows"]):
         raise ValueError("--model is needed: not every row of this table trains its own.")
 
     # 1. Data, and the models that rows train for themselves
     images = load_anomaly_dataset(args.data, split="test", category=args.category, dataset=args.dataset)
-    of_image = np.asarray(images["category"])
-    categories = sorted(set(of_image.tolist()))
-    folders: dict[tuple[str, str], Path | str] = {}
-    for row in table["rows"]:
-        for category in categories:
-            own = category if row.get("each_category") else None
-            folder = train_row(table, row, own, len(categories), args) if row in trained else args.model
-            folders[row["name"], category] = folder
+    tests = split_by_category(images)
+    folders = [row_folders(table, row, list(tests), args) for row in table["rows"]]
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     args.mixed_precision = accelerator.mixed_precision  # also where accelerate's own settings say so
-    good = load_training_images(args.data, args.category, args.dataset, images, accelerator)
-    of_good = None if good is None else np.asarray(good["category"])
+    goods = split_by_category(load_training_images(args.data, args.category, args.dataset, images, accelerator))
 
     # 2. Model by model, category by category; rows that share the networks' work together
-    results: dict[str, dict[str, Any]] = {row["name"]: {} for row in table["rows"]}
-    padim: dict[str, Any] = {}
-    limits = (args.resolution, args.pro_fpr_limit, args.batch_size, args.seed)
-    for folder in dict.fromkeys(folders.values()):
+    rows = [*table["rows"], PADIM]
+    folders.append(folders[0])  # PaDiM looks at the features that the first row does
+    results: list[dict[str, Any]] = [{} for _ in rows]
+    for folder in dict.fromkeys(folder for of_category in folders for folder in of_category.values()):
         model = load_model(folder, table["method"], accelerator.device)
-        for category in categories:
-            of_model = [row for row in table["rows"] if folders[row["name"], category] == folder]
-            test = images.select(np.flatnonzero(of_image == category))
-            training = None if good is None else good.select(np.flatnonzero(of_good == category))
-            plain = [row for row in of_model if "baseline" not in row]
-            for work in dict.fromkeys(map(shared_work, plain)):
-                group = [row for row in plain if shared_work(row) == work]
-                evaluated = evaluate_rows(model, group, training, test, category, accelerator, args)
-                for row, result in zip(group, evaluated, strict=True):
-                    results[row["name"]][category] = result
-            for name in [row["baseline"] for row in of_model if "baseline" in row] + ["padim"]:
-                if name == "padim" and category in padim:
-                    continue
-                result = {}
-                if name != "padim" or (training is not None and len(training) > 1):  # a covariance takes two
-                    result = evaluate_baseline(name, model, training, test, category, accelerator, *limits).result
-                if name == "padim":
-                    padim[category] = result
-                for row in of_model:
-                    if row.get("baseline") == name:
-                        results[row["name"]][category] = result
+        for category, test in tests.items():
+            groups: dict[tuple, list[int]] = {}
+            for i, row in enumerate(rows):
+                if folders[i][category] == folder:
+                    groups.setdefault(tuple(row.get(name) for name in SHARED), []).append(i)
+            for group in groups.values():
+                of_group = [rows[i] for i in group]
+                evaluated = evaluate_rows(model, of_group, goods.get(category), test, category, accelerator, args)
+                for i, result in zip(group, evaluated, strict=True):
+                    results[i][category] = result
 
     # 3. The table
-    rows = [
+    entries = [
         {
             "name": row["name"],
             "settings": {name: value for name, value in row.items() if name != "name"},
-            "results": with_mean(results[row["name"]]),
+            "results": with_mean(of_category),
         }
-        for row in table["rows"]
+        for row, of_category in zip(rows, results, strict=True)
     ]
-    if any(padim.values()):
-        rows.append({"name": "PaDiM", "settings": {"baseline": "padim"}, "results": with_mean(padim)})
+    if not any(results[-1].values()):
+        entries.pop()
     report = {
         "title": table["title"],
         "source": table.get("source", "none of the papers"),
@@ -397,10 +391,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "resolution": args.resolution,
         "pro_fpr_limit": args.pro_fpr_limit,
         "mixed_precision": accelerator.mixed_precision,
-        "command": command_line("diffad.training.tabulate", args, parser),
+        "command": command_line("diffad.training.make_table", args, parser),
         "processes": accelerator.num_processes,
         "machine": describe_machine(),
-        "rows": rows,
+        "rows": entries,
     }
     if accelerator.is_main_process:
         path = Path(args.output)
