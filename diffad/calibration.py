@@ -27,10 +27,10 @@ PRIOR_IMAGES = 8.0
 # Share of the identity in the correlations of the feature residual.
 RIDGE = 0.05
 
-# Most cells a side that have a covariance of their own, see `covariance_grid`; and how many are factorised together,
-# which bounds the memory of float64 copies.
-COVARIANCE_GRID = 16
-CELLS_AT_ONCE = 64
+# Most places that have a covariance of their own, see `residual_grid`; and how many are factorised together, which
+# bounds the memory of float64 copies.
+RESIDUAL_PLACES = 1024
+PLACES_AT_ONCE = 64
 
 
 class MomentSums:
@@ -72,70 +72,56 @@ class MomentSums:
         return shrink(variance, self.count, prior_images).sqrt()
 
 
-def covariance_grid(size: tuple[int, int]) -> tuple[int, int]:
-    """Cells, (rows, columns), that share a covariance on a residual map of `size`: its largest divisors up to 16.
+def residual_grid(size: tuple[int, int], num_categories: int = 1) -> tuple[int, int]:
+    """Rows and columns of the places that have a covariance of their own, of a residual map of `size`.
 
-    A covariance takes C (C + 1) / 2 numbers. At most 16 x 16 of them bound a calibration to 16 MB for 176 channels,
-    whatever the map's size; on held-out good images against synthetic defects a finer grid found no more.
+    A covariance takes C (C + 1) / 2 numbers. At most 32 x 32 places in all categories together bound a calibration to
+    64 MB for 176 channels, whatever the map's size. The sides are divisors of the map's, so a place is a whole number
+    of positions, over which the residual is averaged: on held-out good images against synthetic defects that was worth
+    more than a covariance that positions share.
     """
-    return tuple(max(d for d in range(1, COVARIANCE_GRID + 1) if side % d == 0) for side in size)
-
-
-def to_cells(residual: torch.Tensor) -> torch.Tensor:
-    """Groups the positions of a residual (N, C, h, w) by cell, (N, m, C, P), m positions in each of P cells."""
-    rows, columns = covariance_grid(residual.shape[-2:])
-    n, c, h, w = residual.shape
-    cells = residual.view(n, c, rows, h // rows, columns, w // columns)
-    return cells.permute(0, 3, 5, 1, 2, 4).reshape(n, -1, c, rows * columns)
-
-
-def from_cells(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Puts values (N, m, P) of grouped positions back in their places, (N, h, w); the inverse of `to_cells`."""
-    rows, columns = covariance_grid(size)
-    n, h, w = len(values), *size
-    cells = values.view(n, h // rows, w // columns, rows, columns)
-    return cells.permute(0, 3, 1, 4, 2).reshape(n, h, w)
+    most = max(1, math.isqrt(RESIDUAL_PLACES // num_categories))
+    return tuple(max(d for d in range(1, most + 1) if side % d == 0) for side in size)
 
 
 def residual_gaussian(
-    moments: FeatureMoments, num_images: int, grid: tuple[int, int], prior_images: float = PRIOR_IMAGES
+    moments: FeatureMoments, grid: tuple[int, int], prior_images: float = PRIOR_IMAGES
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A Gaussian of the feature residual in every cell, from sums over good images.
+    """A Gaussian of the feature residual at every place, from sums over good images.
 
     Few images leave most of a covariance to chance, so each statistic is shrunk towards what needs fewer numbers, as if
     `prior_images` images had shown it: means towards 0, where a denoiser's residual should be; variances towards their
-    average over the cells; correlations towards theirs. A ridge keeps directions that no image has shown finite.
+    average over the places; correlations towards theirs. A ridge keeps directions that no image has shown finite.
 
     Args:
-        moments: sums over (N, C, P).
-        num_images: n. Positions of one cell count as one: neighbours repeat each other.
-        grid: rows and columns of the cells, P in all.
+        moments: sums over residuals (N, C, P).
+        grid: rows and columns of the P places.
         prior_images: what each prior counts for.
 
     Returns:
         The means, (P, C), and the whitening, (P, C (C + 1) / 2): the lower triangle, row by row, of the matrix W for
         which W^T W is the covariance's inverse. Both float64.
     """
-    num_cells, num_channels = moments.total.shape
-    weight = num_images / (num_images + prior_images)
+    num_places, num_channels = moments.total.shape
+    weight = moments.count / (moments.count + prior_images)
     mean = weight * moments.mean()  # (P, C)
 
-    def covariance(cells: slice) -> torch.Tensor:  # about the shrunk mean, (P', C, C)
-        raw, shrunk = moments.mean()[cells], mean[cells]
+    def covariance(places: slice) -> torch.Tensor:  # about the shrunk mean, (P', C, C)
+        raw, shrunk = moments.mean()[places], mean[places]
         offset = raw - shrunk
-        products = moments.total_of_products[cells] / moments.count
+        products = moments.total_of_products[places] / moments.count
         return products - raw[:, :, None] * raw[:, None, :] + offset[:, :, None] * offset[:, None, :]
 
-    parts = [slice(start, start + CELLS_AT_ONCE) for start in range(0, num_cells, CELLS_AT_ONCE)]
+    parts = [slice(start, start + PLACES_AT_ONCE) for start in range(0, num_places, PLACES_AT_ONCE)]
     variance = torch.cat([covariance(part).diagonal(dim1=1, dim2=2) for part in parts])  # (P, C)
-    variance = shrink(variance.mT.unflatten(1, grid), num_images, prior_images).flatten(1).mT
+    variance = shrink(variance.mT.unflatten(1, grid), moments.count, prior_images).flatten(1).mT
     deviation = variance.sqrt()
 
-    def correlation(cells: slice) -> torch.Tensor:
-        return covariance(cells) / (deviation[cells, :, None] * deviation[cells, None, :])
+    def correlation(places: slice) -> torch.Tensor:
+        return covariance(places) / (deviation[places, :, None] * deviation[places, None, :])
 
     identity = torch.eye(num_channels, dtype=torch.float64, device=mean.device)
-    average = sum(correlation(part).sum(dim=0) for part in parts) / num_cells  # (C, C)
+    average = sum(correlation(part).sum(dim=0) for part in parts) / num_places  # (C, C)
     average = average.where(identity == 0, 1.0)
     lower = identity.new_ones(num_channels, num_channels).tril().bool()
     whitening = []
@@ -195,13 +181,14 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     Args:
         num_categories: K.
         map_shape: (S, H, W): S score maps (one for each noise level and kind of score) of H x W pixels.
-        residual_shape: (C, h, w) of the feature residual, or None for methods without one.
+        residual_shape: (C, rows, columns) of the feature residual on its grid (`residual_grid`), or None for methods
+            without one.
         num_scores: n, the most held-out good images of any category.
         false_alarm_rate: the rate at which the thresholds were set.
 
     Attributes:
         map_mean, map_std: (K, S, H, W), of the smoothed maps over good images.
-        residual_mean: (K, P, C), mean of the feature residual over good images in P cells of its map.
+        residual_mean: (K, P, C), mean of the feature residual over good images at P places.
         residual_whitening: (K, P, C (C + 1) / 2), lower triangles: with them the residual's channels become
             uncorrelated, of variance 1 (`residual_gaussian`).
         normal_scores: (K, n), held-out good images' scores, ascending, padded with NaN.
@@ -232,11 +219,11 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
         self.register_buffer("map_std", torch.ones(num_categories, *map_shape))
         if residual_shape is not None:
-            num_channels, *size = residual_shape
-            cells = math.prod(covariance_grid(tuple(size)))
+            num_channels, rows, columns = residual_shape
+            places = rows * columns
             identity = torch.eye(num_channels)[torch.ones(num_channels, num_channels).tril().bool()]
-            self.register_buffer("residual_mean", torch.zeros(num_categories, cells, num_channels))
-            self.register_buffer("residual_whitening", identity.repeat(num_categories, cells, 1))
+            self.register_buffer("residual_mean", torch.zeros(num_categories, places, num_channels))
+            self.register_buffer("residual_whitening", identity.repeat(num_categories, places, 1))
         else:
             self.residual_mean = self.residual_whitening = None
         self._dense_whitening: dict[int, torch.Tensor] = {}
@@ -267,26 +254,22 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         a mean of squares and much to this.
 
         Args:
-            residual: (N, C, h, w).
+            residual: (N, C, h, w), averaged over the positions of each place.
             category: (N,) integers.
 
         Returns:
-            (N, h, w) float32, a little below 1 on average for a good image (the ridge takes some).
+            (N, rows, columns) float32, a little below 1 on average for a good image (the ridge takes some).
         """
-        size = tuple(self.config.residual_shape[1:])
-        if residual.shape[-2:] != size:  # another processing resolution than the calibrated one
-            residual = F.interpolate(residual, size, mode="bilinear")
-        cells = to_cells(residual.float())  # (N, m, C, P)
-        distance = cells.new_empty(cells.shape[:2] + cells.shape[3:])  # (N, m, P)
+        grid = tuple(self.config.residual_shape[1:])
+        residual = F.adaptive_avg_pool2d(residual.float(), grid).flatten(2)  # (N, C, P)
+        distance = residual.new_empty(len(residual), residual.shape[2])  # (N, P)
         with torch.autocast(residual.device.type, enabled=False):
             for index in set(category.tolist()):
                 chosen = category == index
-                mean = self.residual_mean[index][:, :, None, None]
-                centered = cells[chosen].permute(3, 2, 0, 1) - mean  # (P, C, N', m)
-                whitened = self._whitening(index) @ centered.flatten(2)  # (P, C, N' * m)
-                squared = whitened.square_().mean(dim=1).unflatten(1, centered.shape[2:])  # (P, N', m)
-                distance[chosen] = squared.permute(1, 2, 0)
-        return from_cells(distance, size)
+                centered = residual[chosen].permute(2, 1, 0) - self.residual_mean[index][:, :, None]  # (P, C, N')
+                whitened = self._whitening(index) @ centered
+                distance[chosen] = whitened.square_().mean(dim=1).mT
+        return distance.unflatten(1, grid)
 
     def _whitening(self, category: int) -> torch.Tensor:
         """One category's triangles as matrices, (P, C, C); made once, as that takes as long as their product."""

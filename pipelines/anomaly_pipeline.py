@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput, logging
 from huggingface_hub import CommitInfo, create_repo, file_exists
@@ -20,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from torch.utils.data import Subset
 
-from diffad.calibration import MomentSums, ScoreCalibration, covariance_grid, residual_gaussian, to_cells
+from diffad.calibration import MomentSums, ScoreCalibration, residual_gaussian, residual_grid
 from diffad.images import images_to_pixel_values, images_to_tensors, resize_images
 from diffad.model_card import CARD_NAME, copy_records, render_model_card
 from diffad.models.feature_extractor import TimmFeatureExtractor
@@ -516,7 +517,6 @@ class CalibrationFit:
         self.pipeline, self.category = pipeline, category
         self.num_scores, self.false_alarm_rate = num_scores, false_alarm_rate
         self.residual_moments: FeatureMoments | None = None
-        self.num_residuals = 0  # images
         self.map_moments = MomentSums()
         self.calibration: ScoreCalibration | None = None
         self.scores: list[torch.Tensor] = []
@@ -526,11 +526,10 @@ class CalibrationFit:
             self.passes.insert(0, self.add_residual)
 
     def add_residual(self, measurement: Measurement) -> None:
-        cells = to_cells(measurement.residual.mean(dim=1))  # (N, m, C, P)
+        residual = F.adaptive_avg_pool2d(measurement.residual.mean(dim=1), self._grid(measurement)).flatten(2)
         if self.residual_moments is None:
-            self.residual_moments = FeatureMoments(cells.shape[3], cells.shape[2], cells.device)
-        self.residual_moments.update(cells.flatten(0, 1))
-        self.num_residuals += len(cells)
+            self.residual_moments = FeatureMoments(residual.shape[2], residual.shape[1], residual.device)
+        self.residual_moments.update(residual)  # (N, C, P)
 
     def add_maps(self, measurement: Measurement) -> None:
         if self.calibration is None:
@@ -557,12 +556,17 @@ class CalibrationFit:
     def _indices(self, measurement: Measurement) -> torch.Tensor:
         return torch.full((len(measurement.maps),), self.category, device=measurement.maps.device)
 
+    def _grid(self, measurement: Measurement) -> tuple[int, int]:
+        return residual_grid(measurement.residual.shape[-2:], len(self.pipeline.config.categories or ["default"]))
+
     def _new_calibration(self, measurement: Measurement) -> ScoreCalibration:
         """An empty calibration of the measurement's shapes, with the other categories' statistics kept."""
         pipeline = self.pipeline
         num_categories = len(pipeline.config.categories or ["default"])
         previous = pipeline.calibration if num_categories > 1 else None
-        residual_shape = None if measurement.residual is None else tuple(measurement.residual.shape[2:])
+        residual_shape = None
+        if measurement.residual is not None:
+            residual_shape = (measurement.residual.shape[2], *self._grid(measurement))
         num_maps = measurement.maps.shape[1] + (residual_shape is not None)  # the residual's distance is a map, too
         calibration = ScoreCalibration(
             num_categories=num_categories,
@@ -575,7 +579,7 @@ class CalibrationFit:
             for name, values in previous.named_buffers():
                 getattr(calibration, name)[..., : values.shape[-1]] = values
         if residual_shape is not None:
-            gaussian = residual_gaussian(self.residual_moments, self.num_residuals, covariance_grid(residual_shape[1:]))
+            gaussian = residual_gaussian(self.residual_moments, residual_shape[1:])
             calibration.set_residual_gaussian(self.category, *gaussian)
             self.residual_moments = None  # larger than all else here
         return calibration

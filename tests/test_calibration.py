@@ -15,11 +15,9 @@ from diffad.calibration import (
     RIDGE,
     MomentSums,
     conformal_threshold,
-    covariance_grid,
-    from_cells,
     residual_gaussian,
+    residual_grid,
     shrink,
-    to_cells,
 )
 from diffad.models.gaussian_feature_model import FeatureMoments
 
@@ -243,29 +241,27 @@ def residuals(count: int, seed: int = 0, spread: float = 1.0, size: tuple[int, i
 
 
 def fitted(calibration: ScoreCalibration, category: int, good: torch.Tensor, batch_size: int = 50) -> ScoreCalibration:
-    grid = covariance_grid(good.shape[-2:])
+    grid = good.shape[-2:]
     moments = FeatureMoments(grid[0] * grid[1], good.shape[1])
     for batch in good.split(batch_size):
-        moments.update(to_cells(batch).flatten(0, 1))
-    calibration.set_residual_gaussian(category, *residual_gaussian(moments, len(good), grid))
+        moments.update(batch.flatten(2))
+    calibration.set_residual_gaussian(category, *residual_gaussian(moments, grid))
     return calibration
 
 
 @pytest.mark.parametrize(
-    ("size", "grid"), [((16, 16), (16, 16)), ((32, 64), (16, 16)), ((24, 7), (12, 7)), ((1, 34), (1, 2))]
+    ("size", "num_categories", "grid"),
+    [
+        ((32, 32), 1, (32, 32)),
+        ((64, 96), 1, (32, 32)),
+        ((32, 32), 2, (16, 16)),
+        ((28, 20), 3, (14, 10)),
+        ((7, 34), 1, (7, 17)),
+        ((8, 8), 5000, (1, 1)),
+    ],
 )
-def test_cells_group_neighbours_and_give_them_back(size, grid):
-    assert covariance_grid(size) == grid
-    rows = torch.arange(size[0]).view(-1, 1).expand(size)
-    columns = torch.arange(size[1]).expand(size)
-    residual = torch.stack([rows, columns]).float()[None].repeat(2, 1, 1, 1)  # (2, 2, h, w): where each position is
-    residual[1] += 1000.0
-    cells = to_cells(residual)
-    assert cells.shape == (2, size[0] * size[1] // (grid[0] * grid[1]), 2, grid[0] * grid[1])
-    for axis in (0, 1):  # a cell's positions lie together
-        extent = cells[:, :, axis].amax(dim=1) - cells[:, :, axis].amin(dim=1)
-        assert (extent == size[axis] // grid[axis] - 1).all()
-    assert torch.equal(from_cells(cells[:, :, 1], size), residual[:, 1])
+def test_the_grid_divides_the_map_and_is_bounded(size, num_categories, grid):
+    assert residual_grid(size, num_categories) == grid
 
 
 def test_the_distance_is_mahalanobis_with_enough_images():
@@ -283,16 +279,15 @@ def test_the_distance_is_mahalanobis_with_enough_images():
         np.testing.assert_allclose(distance[:, row, column], expected, rtol=0.01)
 
 
-@pytest.mark.parametrize("size", [(4, 5), (32, 34)])
-def test_good_images_lie_at_a_distance_of_one_at_every_place_and_category(size):
-    calibration = ScoreCalibration(2, (1, *size), (3, *size))
-    fitted(calibration, 0, residuals(500, size=size))
-    fitted(calibration, 1, residuals(500, spread=20.0, size=size))
+def test_good_images_lie_at_a_distance_of_one_at_every_place_and_category():
+    calibration = ScoreCalibration(2, (1, 4, 5), (3, 4, 5))
+    fitted(calibration, 0, residuals(500))
+    fitted(calibration, 1, residuals(500, spread=20.0))
     category = torch.tensor([1, 0] * 150)
     new = torch.where(
         category.bool()[:, None, None, None],
-        residuals(300, seed=7, spread=20.0, size=size),
-        residuals(300, seed=8, size=size),
+        residuals(300, seed=7, spread=20.0),
+        residuals(300, seed=8),
     )
     distance = calibration.residual_distance(new, category)
     for index in (0, 1):
@@ -303,7 +298,7 @@ def test_good_images_lie_at_a_distance_of_one_at_every_place_and_category(size):
 
 def test_a_deviation_against_the_habit_of_the_channels_counts_more():
     calibration = fitted(ScoreCalibration(1, (1, 4, 5), (3, 4, 5)), 0, residuals(1000))
-    mean = from_cells(calibration.residual_mean.permute(2, 0, 1), (4, 5))[None]  # (1, C, h, w)
+    mean = calibration.residual_mean.mT.unflatten(2, (4, 5))  # (1, C, h, w)
     along, against = mean.clone(), mean.clone()
     along[:, 0] += 1.0
     against[:, 0] += 1.0
@@ -341,8 +336,9 @@ def test_another_resolution_reads_the_statistics_between_the_pixels():
     category = torch.tensor([0])
     normalized = calibration.normalize(torch.full((1, 1, 9, 6), 10.0), category)
     torch.testing.assert_close(normalized, torch.full((1, 1, 9, 6), 2.0))
-    distance = calibration.residual_distance(torch.ones(1, 2, 5, 3), category)
-    torch.testing.assert_close(distance, torch.full((1, 2, 2), 4.0))
+    for size in ((5, 3), (1, 1), (4, 4)):
+        distance = calibration.residual_distance(torch.ones(1, 2, *size), category)
+        torch.testing.assert_close(distance, torch.full((1, 2, 2), 4.0))
 
 
 # -- float32, always ---------------------------------------------------------------------------------------------
