@@ -27,9 +27,9 @@ PRIOR_IMAGES = 8.0
 # Share of the identity in the correlations of the feature residual.
 RIDGE = 0.05
 
-# Most places that have a covariance of their own, see `residual_grid`; and how many are factorised together, which
-# bounds the memory of float64 copies.
-RESIDUAL_PLACES = 1024
+# How many numbers the covariances may take, 64 MB in float32, see `residual_grid`; and how many places are factorised
+# together, which bounds the memory of float64 copies.
+COVARIANCE_NUMBERS = 2**24
 PLACES_AT_ONCE = 64
 
 
@@ -72,15 +72,16 @@ class MomentSums:
         return shrink(variance, self.count, prior_images).sqrt()
 
 
-def residual_grid(size: tuple[int, int], num_categories: int = 1) -> tuple[int, int]:
+def residual_grid(size: tuple[int, int], num_channels: int, num_categories: int = 1) -> tuple[int, int]:
     """Rows and columns of the places that have a covariance of their own, of a residual map of `size`.
 
-    A covariance takes C (C + 1) / 2 numbers. At most 32 x 32 places in all categories together bound a calibration to
-    64 MB for 176 channels, whatever the map's size. The sides are divisors of the map's, so a place is a whole number
-    of positions, over which the residual is averaged: on held-out good images against synthetic defects that was worth
-    more than a covariance that positions share.
+    A covariance takes C (C + 1) / 2 numbers; those of all places and categories together are bounded, whatever the
+    map's size: to 32 x 32 places for 176 channels, to 3 x 3 for ResNet-50's 1,792. The sides are divisors of the map's,
+    so a place is a whole number of positions, over which the residual is averaged: on held-out good images against
+    synthetic defects that was worth more than a covariance that positions share.
     """
-    most = max(1, math.isqrt(RESIDUAL_PLACES // num_categories))
+    places = COVARIANCE_NUMBERS // (num_categories * num_channels * (num_channels + 1) // 2)
+    most = max(1, math.isqrt(places))
     return tuple(max(d for d in range(1, most + 1) if side % d == 0) for side in size)
 
 

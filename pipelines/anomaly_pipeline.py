@@ -557,7 +557,8 @@ class CalibrationFit:
         return torch.full((len(measurement.maps),), self.category, device=measurement.maps.device)
 
     def _grid(self, measurement: Measurement) -> tuple[int, int]:
-        return residual_grid(measurement.residual.shape[-2:], len(self.pipeline.config.categories or ["default"]))
+        num_channels, *size = measurement.residual.shape[2:]
+        return residual_grid(tuple(size), num_channels, len(self.pipeline.config.categories or ["default"]))
 
     def _new_calibration(self, measurement: Measurement) -> ScoreCalibration:
         """An empty calibration of the measurement's shapes, with the other categories' statistics kept."""

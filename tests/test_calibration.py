@@ -250,18 +250,20 @@ def fitted(calibration: ScoreCalibration, category: int, good: torch.Tensor, bat
 
 
 @pytest.mark.parametrize(
-    ("size", "num_categories", "grid"),
+    ("size", "num_channels", "num_categories", "grid"),
     [
-        ((32, 32), 1, (32, 32)),
-        ((64, 96), 1, (32, 32)),
-        ((32, 32), 2, (16, 16)),
-        ((28, 20), 3, (14, 10)),
-        ((7, 34), 1, (7, 17)),
-        ((8, 8), 5000, (1, 1)),
+        ((32, 32), 176, 1, (32, 32)),
+        ((64, 96), 176, 1, (32, 32)),
+        ((32, 32), 176, 2, (16, 16)),
+        ((28, 20), 176, 3, (14, 10)),
+        ((7, 34), 176, 1, (7, 17)),
+        ((64, 64), 1792, 1, (2, 2)),
+        ((64, 64), 20, 1, (64, 64)),
+        ((8, 8), 1792, 500, (1, 1)),
     ],
 )
-def test_the_grid_divides_the_map_and_is_bounded(size, num_categories, grid):
-    assert residual_grid(size, num_categories) == grid
+def test_the_grid_divides_the_map_and_is_bounded(size, num_channels, num_categories, grid):
+    assert residual_grid(size, num_channels, num_categories) == grid
 
 
 def test_the_distance_is_mahalanobis_with_enough_images():
