@@ -338,7 +338,7 @@ class AnomalyPipeline(DiffusionPipeline):
         num_images = len(images)
         sets = 2 if self.measures_residual else 1  # before the scores, as in `CalibrationFit.passes`
         if statistics_images is None:
-            thresholds = range(sets, len(images), sets + 1)
+            thresholds = range(0, len(images), sets + 1)
             statistics_images = Subset(images, sorted(set(range(len(images))) - set(thresholds)))
             images = Subset(images, thresholds)
         # views that read one image at a time; a slice of a data set's column would decode all of it

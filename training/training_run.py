@@ -504,7 +504,7 @@ def finish(
             images_of(held_out)["image"],
             statistics_images=statistics["image"],
             false_alarm_rate=args.false_alarm_rate,
-            category=category,
+            category=category if len(categories) > 1 else None,
             generator=generator,
         )
     remove_reports(args.output_dir)  # they speak of the weights that were here before
@@ -520,7 +520,7 @@ def save_examples(pipeline: Any, held_out: Dataset, args: argparse.Namespace) ->
     """Held-out images beside their overlays, for the model's card: on good ones nothing should light up."""
     for i in range(min(args.num_example_images, len(held_out))):
         picture = np.asarray(image_to_rgb(held_out[i]["image"]))
-        category = held_out[i]["category"]
+        category = held_out[i]["category"] if len(pipeline.config.categories or []) > 1 else None
         output = pipeline(picture, category=category, generator=torch.Generator().manual_seed(args.seed))
         threshold = float(pipeline.calibration.pixel_threshold[pipeline.category_index(category, 1)[0]])
         sheet = beside_overlay(picture, output.anomaly_map[0], output.anomaly_mask[0], threshold)
