@@ -231,13 +231,10 @@ class AnomalyPipeline(DiffusionPipeline):
         return self.join_maps(maps)
 
     def _check_calibration(self, measurement: Measurement, calibration: ScoreCalibration) -> None:
-        # channels of the residual; without one, the number of maps
-        if measurement.residual is not None:
-            found, calibrated = measurement.residual.shape[2:3], (calibration.config.residual_shape or ())[:1]
-        else:
-            found = measurement.maps.shape[1:2]
-            calibrated = () if calibration.config.residual_shape else calibration.config.map_shape[:1]
-        if tuple(found) != tuple(calibrated):
+        # the number of maps, the residual's distance among them, and the residual's channels
+        residual, residual_shape = measurement.residual, calibration.config.residual_shape
+        found = (measurement.maps.shape[1] + (residual is not None), 0 if residual is None else residual.shape[2])
+        if found != (calibration.config.map_shape[0], residual_shape[0] if residual_shape else 0):
             raise ValueError(
                 "`calibration` was made for other scores than this pipeline's settings give (timesteps, strides or "
                 "distance). Load the pipeline with `calibration=None` and call `calibrate` with good images."

@@ -185,6 +185,16 @@ def test_the_score_may_be_a_mean_of_the_highest_pixels():
     np.testing.assert_allclose(output.anomaly_score, highest.mean(axis=1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("change", ["timesteps", "score_strides"])
+def test_a_calibration_of_other_scores_is_refused(calibrated, change):
+    fewer = list(calibrated.config.timesteps if change == "timesteps" else calibrated.feature_extractor.config.strides)[
+        1:
+    ]
+    other = AnomalyDenoisePipeline(**calibrated.components, **{change: fewer})
+    with pytest.raises(ValueError, match="`calibration` was made for other scores"):
+        other(texture(0))
+
+
 def test_an_uncalibrated_pipeline_warns_once(pipe, caplog):
     logging.Logger.warning_once.cache_clear()  # "once" is once a process
     with caplog.at_level(logging.WARNING):
