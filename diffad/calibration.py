@@ -114,7 +114,8 @@ def residual_gaussian(
         return products - raw[:, :, None] * raw[:, None, :] + offset[:, :, None] * offset[:, None, :]
 
     parts = [slice(start, start + PLACES_AT_ONCE) for start in range(0, num_places, PLACES_AT_ONCE)]
-    variance = torch.cat([covariance(part).diagonal(dim1=1, dim2=2) for part in parts])  # (P, C)
+    mean_square = moments.total_of_products.diagonal(dim1=1, dim2=2) / moments.count
+    variance = mean_square - moments.mean().square() + (moments.mean() - mean).square()  # (P, C)
     variance = shrink(variance.mT.unflatten(1, grid), moments.count, prior_images).flatten(1).mT
     deviation = variance.sqrt()
 

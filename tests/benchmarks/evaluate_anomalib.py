@@ -26,7 +26,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from accelerate import Accelerator
@@ -39,10 +38,11 @@ from diffad.images import images_to_pixel_values, images_to_tensors
 from diffad.models.feature_extractor import LITE0_BACKBONE
 from diffad.report_page import METRIC_TITLES
 from diffad.training.evaluate import (
-    create_parser,
+    add_evaluation_arguments,
     describe_machine,
     evaluate_detectors,
     load_training_images,
+    split_by_category,
     with_mean,
 )
 
@@ -225,10 +225,8 @@ def parse_n_features(text: str) -> int | None:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    default = create_parser().get_default
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="data set's folder or Hub id, or 'elpv'")
-    parser.add_argument("--category", nargs="+", help="only these categories")
+    add_evaluation_arguments(parser)
     parser.add_argument("--models", nargs="+", choices=TITLES, default=list(TITLES), help="(padim patchcore)")
     parser.add_argument(
         "--n_features", type=parse_n_features, default=100, help="random channels of PaDiM, or 'all' (%(default)s)"
@@ -238,24 +236,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--fast_coreset", action="store_true", help="select it with fewer passes over memory")
     parser.add_argument("--image_size", type=int, default=224, help="pixels a side that the backbone sees (224)")
-    parser.add_argument(
-        "--resolution",
-        type=int,
-        default=default("resolution"),
-        help="pixels a side where maps meet masks (%(default)s)",
-    )
-    parser.add_argument("--pro_fpr_limit", type=float, default=default("pro_fpr_limit"), help="of PRO (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=default("batch_size"), help="images a batch (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of channels, projection and coreset (0)")
     parser.add_argument("--output", default="runs/anomalib.json", help="the report (%(default)s)")
     args = parser.parse_args(argv)
 
-    accelerator = Accelerator(mixed_precision="no")
-    dataset = load_anomaly_dataset(args.data, split="test", category=args.category)
-    training = load_training_images(args.data, args.category, None, dataset, accelerator)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision or "no")
+    dataset = load_anomaly_dataset(args.data, split="test", category=args.category, dataset=args.dataset)
+    training = load_training_images(args.data, args.category, args.dataset, dataset, accelerator)
     if training is None:
         raise ValueError(f"--data: {args.data} has no good training images, and both models are fitted to those.")
-    of_image, trained = np.asarray(dataset["category"]), np.asarray(training["category"])
+    goods = split_by_category(training)
     report: dict[str, Any] = {
         "anomalib": version("anomalib"),
         "backbone": LITE0_BACKBONE,
@@ -269,11 +258,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in args.models:
         report["results"][name] = {}
-        for category in sorted(set(of_image.tolist())):
-            good, images = (
-                rows.select(np.flatnonzero(names == category))
-                for rows, names in ((training, trained), (dataset, of_image))
-            )
+        for category, images in split_by_category(dataset).items():
+            good = goods.get(category, [])
             if len(good) < 2:
                 raise ValueError(
                     f"--data: {category} has {len(good)} good training images, and a covariance takes two."
