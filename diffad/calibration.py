@@ -46,7 +46,7 @@ class MomentSums:
 
     def update(self, values: torch.Tensor) -> None:
         """Adds a batch, (N, ...); the statistics have the shape (...)."""
-        values = values.double()
+        values = (values.cpu() if values.device.type == "mps" else values).double()  # MPS knows no float64
         self.count += values.shape[0]
         self.total = self.total + values.sum(dim=0)
         self.total_of_squares = self.total_of_squares + values.square().sum(dim=0)
@@ -133,6 +133,32 @@ def residual_gaussian(
         inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
         whitening.append((inverse / deviation[part, None, :])[:, lower])
     return mean, torch.cat(whitening)
+
+
+def leave_one_out(
+    distance: torch.Tensor, num_channels: int, count: int, prior_images: float = PRIOR_IMAGES
+) -> torch.Tensor:
+    """What images' distances would be, had the Gaussian of `residual_gaussian` not seen them.
+
+    An image draws mean and covariance towards itself, so among a few hundred it looks much closer than a new one will.
+    Its share of the covariance is one product of rank one, which the Sherman-Morrison formula takes out again: all
+    images can serve the covariance, and still say what a new one's distance will be. Variances and the average of the
+    correlations stay as they are: a single image of hundreds hardly moves them (for 300 images of 176 channels the
+    result is within 1% of 300 Gaussians of 299 images). One of three does, and so does one of fewer images than
+    channels (15% for 60 images of 100 channels): distances then come out too small, though never below those given.
+
+    Args:
+        distance: squared, by the number of channels, of images among those seen; any shape.
+        num_channels: C.
+        count: images seen.
+        prior_images: as in `residual_gaussian`.
+
+    Returns:
+        The distances, of the same shape.
+    """
+    leverage = (1.0 - RIDGE) * num_channels * distance / (count + prior_images)  # below 1
+    of_mean = (count + prior_images) / (count + prior_images - 1.0)
+    return of_mean**2 * distance / (1.0 - leverage).clamp(min=1e-6)
 
 
 def shrink(variance: torch.Tensor, count: int, prior_images: float) -> torch.Tensor:
@@ -249,18 +275,22 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         self.residual_whitening[category] = whitening
         self._dense_whitening.clear()
 
-    def residual_distance(self, residual: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
-        """Squared Mahalanobis distance of a feature residual from good images', by their number of channels.
+    def log_distance(self, residual: torch.Tensor, category: torch.Tensor, num_seen: int = 0) -> torch.Tensor:
+        """Logarithm of the squared Mahalanobis distance of a feature residual from good images', by its channels.
 
         Pretrained channels vary together. A crack that moves many of them a little, against their habit, is nothing to
-        a mean of squares and much to this.
+        a mean of squares and much to this. Distances are skewed: without the logarithm a few far images would decide
+        what deviation is normal at a place.
 
         Args:
             residual: (N, C, h, w), averaged over the positions of each place.
             category: (N,) integers.
+            num_seen: how many images the Gaussian was computed from, where these, all of one category, are among them:
+                each is then measured by the Gaussian of the others. 0 for images that it has not seen.
 
         Returns:
-            (N, rows, columns) float32, a little below 1 on average for a good image (the ridge takes some).
+            (N, rows, columns) float32. Around 0 for a new good image where the Gaussian has seen many more images than
+            it has channels, and above where fewer.
         """
         grid = tuple(self.config.residual_shape[1:])
         residual = F.adaptive_avg_pool2d(residual.float(), grid).flatten(2)  # (N, C, P)
@@ -271,7 +301,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 centered = residual[chosen].permute(2, 1, 0) - self.residual_mean[index][:, :, None]  # (P, C, N')
                 whitened = self._whitening(index) @ centered
                 distance[chosen] = whitened.square_().mean(dim=1).mT
-        return distance.unflatten(1, grid)
+        if num_seen:
+            distance = leave_one_out(distance, residual.shape[1], num_seen)
+        return distance.clamp(min=1e-6).log().unflatten(1, grid)
 
     def _whitening(self, category: int) -> torch.Tensor:
         """One category's triangles as matrices, (P, C, C); made once, as that takes as long as their product."""

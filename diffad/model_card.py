@@ -250,7 +250,9 @@ def _training_table(pipeline: Any, training: dict[str, Any]) -> list[tuple[str, 
     ]
     if pipeline.feature_extractor is not None:
         config = pipeline.feature_extractor.config
-        rows.append(("features", f"{config.backbone}, strides {', '.join(map(str, config.strides))}"))
+        sizes = pipeline.feature_extractor.image_sizes
+        seen = f", images of {', '.join(map(str, sizes))} px" if sizes else ""
+        rows.append(("features", f"{config.backbone}, strides {', '.join(map(str, config.strides))}{seen}"))
     # what the run itself recorded: steps, seconds, and whatever a script adds
     rows += [(name, value) for name, value in training.items() if isinstance(value, (int, float, str))]
     rows += [(name, arguments.get(name)) for name in TRAINING_ARGUMENTS]

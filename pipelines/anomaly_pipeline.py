@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import IO, Any
 
 import diffusers
 import numpy as np
@@ -83,9 +83,6 @@ class AnomalyPipeline(DiffusionPipeline):
     how normalised maps become one map and one score (`join_maps`, `image_scores`).
     """
 
-    # whether `measure` gives a feature residual, whose scale `calibrate` takes from images of its own
-    measures_residual = True
-
     def measure(
         self,
         pixel_values: torch.Tensor,
@@ -106,9 +103,16 @@ class AnomalyPipeline(DiffusionPipeline):
         raise NotImplementedError
 
     def score_maps(
-        self, measurement: Measurement, category: torch.Tensor, calibration: ScoreCalibration | None
+        self,
+        measurement: Measurement,
+        category: torch.Tensor,
+        calibration: ScoreCalibration | None,
+        num_seen: int = 0,
     ) -> torch.Tensor:
-        """(N, S, H, W) float32: smoothed maps; of a residual, its Mahalanobis distance where there is a calibration."""
+        """(N, S, H, W) float32: smoothed maps; of a residual, its Mahalanobis distance where there is a calibration.
+
+        `num_seen` is `ScoreCalibration.log_distance`'s.
+        """
         raise NotImplementedError
 
     def join_maps(self, maps: torch.Tensor) -> torch.Tensor:
@@ -127,12 +131,15 @@ class AnomalyPipeline(DiffusionPipeline):
     @property
     def scored_layers(self) -> list[int]:
         """Which of the feature extractor's layers are scored, as indices."""
-        strides = list(self.feature_extractor.config.strides)
-        return [strides.index(stride) for stride in self.config.score_strides or strides]
+        chosen = self.config.score_strides
+        if chosen is not None:
+            check_score_strides(chosen, self.feature_extractor)
+        strides = self.feature_extractor.layer_strides
+        return [i for i, stride in enumerate(strides) if chosen is None or stride in chosen]
 
     def input_resolution(self, resolution: int) -> int:
         """Side to which images are resized at first; a feature extractor may look closer than the denoiser."""
-        return max(resolution, self.feature_extractor.config.image_size or 0)
+        return self.feature_extractor.input_resolution(resolution)
 
     def check_call(
         self,
@@ -309,16 +316,16 @@ class AnomalyPipeline(DiffusionPipeline):
         """Learns what normal looks like from good images, in one pass over them and constant memory.
 
         Three things stand on each other: mean and covariance of the feature residual, mean and deviation of the maps,
-        its Mahalanobis distance among them, and the scores of normalised maps. Each is taken from good images that the
-        one before has not seen, so thresholds and p-values hold for new images.
+        its Mahalanobis distance among them, and the scores of normalised maps. The first two are taken from the same
+        images, each measured by the covariance of the others; the scores from images that neither has seen, so
+        thresholds and p-values hold for new images.
 
         Args:
             images: good images that no network was trained on: PIL images, paths, arrays, or a column of a
                 `datasets.Dataset`. Thresholds and p-values come from them.
-            statistics_images: more good images, for the per-position statistics; those of training may serve. Without
-                them, two thirds of `images` do (half of them, for a method without a feature residual), and the rest
-                is left for the thresholds. The residual's covariance takes three of four of them. All are taken in
-                turn, so the order of the images does not matter much.
+            statistics_images: more good images, for the per-position statistics; those of training may serve. Their
+                measurements wait in a temporary file, at most about 1 MB an image. Without them, every other of
+                `images` does, and the rest is left for the thresholds.
             false_alarm_rate: share of good parts that may raise an alarm, in (0, 1).
             category: which category the images are of, in a unified model; the others keep what they have.
             batch_size: images in a batch.
@@ -333,22 +340,19 @@ class AnomalyPipeline(DiffusionPipeline):
         if not 0.0 < false_alarm_rate < 1.0:
             raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate}.")
         num_images = len(images)
-        sets = 2 if self.measures_residual else 1  # before the scores, as in `CalibrationFit.passes`
         if statistics_images is None:
-            thresholds = range(0, len(images), sets + 1)
-            statistics_images = Subset(images, sorted(set(range(len(images))) - set(thresholds)))
-            images = Subset(images, thresholds)
-        # views that read one image at a time; a slice of a data set's column would decode all of it
-        shares = split_statistics(len(statistics_images), self.measures_residual)
-        parts = [*(Subset(statistics_images, share) for share in shares), images]
-        if min(len(part) for part in parts) < 1:
+            # in turn, as images often come in order of their time or kind; views that read one image at a time, where
+            # a slice of a data set's column would decode all of it
+            statistics_images = Subset(images, range(1, num_images, 2))
+            images = Subset(images, range(0, num_images, 2))
+        if min(len(images), len(statistics_images)) < 1:
             raise ValueError(
-                f"`images` holds {num_images} good images, too few to calibrate: it takes {sets + 1}, or 1 and {sets} "
-                "`statistics_images`, and deserves 100."
+                f"`images` holds {num_images} good images and `statistics_images` {len(statistics_images)}, too few to "
+                "calibrate: it takes 1 of each, or 2 `images`, and deserves 100."
             )
         index = int(self.category_index(category, 1)[0])
-        fit = CalibrationFit(self, index, len(parts[-1]), false_alarm_rate)
-        for learn, part in zip(fit.passes, parts, strict=True):
+        fit = CalibrationFit(self, index, len(images), false_alarm_rate)
+        for learn, part in ((fit.add_statistics, statistics_images), (fit.add_scores, images)):
             of_category = torch.full((len(part),), index)
             for measurement, _ in self.measurements(
                 part, of_category, batch_size, self.processing_resolution, generator
@@ -499,14 +503,14 @@ class AnomalyPipeline(DiffusionPipeline):
 class CalibrationFit:
     """What one category's good images say, measurement by measurement, in constant memory.
 
-    `passes` are called in order, each with all measurements of its share of the images: mean and covariance of the
-    feature residual (for a method with one), mean and deviation of the maps, scores. Pipelines that share their
-    networks' work can learn from the same pass side by side.
+    First `add_statistics` takes the measurements that mean, covariance and deviations come from, then `add_scores`
+    those that thresholds come from. Pipelines that share their networks' work can learn from a measurement side by
+    side.
 
     Args:
         pipeline: whose maps and scores these are.
         category: index of the images' category.
-        num_scores: images in the last pass.
+        num_scores: images of `add_scores`.
         false_alarm_rate: of the thresholds, in (0, 1).
     """
 
@@ -516,35 +520,54 @@ class CalibrationFit:
         self.residual_moments: FeatureMoments | None = None
         self.map_moments = MomentSums()
         self.calibration: ScoreCalibration | None = None
+        self.measured: IO[bytes] | None = None  # residuals and maps, which wait for the covariance of all residuals
         self.scores: list[torch.Tensor] = []
         self.maxima: list[torch.Tensor] = []
-        self.passes = [self.add_maps, self.add_scores]
-        if pipeline.measures_residual:
-            self.passes.insert(0, self.add_residual)
 
-    def add_residual(self, measurement: Measurement) -> None:
-        residual = F.adaptive_avg_pool2d(measurement.residual.mean(dim=1), self._grid(measurement)).flatten(2)
-        if self.residual_moments is None:
-            self.residual_moments = FeatureMoments(residual.shape[2], residual.shape[1], residual.device)
-        self.residual_moments.update(residual)  # (N, C, P)
-
-    def add_maps(self, measurement: Measurement) -> None:
+    def add_statistics(self, measurement: Measurement) -> None:
         if self.calibration is None:
             self.calibration = self._new_calibration(measurement)
-        self.map_moments.update(self.pipeline.score_maps(measurement, self._indices(measurement), self.calibration))
+        if measurement.residual is None:
+            self._add_maps(measurement)
+            return
+        grid = tuple(self.calibration.config.residual_shape[1:])
+        residual = F.adaptive_avg_pool2d(measurement.residual.mean(dim=1), grid)  # (N, C, rows, columns)
+        if self.residual_moments is None:
+            num_channels, num_places = residual.shape[1], residual[0, 0].numel()
+            self.residual_moments = FeatureMoments(num_places, num_channels, residual.device)
+            self.measured = TemporaryFile()  # noqa: SIM115 (closed by `set_statistics`)
+        self.residual_moments.update(residual.flatten(2))
+        for values in (residual[:, None], measurement.maps):
+            np.save(self.measured, values.cpu().numpy())
 
-    def add_scores(self, measurement: Measurement) -> None:
-        if not self.scores:
-            self.set_map_statistics()
-        anomaly_map = self.pipeline.anomaly_maps(measurement, self._indices(measurement), self.calibration)
-        self.scores.append(self.pipeline.image_scores(anomaly_map))
-        self.maxima.append(anomaly_map.flatten(1).amax(dim=1))
-
-    def set_map_statistics(self) -> ScoreCalibration:
+    def set_statistics(self) -> ScoreCalibration:
         """The calibration without thresholds, all that maps need."""
+        if self.residual_moments is not None:
+            num_seen, end = self.residual_moments.count, self.measured.tell()
+            grid = tuple(self.calibration.config.residual_shape[1:])
+            self.calibration.set_residual_gaussian(self.category, *residual_gaussian(self.residual_moments, grid))
+            self.residual_moments = None  # larger than all else here
+            self.measured.seek(0)
+            while self.measured.tell() < end:
+                residual, maps = (
+                    torch.from_numpy(np.load(self.measured)).to(self.calibration.map_mean.device) for _ in range(2)
+                )
+                self._add_maps(Measurement(maps, residual), num_seen)
+            self.measured.close()
         self.calibration.map_mean[self.category] = self.map_moments.mean()
         self.calibration.map_std[self.category] = self.map_moments.standard_deviation()
         return self.calibration
+
+    def _add_maps(self, measurement: Measurement, num_seen: int = 0) -> None:
+        indices = self._indices(measurement)
+        self.map_moments.update(self.pipeline.score_maps(measurement, indices, self.calibration, num_seen))
+
+    def add_scores(self, measurement: Measurement) -> None:
+        if not self.scores:
+            self.set_statistics()
+        anomaly_map = self.pipeline.anomaly_maps(measurement, self._indices(measurement), self.calibration)
+        self.scores.append(self.pipeline.image_scores(anomaly_map))
+        self.maxima.append(anomaly_map.flatten(1).amax(dim=1))
 
     def finish(self) -> ScoreCalibration:
         self.calibration.set_thresholds(self.category, torch.cat(self.scores), torch.cat(self.maxima))
@@ -553,10 +576,6 @@ class CalibrationFit:
     def _indices(self, measurement: Measurement) -> torch.Tensor:
         return torch.full((len(measurement.maps),), self.category, device=measurement.maps.device)
 
-    def _grid(self, measurement: Measurement) -> tuple[int, int]:
-        num_channels, *size = measurement.residual.shape[2:]
-        return residual_grid(tuple(size), num_channels, len(self.pipeline.config.categories or ["default"]))
-
     def _new_calibration(self, measurement: Measurement) -> ScoreCalibration:
         """An empty calibration of the measurement's shapes, with the other categories' statistics kept."""
         pipeline = self.pipeline
@@ -564,8 +583,11 @@ class CalibrationFit:
         previous = pipeline.calibration if num_categories > 1 else None
         residual_shape = None
         if measurement.residual is not None:
-            residual_shape = (measurement.residual.shape[2], *self._grid(measurement))
+            num_channels, *size = measurement.residual.shape[2:]
+            residual_shape = (num_channels, *residual_grid(tuple(size), num_channels, num_categories))
         num_maps = measurement.maps.shape[1] + (residual_shape is not None)  # the residual's distance is a map, too
+        if previous is not None:
+            self._check_previous(previous, num_maps, residual_shape)
         calibration = ScoreCalibration(
             num_categories=num_categories,
             map_shape=(num_maps, *measurement.maps.shape[-2:]),
@@ -576,11 +598,26 @@ class CalibrationFit:
         if previous is not None:
             for name, values in previous.named_buffers():
                 getattr(calibration, name)[..., : values.shape[-1]] = values
-        if residual_shape is not None:
-            gaussian = residual_gaussian(self.residual_moments, residual_shape[1:])
-            calibration.set_residual_gaussian(self.category, *gaussian)
-            self.residual_moments = None  # larger than all else here
         return calibration
+
+    def _check_previous(
+        self, previous: ScoreCalibration, num_maps: int, residual_shape: tuple[int, int, int] | None
+    ) -> None:
+        config = previous.config
+        found = (num_maps, residual_shape and list(residual_shape))
+        if found != (config.map_shape[0], config.residual_shape and list(config.residual_shape)):
+            raise ValueError(
+                "`calibration` holds other categories' statistics of other scores than this pipeline's settings give. "
+                "Load the pipeline with `calibration=None` and calibrate every category."
+            )
+        others = previous.image_threshold.isfinite()
+        others[self.category] = False
+        if others.any() and config.false_alarm_rate != self.false_alarm_rate:
+            raise ValueError(
+                f"`false_alarm_rate` is {self.false_alarm_rate:g}, but the other categories' thresholds are for "
+                f"{config.false_alarm_rate:g}. Pass that, or load the pipeline with `calibration=None` and calibrate "
+                "every category."
+            )
 
 
 def check_score_strides(score_strides: Sequence[int], feature_extractor: TimmFeatureExtractor) -> None:
@@ -617,18 +654,6 @@ def _read_configuration(cls: type, *args: Any, **kwargs: Any) -> dict[str, Any]:
 # For `DiffusionPipeline.from_pretrained` itself, which knows no other place to hook into.
 _diffusers_read_configuration = DiffusionPipeline._dict_from_json_file.__func__
 DiffusionPipeline._dict_from_json_file = classmethod(_read_configuration)
-
-
-def split_statistics(num_images: int, measures_residual: bool) -> list[Sequence[int]]:
-    """Which images the passes of `CalibrationFit` before the scores take.
-
-    Three of four go to the residual's covariance, by far the largest of the statistics. They are taken in turn: images
-    often come in order of their time or kind, and each statistic must see all of it.
-    """
-    if not measures_residual:
-        return [range(num_images)]
-    maps = range(1, num_images, 4)
-    return [sorted(set(range(num_images)) - set(maps)), maps]
 
 
 def _convert(output: AnomalyOutput, output_type: str) -> AnomalyOutput:

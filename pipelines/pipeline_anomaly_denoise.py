@@ -241,7 +241,11 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         return Measurement(maps=maps, residual=residual)
 
     def score_maps(
-        self, measurement: Measurement, category: torch.Tensor | None, calibration: ScoreCalibration | None
+        self,
+        measurement: Measurement,
+        category: torch.Tensor | None,
+        calibration: ScoreCalibration | None,
+        num_seen: int = 0,
     ) -> torch.Tensor:
         """(N, T + E, H, W): the smoothed KL at each of T noise levels, then E maps of the feature error.
 
@@ -250,7 +254,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         """
         residual = measurement.residual  # (N, T, C, h, w)
         if calibration is not None:
-            errors = calibration.residual_distance(residual.mean(dim=1), category)[:, None]
+            errors = calibration.log_distance(residual.mean(dim=1), category, num_seen)[:, None]
         else:
             errors = feature_error(residual, [self.feature_extractor.layer_channels[i] for i in self.scored_layers])
         errors = F.interpolate(errors, measurement.maps.shape[-2:], mode="bilinear")  # (N, E, H, W)
@@ -303,7 +307,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
             learning_rate: as it will be in `reconstruct`.
             denoise_every: as it will be in `reconstruct`.
             config: of a new [`GaussianFeatureModel`], other than backbone and strides, which are the pipeline's own
-                extractor's. By default images are seen at the extractor's size, the grid is a quarter of that, and 100
+                extractor's. By default images are seen at the extractor's (largest) size, the grid is a quarter of that, and 100
                 channels are drawn.
 
         Returns:

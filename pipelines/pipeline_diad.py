@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from diffad.calibration import ScoreCalibration
 from diffad.images import ImageInput, images_to_tensors
-from diffad.models.feature_extractor import TimmFeatureExtractor
+from diffad.models.feature_extractor import TimmFeatureExtractor, concatenate_layers
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
 from diffad.pipelines.anomaly_pipeline import AnomalyOutput, AnomalyPipeline, Measurement, check_score_strides
@@ -59,10 +59,6 @@ class DiADPipeline(AnomalyPipeline):
     model_cpu_offload_seq = "unet->vae->feature_extractor"
     _optional_components = ["sg_network", "feature_extractor", "calibration"]  # noqa: RUF012 (diffusers' own form)
     _exclude_from_cpu_offload = ["prompt_embedding", "calibration"]  # noqa: RUF012
-
-    @property
-    def measures_residual(self) -> bool:
-        return self.config.distance == "mahalanobis"
 
     def __init__(
         self,
@@ -380,21 +376,24 @@ class DiADPipeline(AnomalyPipeline):
         if self.config.distance == "cosine":
             maps = [cosine_distance_map([a], [b], size) for a, b in (layer.chunk(2) for layer in layers)]
             return Measurement(maps=torch.stack(maps, dim=1), reconstruction=restored)
-        grid = layers[0].shape[-2:]
-        features = torch.cat([F.interpolate(layer, grid, mode="bilinear") for layer in layers], dim=1)  # (2N, C, h, w)
+        features = concatenate_layers(layers, max(layer.shape[-2:] for layer in layers))  # (2N, C, h, w)
         image, other = features.chunk(2)
         no_maps = pixel_values.new_zeros(len(pixel_values), 0, *size)
         return Measurement(maps=no_maps, residual=(image - other)[:, None], reconstruction=restored)
 
     def score_maps(
-        self, measurement: Measurement, category: torch.Tensor | None, calibration: ScoreCalibration | None
+        self,
+        measurement: Measurement,
+        category: torch.Tensor | None,
+        calibration: ScoreCalibration | None,
+        num_seen: int = 0,
     ) -> torch.Tensor:
         """(N, L, H, W): each scored layer's smoothed map; (N, 1, H, W) of a calibrated Mahalanobis distance."""
         maps = measurement.maps
         if measurement.residual is not None:
             residual = measurement.residual  # (N, 1, C, h, w)
             if calibration is not None:
-                errors = calibration.residual_distance(residual[:, 0], category)[:, None]
+                errors = calibration.log_distance(residual[:, 0], category, num_seen)[:, None]
             else:
                 errors = feature_error(residual, [self.feature_extractor.layer_channels[i] for i in self.scored_layers])
             maps = F.interpolate(errors, maps.shape[-2:], mode="bilinear")

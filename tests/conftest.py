@@ -74,7 +74,9 @@ def write_mvtec(
     return root
 
 
-def tiny_extractor(strides: tuple[int, ...] = STRIDES, image_size: int | None = None) -> TimmFeatureExtractor:
+def tiny_extractor(
+    strides: tuple[int, ...] = STRIDES, image_size: int | list[int] | None = None
+) -> TimmFeatureExtractor:
     torch.manual_seed(1)
     return TimmFeatureExtractor.from_backbone(BACKBONE, strides, image_size, weights="random")
 

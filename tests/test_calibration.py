@@ -249,6 +249,10 @@ def fitted(calibration: ScoreCalibration, category: int, good: torch.Tensor, bat
     return calibration
 
 
+def distance_of(calibration: ScoreCalibration, *args, **kwargs) -> torch.Tensor:
+    return calibration.log_distance(*args, **kwargs).exp()
+
+
 @pytest.mark.parametrize(
     ("size", "num_channels", "num_categories", "grid"),
     [
@@ -269,7 +273,7 @@ def test_the_grid_divides_the_map_and_is_bounded(size, num_channels, num_categor
 def test_the_distance_is_mahalanobis_with_enough_images():
     good, new = residuals(20_000), residuals(7, seed=7)
     calibration = fitted(ScoreCalibration(1, (1, 4, 5), (3, 4, 5)), 0, good, 1000)
-    distance = calibration.residual_distance(new, torch.zeros(7, dtype=torch.long))
+    distance = distance_of(calibration, new, torch.zeros(7, dtype=torch.long))
     assert distance.shape == (7, 4, 5)
     for row, column in ((0, 0), (3, 1), (2, 4)):
         array = good[:, :, row, column].double().numpy()
@@ -291,10 +295,10 @@ def test_good_images_lie_at_a_distance_of_one_at_every_place_and_category():
         residuals(300, seed=7, spread=20.0),
         residuals(300, seed=8),
     )
-    distance = calibration.residual_distance(new, category)
+    distance = distance_of(calibration, new, category)
     for index in (0, 1):
         assert 0.75 < float(distance[category == index].mean()) < 1.05  # the ridge takes some
-    one_by_one = torch.cat([calibration.residual_distance(new[i : i + 1], category[i : i + 1]) for i in range(3)])
+    one_by_one = torch.cat([distance_of(calibration, new[i : i + 1], category[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(distance[:3], one_by_one)
 
 
@@ -306,28 +310,28 @@ def test_a_deviation_against_the_habit_of_the_channels_counts_more():
     against[:, 0] += 1.0
     along[:, 1] += 0.9
     against[:, 1] -= 0.9
-    first, second = (calibration.residual_distance(r, torch.tensor([0])).mean() for r in (along, against))
+    first, second = (distance_of(calibration, r, torch.tensor([0])).mean() for r in (along, against))
     assert second > 5.0 * first
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_few_images_give_something_sane(count):
     calibration = fitted(ScoreCalibration(1, (1, 4, 5), (3, 4, 5)), 0, residuals(count))
-    distance = calibration.residual_distance(residuals(200, seed=7), torch.zeros(200, dtype=torch.long))
+    distance = distance_of(calibration, residuals(200, seed=7), torch.zeros(200, dtype=torch.long))
     assert 0.1 < float(distance.mean()) < 20.0
 
 
 def test_constant_residuals_leave_it_finite():
     calibration = fitted(ScoreCalibration(1, (1, 4, 5), (3, 4, 5)), 0, torch.zeros(4, 3, 4, 5))
-    assert calibration.residual_distance(torch.zeros(1, 3, 4, 5), torch.tensor([0])).isfinite().all()
+    assert distance_of(calibration, torch.zeros(1, 3, 4, 5), torch.tensor([0])).isfinite().all()
 
 
 def test_a_second_fit_replaces_the_first():
     calibration = fitted(ScoreCalibration(1, (1, 4, 5), (3, 4, 5)), 0, residuals(100))
     new, category = residuals(2, seed=7), torch.zeros(2, dtype=torch.long)
-    before = calibration.residual_distance(new, category)
+    before = distance_of(calibration, new, category)
     fitted(calibration, 0, residuals(100, spread=10.0))
-    assert (calibration.residual_distance(new, category) - before).abs().min() > 1e-3
+    assert (distance_of(calibration, new, category) - before).abs().min() > 1e-3
 
 
 def test_another_resolution_reads_the_statistics_between_the_pixels():
@@ -339,7 +343,7 @@ def test_another_resolution_reads_the_statistics_between_the_pixels():
     normalized = calibration.normalize(torch.full((1, 1, 9, 6), 10.0), category)
     torch.testing.assert_close(normalized, torch.full((1, 1, 9, 6), 2.0))
     for size in ((5, 3), (1, 1), (4, 4)):
-        distance = calibration.residual_distance(torch.ones(1, 2, *size), category)
+        distance = distance_of(calibration, torch.ones(1, 2, *size), category)
         torch.testing.assert_close(distance, torch.full((1, 2, 2), 4.0))
 
 
@@ -377,3 +381,25 @@ def test_saved_and_loaded_to_the_bit(tmp_path, dtype):
         assert buffer.dtype == torch.float32, name
         assert torch.equal(buffer, expected[name]), name
     assert [path.suffix for path in tmp_path.iterdir() if path.suffix != ".json"] == [".safetensors"]
+
+
+def wide_residuals(count: int, num_channels: int = 40, seed: int = 0) -> torch.Tensor:
+    """(N, C, 2, 2) of correlated channels: about as many as images, so that each image bends the covariance."""
+    mixing = random(num_channels, num_channels, seed=1) / num_channels**0.5 + torch.eye(num_channels)
+    return torch.einsum("cd,ndhw->nchw", mixing, random(count, num_channels, 2, 2, seed=seed)) + 0.3
+
+
+def test_an_image_the_gaussian_has_seen_is_measured_by_the_others():
+    good, category = wide_residuals(60), torch.zeros(1, dtype=torch.long)
+
+    def without(i: int) -> torch.Tensor:
+        calibration = fitted(ScoreCalibration(1, (1, 2, 2), (40, 2, 2)), 0, good[[j for j in range(60) if j != i]])
+        return distance_of(calibration, good[i : i + 1], category)[0]
+
+    expected = torch.stack([without(i) for i in range(60)])
+    calibration = fitted(ScoreCalibration(1, (1, 2, 2), (40, 2, 2)), 0, good)
+    seen = distance_of(calibration, good, category.expand(60), num_seen=60)
+    taken_in = distance_of(calibration, good, category.expand(60))
+    assert taken_in.mean() < 0.6 * expected.mean()
+    torch.testing.assert_close(seen, expected, rtol=0.15, atol=0.0)
+    torch.testing.assert_close(seen.mean(), expected.mean(), rtol=0.05, atol=0.0)

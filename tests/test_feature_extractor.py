@@ -80,6 +80,23 @@ def test_image_size_resizes_before_the_backbone():
     assert torch.equal(extractor(small, (8, 8)), same(large, (8, 8)))
 
 
+def test_several_image_sizes_give_the_layers_of_each():
+    extractor, images = tiny_extractor(image_size=[16, 32]), pixels(2, 24, 24)
+    singles = [tiny_extractor(image_size=side) for side in (16, 32)]
+    assert extractor.image_sizes == [16, 32]
+    assert extractor.layer_strides == [2, 4, 2, 4]
+    assert extractor.num_channels == sum(extractor.layer_channels) == 2 * singles[0].num_channels
+    assert [layer.shape[-1] for layer in extractor.layers(images)] == [8, 4, 16, 8]
+    expected = torch.cat([single(images, (8, 8)) for single in singles], dim=1)
+    assert torch.equal(extractor(images, (8, 8)), expected)
+
+
+@pytest.mark.parametrize("sizes", [[32, 16], [16, 16], [0, 16], []])
+def test_wrong_image_sizes_are_refused(sizes):
+    with pytest.raises(ValueError, match="`image_size` must be one side in pixels or increasing ones"):
+        TimmFeatureExtractor(BACKBONE, (2, 4), sizes)
+
+
 def test_it_stays_frozen_and_in_evaluation_mode():
     extractor = tiny_extractor()
     before = {name: value.clone() for name, value in extractor.state_dict().items()}

@@ -301,3 +301,11 @@ def test_the_extractors_standardisation_comes_along():
     torch.testing.assert_close(gaussian.features(pixels()), extractor(pixels(), (8, 8)).flatten(2))
     extractor.channel_std.mul_(2.0)  # a copy, which the extractor's owner does not change
     assert relative_error(gaussian.features(pixels()), extractor(pixels(), (8, 8)).flatten(2)) > 0.5
+
+
+def test_of_several_image_sizes_the_largest_is_taken():
+    extractor = tiny_extractor(image_size=[12, SIZE]).fit_standardization([pixels(8)], (8, 8))
+    gaussian = GaussianFeatureModel.from_extractor(extractor, feature_size=8, num_channels=None)
+    assert gaussian.config.image_size == SIZE
+    width = extractor.num_channels // 2
+    torch.testing.assert_close(gaussian.features(pixels()), extractor(pixels(), (8, 8))[:, width:].flatten(2))

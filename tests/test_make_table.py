@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from conftest import BACKBONE, STRIDES, texture, tiny_pipeline, write_mvtec, write_png
+from PIL import Image
 from test_pipeline_diad import make_pipeline
 from torch import nn
 
@@ -123,7 +125,7 @@ def test_a_backbone_sweep_reconstructs_each_image_once(data, tmp_path):
     finally:
         hook.remove()
     steps = make_pipeline().config.num_inference_steps
-    # test images, and training images: both halves for the residual's row, so each image once
+    # test images, and training images: each once, for all rows
     assert sum(passes) == steps * (7 + 8)
     assert len({str(results[row["name"]]["pixel_auroc"]) for row in rows}) > 2
 
@@ -175,6 +177,28 @@ def test_a_table_that_is_not_there_lists_those_that_are(model, data, tmp_path):
         run("alhpa", model, data, tmp_path / "t.json")
     with pytest.raises(ValueError, match="about DiAD"):
         run("pooling", model, data, tmp_path / "t.json")
+
+
+def test_a_model_without_features_to_score_with_is_refused(data, tmp_path):
+    pipeline = make_pipeline()
+    pipeline.register_modules(feature_extractor=None)
+    pipeline.save_pretrained(tmp_path / "diad")
+    with pytest.raises(ValueError, match="--model.*no feature extractor"):
+        run("pooling", tmp_path / "diad", data, tmp_path / "t.json")
+
+
+def test_rows_that_score_the_same_maps_share_a_calibration(model, data):
+    rows = [{"name": "0", "alpha": 0.0}, {"name": "1", "alpha": 1.0}, {"name": "one level", "timesteps": [50]}]
+    device = torch.device("cpu")
+    pipelines = [make_table.row_pipeline(AnomalyDenoisePipeline.from_pretrained(model), row, device) for row in rows]
+    for pipeline in pipelines[1:]:
+        pipeline.register_modules(feature_extractor=pipelines[0].feature_extractor)
+    good = [{"image": Image.fromarray(texture(i))} for i in range(6)]
+    make_table.calibrate_rows(pipelines, good, 0, Accelerator(), 4, 0)
+    first, second, third = (pipeline.calibration for pipeline in pipelines)
+    assert first is second
+    assert first.config.map_shape[0] == 4
+    assert third.config.map_shape[0] == 2
 
 
 def test_statistics_do_not_reach_the_model(model, data, tmp_path):

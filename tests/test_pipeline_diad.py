@@ -443,7 +443,7 @@ def test_calibration_normalises_by_place_and_counts_good_images():
     assert pipe.calibration.residual_mean is None
     assert pipe.calibration.normal_scores.shape == (1, 3)
 
-    # all images for statistics are used, as there is no residual to scale first; each layer is normalised by itself
+    # each layer is normalised by itself
     latents = noise(1)
     output = pipe(good[0], latents=latents)
     normalized = []
@@ -459,7 +459,7 @@ def test_calibration_normalises_by_place_and_counts_good_images():
     assert output.p_value[0] in np.arange(1, 5, dtype=np.float32) / 4
     # half for statistics and half for thresholds, of one list
     assert make_pipeline().calibrate(textures(5), false_alarm_rate=0.4).calibration.normal_scores.shape == (1, 3)
-    with pytest.raises(ValueError, match="it takes 2, or 1 and 1 `statistics_images`"):
+    with pytest.raises(ValueError, match="it takes 1 of each, or 2 `images`"):
         make_pipeline().calibrate(textures(1))
 
 

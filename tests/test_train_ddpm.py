@@ -23,6 +23,7 @@ from conftest import (
     launch_command,
     texture,
     textures,
+    tiny_extractor,
     tiny_pipeline,
     tiny_scheduler,
     tiny_unet,
@@ -33,9 +34,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffad import AnomalyDenoisePipeline
+from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
 from diffad.images import images_to_tensors
 from diffad.training import train_ddpm, training_run
+from diffad.training.cached_encodings import CachedEncodings, choose_flips
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -177,6 +179,51 @@ def test_the_extractor_may_look_closer(good, tmp_path):
     assert pipeline.feature_extractor.config.image_size == 32
     assert pipeline.unet.config.feature_resolution == 8
     assert tuple(pipeline.calibration.config.residual_shape) == (64, 8, 8)
+
+
+def test_the_extractor_may_look_twice(good, tmp_path):
+    train(good, tmp_path, "--feature_image_size", 16, 32, "--score_strides", 4)
+    pipeline = load(tmp_path)
+    assert pipeline.feature_extractor.image_sizes == [16, 32]
+    assert pipeline.unet.config.feature_channels == 128
+    assert pipeline.scored_layers == [1, 3]
+    assert pipeline.calibration.config.residual_shape[0] == 64
+    # the networks still work for a Gaussian of one size
+    pipeline.fit_gaussian(textures(3), num_channels=8)
+    assert pipeline.gaussian.config.image_size == 32
+
+
+def test_features_are_cached_for_each_flip(good, tmp_path, monkeypatch):
+    calls = []
+    forward = TimmFeatureExtractor.forward
+
+    def counted(self, pixel_values, size):
+        calls.append(len(pixel_values))
+        return forward(self, pixel_values, size)
+
+    monkeypatch.setattr(TimmFeatureExtractor, "forward", counted)
+    flips = ("--rotation_degrees", 0, "--random_flip", "--mixed_precision", "no")
+    totals = []
+    for name, more in (("each time", flips), ("once", (*flips, "--cache_features"))):
+        calls.clear()
+        train(good, tmp_path / name, *more, steps=12)
+        totals.append(sum(calls))
+        load(tmp_path / name)
+    # 13 images: standardisation, 12 steps of 4, and calibration; cached, each image and its flip instead of the steps
+    assert totals[0] - totals[1] == 12 * 4 - 13 * 2
+
+
+def test_cached_features_are_those_of_the_flipped_images(good, tmp_path):
+    args = train_ddpm.parse_args(flags(good, tmp_path))
+    training, _, categories = training_run.load_good_images(args)
+    images = training_run.ResizedImages(training, 16, categories)
+    extractor = tiny_extractor(image_size=[16, 24])
+    pairs = [(False, False), (True, False)]
+    cached = CachedEncodings(images, lambda x: extractor(x, (8, 8)), pairs, (128, 8, 8), torch.float16)
+    pixels, features = (torch.stack(column) for column in zip(*(cached[i][:2] for i in range(8)), strict=True))
+    assert features.dtype == torch.float16
+    flipped, chosen = choose_flips(pixels, features, pairs, generator())
+    torch.testing.assert_close(chosen.float(), extractor(flipped, (8, 8)), rtol=2e-3, atol=2e-3)
 
 
 # -- killed and resumed ------------------------------------------------------------------------------------------
@@ -365,6 +412,7 @@ DATA = ("--train_data_dir", "parts")
         ((*DATA, "--max_train_steps", "many"), None, "--max_train_steps.*'many'"),
         ((*DATA, "--preset", "gpu-9000"), None, "--preset.*'gpu-9000'.*cpu-64"),
         ((*DATA, "--on_bad_image", "ignore"), None, "--on_bad_image.*error.*skip"),
+        ((*DATA, "--cache_features"), None, "--cache_features.*--rotation_degrees 0"),
         ((*DATA, "--no_such_flag"), None, "--no_such_flag"),
         ((*DATA, "--config", "no_such.yaml"), None, "--config: no file at no_such.yaml"),
         (DATA, "max_train_step: 5\nlearning_rates: 1\n", "sets unknown flags learning_rates, max_train_step"),

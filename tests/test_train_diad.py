@@ -33,6 +33,7 @@ from diffad.images import images_to_tensors
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.pipelines.pipeline_diad import normalize_images
 from diffad.training import train_autoencoder, train_diad, training_run
+from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -336,7 +337,7 @@ def test_latents_are_cached_for_each_flip(good, tiny):
     images = training_run.ResizedImages(training, 16, categories)
     pipeline = DiADPipeline.from_pretrained(tiny)
     pairs = [(False, False), (False, True), (True, False), (True, True)]
-    cached = train_diad.CachedLatents(images, pipeline.encode, pairs, (4, 8, 8))
+    cached = CachedEncodings(images, pipeline.encode, pairs, (4, 8, 8))
     assert len(cached) == len(images) == 13
     pixels, latents, index = cached[12]
     assert torch.equal(pixels, images[12][0])
@@ -346,16 +347,14 @@ def test_latents_are_cached_for_each_flip(good, tiny):
     assert images.table.cache_files
     scaled = pixels[None].float() / 127.5 - 1.0
     for pair, expected in zip(pairs, (scaled, scaled.flip(2), scaled.flip(3), scaled.flip(2, 3)), strict=True):
-        assert torch.equal(train_diad.flip(scaled, [pair]), expected)
+        assert torch.equal(flip(scaled, [pair]), expected)
         torch.testing.assert_close(latents[pairs.index(pair)], pipeline.encode(expected)[0], rtol=1e-4, atol=1e-5)
 
     batch = [torch.stack(column) for column in zip(*(cached[i][:2] for i in range(13)), strict=True)]
-    flipped, chosen = train_diad.choose_flips(*batch, torch.tensor(pairs), generator())
+    flipped, chosen = choose_flips(*batch, pairs, generator())
     torch.testing.assert_close(chosen, pipeline.encode(flipped), rtol=1e-4, atol=1e-5)
     originals = batch[0].float() / 127.5 - 1.0
-    kinds = {
-        tuple(torch.equal(flipped[i], train_diad.flip(originals[i : i + 1], [p])[0]) for p in pairs) for i in range(13)
-    }
+    kinds = {tuple(torch.equal(flipped[i], flip(originals[i : i + 1], [p])[0]) for p in pairs) for i in range(13)}
     assert len(kinds) > 2  # not all flipped alike
 
 

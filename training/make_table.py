@@ -34,7 +34,7 @@ from diffad import AnomalyDenoisePipeline, DiADPipeline, TimmFeatureExtractor
 from diffad.data import load_anomaly_dataset
 from diffad.images import images_to_pixel_values, images_to_tensors
 from diffad.model_card import MEAN
-from diffad.pipelines.anomaly_pipeline import AnomalyPipeline, CalibrationFit, Measurement, split_statistics
+from diffad.pipelines.anomaly_pipeline import AnomalyPipeline, CalibrationFit, Measurement
 from diffad.prediction import image_generator
 from diffad.training.evaluate import (
     add_evaluation_arguments,
@@ -57,6 +57,8 @@ SCRIPTS = {"AnomalyDenoise": "train_ddpm", "DiAD": "train_diad"}
 ROW_KEYS = ("name", "calibrated", "backbone", "backbone_weights", "train", "each_category", "all_steps", "baseline")
 # rows of a model that agree in these share one evaluation; the last two give DiAD another reconstruction
 SHARED = ("baseline", "num_inference_steps", "strength")
+# what acts on calibrated maps: rows that differ in nothing else share one calibration
+AFTER_CALIBRATION = ("alpha", "score_fraction", "pooling_size", "pooling_rounds")
 # what belongs to the model and not to a row
 FIXED = ("processing_resolution", "categories", "image_mean", "image_std")
 # the last row of every table
@@ -197,24 +199,27 @@ def calibrate_rows(
 
     Every process takes all images, so that no number depends on how many there are.
     """
-    fits = [CalibrationFit(pipeline, category, 1, 0.5) for pipeline in pipelines]
-    measures_residual = any(pipeline.measures_residual for pipeline in pipelines)
-    shares = split_statistics(len(good), measures_residual)
-    for share in shares:
-        for start in range(0, len(share), batch_size):
-            chosen = share[start : start + batch_size]
-            pixel_values = to_pixel_values((good[i]["image"] for i in chosen), pipelines[0], accelerator.device)
-            of_category = torch.full((len(chosen),), category, device=accelerator.device)
-            generators = [image_generator(seed, i) for i in chosen]
-            with accelerator.autocast():
-                measurements = measure_rows(pipelines, pixel_values, of_category, generators)
-                for fit, measurement in zip(fits, measurements, strict=True):
-                    if fit.pipeline.measures_residual and share is not shares[-1]:
-                        fit.add_residual(measurement)
-                    else:
-                        fit.add_maps(measurement)
-    for fit in fits:
-        fit.pipeline.register_modules(calibration=fit.set_map_statistics())
+    keys = [calibration_key(pipeline) for pipeline in pipelines]
+    fits = {key: CalibrationFit(pipeline, category, 1, 0.5) for key, pipeline in zip(keys, pipelines, strict=True)}
+    fitted = [fit.pipeline for fit in fits.values()]
+    for start in range(0, len(good), batch_size):
+        chosen = range(start, min(start + batch_size, len(good)))
+        pixel_values = to_pixel_values((good[i]["image"] for i in chosen), fitted[0], accelerator.device)
+        of_category = torch.full((len(chosen),), category, device=accelerator.device)
+        generators = [image_generator(seed, i) for i in chosen]
+        with accelerator.autocast():
+            measurements = measure_rows(fitted, pixel_values, of_category, generators)
+            for fit, measurement in zip(fits.values(), measurements, strict=True):
+                fit.add_statistics(measurement)
+    calibrations = {key: fit.set_statistics() for key, fit in fits.items()}
+    for key, pipeline in zip(keys, pipelines, strict=True):
+        pipeline.register_modules(calibration=calibrations[key])
+
+
+def calibration_key(pipeline: AnomalyPipeline) -> tuple[Any, ...]:
+    """What a row's calibration depends on: its features and settings."""
+    settings = [name for name in settings_of(type(pipeline)) if name not in AFTER_CALIBRATION]
+    return id(pipeline.feature_extractor), *(str(pipeline.config[name]) for name in settings)
 
 
 def evaluate_rows(
@@ -239,7 +244,7 @@ def evaluate_rows(
     index = category_index(model, category)
     calibrated = [pipeline for pipeline, row in zip(pipelines, rows, strict=True) if row.get("calibrated", True)]
     if calibrated:
-        if good is None or len(good) < 2:
+        if not good:
             raise ValueError(
                 f"--data: {args.data} has no good training images of {category} to calibrate the rows with. Add them, "
                 "or set `calibrated: false` in the table."
@@ -328,11 +333,17 @@ def load_model(path: str | Path, method: str, device: torch.device) -> AnomalyPi
     """A saved pipeline on its device.
 
     Raises:
-        ValueError: it is not of `method`.
+        ValueError: it is not of `method`, or has no features to score with.
     """
     pipeline = DiffusionPipeline.from_pretrained(path)
     if not isinstance(pipeline, METHODS[method]):
         raise ValueError(f"--model: this table is about {method}, but {path} holds a {type(pipeline).__name__}.")
+    if pipeline.feature_extractor is None:
+        raise ValueError(
+            f"--model: {path} has no feature extractor, and features are what it is scored with. Give it one: "
+            "pipe.register_modules(feature_extractor=TimmFeatureExtractor.from_backbone('resnet50', (4, 8, 16))), and "
+            "save it again."
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

@@ -23,6 +23,7 @@ from diffad.images import images_to_pixel_values, resize_images
 from diffad.likelihood import kl_divergence_map, predicted_clean_sample, variational_bound
 from diffad.models.denoising_unet_2d import DENOISING_UNET_PRESETS
 from diffad.training import training_run as run
+from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 
@@ -40,7 +41,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument("--backbone", default="tf_efficientnet_lite0", help="timm model of the features")
     model.add_argument("--backbone_weights", help="'timm', 'random' or a file (default: installed package, then timm)")
     model.add_argument("--feature_strides", type=int, nargs="+", default=[2, 4, 8, 16], help="(2 4 8 16)")
-    model.add_argument("--feature_image_size", type=int, help="pixels the backbone sees (default: the resolution)")
+    model.add_argument(
+        "--feature_image_size",
+        type=int,
+        nargs="+",
+        help="pixels the backbone sees; several, increasing, for its features of each (default: the resolution)",
+    )
+    model.add_argument(
+        "--cache_features",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compute the features of every image, and of each of its flips, once and keep them on disk: 2 bytes a "
+        "channel and position, 0.2 MB an image for cpu-64 and two sizes",
+    )
     model.add_argument("--feature_resolution", type=int, help="side of the predicted features (default: the preset's)")
     model.add_argument("--beta_schedule", default="linear", help="diffusers' name (linear)")
 
@@ -68,6 +81,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--alpha must lie in [0, 1]")
     if any(not 0 <= t < 1000 for t in args.timesteps):
         parser.error("--timesteps must lie in [0, 999]")
+    if args.cache_features and args.rotation_degrees:
+        parser.error("--cache_features holds no rotated images: add --rotation_degrees 0")
     return args
 
 
@@ -77,8 +92,9 @@ def create_components(
     if args.pretrained_model_name_or_path:
         trained = AnomalyDenoisePipeline.from_pretrained(args.pretrained_model_name_or_path)
         return trained.unet, trained.scheduler, trained.feature_extractor
+    sizes = args.feature_image_size
     extractor = TimmFeatureExtractor.from_backbone(
-        args.backbone, args.feature_strides, args.feature_image_size, args.backbone_weights
+        args.backbone, args.feature_strides, sizes[0] if sizes and len(sizes) == 1 else sizes, args.backbone_weights
     )
     preset = dict(DENOISING_UNET_PRESETS[args.preset])
     if args.resolution:  # the features keep their share of the resolution
@@ -146,7 +162,7 @@ def save_validation_pictures(
 ) -> None:
     """One row an image: itself, noised to t = 100, the predicted clean image, KL, feature error."""
     size = unet.config.sample_size
-    side = max(size, extractor.config.image_size or 0)
+    side = extractor.input_resolution(size)
     pixel_values = images_to_pixel_values(images, (side, side)).to(device)
     clean = resize_images(pixel_values, (size, size))
     timesteps = torch.full((len(clean),), 100, device=device)
@@ -174,10 +190,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # 1. Good images, and some held out for the thresholds
     training, held_out, categories = run.load_good_images(args)
     unet, scheduler, extractor = create_components(args, len(categories))
-    size = unet.config.sample_size
-    resolution = max(size, extractor.config.image_size or 0)
+    size, feature_size = unet.config.sample_size, (unet.config.feature_resolution,) * 2
+    resolution = extractor.input_resolution(size)
     images = run.ResizedImages(training, resolution, categories)
-    data_loader = run.create_data_loader(images, args)
     accelerator.print(
         f"{len(training)} good images of {', '.join(categories)} for training, {len(held_out)} held out; "
         f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters, {size} px"
@@ -191,9 +206,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches = (
             pixels.to(accelerator.device).float() / 127.5 - 1.0 for pixels, _ in torch.utils.data.DataLoader(chosen, 16)
         )
-        extractor.fit_standardization(batches, (unet.config.feature_resolution,) * 2)
+        extractor.fit_standardization(batches, feature_size)
 
-    # 3. Optimizer, EMA, and what accelerate makes of them
+    # 3. Features, once where images do not change but for flips
+    def encode(pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features (N, C, h, w) of images in [-1, 1]."""
+        with torch.no_grad(), accelerator.autocast():
+            return extractor(pixel_values.to(accelerator.device), feature_size)
+
+    flips = flip_pairs(args)
+    if args.cache_features:
+        images = CachedEncodings(images, encode, flips, (extractor.num_channels, *feature_size), torch.float16)
+    data_loader = run.create_data_loader(images, args)
+
+    # 4. Optimizer, EMA, and what accelerate makes of them
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     optimizer, schedule = run.create_optimizer(list(unet.parameters()), args, accelerator)
@@ -204,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator.register_for_checkpointing(ema)
     step = run.resume(accelerator, args)
 
-    # 4. Train
+    # 5. Train
     accumulation = args.gradient_accumulation_steps
     progress = tqdm(
         total=args.max_train_steps,
@@ -216,15 +242,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     unet.train()
     train_started, first_step = time.time(), step
     try:
-        for number, (pixels, class_index) in run.training_batches(
+        for number, (pixels, *cached, class_index) in run.training_batches(
             data_loader, accelerator, step * accumulation, args.max_train_steps * accumulation
         ):
             generator = run.step_generator(args.seed, number, accelerator)
             with accelerator.accumulate(unet):
-                pixel_values = run.augment(pixels, args, generator)
+                if args.cache_features:
+                    pixel_values, features = choose_flips(pixels, *cached, flips, generator)
+                else:
+                    pixel_values = run.augment(pixels, args, generator)
+                    features = encode(pixel_values)
                 clean = resize_images(pixel_values, (size, size))
-                with torch.no_grad(), accelerator.autocast():
-                    features = extractor(pixel_values, (accelerator.unwrap_model(unet).config.feature_resolution,) * 2)
                 losses = denoising_loss(
                     unet,
                     scheduler,
@@ -268,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     progress.close()
     run.check_replicas(unet, accelerator)
 
-    # 5. Calibrate on good images and save the pipeline
+    # 6. Calibrate on good images and save the pipeline
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(unet)
         if ema is not None:

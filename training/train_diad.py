@@ -12,20 +12,15 @@ stay frozen. From scratch (`--preset`) there is no trained encoder to keep, so t
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
-from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -35,6 +30,7 @@ from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import FUSIONS, GUIDANCE_OUTPUTS
 from diffad.pipelines.pipeline_diad import denormalize_images, encode_latents, normalize_images
 from diffad.training import training_run as run
+from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
 from diffad.training.train_autoencoder import load_autoencoder
 from diffad.visualization import heat_map, save_rows, to_uint8
 
@@ -228,80 +224,6 @@ def choose_trained(unet: UNet2DConditionModel, sg_network: SemanticGuidedNetwork
         sg_network.requires_grad_(True)
 
 
-class CachedLatents(TorchDataset):
-    """`ResizedImages`, and the latents of each image and its flips, encoded once and read from a memory-mapped table.
-
-    An item is (uint8 tensor (3, R, R), float32 latents (F, C, h, w), category index) for F flips.
-
-    Args:
-        images: what to encode.
-        encode: (N, 3, R, R) in [-1, 1] to (N, C, h, w).
-        flips: F pairs of left-right and upside down.
-        latent_shape: (C, h, w).
-    """
-
-    def __init__(
-        self,
-        images: run.ResizedImages,
-        encode: Callable[[torch.Tensor], torch.Tensor],
-        flips: Sequence[tuple[bool, bool]],
-        latent_shape: tuple[int, int, int],
-    ):
-        self.images = images
-        self.category_index = images.category_index
-        self.shape = (len(flips), *latent_shape)
-
-        def encode_flips(indices: list[int]) -> dict[str, list[bytes]]:
-            scaled = torch.stack([images[i][0] for i in indices]).float() / 127.5 - 1.0
-            latents = torch.stack([encode(flip(scaled, [pair] * len(scaled))) for pair in flips], dim=1)
-            return {"latents": [one.tobytes() for one in latents.float().cpu().numpy()]}
-
-        self.table = Dataset.from_dict({"index": range(len(images))}).map(
-            encode_flips,
-            input_columns="index",
-            remove_columns="index",
-            batched=True,
-            batch_size=16,
-            desc="Encoding images",
-            cache_file_name=run.temporary_table(),
-            new_fingerprint=uuid.uuid4().hex,  # its own would hash the autoencoder
-        )
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-        pixels, index = self.images[i]
-        latents = np.frombuffer(self.table[i]["latents"], dtype=np.float32).reshape(self.shape)
-        return pixels, torch.from_numpy(latents.copy()), index
-
-
-def flip(images: torch.Tensor, pairs: Sequence[tuple[bool, bool]] | torch.Tensor) -> torch.Tensor:
-    """Flips each of (N, C, H, W) images by its pair, (left-right, upside down)."""
-    across, down = torch.as_tensor(pairs, device=images.device).view(-1, 2, 1, 1, 1).unbind(dim=1)  # (N, 1, 1, 1)
-    images = torch.where(across, images.flip(3), images)
-    return torch.where(down, images.flip(2), images)
-
-
-def choose_flips(
-    pixels: torch.Tensor, latents: torch.Tensor, flips: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One of the cached flips for each image.
-
-    Args:
-        pixels: (N, 3, R, R) uint8.
-        latents: (N, F, C, h, w).
-        flips: (F, 2) bool, as in `CachedLatents`.
-        generator: of the choice.
-
-    Returns:
-        Images (N, 3, R, R) in [-1, 1], and their latents (N, C, h, w).
-    """
-    choice = torch.randint(len(flips), (len(pixels),), generator=generator, device=pixels.device)
-    images = flip(pixels.float() / 127.5 - 1.0, flips[choice])
-    return images, latents[torch.arange(len(latents), device=latents.device), choice]
-
-
 def noise_loss(
     model: nn.Module,
     scheduler: DDIMScheduler,
@@ -399,12 +321,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             return encode_latents(pipeline.vae, pixel_values)
 
     images = run.ResizedImages(training, args.resolution, categories)
-    flips = list(
-        itertools.product([False, True][: 1 + args.random_flip], [False, True][: 1 + args.random_vertical_flip])
-    )
+    flips = flip_pairs(args)
     if args.cache_latents:
         side = args.resolution // pipeline.size_multiple
-        images = CachedLatents(images, encode, flips, (pipeline.vae.config.latent_channels, side, side))
+        images = CachedEncodings(images, encode, flips, (pipeline.vae.config.latent_channels, side, side))
     data_loader = run.create_data_loader(images, args)
 
     # 3. Optimizer, EMA, and what accelerate makes of them
@@ -421,7 +341,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 4. Train
     prompt_embeds = pipeline.prompt_embedding()
-    flips = torch.tensor(flips, device=accelerator.device)
     accumulation = args.gradient_accumulation_steps
     progress = tqdm(
         total=args.max_train_steps,

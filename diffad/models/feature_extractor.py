@@ -27,7 +27,8 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         backbone: a timm model name that supports `features_only`.
         strides: which of the backbone's strides to take, increasing.
         image_size: side of the square that images are resized to before the backbone, in pixels; None takes them as
-            they come. More pixels than the denoiser sees give finer features at little cost.
+            they come. More pixels than the denoiser sees give finer features at little cost. Several sides, increasing,
+            give the layers of each: small images show the backbone large structures, and large ones fine structures.
     """
 
     @register_to_config
@@ -35,11 +36,16 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         self,
         backbone: str = LITE0_BACKBONE,
         strides: Sequence[int] = (2, 4, 8, 16),
-        image_size: int | None = None,
+        image_size: int | Sequence[int] | None = None,
     ):
         super().__init__()
+        sizes = self.image_sizes
+        if image_size is not None and (not sizes or sizes != sorted({side for side in sizes if side > 0})):
+            raise ValueError(f"`image_size` must be one side in pixels or increasing ones, but is {image_size}.")
         self.network = _create_backbone(backbone, strides, pretrained=False)
-        self.layer_channels: list[int] = self.network.feature_info.channels()
+        per_image = max(1, len(self.image_sizes))  # layers come image by image, from the smallest on
+        self.layer_strides = list(strides) * per_image
+        self.layer_channels: list[int] = self.network.feature_info.channels() * per_image
         self.num_channels = sum(self.layer_channels)
         normalization = self.network.default_cfg  # timm's own: not every backbone was trained on ImageNet's statistics
         self.register_buffer("image_mean", torch.tensor(normalization["mean"]).view(1, -1, 1, 1))
@@ -54,7 +60,7 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         cls,
         backbone: str = LITE0_BACKBONE,
         strides: Sequence[int] = (2, 4, 8, 16),
-        image_size: int | None = None,
+        image_size: int | Sequence[int] | None = None,
         weights: str | Path | None = None,
     ) -> TimmFeatureExtractor:
         """Builds an extractor with pretrained weights.
@@ -84,27 +90,41 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
             )
         return extractor.requires_grad_(False).eval()
 
+    @property
+    def image_sizes(self) -> list[int]:
+        """The sides that images are resized to, increasing; empty where they are taken as they come."""
+        size = self.config.image_size
+        return [] if size is None else [size] if isinstance(size, int) else list(size)
+
+    def input_resolution(self, resolution: int) -> int:
+        """Side that images should have for it and a denoiser at `resolution`: the largest that either looks at."""
+        return max([resolution, *self.image_sizes])
+
     def train(self, mode: bool = True) -> TimmFeatureExtractor:
         """Stays in evaluation mode: the batch norms' statistics belong to the pretrained weights."""
         return super().train(False)
 
     @apply_forward_hook  # moves an offloaded network to its device, as a call of `forward` does
     def layers(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        """The backbone's maps, one for each stride.
+        """The backbone's maps, one for each stride, of each size of the image.
 
         Args:
             pixel_values: (N, 3, H, W) in [-1, 1].
 
         Returns:
-            A list of (N, layer_channels[i], H / strides[i], W / strides[i]), neither resized nor standardised.
+            A list of (N, layer_channels[i], H / layer_strides[i], W / layer_strides[i]), neither resized nor
+            standardised, with the image's own H and W or, in turn, the configured sizes.
         """
-        size = self.config.image_size
-        if size is not None and pixel_values.shape[-2:] != (size, size):
-            resized = F.interpolate(pixel_values.float(), (size, size), mode="bilinear", antialias=True)
-            pixel_values = resized.to(pixel_values.dtype)  # torch has no antialiasing in half precision on every device
-        images = (pixel_values / 2.0 + 0.5 - self.image_mean) / self.image_std
-        # channels last runs depthwise convolutions a quarter faster on CPUs and tensor cores
-        return self.network(images.contiguous(memory_format=torch.channels_last))
+        layers = []
+        for side in self.image_sizes or [None]:
+            images = pixel_values
+            if side is not None and images.shape[-2:] != (side, side):
+                images = F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
+                images = images.to(pixel_values.dtype)  # torch has no antialiasing in half precision on every device
+            images = (images / 2.0 + 0.5 - self.image_mean) / self.image_std
+            # channels last runs depthwise convolutions a quarter faster on CPUs and tensor cores
+            layers += self.network(images.contiguous(memory_format=torch.channels_last))
+        return layers
 
     def forward(self, pixel_values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """All layers at one size, standardised per channel.
@@ -116,13 +136,7 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         Returns:
             (N, num_channels, *size).
         """
-        resized = [
-            F.adaptive_avg_pool2d(layer, size)
-            if layer.shape[-2] >= size[0] and layer.shape[-1] >= size[1]
-            else F.interpolate(layer, size, mode="bilinear")
-            for layer in self.layers(pixel_values)
-        ]
-        features = torch.cat(resized, dim=1)  # (N, num_channels, *size)
+        features = concatenate_layers(self.layers(pixel_values), size)  # (N, num_channels, *size)
         return (features - self.channel_mean) / self.channel_std
 
     @torch.no_grad()
@@ -155,6 +169,17 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         self.channel_mean.copy_(mean.view(1, -1, 1, 1))
         self.channel_std.copy_(std.view(1, -1, 1, 1))
         return self
+
+
+def concatenate_layers(layers: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+    """Layers (N, C_i, h_i, w_i) at one size, (N, C, *size); larger ones are averaged, smaller ones interpolated."""
+    resized = [
+        F.adaptive_avg_pool2d(layer, size)
+        if layer.shape[-2] >= size[0] and layer.shape[-1] >= size[1]
+        else F.interpolate(layer, size, mode="bilinear")
+        for layer in layers
+    ]
+    return torch.cat(resized, dim=1)
 
 
 def _create_backbone(backbone: str, strides: Sequence[int], pretrained: bool, **kwargs) -> torch.nn.Module:

@@ -193,12 +193,15 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
         Args:
             feature_extractor: an extractor with weights.
             config: the class's arguments other than `backbone` and `strides`; `image_size` defaults to the
-                extractor's.
+                extractor's, the largest where it has several.
         """
-        if feature_extractor.config.image_size is not None:
-            config.setdefault("image_size", feature_extractor.config.image_size)
+        if feature_extractor.image_sizes:
+            config.setdefault("image_size", feature_extractor.image_sizes[-1])
         model = cls(feature_extractor.config.backbone, feature_extractor.config.strides, **config)
-        model.feature_extractor.load_state_dict(feature_extractor.state_dict())
+        weights = feature_extractor.state_dict()
+        for name in ("channel_mean", "channel_std"):  # of the largest image, which comes last
+            weights[name] = weights[name][:, -model.feature_extractor.num_channels :]
+        model.feature_extractor.load_state_dict(weights)
         return model.to(feature_extractor.device)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GaussianFeatureModel:

@@ -238,8 +238,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--image_size", type=int, default=224, help="pixels a side that the backbone sees (224)")
     parser.add_argument("--output", default="runs/anomalib.json", help="the report (%(default)s)")
     args = parser.parse_args(argv)
+    if args.mixed_precision not in (None, "no"):
+        parser.error("--mixed_precision: anomalib fits in float32, and is tested in it as well")
 
-    accelerator = Accelerator(mixed_precision=args.mixed_precision or "no")
+    accelerator = Accelerator(mixed_precision="no")
     dataset = load_anomaly_dataset(args.data, split="test", category=args.category, dataset=args.dataset)
     training = load_training_images(args.data, args.category, args.dataset, dataset, accelerator)
     if training is None:
