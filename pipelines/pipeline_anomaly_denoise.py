@@ -249,7 +249,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
     ) -> torch.Tensor:
         """(N, T + E, H, W): the smoothed KL at each of T noise levels, then E maps of the feature error.
 
-        Calibrated, E = 1: the Mahalanobis distance of the true features from their prediction, averaged over the noise
+        Calibrated, E = 1: the log Mahalanobis distance of the true features from their prediction, averaged over the noise
         levels. Uncalibrated, as in the paper, the error at each level and layer, E = T * L.
         """
         residual = measurement.residual  # (N, T, C, h, w)
@@ -307,8 +307,8 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
             learning_rate: as it will be in `reconstruct`.
             denoise_every: as it will be in `reconstruct`.
             config: of a new [`GaussianFeatureModel`], other than backbone and strides, which are the pipeline's own
-                extractor's. By default images are seen at the extractor's (largest) size, the grid is a quarter of that, and 100
-                channels are drawn.
+                extractor's. By default images are seen at the extractor's size, the largest of several, the grid is a
+                quarter of that, and 100 channels are drawn.
 
         Returns:
             The pipeline, with `gaussian`.

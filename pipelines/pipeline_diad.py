@@ -388,7 +388,7 @@ class DiADPipeline(AnomalyPipeline):
         calibration: ScoreCalibration | None,
         num_seen: int = 0,
     ) -> torch.Tensor:
-        """(N, L, H, W): each scored layer's smoothed map; (N, 1, H, W) of a calibrated Mahalanobis distance."""
+        """(N, L, H, W): each scored layer's smoothed map; (N, 1, H, W) of a calibrated log distance."""
         maps = measurement.maps
         if measurement.residual is not None:
             residual = measurement.residual  # (N, 1, C, h, w)

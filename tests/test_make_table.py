@@ -183,7 +183,7 @@ def test_a_model_without_features_to_score_with_is_refused(data, tmp_path):
     pipeline = make_pipeline()
     pipeline.register_modules(feature_extractor=None)
     pipeline.save_pretrained(tmp_path / "diad")
-    with pytest.raises(ValueError, match="--model.*no feature extractor"):
+    with pytest.raises(ValueError, match=r"--model.*no feature extractor"):
         run("pooling", tmp_path / "diad", data, tmp_path / "t.json")
 
 

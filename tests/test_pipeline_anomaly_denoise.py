@@ -507,7 +507,7 @@ def test_each_category_keeps_its_calibration(unified):
 
 def test_one_category_is_not_calibrated_otherwise_than_the_others(unified):
     unified.calibrate(textures(9), false_alarm_rate=0.3, category="bottle")
-    with pytest.raises(ValueError, match="`false_alarm_rate` is 0.2.*other categories' thresholds are for 0.3"):
+    with pytest.raises(ValueError, match=r"`false_alarm_rate` is 0.2.*other categories' thresholds are for 0.3"):
         unified.calibrate(textures(9), false_alarm_rate=0.2, category="cable")
     other = AnomalyDenoisePipeline(**unified.components, categories=["bottle", "cable", "screw"], timesteps=[5])
     with pytest.raises(ValueError, match="`calibration` holds other categories' statistics"):

@@ -32,9 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--category", nargs="+", help="only these categories (default: all that there are)")
     data.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable files (error)")
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--image_size", type=int, help="pixels the backbone sees (default: the most that the pipeline's extractor does)"
-    )
+    model.add_argument("--image_size", type=int, help="pixels the backbone sees (default: as the pipeline's extractor)")
     model.add_argument("--feature_size", type=int, help="side of the grid of positions (default: --image_size / 4)")
     model.add_argument("--num_channels", type=int, help="channels drawn at random (default: 100)")
     model.add_argument("--epsilon", type=float, help="regularisation, as a share of the features' variance")
