@@ -249,8 +249,8 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
     ) -> torch.Tensor:
         """(N, T + E, H, W): the smoothed KL at each of T noise levels, then E maps of the feature error.
 
-        Calibrated, E = 1: the log Mahalanobis distance of the true features from their prediction, averaged over the noise
-        levels. Uncalibrated, as in the paper, the error at each level and layer, E = T * L.
+        Calibrated, E = 1: the log Mahalanobis distance of the true features from their prediction, whose difference is
+        averaged over the noise levels. Uncalibrated, as in the paper, the error at each level and layer, E = T * L.
         """
         residual = measurement.residual  # (N, T, C, h, w)
         if calibration is not None:
