@@ -130,7 +130,7 @@ def test_thresholds_are_the_pipelines_with_the_rate_that_their_images_vouch_for(
         assert f"| {category} | {image:.6g} | {pixel:.6g} | 0.1 | 19 |" in text
     few = tiny_pipeline()
     with pytest.warns(UserWarning, match="cannot vouch"):
-        few.calibrate(textures(9), false_alarm_rate=0.01)
+        few.calibrate(textures(5), false_alarm_rate=0.01)
     assert re.search(r"\| all \| .* \| 0.25 \| 3 \|", section(render_model_card(few), "Thresholds"))
     assert "not calibrated" in section(render_model_card(tiny_pipeline()), "Thresholds")
 
