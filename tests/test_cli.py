@@ -81,7 +81,7 @@ def test_calibrate_changes_thresholds_in_place(model, tmp_path):
 
     calibration = AnomalyDenoisePipeline.from_pretrained(tmp_path / "new").calibration
     assert calibration.config.false_alarm_rate == 0.4
-    assert calibration.normal_scores.shape == (1, 3)
+    assert calibration.normal_scores.shape == (1, 5)
 
 
 def test_calibrate_in_place_removes_the_old_report(model, tmp_path):

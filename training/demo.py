@@ -152,7 +152,7 @@ def draw_scores(records: list[dict[str, Any]], threshold: float, path: Path) -> 
     for label, name, color in ((0, "good", "#31688e"), (1, "defective", "#d1495b")):
         left.hist(np.clip(scores[labels == label], None, bins[-1]), bins, alpha=0.7, label=name, color=color)
     left.axvline(threshold, color="black", linestyle="--", linewidth=1, label="threshold")
-    left.set(xlabel="anomaly score (the last bin holds all above)", ylabel="cells")
+    left.set(xlabel="anomaly score (the last bin holds all above)", ylabel="images")
     left.legend()
     right.plot(false_positives, true_positives, color="#31688e")
     right.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
