@@ -105,17 +105,18 @@ def residual_gaussian(
     """
     num_places, num_channels = moments.total.shape
     weight = moments.count / (moments.count + prior_images)
-    mean = weight * moments.mean()  # (P, C)
+    raw_mean = moments.mean()  # (P, C)
+    mean = weight * raw_mean
 
     def covariance(places: slice) -> torch.Tensor:  # about the shrunk mean, (P', C, C)
-        raw, shrunk = moments.mean()[places], mean[places]
-        offset = raw - shrunk
+        raw = raw_mean[places]
+        offset = raw - mean[places]
         products = moments.total_of_products[places] / moments.count
         return products - raw[:, :, None] * raw[:, None, :] + offset[:, :, None] * offset[:, None, :]
 
     parts = [slice(start, start + PLACES_AT_ONCE) for start in range(0, num_places, PLACES_AT_ONCE)]
     mean_square = moments.total_of_products.diagonal(dim1=1, dim2=2) / moments.count
-    variance = mean_square - moments.mean().square() + (moments.mean() - mean).square()  # (P, C)
+    variance = mean_square - raw_mean.square() + (raw_mean - mean).square()  # (P, C)
     variance = shrink(variance.mT.unflatten(1, grid), moments.count, prior_images).flatten(1).mT
     deviation = variance.sqrt()
 

@@ -222,7 +222,7 @@ def test_cached_features_are_those_of_the_flipped_images(good, tmp_path):
     cached = CachedEncodings(images, lambda x: extractor(x, (8, 8)), pairs, (128, 8, 8), torch.float16)
     pixels, features = (torch.stack(column) for column in zip(*(cached[i][:2] for i in range(8)), strict=True))
     assert features.dtype == torch.float16
-    flipped, chosen = choose_flips(pixels, features, pairs, generator())
+    flipped, chosen = choose_flips(pixels, features, torch.tensor(pairs), generator())
     torch.testing.assert_close(chosen.float(), extractor(flipped, (8, 8)), rtol=2e-3, atol=2e-3)
 
 

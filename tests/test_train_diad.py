@@ -351,7 +351,7 @@ def test_latents_are_cached_for_each_flip(good, tiny):
         torch.testing.assert_close(latents[pairs.index(pair)], pipeline.encode(expected)[0], rtol=1e-4, atol=1e-5)
 
     batch = [torch.stack(column) for column in zip(*(cached[i][:2] for i in range(13)), strict=True)]
-    flipped, chosen = choose_flips(*batch, pairs, generator())
+    flipped, chosen = choose_flips(*batch, torch.tensor(pairs), generator())
     torch.testing.assert_close(chosen, pipeline.encode(flipped), rtol=1e-4, atol=1e-5)
     originals = batch[0].float() / 127.5 - 1.0
     kinds = {tuple(torch.equal(flipped[i], flip(originals[i : i + 1], [p])[0]) for p in pairs) for i in range(13)}

@@ -79,20 +79,19 @@ def flip(images: torch.Tensor, pairs: Sequence[tuple[bool, bool]] | torch.Tensor
 
 
 def choose_flips(
-    pixels: torch.Tensor, encodings: torch.Tensor, flips: Sequence[tuple[bool, bool]], generator: torch.Generator
+    pixels: torch.Tensor, encodings: torch.Tensor, flips: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One of the cached flips for each image.
 
     Args:
         pixels: (N, 3, R, R) uint8.
         encodings: (N, F, ...).
-        flips: F pairs, as in `CachedEncodings`.
+        flips: (F, 2) bool, as in `CachedEncodings`.
         generator: of the choice.
 
     Returns:
         Images (N, 3, R, R) in [-1, 1], and their encodings (N, ...).
     """
     choice = torch.randint(len(flips), (len(pixels),), generator=generator, device=pixels.device)
-    pairs = torch.tensor(flips, device=pixels.device)[choice]
-    images = flip(pixels.float() / 127.5 - 1.0, pairs)
+    images = flip(pixels.float() / 127.5 - 1.0, flips[choice])
     return images, encodings[torch.arange(len(encodings), device=encodings.device), choice]

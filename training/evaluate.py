@@ -268,13 +268,14 @@ def fit_padim(
     The grid is 56 x 56 whatever the finest stride: PaDiM's own, with a ResNet.
     """
     model = GaussianFeatureModel.from_extractor(feature_extractor, image_size=image_size, feature_size=image_size // 4)
+    return model.fit(image_batches(good, batch_size, image_size))
 
-    def batches() -> Iterator[torch.Tensor]:
-        for start in range(0, len(good), batch_size):
-            images = images_to_tensors([good[i]["image"] for i in range(start, min(start + batch_size, len(good)))])
-            yield images_to_pixel_values(images, (image_size, image_size))
 
-    return model.fit(batches())
+def image_batches(images: Dataset, batch_size: int, image_size: int) -> Iterator[torch.Tensor]:
+    """A data set's images in batches of (N, 3, image_size, image_size) in [-1, 1]; only one is in memory."""
+    for start in range(0, len(images), batch_size):
+        tensors = images_to_tensors([images[i]["image"] for i in range(start, min(start + batch_size, len(images)))])
+        yield images_to_pixel_values(tensors, (image_size, image_size))
 
 
 def evaluate_baseline(

@@ -231,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     step = run.resume(accelerator, args)
 
     # 5. Train
+    flips = torch.tensor(flips, device=accelerator.device)
     accumulation = args.gradient_accumulation_steps
     progress = tqdm(
         total=args.max_train_steps,

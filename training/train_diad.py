@@ -341,6 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 4. Train
     prompt_embeds = pipeline.prompt_embedding()
+    flips = torch.tensor(flips, device=accelerator.device)
     accumulation = args.gradient_accumulation_steps
     progress = tqdm(
         total=args.max_train_steps,

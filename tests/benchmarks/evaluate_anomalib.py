@@ -21,12 +21,11 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -41,6 +40,7 @@ from diffad.training.evaluate import (
     add_evaluation_arguments,
     describe_machine,
     evaluate_detectors,
+    image_batches,
     load_training_images,
     split_by_category,
     with_mean,
@@ -101,10 +101,8 @@ def create_model(
         feature_extractor: ours, with weights, at the strides that the model is to take.
         n_features: how many channels PaDiM draws, from torch's global generator. None takes all.
     """
-    backbone, strides = feature_extractor.config.backbone, feature_extractor.config.strides
-    with torch.device("meta"):  # only to read which strides there are
-        available = timm.create_model(backbone, pretrained=False, features_only=True).feature_info.reduction()
-    common = {"layers": [available.index(stride) for stride in strides], "backbone": backbone, "pre_trained": False}
+    layers = list(feature_extractor.network.feature_info.out_indices)
+    common = {"layers": layers, "backbone": feature_extractor.config.backbone, "pre_trained": False}
     if name == "padim":
         model = PadimModel(**common, n_features=n_features or feature_extractor.num_channels)
     else:
@@ -139,13 +137,6 @@ def check_features(
     return difference
 
 
-def batches(images: Dataset, batch_size: int, image_size: int) -> Iterator[torch.Tensor]:
-    """(N, 3, image_size, image_size) in [-1, 1]."""
-    for start in range(0, len(images), batch_size):
-        tensors = images_to_tensors([images[i]["image"] for i in range(start, min(start + batch_size, len(images)))])
-        yield images_to_pixel_values(tensors, (image_size, image_size))
-
-
 def evaluate_model(
     name: str, good: Dataset, images: Dataset, category: str, accelerator: Accelerator, args: argparse.Namespace
 ) -> dict[str, Any]:
@@ -154,13 +145,13 @@ def evaluate_model(
     device = accelerator.device
     feature_extractor = TimmFeatureExtractor.from_backbone(LITE0_BACKBONE, STRIDES[name]).to(device)
     model = create_model(name, feature_extractor, args.n_features).to(device)
-    first = next(batches(good.select([0]), 1, args.image_size)).to(device)
+    first = next(image_batches(good.select([0]), 1, args.image_size)).to(device)
     difference = check_features(model, feature_extractor, first)
 
     started = time.perf_counter()
     model.train()  # it gathers embeddings so; the backbone stays in evaluation mode
     with torch.no_grad():
-        for pixel_values in batches(good, args.batch_size, args.image_size):
+        for pixel_values in image_batches(good, args.batch_size, args.image_size):
             model(normalize(feature_extractor, pixel_values.to(device)))
         if name == "padim":
             model.fit()
