@@ -401,6 +401,7 @@ DATA = ("--train_data_dir", "parts")
         ((*DATA, "--dataset_name", "org/name"), None, "give one of --train_data_dir and --dataset_name"),
         ((*DATA, "--calibration_fraction", "0"), None, r"--calibration_fraction must lie in \(0, 1\)"),
         ((*DATA, "--calibration_fraction", "1"), None, r"--calibration_fraction must lie in \(0, 1\)"),
+        ((*DATA, "--part_pattern", "(a"), None, "--part_pattern is no regular expression: missing"),
         ((*DATA, "--false_alarm_rate", "0"), None, r"--false_alarm_rate must lie in \(0, 1\)"),
         ((*DATA, "--false_alarm_rate", "1.5"), None, r"--false_alarm_rate must lie in \(0, 1\)"),
         ((*DATA, "--alpha", "1.5"), None, r"--alpha must lie in \[0, 1\]"),
@@ -480,6 +481,26 @@ def test_the_same_share_of_every_category_is_held_out_by_the_seed(tmp_path):
     other = training_run.load_good_images(shared(train_data_dir=str(data), calibration_fraction=0.3, seed=1))[1]
     assert again["path"] == held_out["path"]
     assert other["path"] != held_out["path"]
+
+
+def test_all_photographs_of_a_part_are_held_out_or_none(tmp_path):
+    folder = write_folder(tmp_path / "part", 24)
+    for i, path in enumerate(sorted(folder.iterdir())):
+        path.rename(folder / f"serial{i % 8}-view{i // 8}.png")
+    args = shared(train_data_dir=str(folder), calibration_fraction=0.25, part_pattern=r"(serial\d+)-")
+    for seed in range(3):
+        args.seed = seed
+        training, held_out, _ = training_run.load_good_images(args)
+        sides = [{Path(path).name.split("-")[0] for path in side["path"]} for side in (training, held_out)]
+        assert [len(side) for side in sides] == [6, 2]
+        assert not sides[0] & sides[1]
+        assert (len(training), len(held_out)) == (18, 6)
+    args.part_pattern = r"lot\d+"
+    with pytest.raises(ValueError, match=r"--part_pattern 'lot.*' is not in '.*serial0-view0.png'"):
+        training_run.load_good_images(args)
+    args.part_pattern = "view"  # one part in all
+    with pytest.raises(ValueError, match="has 24 good images of 1 parts: too few"):
+        training_run.load_good_images(args)
 
 
 def test_a_stream_trains_as_the_data_set_does(tmp_path):

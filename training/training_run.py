@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -64,6 +65,12 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.15,
         help="share of good images held out for thresholds (0.15)",
+    )
+    data.add_argument(
+        "--part_pattern",
+        metavar="REGEX",
+        help="which part an image's path names; all photographs of a part are then held out, or none (default: every "
+        "image is of another part)",
     )
     data.add_argument("--resolution", type=int, help="side of the training images in pixels (default: the preset's)")
     data.add_argument(
@@ -153,6 +160,10 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         parser.error(
             "--calibration_fraction must lie in (0, 1): thresholds need good images that training has not seen"
         )
+    try:
+        re.compile(args.part_pattern or "")
+    except re.error as error:
+        parser.error(f"--part_pattern is no regular expression: {error}")
     if not 0.0 < args.false_alarm_rate < 1.0:
         parser.error("--false_alarm_rate must lie in (0, 1)")
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
@@ -190,7 +201,11 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
 def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str]]:
     """Good images for training, good images held out of it, and the categories' names.
 
-    The same share of every category is held out, by the seed.
+    The same share of every category is held out, by the seed; of a part, all images or none. A model knows parts that
+    it has been trained on, and thresholds from other photographs of these would not hold for new parts.
+
+    Raises:
+        ValueError: a category has too few good images or parts, or `--part_pattern` is not in an image's path.
     """
     good = load_anomaly_dataset(
         args.train_data_dir or args.dataset_name,
@@ -204,19 +219,41 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
     labels = np.asarray(good["label"])
     good = good.select(np.flatnonzero(labels == 0)) if labels.any() else good
     of_image = np.asarray(good["category"])
+    part = _part_index(good["path"], args.part_pattern)
     categories = sorted(set(of_image.tolist()))
     training, held_out = [], []
     for number, category in enumerate(categories):
-        order = np.random.default_rng([args.seed, number]).permutation(np.flatnonzero(of_image == category))
-        count = max(1, round(args.calibration_fraction * len(order)))
-        if len(order) - count < 2:
+        images = np.flatnonzero(of_image == category)
+        parts, num_photographs = np.unique(part[images], return_counts=True)
+        order = np.random.default_rng([args.seed, number]).permutation(len(parts))
+        count = max(1, round(args.calibration_fraction * len(images)))
+        num_parts = 1 + int(np.searchsorted(num_photographs[order].cumsum(), count))  # which hold `count` images
+        is_held_out = np.isin(part[images], parts[order[:num_parts]])
+        if (~is_held_out).sum() < 2:
             raise ValueError(
-                f"Category {category!r} of {args.train_data_dir or args.dataset_name} has {len(order)} good images: "
-                "too few to train and to calibrate. It takes 3, and deserves 100."
+                f"Category {category!r} of {args.train_data_dir or args.dataset_name} has {len(images)} good images"
+                f"{f' of {len(parts)} parts' if args.part_pattern else ''}: too few to train and to calibrate. It "
+                "takes 3, and deserves 100."
             )
-        held_out.extend(order[:count].tolist())
-        training.extend(order[count:].tolist())
+        held_out.extend(images[is_held_out].tolist())
+        training.extend(images[~is_held_out].tolist())
     return good.select(sorted(training)), good.select(sorted(held_out)), categories
+
+
+def _part_index(paths: Sequence[str], pattern: str | None) -> np.ndarray:
+    """(N,): which images show the same part; without a pattern, each shows its own."""
+    if pattern is None:
+        return np.arange(len(paths))
+    names = []
+    for path in paths:
+        match = re.search(pattern, path)
+        if match is None:
+            raise ValueError(
+                f"--part_pattern {pattern!r} is not in {path!r}. Give a regular expression that finds the part in "
+                "every path, its name in parentheses."
+            )
+        names.append("".join(match.groups(default="")) or match.group())
+    return np.unique(names, return_inverse=True)[1]
 
 
 def keep_good_images(stream: IterableDataset) -> Dataset:

@@ -112,9 +112,8 @@ def main() -> None:
     for name, held_out in (("with near duplicates", fresh), ("without", unseen)):
         result = pipeline(training.select(held_out)["image"][:], match_input_resolution=False, generator=generator)
         scores.append(torch.from_numpy(result.anomaly_score))
-        print(
-            f"{len(held_out)} good images {name} among those calibrated on: false alarms {result.is_anomalous.mean():.0%}"
-        )
+        alarms = f"false alarms {result.is_anomalous.mean():.0%}"
+        print(f"{len(held_out)} good images {name} among those calibrated on: {alarms}")
     labels = torch.cat([torch.full((len(part),), i) for i, part in enumerate(scores)])
     print(f"AUROC of the one against the other: {auroc(torch.cat(scores), labels, task='binary'):.3f}")
 
