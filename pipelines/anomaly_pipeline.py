@@ -321,7 +321,8 @@ class AnomalyPipeline(DiffusionPipeline):
         thresholds and p-values hold for new images.
 
         Args:
-            images: good images that no network was trained on: PIL images, paths, arrays, or a column of a
+            images: good images that no network was trained on, of parts of which neither training nor
+                `statistics_images` show other photographs: PIL images, paths, arrays, or a column of a
                 `datasets.Dataset`. Thresholds and p-values come from them.
             statistics_images: more good images, for the per-position statistics; those of training may serve. Their
                 measurements wait in a temporary file, at most about 1 MB an image. Without them, every other of

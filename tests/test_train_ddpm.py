@@ -401,6 +401,7 @@ DATA = ("--train_data_dir", "parts")
         ((*DATA, "--dataset_name", "org/name"), None, "give one of --train_data_dir and --dataset_name"),
         ((*DATA, "--calibration_fraction", "0"), None, r"--calibration_fraction must lie in \(0, 1\)"),
         ((*DATA, "--calibration_fraction", "1"), None, r"--calibration_fraction must lie in \(0, 1\)"),
+        ((*DATA, "--part_pattern", ""), None, "--part_pattern must not match the empty text"),
         ((*DATA, "--part_pattern", "(a"), None, "--part_pattern is no regular expression: missing"),
         ((*DATA, "--false_alarm_rate", "0"), None, r"--false_alarm_rate must lie in \(0, 1\)"),
         ((*DATA, "--false_alarm_rate", "1.5"), None, r"--false_alarm_rate must lie in \(0, 1\)"),
@@ -496,11 +497,26 @@ def test_all_photographs_of_a_part_are_held_out_or_none(tmp_path):
         assert not sides[0] & sides[1]
         assert (len(training), len(held_out)) == (18, 6)
     args.part_pattern = r"lot\d+"
-    with pytest.raises(ValueError, match=r"--part_pattern 'lot.*' is not in '.*serial0-view0.png'"):
+    with pytest.raises(ValueError, match=r"--part_pattern 'lot.*' finds no part in the path '.*serial0-view0.png'"):
         training_run.load_good_images(args)
     args.part_pattern = "view"  # one part in all
-    with pytest.raises(ValueError, match="has 24 good images of 1 parts: too few"):
+    with pytest.raises(ValueError, match="has 24 good images, and of parts by --part_pattern 1: too few"):
         training_run.load_good_images(args)
+
+
+def test_a_large_part_is_not_held_out_where_smaller_ones_will_do(tmp_path):
+    folder = write_folder(tmp_path / "part", 24)
+    for i, path in enumerate(sorted(folder.iterdir())):  # lot 1, serial 23 is not lot 12, serial 3
+        name = ("lot1-serial23", "lot12-serial3")[i] if i < 2 else "lot1-serial4"
+        path.rename(folder / f"{name}-view{i}.png")
+    for seed in range(4):
+        args = shared(train_data_dir=str(folder), part_pattern=r"lot(\d+)-serial(\d+)", seed=seed)
+        args.calibration_fraction = 0.05  # one image
+        held_out = training_run.load_good_images(args)[1]["path"]
+        assert len(held_out) == 1
+        assert "serial4" not in held_out[0]
+    args.calibration_fraction = 0.15
+    assert len(training_run.load_good_images(args)[1]) == 2
 
 
 def test_a_stream_trains_as_the_data_set_does(tmp_path):

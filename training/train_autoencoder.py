@@ -4,8 +4,8 @@
     accelerate launch training/train_autoencoder.py --train_data_dir DIR --output_dir runs/autoencoder \
         --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
 
-Good images in, an `AutoencoderKL` out, for `train_diad.py --vae_path`. With the same data, seed and
---calibration_fraction, both scripts hold out the same images.
+Good images in, an `AutoencoderKL` out, for `train_diad.py --vae_path`. With the same data, seed,
+--calibration_fraction and --part_pattern, both scripts hold out the same images.
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--part_pattern",
         metavar="REGEX",
-        help="which part an image's path names; all photographs of a part are then held out, or none (default: every "
-        "image is of another part)",
+        help="finds the part in an image's path, at its first match: the groups in parentheses, or else all of it; all "
+        "photographs of a part in a category are then held out, or none (default: every image is of another part)",
     )
     data.add_argument("--resolution", type=int, help="side of the training images in pixels (default: the preset's)")
     data.add_argument(
@@ -160,10 +160,13 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         parser.error(
             "--calibration_fraction must lie in (0, 1): thresholds need good images that training has not seen"
         )
-    try:
-        re.compile(args.part_pattern or "")
-    except re.error as error:
-        parser.error(f"--part_pattern is no regular expression: {error}")
+    if args.part_pattern is not None:
+        try:
+            empty = re.compile(args.part_pattern).match("") is not None
+        except re.error as error:
+            parser.error(f"--part_pattern is no regular expression: {error}")
+        if empty:
+            parser.error("--part_pattern must not match the empty text: it would find the same part in every path")
     if not 0.0 < args.false_alarm_rate < 1.0:
         parser.error("--false_alarm_rate must lie in (0, 1)")
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
@@ -201,8 +204,9 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
 def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str]]:
     """Good images for training, good images held out of it, and the categories' names.
 
-    The same share of every category is held out, by the seed; of a part, all images or none. A model knows parts that
-    it has been trained on, and thresholds from other photographs of these would not hold for new parts.
+    The same share of every category is held out, by the seed; of a part, all of the category's images or none, and no
+    more than that share unless every part is larger. A model knows parts that it has been trained on, and thresholds
+    from other photographs of these would not hold for new parts.
 
     Raises:
         ValueError: a category has too few good images or parts, or `--part_pattern` is not in an image's path.
@@ -225,15 +229,17 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
     for number, category in enumerate(categories):
         images = np.flatnonzero(of_image == category)
         parts, num_photographs = np.unique(part[images], return_counts=True)
-        order = np.random.default_rng([args.seed, number]).permutation(len(parts))
         count = max(1, round(args.calibration_fraction * len(images)))
-        num_parts = 1 + int(np.searchsorted(num_photographs[order].cumsum(), count))  # which hold `count` images
-        is_held_out = np.isin(part[images], parts[order[:num_parts]])
+        chosen: list[int] = []
+        for one in np.random.default_rng([args.seed, number]).permutation(len(parts)):
+            if num_photographs[[*chosen, one]].sum() <= count:
+                chosen.append(one)
+        is_held_out = np.isin(part[images], parts[chosen or [num_photographs.argmin()]])
         if (~is_held_out).sum() < 2:
+            of_parts = "" if args.part_pattern is None else f", and of parts by --part_pattern {len(parts)}"
             raise ValueError(
                 f"Category {category!r} of {args.train_data_dir or args.dataset_name} has {len(images)} good images"
-                f"{f' of {len(parts)} parts' if args.part_pattern else ''}: too few to train and to calibrate. It "
-                "takes 3, and deserves 100."
+                f"{of_parts}: too few to train and to calibrate. It takes 3, of 2 parts, and deserves 100."
             )
         held_out.extend(images[is_held_out].tolist())
         training.extend(images[~is_held_out].tolist())
@@ -249,10 +255,10 @@ def _part_index(paths: Sequence[str], pattern: str | None) -> np.ndarray:
         match = re.search(pattern, path)
         if match is None:
             raise ValueError(
-                f"--part_pattern {pattern!r} is not in {path!r}. Give a regular expression that finds the part in "
-                "every path, its name in parentheses."
+                f"--part_pattern {pattern!r} finds no part in the path {path!r} of an image. Give a regular expression "
+                "that finds one in every path, or leave it out."
             )
-        names.append("".join(match.groups(default="")) or match.group())
+        names.append("/".join(match.groups(default="")) or match.group())
     return np.unique(names, return_inverse=True)[1]
 
 

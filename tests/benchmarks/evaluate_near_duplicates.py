@@ -3,12 +3,13 @@
     python tests/benchmarks/evaluate_near_duplicates.py --data magnetic_tile [--model runs/tiles]
 
 A data set may hold several photographs of one part. Where they are split at random, good test images have near
-duplicates among the training images, defective ones have none, and a model is also asked which parts it has seen.
+duplicates among the training images, defective ones few, and a model is also asked which parts it has seen.
 
 Two images are as far apart as their pretrained features, each standardised over the training images, differ in the mean
 square; near duplicates are nearer than a third of what two training images have in the median. With `--model`, its
-pipeline is calibrated again without some of the training images: of some groups of near duplicates all images, of
-others one. The false alarms on both are printed, and how well the scores tell the one from the other.
+pipeline is calibrated again: without all images of some groups of near duplicates, and without one image of each of
+some other groups, half of which set the thresholds. The false alarms on the rest of the latter and on the former are
+printed, and how well the scores tell the one from the other. The pipeline's networks may have been trained on both.
 """
 
 from __future__ import annotations
@@ -49,21 +50,28 @@ def mean_square_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def hold_out(groups: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Indices of: all images of some groups; single images of other groups; the rest. Each of the first two a share."""
-    rng, count = np.random.default_rng(seed), round(share * len(groups))
-    order = rng.permutation(groups.max() + 1)
-    sizes = np.bincount(groups)[order].cumsum()
-    unseen = np.flatnonzero(np.isin(groups, order[sizes <= count]))
-    others = rng.permutation(np.setdiff1d(np.arange(len(groups)), unseen))
-    several = others[np.bincount(groups)[groups[others]] > 1]
-    seen = several[np.unique(groups[several], return_index=True)[1]][:count]
-    return unseen, seen, np.setdiff1d(others, seen)
+    """Indices of: all images of some groups; one image of each of some others; the rest.
+
+    Only groups of two or more are taken, so that the first two differ in nothing but what is left of their groups. At
+    most a `share` of all images is in each.
+    """
+    rng, count, sizes = np.random.default_rng(seed), round(share * len(groups)), np.bincount(groups)
+    order = rng.permutation(np.flatnonzero(sizes > 1))
+    is_unseen = sizes[order].cumsum() <= count
+    unseen = np.flatnonzero(np.isin(groups, order[is_unseen]))
+    seen = np.array([rng.choice(np.flatnonzero(groups == group)) for group in order[~is_unseen][:count]], dtype=int)
+    if len(unseen) < 10 or len(seen) < 20:
+        raise SystemExit(
+            f"Too few near duplicates: {len(unseen)} images of whole groups and {len(seen)} of others. Raise --share, "
+            "or leave --model out."
+        )
+    return unseen, seen, np.setdiff1d(np.arange(len(groups)), [*unseen, *seen])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder or name, as `load_anomaly_dataset` takes it")
-    parser.add_argument("--category", help="of several")
+    parser.add_argument("--category", help="of data or a model of several")
     parser.add_argument("--backbone", default="tf_efficientnet_lite0", help="timm's name (%(default)s)")
     parser.add_argument("--image_size", type=int, default=128, help="pixels the backbone sees (%(default)s)")
     parser.add_argument("--model", help="a pipeline to calibrate again, on both kinds of held-out images")
@@ -99,18 +107,20 @@ def main() -> None:
     unseen, seen, rest = hold_out(groups, args.share, args.seed)
     pipeline = DiffusionPipeline.from_pretrained(args.model, calibration=None)
     pipeline.set_progress_bar_config(disable=True)
+    category = args.category if len(pipeline.config.categories or []) > 1 else None
     generator = torch.Generator().manual_seed(args.seed)
-    # thresholds from half of those with near duplicates, as a random split would give; false alarms on the others
     thresholds, fresh = seen[::2], seen[1::2]
     pipeline.calibrate(
         training.select(thresholds)["image"],
         training.select(rest)["image"],
         false_alarm_rate=args.false_alarm_rate,
+        category=category,
         generator=generator,
     )
     scores = []
-    for name, held_out in (("with near duplicates", fresh), ("without", unseen)):
-        result = pipeline(training.select(held_out)["image"][:], match_input_resolution=False, generator=generator)
+    for name, held_out in (("with near duplicates", fresh), ("with none", unseen)):
+        images = training.select(held_out)["image"][:]
+        result = pipeline(images, category, match_input_resolution=False, generator=generator)
         scores.append(torch.from_numpy(result.anomaly_score))
         alarms = f"false alarms {result.is_anomalous.mean():.0%}"
         print(f"{len(held_out)} good images {name} among those calibrated on: {alarms}")
