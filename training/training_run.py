@@ -231,9 +231,11 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
         parts, num_photographs = np.unique(part[images], return_counts=True)
         count = max(1, round(args.calibration_fraction * len(images)))
         chosen: list[int] = []
+        left = count
         for one in np.random.default_rng([args.seed, number]).permutation(len(parts)):
-            if num_photographs[[*chosen, one]].sum() <= count:
+            if num_photographs[one] <= left:
                 chosen.append(one)
+                left -= num_photographs[one]
         is_held_out = np.isin(part[images], parts[chosen or [num_photographs.argmin()]])
         if (~is_held_out).sum() < 2:
             of_parts = "" if args.part_pattern is None else f", and of parts by --part_pattern {len(parts)}"
