@@ -229,9 +229,8 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
     for number, category in enumerate(categories):
         images = np.flatnonzero(of_image == category)
         parts, num_photographs = np.unique(part[images], return_counts=True)
-        count = max(1, round(args.calibration_fraction * len(images)))
+        left = max(1, round(args.calibration_fraction * len(images)))
         chosen: list[int] = []
-        left = count
         for one in np.random.default_rng([args.seed, number]).permutation(len(parts)):
             if num_photographs[one] <= left:
                 chosen.append(one)

@@ -26,8 +26,8 @@ from torchmetrics.functional import auroc
 
 import diffad  # noqa: F401 (the pipelines' classes, for `DiffusionPipeline.from_pretrained`)
 from diffad.data import load_anomaly_dataset
-from diffad.images import images_to_pixel_values, images_to_tensors
 from diffad.models.feature_extractor import TimmFeatureExtractor
+from diffad.training.evaluate import image_batches
 
 GRID = (8, 8)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -36,10 +36,9 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 @torch.no_grad()
 def image_features(extractor: TimmFeatureExtractor, images: Dataset, batch_size: int = 32) -> torch.Tensor:
     """(N, C * rows * columns): features of whole images, coarse enough for photographs that do not quite agree."""
-    size, batches = (extractor.config.image_size,) * 2, []
-    for start in range(0, len(images), batch_size):
-        rows = images[start : start + batch_size]["image"]
-        layers = extractor.layers(images_to_pixel_values(images_to_tensors(rows), size))
+    batches = []
+    for pixel_values in image_batches(images, batch_size, extractor.config.image_size):
+        layers = extractor.layers(pixel_values)
         batches.append(torch.cat([F.adaptive_avg_pool2d(layer, GRID) for layer in layers], dim=1).flatten(1))
     return torch.cat(batches)
 
