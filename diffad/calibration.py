@@ -27,9 +27,10 @@ PRIOR_IMAGES = 8.0
 # Share of the identity in the correlations of the feature residual.
 RIDGE = 0.05
 
-# How many numbers the covariances may take, 64 MB in float32, see `residual_grid`; and how many places are factorised
-# together, which bounds the memory of float64 copies.
+# How many numbers the covariances may take, 64 MB in float32, see `residual_grid`; how many an image's residual, see
+# `residual_size`; and how many places are factorised together, which bounds the memory of float64 copies.
 COVARIANCE_NUMBERS = 2**24
+RESIDUAL_NUMBERS = 2**19
 PLACES_AT_ONCE = 64
 
 
@@ -77,16 +78,42 @@ def residual_grid(size: tuple[int, int], num_channels: int, num_categories: int 
 
     A covariance takes C (C + 1) / 2 numbers; those of all places and categories together are bounded, whatever the
     map's size: to 32 x 32 places for 176 channels, to 3 x 3 for ResNet-50's 1,792. The sides are divisors of the map's,
-    so a place is a whole number of positions, over which the residual is averaged: on held-out good images against
-    synthetic defects that was worth more than a covariance that positions share.
+    so a place is a whole number of positions. The covariance is that of the residual's average over them: on held-out
+    good images against synthetic defects that was worth more than one of single positions, which share it.
     """
     places = COVARIANCE_NUMBERS // (num_categories * num_channels * (num_channels + 1) // 2)
     most = max(1, math.isqrt(places))
     return tuple(max(d for d in range(1, most + 1) if side % d == 0) for side in size)
 
 
+def residual_size(size: tuple[int, int], grid: tuple[int, int], num_channels: int) -> tuple[int, int]:
+    """Rows and columns of the positions at which a residual map of `size` is measured: its own, or fewer.
+
+    All of them where its C channels make up to 2^19 numbers, 1 MB in half precision, which is what an image may take
+    while it is calibrated; else divisors of `size`, as many as that allows, and never fewer than the `grid`'s places.
+    """
+    most = math.isqrt(RESIDUAL_NUMBERS // num_channels)
+    return tuple(
+        max(d for d in range(places, max(most, places) + 1) if side % d == 0 and d % places == 0)
+        for side, places in zip(size, grid, strict=True)
+    )
+
+
+def by_place(residual: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(N, C, h, w) to (P, C, A, N): P places of A positions each, see `from_places`."""
+    rows, columns = grid
+    residual = residual.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # (N, C, rows, a, columns, b)
+    return residual.permute(2, 4, 1, 3, 5, 0).flatten(3, 4).flatten(0, 1)
+
+
+def from_places(values: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """(P, A, N) to (N, h, w), the inverse of `by_place` for one channel."""
+    values = values.unflatten(1, (size[0] // grid[0], -1)).unflatten(0, grid)  # (rows, columns, a, b, N)
+    return values.permute(4, 0, 2, 1, 3).reshape(-1, *size)
+
+
 def residual_gaussian(
-    moments: FeatureMoments, grid: tuple[int, int], prior_images: float = PRIOR_IMAGES
+    moments: FeatureMoments, mean: torch.Tensor, grid: tuple[int, int], prior_images: float = PRIOR_IMAGES
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A Gaussian of the feature residual at every place, from sums over good images.
 
@@ -95,35 +122,35 @@ def residual_gaussian(
     average over the places; correlations towards theirs. A ridge keeps directions that no image has shown finite.
 
     Args:
-        moments: sums over residuals (N, C, P).
+        moments: sums over residuals (N, C, P), averaged over the positions of each place.
+        mean: of the residual at every one of Q positions, (Q, C).
         grid: rows and columns of the P places.
         prior_images: what each prior counts for.
 
     Returns:
-        The means, (P, C), and the whitening, (P, C (C + 1) / 2): the lower triangle, row by row, of the matrix W for
-        which W^T W is the covariance's inverse. Both float64.
+        The shrunk means, (Q, C), and the whitening, (P, C (C + 1) / 2): the lower triangle, row by row, of the matrix W
+        for which W^T W is the covariance's inverse. Both float64.
     """
     num_places, num_channels = moments.total.shape
     weight = moments.count / (moments.count + prior_images)
     raw_mean = moments.mean()  # (P, C)
-    mean = weight * raw_mean
 
     def covariance(places: slice) -> torch.Tensor:  # about the shrunk mean, (P', C, C)
         raw = raw_mean[places]
-        offset = raw - mean[places]
+        offset = (1.0 - weight) * raw
         products = moments.total_of_products[places] / moments.count
         return products - raw[:, :, None] * raw[:, None, :] + offset[:, :, None] * offset[:, None, :]
 
     parts = [slice(start, start + PLACES_AT_ONCE) for start in range(0, num_places, PLACES_AT_ONCE)]
     mean_square = moments.total_of_products.diagonal(dim1=1, dim2=2) / moments.count
-    variance = mean_square - raw_mean.square() + (raw_mean - mean).square()  # (P, C)
+    variance = mean_square - raw_mean.square() + ((1.0 - weight) * raw_mean).square()  # (P, C)
     variance = shrink(variance.mT.unflatten(1, grid), moments.count, prior_images).flatten(1).mT
     deviation = variance.sqrt()
 
     def correlation(places: slice) -> torch.Tensor:
         return covariance(places) / (deviation[places, :, None] * deviation[places, None, :])
 
-    identity = torch.eye(num_channels, dtype=torch.float64, device=mean.device)
+    identity = torch.eye(num_channels, dtype=torch.float64, device=raw_mean.device)
     average = sum(correlation(part).sum(dim=0) for part in parts) / num_places  # (C, C)
     average = average.where(identity == 0, 1.0)
     lower = identity.new_ones(num_channels, num_channels).tril().bool()
@@ -133,11 +160,16 @@ def residual_gaussian(
         factor = torch.linalg.cholesky((1.0 - RIDGE) * shrunk + RIDGE * identity)
         inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
         whitening.append((inverse / deviation[part, None, :])[:, lower])
-    return mean, torch.cat(whitening)
+    return weight * mean, torch.cat(whitening)
 
 
 def leave_one_out(
-    distance: torch.Tensor, num_channels: int, count: int, prior_images: float = PRIOR_IMAGES
+    distance: torch.Tensor,
+    product: torch.Tensor,
+    place_distance: torch.Tensor,
+    num_channels: int,
+    count: int,
+    prior_images: float = PRIOR_IMAGES,
 ) -> torch.Tensor:
     """What images' distances would be, had the Gaussian of `residual_gaussian` not seen them.
 
@@ -149,7 +181,9 @@ def leave_one_out(
     channels (15% for 60 images of 100 channels): distances then come out too small, though never below those given.
 
     Args:
-        distance: squared, by the number of channels, of images among those seen; any shape.
+        distance: |Wy|^2 / C of residuals y of images among those seen; any shape.
+        product: Wy . Wx / C with x, the average over the place's positions that the covariance was computed from.
+        place_distance: |Wx|^2 / C.
         num_channels: C.
         count: images seen.
         prior_images: as in `residual_gaussian`.
@@ -157,9 +191,10 @@ def leave_one_out(
     Returns:
         The distances, of the same shape.
     """
-    leverage = (1.0 - RIDGE) * num_channels * distance / (count + prior_images)  # below 1
+    share = (1.0 - RIDGE) * num_channels / (count + prior_images)
+    leverage = share * place_distance  # below 1
     of_mean = (count + prior_images) / (count + prior_images - 1.0)
-    return of_mean**2 * distance / (1.0 - leverage).clamp(min=1e-6)
+    return of_mean**2 * (distance + share * product.square() / (1.0 - leverage).clamp(min=1e-6))
 
 
 def shrink(variance: torch.Tensor, count: int, prior_images: float) -> torch.Tensor:
@@ -210,16 +245,18 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     Args:
         num_categories: K.
         map_shape: (S, H, W): S score maps (one for each noise level and kind of score) of H x W pixels.
-        residual_shape: (C, rows, columns) of the feature residual on its grid (`residual_grid`), or None for methods
+        residual_shape: (C, h, w) of the feature residual as it is measured (`residual_size`), or None for methods
             without one.
+        residual_places: (rows, columns) of the places that have a covariance (`residual_grid`), divisors of h and w;
+            None for one at each position.
         num_scores: n, the most held-out good images of any category.
         false_alarm_rate: the rate at which the thresholds were set.
 
     Attributes:
         map_mean, map_std: (K, S, H, W), of the smoothed maps over good images.
-        residual_mean: (K, P, C), mean of the feature residual over good images at P places.
-        residual_whitening: (K, P, C (C + 1) / 2), lower triangles: with them the residual's channels become
-            uncorrelated, of variance 1 (`residual_gaussian`).
+        residual_mean: (K, h * w, C), mean of the feature residual over good images at every position.
+        residual_whitening: (K, P, C (C + 1) / 2), lower triangles at P places: with them the residual's channels
+            become uncorrelated, of variance 1 (`residual_gaussian`).
         normal_scores: (K, n), held-out good images' scores, ascending, padded with NaN.
         image_threshold: (K,): scores above it are anomalous.
         pixel_threshold: (K,): pixels of the map above it are. At most `false_alarm_rate` of good images show any.
@@ -243,16 +280,16 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         residual_shape: tuple[int, int, int] | None = None,
         num_scores: int = 0,
         false_alarm_rate: float = 0.01,
+        residual_places: tuple[int, int] | None = None,
     ):
         super().__init__()
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
         self.register_buffer("map_std", torch.ones(num_categories, *map_shape))
         if residual_shape is not None:
-            num_channels, rows, columns = residual_shape
-            places = rows * columns
+            num_channels, *size = residual_shape
             identity = torch.eye(num_channels)[torch.ones(num_channels, num_channels).tril().bool()]
-            self.register_buffer("residual_mean", torch.zeros(num_categories, places, num_channels))
-            self.register_buffer("residual_whitening", identity.repeat(num_categories, places, 1))
+            self.register_buffer("residual_mean", torch.zeros(num_categories, math.prod(size), num_channels))
+            self.register_buffer("residual_whitening", identity.repeat(num_categories, math.prod(self.grid), 1))
         else:
             self.residual_mean = self.residual_whitening = None
         self._dense_whitening: dict[int, torch.Tensor] = {}
@@ -270,41 +307,67 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         self._dense_whitening.clear()
         return super()._apply(move, recurse)
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the places that have a covariance."""
+        return tuple(self.config.residual_places or self.config.residual_shape[1:])
+
+    @property
+    def num_distances(self) -> int:
+        """How many maps `log_distances` gives; 0 for methods without a residual."""
+        if self.config.residual_shape is None:
+            return 0
+        return 1 if self.grid == tuple(self.config.residual_shape[1:]) else 2
+
     def set_residual_gaussian(self, category: int, mean: torch.Tensor, whitening: torch.Tensor) -> None:
         """Stores what `residual_gaussian` found for a category."""
         self.residual_mean[category] = mean
         self.residual_whitening[category] = whitening
         self._dense_whitening.clear()
 
-    def log_distance(self, residual: torch.Tensor, category: torch.Tensor, num_seen: int = 0) -> torch.Tensor:
-        """Logarithm of the squared Mahalanobis distance of a feature residual from good images', by its channels.
+    def log_distances(
+        self, residual: torch.Tensor, category: torch.Tensor, num_seen: int = 0
+    ) -> tuple[torch.Tensor, ...]:
+        """Logarithms of the squared Mahalanobis distance of a feature residual from good images', by its channels.
 
         Pretrained channels vary together. A crack that moves many of them a little, against their habit, is nothing to
         a mean of squares and much to this. Distances are skewed: without the logarithm a few far images would decide
         what deviation is normal at a place.
 
         Args:
-            residual: (N, C, h, w), averaged over the positions of each place.
+            residual: (N, C, H, W), of the calibration's own size or any other, which is then resized.
             category: (N,) integers.
             num_seen: how many images the Gaussian was computed from, where these, all of one category, are among them:
                 each is then measured by the Gaussian of the others. 0 for images that it has not seen.
 
         Returns:
-            (N, rows, columns) float32. Around 0 for a new good image where the Gaussian has seen many more images than
-            it has channels, and above where fewer.
+            (N, rows, columns) float32, of the residual's average at each place. Around 0 for a new good image where the
+            Gaussian has seen many more images than it has channels, and above where fewer. Where places are of several
+            positions, also (N, h, w): the mean of the distances of each position and of its place, both by the place's
+            covariance. The first says whether something is there, the second where it ends.
         """
-        grid = tuple(self.config.residual_shape[1:])
-        residual = F.adaptive_avg_pool2d(residual.float(), grid).flatten(2)  # (N, C, P)
-        distance = residual.new_empty(len(residual), residual.shape[2])  # (N, P)
+        grid, (num_channels, *size) = self.grid, self.config.residual_shape
+        residual = F.adaptive_avg_pool2d(residual.float(), size)  # (N, C, h, w)
+        of_places, of_positions = (residual.new_empty(len(residual), *shape) for shape in (grid, size))
         with torch.autocast(residual.device.type, enabled=False):
             for index in set(category.tolist()):
                 chosen = category == index
-                centered = residual[chosen].permute(2, 1, 0) - self.residual_mean[index][:, :, None]  # (P, C, N')
-                whitened = self._whitening(index) @ centered
-                distance[chosen] = whitened.square_().mean(dim=1).mT
-        if num_seen:
-            distance = leave_one_out(distance, residual.shape[1], num_seen)
-        return distance.clamp(min=1e-6).log().unflatten(1, grid)
+                mean = self.residual_mean[index].mT.unflatten(1, size)  # (C, h, w)
+                centered = by_place(residual[chosen] - mean, grid)  # (P, C, A, N')
+                whitened = (self._whitening(index) @ centered.flatten(2)).view_as(centered)
+                average = whitened.mean(dim=2, keepdim=True)  # (P, C, 1, N')
+                place = average.square().mean(dim=1)  # (P, 1, N')
+                position = whitened.square().mean(dim=1)  # (P, A, N')
+                if num_seen:
+                    product = (whitened * average).mean(dim=1)  # (P, A, N')
+                    position = leave_one_out(position, product, place, num_channels, num_seen)
+                    place = leave_one_out(place, place, place, num_channels, num_seen)
+                of_places[chosen] = from_places(place, grid, grid)
+                of_positions[chosen] = from_places(position, grid, size)
+        if self.num_distances == 1:
+            return (of_places.clamp(min=1e-6).log(),)
+        around = F.interpolate(of_places[:, None], size, mode="bilinear")[:, 0]
+        return tuple(distance.clamp(min=1e-6).log() for distance in (of_places, (of_positions + around) / 2.0))
 
     def _whitening(self, category: int) -> torch.Tensor:
         """One category's triangles as matrices, (P, C, C); made once, as that takes as long as their product."""

@@ -78,6 +78,23 @@ def joint_map(kl_maps: torch.Tensor, feature_maps: torch.Tensor, alpha: float) -
     return alpha * kl_maps.mean(dim=1) + (1.0 - alpha) * feature_maps.mean(dim=1)
 
 
+def suppress_surroundings(maps: torch.Tensor, suppression: float) -> torch.Tensor:
+    """Lowers each map by a share of how far its peak stands above its mean.
+
+    A part that is unlike those of the calibration stands out as a whole, so the surroundings of one image's defect
+    outshine the fainter defect of another. What stands out most accounts for much of the rest of its image. An image
+    that is unusual all over, whose peak stands hardly above its mean, keeps its map.
+
+    Args:
+        maps: (N, H, W).
+        suppression: in [0, 1); 0 returns the maps as they are.
+    """
+    if not suppression:
+        return maps
+    prominence = maps.amax(dim=(1, 2), keepdim=True) - maps.mean(dim=(1, 2), keepdim=True)
+    return maps - suppression * prominence
+
+
 def cosine_distance_map(
     layers: Sequence[torch.Tensor], other_layers: Sequence[torch.Tensor], size: tuple[int, int]
 ) -> torch.Tensor:

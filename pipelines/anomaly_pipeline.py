@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -21,11 +22,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from torch.utils.data import Subset
 
-from diffad.calibration import MomentSums, ScoreCalibration, residual_gaussian, residual_grid
+from diffad.calibration import MomentSums, ScoreCalibration, residual_gaussian, residual_grid, residual_size
 from diffad.images import images_to_pixel_values, images_to_tensors, resize_images
 from diffad.model_card import CARD_NAME, copy_records, render_model_card
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.gaussian_feature_model import FeatureMoments
+from diffad.scoring import suppress_surroundings
 
 logger = logging.get_logger(__name__)
 
@@ -44,7 +46,8 @@ class AnomalyOutput(BaseOutput):
 
     Args:
         anomaly_map: (N, H, W) float32, higher is more anomalous. Calibrated: in standard deviations above what good
-            images show at that place. With `output_type="pil"` a list of mode "F" images.
+            images show at that place, less what the pipeline's `suppression` takes off. With `output_type="pil"` a list
+            of mode "F" images.
         anomaly_score: (N,) float32, higher is more anomalous.
         reconstruction: (N, H, W, 3) in [0, 1] ((N, 3, H, W) as tensors; PIL images), or None where the method makes
             none.
@@ -109,9 +112,9 @@ class AnomalyPipeline(DiffusionPipeline):
         calibration: ScoreCalibration | None,
         num_seen: int = 0,
     ) -> torch.Tensor:
-        """(N, S, H, W) float32: smoothed maps; of a residual, its Mahalanobis distance where there is a calibration.
+        """(N, S, H, W) float32: smoothed maps; where there is a calibration, a residual's Mahalanobis distances last.
 
-        `num_seen` is `ScoreCalibration.log_distance`'s.
+        `num_seen` is `ScoreCalibration.log_distances`'.
         """
         raise NotImplementedError
 
@@ -227,20 +230,30 @@ class AnomalyPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """A measurement's anomaly map, (N, H, W): smoothed, normalised where calibrated, joined.
 
+        Where places are of several positions, the distances of places say how high the map goes, those of positions how
+        it falls away from there.
+
         Raises:
             ValueError: the calibration is of other scores.
         """
-        if calibration is not None:
-            self._check_calibration(measurement, calibration)
-        maps = self.score_maps(measurement, category, calibration)  # (N, S, H, W)
-        if calibration is not None:
-            maps = calibration.normalize(maps, category)
-        return self.join_maps(maps)
+        if calibration is None:
+            return self.join_maps(self.score_maps(measurement, category, None))
+        self._check_calibration(measurement, calibration)
+        maps = calibration.normalize(self.score_maps(measurement, category, calibration), category)  # (N, S, H, W)
+        if calibration.num_distances < 2:
+            anomaly_map = self.join_maps(maps)
+        else:
+            others, of_places, of_positions = maps.split([maps.shape[1] - 2, 1, 1], dim=1)
+            of_places, of_positions = (self.join_maps(torch.cat([others, m], dim=1)) for m in (of_places, of_positions))
+            peak, own_peak = (m.amax(dim=(1, 2), keepdim=True) for m in (of_places, of_positions))
+            anomaly_map = of_positions + (peak - own_peak)
+        return suppress_surroundings(anomaly_map, self.config.suppression)
 
     def _check_calibration(self, measurement: Measurement, calibration: ScoreCalibration) -> None:
-        # the number of maps, the residual's distance among them, and the residual's channels
+        # the number of maps, the residual's distances among them, and the residual's channels
         residual, residual_shape = measurement.residual, calibration.config.residual_shape
-        found = (measurement.maps.shape[1] + (residual is not None), 0 if residual is None else residual.shape[2])
+        distances = 0 if residual is None else max(1, calibration.num_distances)
+        found = (measurement.maps.shape[1] + distances, 0 if residual is None else residual.shape[2])
         if found != (calibration.config.map_shape[0], residual_shape[0] if residual_shape else 0):
             raise ValueError(
                 "`calibration` was made for other scores than this pipeline's settings give (timesteps, strides or "
@@ -518,7 +531,8 @@ class CalibrationFit:
     def __init__(self, pipeline: AnomalyPipeline, category: int, num_scores: int, false_alarm_rate: float):
         self.pipeline, self.category = pipeline, category
         self.num_scores, self.false_alarm_rate = num_scores, false_alarm_rate
-        self.residual_moments: FeatureMoments | None = None
+        self.residual_moments: FeatureMoments | None = None  # at each place
+        self.residual_sums = MomentSums()  # at each position
         self.map_moments = MomentSums()
         self.calibration: ScoreCalibration | None = None
         self.measured: IO[bytes] | None = None  # residuals and maps, which wait for the covariance of all residuals
@@ -531,27 +545,32 @@ class CalibrationFit:
         if measurement.residual is None:
             self._add_maps(measurement)
             return
-        grid = tuple(self.calibration.config.residual_shape[1:])
-        residual = F.adaptive_avg_pool2d(measurement.residual.mean(dim=1), grid)  # (N, C, rows, columns)
+        calibration = self.calibration
+        residual = F.adaptive_avg_pool2d(measurement.residual.mean(dim=1), calibration.config.residual_shape[1:])
         if self.residual_moments is None:
-            num_channels, num_places = residual.shape[1], residual[0, 0].numel()
+            num_places, num_channels = math.prod(calibration.grid), residual.shape[1]
             self.residual_moments = FeatureMoments(num_places, num_channels, residual.device)
             self.measured = TemporaryFile()  # noqa: SIM115 (closed by `set_statistics`)
-        self.residual_moments.update(residual.flatten(2))
-        for values in (residual[:, None], measurement.maps):
+        self.residual_sums.update(residual)
+        self.residual_moments.update(F.adaptive_avg_pool2d(residual, calibration.grid).flatten(2))
+        # half precision makes up for a place's several positions
+        kept = residual.half() if calibration.num_distances == 2 else residual
+        for values in (kept[:, None], measurement.maps):
             np.save(self.measured, values.cpu().numpy())
 
     def set_statistics(self) -> ScoreCalibration:
         """The calibration without thresholds, all that maps need."""
         if self.residual_moments is not None:
             num_seen, end = self.residual_moments.count, self.measured.tell()
-            grid = tuple(self.calibration.config.residual_shape[1:])
-            self.calibration.set_residual_gaussian(self.category, *residual_gaussian(self.residual_moments, grid))
+            mean = self.residual_sums.mean().flatten(1).mT  # (h * w, C)
+            gaussian = residual_gaussian(self.residual_moments, mean, self.calibration.grid)
+            self.calibration.set_residual_gaussian(self.category, *gaussian)
             self.residual_moments = None  # larger than all else here
             self.measured.seek(0)
             while self.measured.tell() < end:
                 residual, maps = (
-                    torch.from_numpy(np.load(self.measured)).to(self.calibration.map_mean.device) for _ in range(2)
+                    torch.from_numpy(np.load(self.measured)).float().to(self.calibration.map_mean.device)
+                    for _ in range(2)
                 )
                 self._add_maps(Measurement(maps, residual), num_seen)
             self.measured.close()
@@ -582,17 +601,20 @@ class CalibrationFit:
         pipeline = self.pipeline
         num_categories = len(pipeline.config.categories or ["default"])
         previous = pipeline.calibration if num_categories > 1 else None
-        residual_shape = None
+        residual_shape = grid = None
+        num_maps = measurement.maps.shape[1]
         if measurement.residual is not None:
             num_channels, *size = measurement.residual.shape[2:]
-            residual_shape = (num_channels, *residual_grid(tuple(size), num_channels, num_categories))
-        num_maps = measurement.maps.shape[1] + (residual_shape is not None)  # the residual's distance is a map, too
+            grid = residual_grid(tuple(size), num_channels, num_categories)
+            residual_shape = (num_channels, *residual_size(tuple(size), grid, num_channels))
+            num_maps += 1 if grid == residual_shape[1:] else 2  # the residual's distances are maps, too
         if previous is not None:
             self._check_previous(previous, num_maps, residual_shape)
         calibration = ScoreCalibration(
             num_categories=num_categories,
             map_shape=(num_maps, *measurement.maps.shape[-2:]),
             residual_shape=residual_shape,
+            residual_places=grid,
             num_scores=max(self.num_scores, 0 if previous is None else previous.config.num_scores),
             false_alarm_rate=self.false_alarm_rate,
         ).to(measurement.maps.device)

@@ -69,6 +69,8 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         kl_sigma: smoothing of the KL maps, in pixels at the processing resolution.
         feature_sigma: smoothing of the feature error, in pixels at the processing resolution.
         score_fraction: the image's score is the mean of this share of the map's highest pixels; 0 for the maximum.
+        suppression: in [0, 1): the share of how far its peak stands above its mean that is taken off each calibrated
+            map, see `diffad.scoring.suppress_surroundings`.
         score_strides: which of the feature extractor's strides the feature error looks at; None for all.
         processing_resolution: side in pixels to which images are resized; None takes the network's `sample_size`.
         categories: names of the categories of a unified model, in the order of its class labels.
@@ -91,6 +93,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         kl_sigma: float = 2.0,
         feature_sigma: float = 4.0,
         score_fraction: float = 0.0,
+        suppression: float = 0.0,
         score_strides: list[int] | None = None,
         processing_resolution: int | None = None,
         categories: list[str] | None = None,
@@ -98,6 +101,8 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         super().__init__()
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"`alpha` must lie in [0, 1], but is {alpha}.")
+        if not 0.0 <= suppression < 1.0:
+            raise ValueError(f"`suppression` must lie in [0, 1), but is {suppression}.")
         timesteps = [5, 50, 100] if timesteps is None else list(timesteps)
         last = scheduler.config.num_train_timesteps - 1
         if not timesteps or any(not 0 <= t <= last for t in timesteps):
@@ -118,6 +123,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
             kl_sigma=kl_sigma,
             feature_sigma=feature_sigma,
             score_fraction=score_fraction,
+            suppression=suppression,
             score_strides=None if score_strides is None else sorted(score_strides),
             processing_resolution=processing_resolution or unet.config.sample_size,
             categories=list(categories) if categories else None,
@@ -249,15 +255,17 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
     ) -> torch.Tensor:
         """(N, T + E, H, W): the smoothed KL at each of T noise levels, then E maps of the feature error.
 
-        Calibrated, E = 1: the log Mahalanobis distance of the true features from their prediction, whose difference is
-        averaged over the noise levels. Uncalibrated, as in the paper, the error at each level and layer, E = T * L.
+        Calibrated, the log Mahalanobis distances of the true features from their prediction, whose difference is
+        averaged over the noise levels, E = 1 or 2. Uncalibrated, as in the paper, the error at each level and layer,
+        E = T * L.
         """
         residual = measurement.residual  # (N, T, C, h, w)
         if calibration is not None:
-            errors = calibration.log_distance(residual.mean(dim=1), category, num_seen)[:, None]
+            errors = [e[:, None] for e in calibration.log_distances(residual.mean(dim=1), category, num_seen)]
         else:
-            errors = feature_error(residual, [self.feature_extractor.layer_channels[i] for i in self.scored_layers])
-        errors = F.interpolate(errors, measurement.maps.shape[-2:], mode="bilinear")  # (N, E, H, W)
+            errors = [feature_error(residual, [self.feature_extractor.layer_channels[i] for i in self.scored_layers])]
+        size = measurement.maps.shape[-2:]
+        errors = torch.cat([F.interpolate(e, size, mode="bilinear") for e in errors], dim=1)  # (N, E, H, W)
         return torch.cat(
             [
                 gaussian_smooth(measurement.maps, self.config.kl_sigma),

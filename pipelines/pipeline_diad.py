@@ -48,6 +48,8 @@ class DiADPipeline(AnomalyPipeline):
         sigma: smoothing of the map, in pixels at the processing resolution.
         pooling_size: side of the window of the average pooling before the map's maximum is the image's score.
         pooling_rounds: how often it is pooled. Each round takes `pooling_size - 1` pixels off the map's sides.
+        suppression: in [0, 1): the share of how far its peak stands above its mean that is taken off each calibrated
+            map, see `diffad.scoring.suppress_surroundings`.
         processing_resolution: side in pixels to which images are resized.
         categories: names of the categories of a unified model. They choose the statistics, not the networks' output.
         image_mean, image_std: of the images' colours in [0, 1], by which the networks take them normalised; None takes
@@ -76,6 +78,7 @@ class DiADPipeline(AnomalyPipeline):
         sigma: float = 5.0,
         pooling_size: int = 8,
         pooling_rounds: int = 8,
+        suppression: float = 0.0,
         processing_resolution: int = 256,
         categories: list[str] | None = None,
         image_mean: list[float] | None = None,
@@ -111,6 +114,8 @@ class DiADPipeline(AnomalyPipeline):
                 "`pooling_size` must be at least 1 and `pooling_rounds` at least 0, but they are "
                 f"{pooling_size} and {pooling_rounds}."
             )
+        if not 0.0 <= suppression < 1.0:
+            raise ValueError(f"`suppression` must lie in [0, 1), but is {suppression}.")
         _skipped_steps(num_inference_steps, strength)
         self.register_modules(
             vae=vae.eval(),
@@ -129,6 +134,7 @@ class DiADPipeline(AnomalyPipeline):
             sigma=sigma,
             pooling_size=pooling_size,
             pooling_rounds=pooling_rounds,
+            suppression=suppression,
             processing_resolution=processing_resolution,
             categories=list(categories) if categories else None,
             image_mean=list(image_mean or IMAGENET_MEAN),
@@ -388,15 +394,16 @@ class DiADPipeline(AnomalyPipeline):
         calibration: ScoreCalibration | None,
         num_seen: int = 0,
     ) -> torch.Tensor:
-        """(N, L, H, W): each scored layer's smoothed map; (N, 1, H, W) of a calibrated log distance."""
+        """(N, L, H, W): each scored layer's smoothed map; L = 1 or 2 for calibrated log distances."""
         maps = measurement.maps
         if measurement.residual is not None:
             residual = measurement.residual  # (N, 1, C, h, w)
             if calibration is not None:
-                errors = calibration.log_distance(residual[:, 0], category, num_seen)[:, None]
+                errors = [e[:, None] for e in calibration.log_distances(residual[:, 0], category, num_seen)]
             else:
-                errors = feature_error(residual, [self.feature_extractor.layer_channels[i] for i in self.scored_layers])
-            maps = F.interpolate(errors, maps.shape[-2:], mode="bilinear")
+                layer_channels = [self.feature_extractor.layer_channels[i] for i in self.scored_layers]
+                errors = [feature_error(residual, layer_channels)]
+            maps = torch.cat([F.interpolate(e, maps.shape[-2:], mode="bilinear") for e in errors], dim=1)
         if calibration is None:
             maps = maps * maps.shape[1]  # the paper's sum over layers, where `join_maps` takes the mean
         return gaussian_smooth(maps, self.config.sigma)

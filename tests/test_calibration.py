@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import generator
 
 from diffad import ScoreCalibration
@@ -17,6 +18,7 @@ from diffad.calibration import (
     conformal_threshold,
     residual_gaussian,
     residual_grid,
+    residual_size,
     shrink,
 )
 from diffad.models.gaussian_feature_model import FeatureMoments
@@ -241,16 +243,18 @@ def residuals(count: int, seed: int = 0, spread: float = 1.0, size: tuple[int, i
 
 
 def fitted(calibration: ScoreCalibration, category: int, good: torch.Tensor, batch_size: int = 50) -> ScoreCalibration:
-    grid = good.shape[-2:]
+    grid = calibration.grid
     moments = FeatureMoments(grid[0] * grid[1], good.shape[1])
     for batch in good.split(batch_size):
-        moments.update(batch.flatten(2))
-    calibration.set_residual_gaussian(category, *residual_gaussian(moments, grid))
+        moments.update(F.adaptive_avg_pool2d(batch, grid).flatten(2))
+    mean = good.double().mean(dim=0).flatten(1).mT
+    calibration.set_residual_gaussian(category, *residual_gaussian(moments, mean, grid))
     return calibration
 
 
 def distance_of(calibration: ScoreCalibration, *args, **kwargs) -> torch.Tensor:
-    return calibration.log_distance(*args, **kwargs).exp()
+    (distance,) = calibration.log_distances(*args, **kwargs)
+    return distance.exp()
 
 
 @pytest.mark.parametrize(
@@ -268,6 +272,50 @@ def distance_of(calibration: ScoreCalibration, *args, **kwargs) -> torch.Tensor:
 )
 def test_the_grid_divides_the_map_and_is_bounded(size, num_channels, num_categories, grid):
     assert residual_grid(size, num_channels, num_categories) == grid
+
+
+@pytest.mark.parametrize(
+    ("size", "grid", "num_channels", "expected"),
+    [
+        ((32, 32), (16, 16), 352, (32, 32)),
+        ((64, 64), (16, 16), 352, (32, 32)),
+        ((28, 42), (14, 14), 352, (28, 14)),
+        ((32, 32), (2, 2), 1792, (16, 16)),
+        ((64, 64), (64, 64), 2000, (64, 64)),
+        ((5, 3), (5, 3), 100_000, (5, 3)),
+    ],
+)
+def test_positions_divide_the_map_and_are_bounded(size, grid, num_channels, expected):
+    assert residual_size(size, grid, num_channels) == expected
+
+
+def test_places_and_positions_are_measured_by_the_covariance_of_the_place():
+    good, new = residuals(2000), residuals(6, seed=7)
+    calibration = fitted(ScoreCalibration(1, (2, 4, 5), (3, 4, 5), residual_places=(2, 1)), 0, good)
+    category = torch.zeros(6, dtype=torch.long)
+    places, positions = (d.exp() for d in calibration.log_distances(new, category))
+    assert (places.shape, positions.shape) == ((6, 2, 1), (6, 4, 5))
+    averages = fitted(ScoreCalibration(1, (1, 2, 1), (3, 2, 1)), 0, F.adaptive_avg_pool2d(good, (2, 1)))
+    torch.testing.assert_close(places, distance_of(averages, F.adaptive_avg_pool2d(new, (2, 1)), category))
+    whitening = torch.zeros(2, 3, 3)
+    whitening[:, torch.ones(3, 3).tril().bool()] = calibration.residual_whitening[0]
+    offset = new - calibration.residual_mean[0].mT.unflatten(1, (4, 5))
+    around = F.interpolate(places[:, None], (4, 5), mode="bilinear")[:, 0]
+    for row, column in ((0, 0), (1, 4), (2, 3), (3, 1)):
+        own = (offset[:, :, row, column] @ whitening[row // 2].mT).square().mean(dim=1)
+        torch.testing.assert_close(positions[:, row, column], (own + around[:, row, column]) / 2.0)
+
+
+def test_a_small_deviation_is_found_where_it_is_within_its_place():
+    good = residuals(500, size=(4, 4))
+    calibration = fitted(ScoreCalibration(1, (2, 4, 4), (3, 4, 4), residual_places=(2, 2)), 0, good)
+    new = residuals(1, seed=7, size=(4, 4)) * 0.1 + 0.9 * good.mean(dim=0)
+    new[:, :, 1, 2] += 3.0 * good.std(dim=0)[:, 1, 2] * torch.tensor([1.0, -1.0, 1.0])
+    places, positions = calibration.log_distances(new, torch.tensor([0]))
+    assert int(places.flatten().argmax()) == 1
+    assert int(positions.flatten().argmax()) == 1 * 4 + 2
+    alike = calibration.log_distances(good.mean(dim=0)[None], torch.tensor([0]))[0]
+    assert (places - alike)[0, 0, 1] > 1.0
 
 
 def test_the_distance_is_mahalanobis_with_enough_images():
@@ -402,4 +450,19 @@ def test_an_image_the_gaussian_has_seen_is_measured_by_the_others():
     taken_in = distance_of(calibration, good, category.expand(60))
     assert taken_in.mean() < 0.6 * expected.mean()
     torch.testing.assert_close(seen, expected, rtol=0.15, atol=0.0)
+    torch.testing.assert_close(seen.mean(), expected.mean(), rtol=0.05, atol=0.0)
+
+
+def test_so_are_the_positions_of_a_place():
+    good, category = wide_residuals(60), torch.zeros(1, dtype=torch.long)
+    shape = {"map_shape": (2, 2, 2), "residual_shape": (40, 2, 2), "residual_places": (1, 1)}
+
+    def without(i: int) -> torch.Tensor:
+        calibration = fitted(ScoreCalibration(1, **shape), 0, good[[j for j in range(60) if j != i]])
+        return calibration.log_distances(good[i : i + 1], category)[1][0].exp()
+
+    expected = torch.stack([without(i) for i in range(60)])
+    calibration = fitted(ScoreCalibration(1, **shape), 0, good)
+    seen = calibration.log_distances(good, category.expand(60), num_seen=60)[1].exp()
+    torch.testing.assert_close(seen, expected, rtol=0.25, atol=0.0)
     torch.testing.assert_close(seen.mean(), expected.mean(), rtol=0.05, atol=0.0)

@@ -15,7 +15,7 @@ from conftest import generator, texture, textures, tiny_extractor, tiny_pipeline
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from diffad import AnomalyDenoisePipeline, AnomalyOutput
+from diffad import AnomalyDenoisePipeline, AnomalyOutput, calibration
 from diffad.images import images_to_pixel_values, images_to_tensors
 from diffad.likelihood import kl_divergence_map
 
@@ -135,7 +135,9 @@ def test_a_missing_file_is_named(pipe):
         pipe("no_such.png")
 
 
-@pytest.mark.parametrize("options", [{"alpha": 1.5}, {"alpha": -0.1}, {"timesteps": []}, {"timesteps": [5, 1000]}])
+@pytest.mark.parametrize(
+    "options", [{"alpha": 1.5}, {"alpha": -0.1}, {"timesteps": []}, {"timesteps": [5, 1000]}, {"suppression": 1.0}]
+)
 def test_wrong_options_are_named(options):
     with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
         tiny_pipeline(**options)
@@ -183,6 +185,35 @@ def test_the_score_may_be_a_mean_of_the_highest_pixels():
     output = tiny_pipeline(score_fraction=0.1)(textures(2), generator=generator())
     highest = np.sort(output.anomaly_map.reshape(2, -1), axis=1)[:, -26:]  # a tenth of 256
     np.testing.assert_allclose(output.anomaly_score, highest.mean(axis=1), rtol=1e-5)
+
+
+def test_suppression_lowers_maps_by_how_far_their_peak_stands_out():
+    images = [*textures(4, first_seed=100), *(texture(2000 + i, defect=True) for i in range(4))]
+    pipes = [tiny_pipeline(suppression=s).calibrate(textures(60), false_alarm_rate=0.1) for s in (0.0, 0.4)]
+    plain, suppressed = (pipe(images, generator=generator()) for pipe in pipes)
+    for one, other in zip(plain.anomaly_map, suppressed.anomaly_map, strict=True):
+        np.testing.assert_allclose(other, one - 0.4 * (one.max() - one.mean()), atol=1e-4)
+    # thresholds are those of the maps as they come out
+    assert 0.0 < pipes[1].calibration.pixel_threshold < pipes[0].calibration.pixel_threshold
+    assert np.array_equal(suppressed.is_anomalous, suppressed.anomaly_mask.any(axis=(1, 2)))
+    assert suppressed.is_anomalous[4:].all()
+
+
+def test_places_say_how_high_the_map_goes_and_positions_outline_the_defect(monkeypatch):
+    monkeypatch.setattr(calibration, "COVARIANCE_NUMBERS", 16 * 64 * 65 // 2)  # one category's, at 4 x 4 places
+    pipe = tiny_pipeline(alpha=0.0, feature_sigma=0.0).calibrate(textures(90), false_alarm_rate=0.1)
+    assert pipe.calibration.num_distances == 2
+    images = [texture(2000 + i, defect=True) for i in range(20)]
+    output = pipe(images, generator=generator())
+    indices = torch.zeros(20, dtype=torch.long)
+    with torch.no_grad():
+        ((measurement, _),) = pipe.measurements(images, indices, 20, 16, generator())
+        maps = pipe.calibration.normalize(pipe.score_maps(measurement, indices, pipe.calibration), indices)
+    defects = torch.stack([torch.from_numpy((image == 0).all(axis=2)) for image in images])
+    of_places, of_positions = ((m[defects].mean() - m[~defects].mean()).item() for m in maps[:, -2:].unbind(dim=1))
+    assert of_positions > of_places
+    np.testing.assert_allclose(output.anomaly_score, maps[:, -2].amax(dim=(1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(output.anomaly_score, output.anomaly_map.max(axis=(1, 2)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("change", ["timesteps", "score_strides"])

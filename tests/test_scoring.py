@@ -13,6 +13,7 @@ from diffad.scoring import (
     gaussian_smooth,
     joint_map,
     max_score,
+    suppress_surroundings,
     top_fraction_score,
 )
 
@@ -125,3 +126,18 @@ def test_top_fraction_is_the_mean_of_the_highest_pixels():
     for fraction in (0.0, -0.1, 1.1):
         with pytest.raises(ValueError, match="`fraction`"):
             top_fraction_score(maps, fraction)
+
+
+def test_suppression_takes_off_a_share_of_the_peaks_prominence():
+    maps = random(3, 5, 4)
+    suppressed = suppress_surroundings(maps, 0.4)
+    for one, before in zip(suppressed, maps, strict=True):
+        torch.testing.assert_close(one, before - 0.4 * (before.max() - before.mean()))
+    assert torch.equal(suppress_surroundings(maps, 0.0), maps)
+
+
+def test_suppression_spares_what_is_unusual_all_over():
+    narrow, wide = torch.ones(1, 20, 20), torch.ones(1, 20, 20)
+    narrow[:, 3:5, 3:5] = wide[:, 1:-1, 1:-1] = 7.0
+    lowered = torch.cat([narrow, wide]) - suppress_surroundings(torch.cat([narrow, wide]), 0.4)
+    assert lowered[0, 0, 0] > 4.0 * lowered[1, 0, 0] > 0.0

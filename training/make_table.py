@@ -58,7 +58,7 @@ ROW_KEYS = ("name", "calibrated", "backbone", "backbone_weights", "train", "each
 # rows of a model that agree in these share one evaluation; the last two give DiAD another reconstruction
 SHARED = ("baseline", "num_inference_steps", "strength")
 # what acts on calibrated maps: rows that differ in nothing else share one calibration
-AFTER_CALIBRATION = ("alpha", "score_fraction", "pooling_size", "pooling_rounds")
+AFTER_CALIBRATION = ("alpha", "score_fraction", "suppression", "pooling_size", "pooling_rounds")
 # what belongs to the model and not to a row
 FIXED = ("processing_resolution", "categories", "image_mean", "image_std")
 # the last row of every table

@@ -75,10 +75,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     score.add_argument(
         "--score_fraction", type=float, default=0.0, help="share of top pixels averaged (0: the maximum)"
     )
+    score.add_argument("--suppression", type=float, default=0.0, help="of what surrounds a map's peak (0)")
     args = run.parse_arguments(parser, argv)
     # what else only the end of the run would find
     if not 0.0 <= args.alpha <= 1.0:
         parser.error("--alpha must lie in [0, 1]")
+    if not 0.0 <= args.suppression < 1.0:
+        parser.error("--suppression must lie in [0, 1)")
     if any(not 0 <= t < 1000 for t in args.timesteps):
         parser.error("--timesteps must lie in [0, 999]")
     if args.cache_features and args.rotation_degrees:
@@ -311,6 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             kl_sigma=args.kl_sigma,
             feature_sigma=args.feature_sigma,
             score_fraction=args.score_fraction,
+            suppression=args.suppression,
             score_strides=args.score_strides,
             categories=categories,
         )

@@ -132,11 +132,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     score.add_argument("--sigma", type=float, default=5.0, help="smoothing of the map, pixels (5)")
     score.add_argument("--pooling_size", type=int, default=8, help="window of the score's average pooling, pixels (8)")
     score.add_argument("--pooling_rounds", type=int, default=8, help="how often the score pools (8)")
+    score.add_argument("--suppression", type=float, default=0.0, help="of what surrounds a map's peak (0)")
     args = run.parse_arguments(parser, argv)
     if (args.preset is None) == (args.pretrained_model_name_or_path is None):
         parser.error("give one of --pretrained_model_name_or_path and --preset")
     if args.preset and not args.vae_path:
         parser.error("--preset needs --vae_path: train an autoencoder with train_autoencoder.py first")
+    if not 0.0 <= args.suppression < 1.0:
+        parser.error("--suppression must lie in [0, 1)")
     if args.cache_latents and args.rotation_degrees:
         parser.error("--cache_latents holds no rotated images: add --rotation_degrees 0")
     if "none" in args.guidance_outputs and len(args.guidance_outputs) > 1:
@@ -292,6 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sigma=args.sigma,
         pooling_size=args.pooling_size,
         pooling_rounds=args.pooling_rounds,
+        suppression=args.suppression,
         processing_resolution=args.resolution,
         categories=categories,
         image_mean=args.image_mean,
