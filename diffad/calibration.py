@@ -89,8 +89,9 @@ def residual_grid(size: tuple[int, int], num_channels: int, num_categories: int 
 def residual_size(size: tuple[int, int], grid: tuple[int, int], num_channels: int) -> tuple[int, int]:
     """Rows and columns of the positions at which a residual map of `size` is measured: its own, or fewer.
 
-    All of them where its C channels make up to 2^19 numbers, 1 MB in half precision, which is what an image may take
-    while it is calibrated; else divisors of `size`, as many as that allows, and never fewer than the `grid`'s places.
+    All of them where its C channels make up to 2^19 numbers, 1 MB in half precision, which is what an image's residual
+    may take while it is calibrated; else divisors of `size`, as many as that allows, and never fewer than the `grid`'s
+    places.
     """
     most = math.isqrt(RESIDUAL_NUMBERS // num_channels)
     return tuple(
@@ -343,10 +344,11 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         Returns:
             (N, rows, columns) float32, of the residual's average at each place. Around 0 for a new good image where the
             Gaussian has seen many more images than it has channels, and above where fewer. Where places are of several
-            positions, also (N, h, w): the mean of the distances of each position and of its place, both by the place's
-            covariance. The first says whether something is there, the second where it ends.
+            positions, also (N, h, w): the mean of each position's own distance, by its place's covariance, and of the
+            places' distances, interpolated there. The first says whether something is there, the second where it ends.
         """
         grid, (num_channels, *size) = self.grid, self.config.residual_shape
+        has_positions = self.num_distances == 2
         residual = F.adaptive_avg_pool2d(residual.float(), size)  # (N, C, h, w)
         of_places, of_positions = (residual.new_empty(len(residual), *shape) for shape in (grid, size))
         with torch.autocast(residual.device.type, enabled=False):
@@ -355,16 +357,18 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 mean = self.residual_mean[index].mT.unflatten(1, size)  # (C, h, w)
                 centered = by_place(residual[chosen] - mean, grid)  # (P, C, A, N')
                 whitened = (self._whitening(index) @ centered.flatten(2)).view_as(centered)
-                average = whitened.mean(dim=2, keepdim=True)  # (P, C, 1, N')
+                average = whitened.mean(dim=2, keepdim=True) if has_positions else whitened  # (P, C, 1, N')
                 place = average.square().mean(dim=1)  # (P, 1, N')
-                position = whitened.square().mean(dim=1)  # (P, A, N')
+                if has_positions:
+                    position = whitened.square().mean(dim=1)  # (P, A, N')
+                    if num_seen:
+                        product = (whitened * average).mean(dim=1)  # (P, A, N')
+                        position = leave_one_out(position, product, place, num_channels, num_seen)
+                    of_positions[chosen] = from_places(position, grid, size)
                 if num_seen:
-                    product = (whitened * average).mean(dim=1)  # (P, A, N')
-                    position = leave_one_out(position, product, place, num_channels, num_seen)
                     place = leave_one_out(place, place, place, num_channels, num_seen)
                 of_places[chosen] = from_places(place, grid, grid)
-                of_positions[chosen] = from_places(position, grid, size)
-        if self.num_distances == 1:
+        if not has_positions:
             return (of_places.clamp(min=1e-6).log(),)
         around = F.interpolate(of_places[:, None], size, mode="bilinear")[:, 0]
         return tuple(distance.clamp(min=1e-6).log() for distance in (of_places, (of_positions + around) / 2.0))

@@ -81,9 +81,10 @@ def joint_map(kl_maps: torch.Tensor, feature_maps: torch.Tensor, alpha: float) -
 def suppress_surroundings(maps: torch.Tensor, suppression: float) -> torch.Tensor:
     """Lowers each map by a share of how far its peak stands above its mean.
 
-    A part that is unlike those of the calibration stands out as a whole, so the surroundings of one image's defect
-    outshine the fainter defect of another. What stands out most accounts for much of the rest of its image. An image
-    that is unusual all over, whose peak stands hardly above its mean, keeps its map.
+    Where good parts differ, the surroundings of one image's defect outshine the fainter defect of another. What stands
+    out most accounts for much of the rest of its image. An image that is unusual all over, whose peak stands hardly
+    above its mean, keeps its map: be it a defect of the whole part, or a good part unlike all before. A map's maximum
+    becomes (1 - suppression) times itself plus suppression times the mean.
 
     Args:
         maps: (N, H, W).

@@ -46,8 +46,8 @@ class AnomalyOutput(BaseOutput):
 
     Args:
         anomaly_map: (N, H, W) float32, higher is more anomalous. Calibrated: in standard deviations above what good
-            images show at that place, less what the pipeline's `suppression` takes off. With `output_type="pil"` a list
-            of mode "F" images.
+            images show at that place, less what the pipeline's `suppression` takes off; where positions share a place's
+            covariance, so its peak. With `output_type="pil"` a list of mode "F" images.
         anomaly_score: (N,) float32, higher is more anomalous.
         reconstruction: (N, H, W, 3) in [0, 1] ((N, 3, H, W) as tensors; PIL images), or None where the method makes
             none.
@@ -329,7 +329,7 @@ class AnomalyPipeline(DiffusionPipeline):
         """Learns what normal looks like from good images, in one pass over them and constant memory.
 
         Three things stand on each other: mean and covariance of the feature residual, mean and deviation of the maps,
-        its Mahalanobis distance among them, and the scores of normalised maps. The first two are taken from the same
+        its Mahalanobis distances among them, and the scores of normalised maps. The first two are taken from the same
         images, each measured by the covariance of the others; the scores from images that neither has seen, so
         thresholds and p-values hold for new images.
 
@@ -338,7 +338,7 @@ class AnomalyPipeline(DiffusionPipeline):
                 `statistics_images` show other photographs: PIL images, paths, arrays, or a column of a
                 `datasets.Dataset`. Thresholds and p-values come from them.
             statistics_images: more good images, for the per-position statistics; those of training may serve. Their
-                measurements wait in a temporary file, at most about 1 MB an image. Without them, every other of
+                measurements wait in a temporary file, 1 to 3 MB an image. Without them, every other of
                 `images` does, and the rest is left for the thresholds.
             false_alarm_rate: share of good parts that may raise an alarm, in (0, 1).
             category: which category the images are of, in a unified model; the others keep what they have.
@@ -553,8 +553,8 @@ class CalibrationFit:
             self.measured = TemporaryFile()  # noqa: SIM115 (closed by `set_statistics`)
         self.residual_sums.update(residual)
         self.residual_moments.update(F.adaptive_avg_pool2d(residual, calibration.grid).flatten(2))
-        # half precision makes up for a place's several positions
-        kept = residual.half() if calibration.num_distances == 2 else residual
+        # half precision, as far as it goes, makes up for a place's several positions
+        kept = residual.clamp(-65504.0, 65504.0).half() if calibration.num_distances == 2 else residual
         for values in (kept[:, None], measurement.maps):
             np.save(self.measured, values.cpu().numpy())
 
@@ -630,8 +630,8 @@ class CalibrationFit:
         found = (num_maps, residual_shape and list(residual_shape))
         if found != (config.map_shape[0], config.residual_shape and list(config.residual_shape)):
             raise ValueError(
-                "`calibration` holds other categories' statistics of other scores than this pipeline's settings give. "
-                "Load the pipeline with `calibration=None` and calibrate every category."
+                "`calibration` holds other categories' statistics of other scores than this pipeline's settings give or "
+                "an earlier version's. Load the pipeline with `calibration=None` and calibrate every category."
             )
         others = previous.image_threshold.isfinite()
         others[self.category] = False

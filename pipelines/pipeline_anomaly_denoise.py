@@ -70,7 +70,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         feature_sigma: smoothing of the feature error, in pixels at the processing resolution.
         score_fraction: the image's score is the mean of this share of the map's highest pixels; 0 for the maximum.
         suppression: in [0, 1): the share of how far its peak stands above its mean that is taken off each calibrated
-            map, see `diffad.scoring.suppress_surroundings`.
+            map, see `diffad.scoring.suppress_surroundings`. Scores move with it: calibrate again after a change.
         score_strides: which of the feature extractor's strides the feature error looks at; None for all.
         processing_resolution: side in pixels to which images are resized; None takes the network's `sample_size`.
         categories: names of the categories of a unified model, in the order of its class labels.

@@ -49,7 +49,7 @@ class DiADPipeline(AnomalyPipeline):
         pooling_size: side of the window of the average pooling before the map's maximum is the image's score.
         pooling_rounds: how often it is pooled. Each round takes `pooling_size - 1` pixels off the map's sides.
         suppression: in [0, 1): the share of how far its peak stands above its mean that is taken off each calibrated
-            map, see `diffad.scoring.suppress_surroundings`.
+            map, see `diffad.scoring.suppress_surroundings`. Scores move with it: calibrate again after a change.
         processing_resolution: side in pixels to which images are resized.
         categories: names of the categories of a unified model. They choose the statistics, not the networks' output.
         image_mean, image_std: of the images' colours in [0, 1], by which the networks take them normalised; None takes

@@ -25,7 +25,7 @@ from diffusers import (
 from PIL import Image
 from torch import nn
 
-from diffad import DiADPipeline, SemanticGuidedNetwork
+from diffad import DiADPipeline, SemanticGuidedNetwork, calibration
 from diffad.calibration import ScoreCalibration
 from diffad.images import images_to_tensors
 from diffad.models.prompt_embedding import PromptEmbedding
@@ -469,6 +469,23 @@ def test_the_papers_map_is_the_sum_of_its_layers():
     np.testing.assert_allclose(together, sum(layers), rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match=r"`score_strides` must be taken from \[2, 4\]"):
         make_pipeline(score_strides=[16])
+
+
+def test_positions_and_suppression(monkeypatch):
+    probe = make_pipeline(distance="mahalanobis")
+    channels = probe.feature_extractor.num_channels
+    monkeypatch.setattr(calibration, "COVARIANCE_NUMBERS", 4 * channels * (channels + 1) // 2)  # at 2 x 2 places
+    images, latents = textures(3, first_seed=90), noise(1).expand(3, -1, -1, -1)
+    maps = []
+    for suppression in (0.0, 0.4):
+        pipe = make_pipeline(distance="mahalanobis", suppression=suppression)
+        pipe.calibrate(textures(4), textures(24, first_seed=50), false_alarm_rate=0.3, generator=generator())
+        assert pipe.calibration.num_distances == 2
+        maps.append(pipe(images, latents=latents).anomaly_map)
+    peak, mean = (getattr(maps[0], name)(axis=(1, 2), keepdims=True) for name in ("max", "mean"))
+    np.testing.assert_allclose(maps[1], maps[0] - 0.4 * (peak - mean), atol=1e-3)
+    with pytest.raises(ValueError, match="`suppression` must lie in"):
+        make_pipeline(suppression=1.0)
 
 
 def test_whitened_residuals_are_calibrated_and_saved(tmp_path):

@@ -75,7 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     score.add_argument(
         "--score_fraction", type=float, default=0.0, help="share of top pixels averaged (0: the maximum)"
     )
-    score.add_argument("--suppression", type=float, default=0.0, help="of what surrounds a map's peak (0)")
+    score.add_argument("--suppression", type=float, default=0.0, help="share of peak less mean taken off a map (0)")
     args = run.parse_arguments(parser, argv)
     # what else only the end of the run would find
     if not 0.0 <= args.alpha <= 1.0:

@@ -132,7 +132,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     score.add_argument("--sigma", type=float, default=5.0, help="smoothing of the map, pixels (5)")
     score.add_argument("--pooling_size", type=int, default=8, help="window of the score's average pooling, pixels (8)")
     score.add_argument("--pooling_rounds", type=int, default=8, help="how often the score pools (8)")
-    score.add_argument("--suppression", type=float, default=0.0, help="of what surrounds a map's peak (0)")
+    score.add_argument("--suppression", type=float, default=0.0, help="share of peak less mean taken off a map (0)")
     args = run.parse_arguments(parser, argv)
     if (args.preset is None) == (args.pretrained_model_name_or_path is None):
         parser.error("give one of --pretrained_model_name_or_path and --preset")

@@ -259,7 +259,7 @@ def _part_index(paths: Sequence[str], pattern: str | None) -> np.ndarray:
                 f"--part_pattern {pattern!r} finds no part in the path {path!r} of an image. Give a regular expression "
                 "that finds one in every path, or leave it out."
             )
-        names.append("/".join(match.groups(default="")) or match.group())
+        names.append("/".join(match.groups(default="")) if any(match.groups()) else match.group())
     return np.unique(names, return_inverse=True)[1]
 
 
