@@ -630,8 +630,8 @@ class CalibrationFit:
         found = (num_maps, residual_shape and list(residual_shape))
         if found != (config.map_shape[0], config.residual_shape and list(config.residual_shape)):
             raise ValueError(
-                "`calibration` holds other categories' statistics of other scores than this pipeline's settings give or "
-                "an earlier version's. Load the pipeline with `calibration=None` and calibrate every category."
+                "`calibration` holds other categories' statistics of other scores than this pipeline's settings give, "
+                "or an earlier version's. Load the pipeline with `calibration=None` and calibrate every category."
             )
         others = previous.image_threshold.isfinite()
         others[self.category] = False
