@@ -1,4 +1,4 @@
-"""The `diffad` command. Each subcommand imports what it needs: `--help` must not wait for torch."""
+"""The `diffad` command. Each subcommand imports what it needs."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from diffad.images import images_to_pixel_values, images_to_tensors, resize_imag
 from diffad.model_card import CARD_NAME, copy_records, render_model_card
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.gaussian_feature_model import FeatureMoments
-from diffad.scoring import suppress_surroundings
+from diffad.scoring import feature_error, suppress_surroundings
 
 logger = logging.get_logger(__name__)
 
@@ -117,6 +117,26 @@ class AnomalyPipeline(DiffusionPipeline):
         `num_seen` is `ScoreCalibration.log_distances`'.
         """
         raise NotImplementedError
+
+    def feature_error_maps(
+        self,
+        measurement: Measurement,
+        category: torch.Tensor | None,
+        calibration: ScoreCalibration | None,
+        num_seen: int = 0,
+    ) -> torch.Tensor:
+        """How far the true features are from their prediction, (N, E, H, W), not smoothed.
+
+        Calibrated, the E = 1 or 2 log Mahalanobis distances of the residual, averaged over the noise levels.
+        Uncalibrated, as in the papers, the error at each of T levels and L layers, E = T * L.
+        """
+        residual = measurement.residual  # (N, T, C, h, w)
+        if calibration is None:
+            errors = [feature_error(residual, [self.feature_extractor.layer_channels[i] for i in self.scored_layers])]
+        else:
+            errors = [e[:, None] for e in calibration.log_distances(residual.mean(dim=1), category, num_seen)]
+        size = measurement.maps.shape[-2:]
+        return torch.cat([F.interpolate(e, size, mode="bilinear") for e in errors], dim=1)
 
     def join_maps(self, maps: torch.Tensor) -> torch.Tensor:
         """(N, S, H, W), normalised where calibrated, to the anomaly map (N, H, W)."""

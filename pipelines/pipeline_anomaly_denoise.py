@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -32,7 +31,7 @@ from diffad.pipelines.anomaly_pipeline import (
     _convert,
     check_score_strides,
 )
-from diffad.scoring import feature_error, gaussian_smooth, joint_map, max_score, top_fraction_score
+from diffad.scoring import gaussian_smooth, joint_map, max_score, top_fraction_score
 
 
 @dataclass
@@ -253,19 +252,8 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         calibration: ScoreCalibration | None,
         num_seen: int = 0,
     ) -> torch.Tensor:
-        """(N, T + E, H, W): the smoothed KL at each of T noise levels, then E maps of the feature error.
-
-        Calibrated, the log Mahalanobis distances of the true features from their prediction, whose difference is
-        averaged over the noise levels, E = 1 or 2. Uncalibrated, as in the paper, the error at each level and layer,
-        E = T * L.
-        """
-        residual = measurement.residual  # (N, T, C, h, w)
-        if calibration is not None:
-            errors = [e[:, None] for e in calibration.log_distances(residual.mean(dim=1), category, num_seen)]
-        else:
-            errors = [feature_error(residual, [self.feature_extractor.layer_channels[i] for i in self.scored_layers])]
-        size = measurement.maps.shape[-2:]
-        errors = torch.cat([F.interpolate(e, size, mode="bilinear") for e in errors], dim=1)  # (N, E, H, W)
+        """(N, T + E, H, W): the smoothed KL at each of T noise levels, then the E maps of `feature_error_maps`."""
+        errors = self.feature_error_maps(measurement, category, calibration, num_seen)
         return torch.cat(
             [
                 gaussian_smooth(measurement.maps, self.config.kl_sigma),

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -17,7 +16,7 @@ from diffad.models.feature_extractor import TimmFeatureExtractor, concatenate_la
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
 from diffad.pipelines.anomaly_pipeline import AnomalyOutput, AnomalyPipeline, Measurement, check_score_strides
-from diffad.scoring import cosine_distance_map, feature_error, gaussian_smooth, max_score
+from diffad.scoring import cosine_distance_map, gaussian_smooth, max_score
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -397,13 +396,7 @@ class DiADPipeline(AnomalyPipeline):
         """(N, L, H, W): each scored layer's smoothed map; L = 1 or 2 for calibrated log distances."""
         maps = measurement.maps
         if measurement.residual is not None:
-            residual = measurement.residual  # (N, 1, C, h, w)
-            if calibration is not None:
-                errors = [e[:, None] for e in calibration.log_distances(residual[:, 0], category, num_seen)]
-            else:
-                layer_channels = [self.feature_extractor.layer_channels[i] for i in self.scored_layers]
-                errors = [feature_error(residual, layer_channels)]
-            maps = torch.cat([F.interpolate(e, maps.shape[-2:], mode="bilinear") for e in errors], dim=1)
+            maps = self.feature_error_maps(measurement, category, calibration, num_seen)
         if calibration is None:
             maps = maps * maps.shape[1]  # the paper's sum over layers, where `join_maps` takes the mean
         return gaussian_smooth(maps, self.config.sigma)
