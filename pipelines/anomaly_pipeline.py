@@ -22,7 +22,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from torch.utils.data import Subset
 
-from diffad.calibration import MomentSums, ScoreCalibration, residual_gaussian, residual_grid, residual_size
+from diffad.calibration import (
+    PRIOR_IMAGES,
+    MomentSums,
+    ScoreCalibration,
+    residual_gaussian,
+    residual_grid,
+    residual_size,
+)
 from diffad.images import images_to_pixel_values, images_to_tensors, resize_images
 from diffad.model_card import CARD_NAME, copy_records, render_model_card
 from diffad.models.feature_extractor import TimmFeatureExtractor
@@ -595,7 +602,11 @@ class CalibrationFit:
                 self._add_maps(Measurement(maps, residual), num_seen)
             self.measured.close()
         self.calibration.map_mean[self.category] = self.map_moments.mean()
-        self.calibration.map_std[self.category] = self.map_moments.standard_deviation()
+        map_std = self.map_moments.standard_deviation()  # (S, H, W)
+        if self.calibration.num_distances == 2:  # the positions' distances are the last map
+            prior_images = self.pipeline.config.position_prior_images
+            map_std[-1] = self.map_moments.standard_deviation(prior_images)[-1]
+        self.calibration.map_std[self.category] = map_std
         return self.calibration
 
     def _add_maps(self, measurement: Measurement, num_seen: int = 0) -> None:
@@ -668,6 +679,17 @@ def check_score_strides(score_strides: Sequence[int], feature_extractor: TimmFea
     strides = list(feature_extractor.config.strides)
     if not score_strides or any(stride not in strides for stride in score_strides):
         raise ValueError(f"`score_strides` must be taken from {strides}, the extractor's, but is {score_strides}.")
+
+
+def check_map_settings(suppression: float, position_prior_images: float) -> None:
+    """Raises a ValueError where one is out of its range."""
+    if not 0.0 <= suppression < 1.0:
+        raise ValueError(f"`suppression` must lie in [0, 1), but is {suppression}.")
+    if not 0.0 <= position_prior_images < math.inf:
+        raise ValueError(
+            f"`position_prior_images` must be finite and not negative, but is {position_prior_images}. "
+            f"{PRIOR_IMAGES:g} is what all other maps have."
+        )
 
 
 def _is_list_of_names(value: Any) -> bool:

@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch.utils.data import Subset
 
-from diffad.calibration import ScoreCalibration
+from diffad.calibration import PRIOR_IMAGES, ScoreCalibration
 from diffad.images import ImageInput, images_to_pixel_values, images_to_tensors, resize_images
 from diffad.likelihood import kl_divergence_map, predicted_clean_sample, predicted_mean_log_variance
 from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
@@ -29,6 +29,7 @@ from diffad.pipelines.anomaly_pipeline import (
     AnomalyPipeline,
     Measurement,
     _convert,
+    check_map_settings,
     check_score_strides,
 )
 from diffad.scoring import gaussian_smooth, joint_map, max_score, top_fraction_score
@@ -70,6 +71,10 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         score_fraction: the image's score is the mean of this share of the map's highest pixels; 0 for the maximum.
         suppression: in [0, 1): the share of how far its peak stands above its mean that is taken off each calibrated
             map, see `diffad.scoring.suppress_surroundings`. Scores move with it: calibrate again after a change.
+        position_prior_images: where a place of the residual's covariance holds several positions, how many images the
+            average over all positions counts for in their map's deviation, from 0 (`MomentSums.standard_deviation`).
+            Good images vary more along a part's edges, so that defects there would end too early; the more images, the
+            less so. Calibrate again after a change.
         score_strides: which of the feature extractor's strides the feature error looks at; None for all.
         processing_resolution: side in pixels to which images are resized; None takes the network's `sample_size`.
         categories: names of the categories of a unified model, in the order of its class labels.
@@ -93,6 +98,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         feature_sigma: float = 4.0,
         score_fraction: float = 0.0,
         suppression: float = 0.0,
+        position_prior_images: float = PRIOR_IMAGES,
         score_strides: list[int] | None = None,
         processing_resolution: int | None = None,
         categories: list[str] | None = None,
@@ -100,8 +106,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         super().__init__()
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"`alpha` must lie in [0, 1], but is {alpha}.")
-        if not 0.0 <= suppression < 1.0:
-            raise ValueError(f"`suppression` must lie in [0, 1), but is {suppression}.")
+        check_map_settings(suppression, position_prior_images)
         timesteps = [5, 50, 100] if timesteps is None else list(timesteps)
         last = scheduler.config.num_train_timesteps - 1
         if not timesteps or any(not 0 <= t <= last for t in timesteps):
@@ -123,6 +128,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
             feature_sigma=feature_sigma,
             score_fraction=score_fraction,
             suppression=suppression,
+            position_prior_images=position_prior_images,
             score_strides=None if score_strides is None else sorted(score_strides),
             processing_resolution=processing_resolution or unet.config.sample_size,
             categories=list(categories) if categories else None,

@@ -10,12 +10,18 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffad.calibration import ScoreCalibration
+from diffad.calibration import PRIOR_IMAGES, ScoreCalibration
 from diffad.images import ImageInput, images_to_tensors
 from diffad.models.feature_extractor import TimmFeatureExtractor, concatenate_layers
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
-from diffad.pipelines.anomaly_pipeline import AnomalyOutput, AnomalyPipeline, Measurement, check_score_strides
+from diffad.pipelines.anomaly_pipeline import (
+    AnomalyOutput,
+    AnomalyPipeline,
+    Measurement,
+    check_map_settings,
+    check_score_strides,
+)
 from diffad.scoring import cosine_distance_map, gaussian_smooth, max_score
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -49,6 +55,10 @@ class DiADPipeline(AnomalyPipeline):
         pooling_rounds: how often it is pooled. Each round takes `pooling_size - 1` pixels off the map's sides.
         suppression: in [0, 1): the share of how far its peak stands above its mean that is taken off each calibrated
             map, see `diffad.scoring.suppress_surroundings`. Scores move with it: calibrate again after a change.
+        position_prior_images: where a place of the residual's covariance holds several positions, how many images the
+            average over all positions counts for in their map's deviation, from 0 (`MomentSums.standard_deviation`).
+            Good images vary more along a part's edges, so that defects there would end too early; the more images, the
+            less so. Calibrate again after a change.
         processing_resolution: side in pixels to which images are resized.
         categories: names of the categories of a unified model. They choose the statistics, not the networks' output.
         image_mean, image_std: of the images' colours in [0, 1], by which the networks take them normalised; None takes
@@ -78,6 +88,7 @@ class DiADPipeline(AnomalyPipeline):
         pooling_size: int = 8,
         pooling_rounds: int = 8,
         suppression: float = 0.0,
+        position_prior_images: float = PRIOR_IMAGES,
         processing_resolution: int = 256,
         categories: list[str] | None = None,
         image_mean: list[float] | None = None,
@@ -113,8 +124,7 @@ class DiADPipeline(AnomalyPipeline):
                 "`pooling_size` must be at least 1 and `pooling_rounds` at least 0, but they are "
                 f"{pooling_size} and {pooling_rounds}."
             )
-        if not 0.0 <= suppression < 1.0:
-            raise ValueError(f"`suppression` must lie in [0, 1), but is {suppression}.")
+        check_map_settings(suppression, position_prior_images)
         _skipped_steps(num_inference_steps, strength)
         self.register_modules(
             vae=vae.eval(),
@@ -134,6 +144,7 @@ class DiADPipeline(AnomalyPipeline):
             pooling_size=pooling_size,
             pooling_rounds=pooling_rounds,
             suppression=suppression,
+            position_prior_images=position_prior_images,
             processing_resolution=processing_resolution,
             categories=list(categories) if categories else None,
             image_mean=list(image_mean or IMAGENET_MEAN),

@@ -136,7 +136,15 @@ def test_a_missing_file_is_named(pipe):
 
 
 @pytest.mark.parametrize(
-    "options", [{"alpha": 1.5}, {"alpha": -0.1}, {"timesteps": []}, {"timesteps": [5, 1000]}, {"suppression": 1.0}]
+    "options",
+    [
+        {"alpha": 1.5},
+        {"alpha": -0.1},
+        {"timesteps": []},
+        {"timesteps": [5, 1000]},
+        {"suppression": 1.0},
+        {"position_prior_images": -1.0},
+    ],
 )
 def test_wrong_options_are_named(options):
     with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
@@ -206,11 +214,28 @@ def test_suppression_lowers_maps_by_how_far_their_peak_stands_out():
 
 def test_positions_and_suppression_are_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "COVARIANCE_NUMBERS", 16 * 64 * 65 // 2)
-    pipe = tiny_pipeline(suppression=0.4).calibrate(textures(20), false_alarm_rate=0.1)
+    pipe = tiny_pipeline(suppression=0.4, position_prior_images=50.0).calibrate(textures(20), false_alarm_rate=0.1)
     pipe.save_pretrained(tmp_path)
     loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path)
     assert loaded.calibration.num_distances == 2
+    assert loaded.config.position_prior_images == 50.0
     assert_same(loaded(texture(0), generator=generator()), pipe(texture(0), generator=generator()))
+
+
+def test_prior_images_make_the_positions_deviation_alike_everywhere(monkeypatch):
+    monkeypatch.setattr(calibration, "COVARIANCE_NUMBERS", 16 * 64 * 65 // 2)
+    pipes = [
+        tiny_pipeline(position_prior_images=n).calibrate(textures(60), false_alarm_rate=0.1, generator=generator())
+        for n in (calibration.PRIOR_IMAGES, 1e6)
+    ]
+    default, alike = (pipe.calibration.map_std[0] for pipe in pipes)  # (S, H, W)
+    assert torch.equal(default[:-1], alike[:-1])
+    assert alike[-1].std() < 0.01 * default[-1].std()
+    torch.testing.assert_close(alike[-1].square().mean(), default[-1].square().mean())
+    images = [texture(2000 + i, defect=True) for i in range(4)]
+    plain, even = (pipe(images, generator=generator()) for pipe in pipes)
+    np.testing.assert_allclose(plain.anomaly_score, even.anomaly_score, rtol=1e-4)  # places say how high
+    assert not np.allclose(plain.anomaly_map, even.anomaly_map, rtol=1e-2)
 
 
 def test_places_say_how_high_the_map_goes_and_positions_outline_the_defect(monkeypatch):

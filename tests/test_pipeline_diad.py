@@ -484,8 +484,14 @@ def test_positions_and_suppression(monkeypatch):
         maps.append(pipe(images, latents=latents).anomaly_map)
     peak, mean = (getattr(maps[0], name)(axis=(1, 2), keepdims=True) for name in ("max", "mean"))
     np.testing.assert_allclose(maps[1], maps[0] - 0.4 * (peak - mean), atol=1e-3)
+    alike = make_pipeline(distance="mahalanobis", position_prior_images=1e6)
+    alike.calibrate(textures(4), textures(24, first_seed=50), false_alarm_rate=0.3, generator=generator())
+    default, alike = (p.calibration.map_std[0, -1] for p in (pipe, alike))
+    assert alike.std() < 0.01 * default.std()
     with pytest.raises(ValueError, match="`suppression` must lie in"):
         make_pipeline(suppression=1.0)
+    with pytest.raises(ValueError, match="`position_prior_images` must be finite"):
+        make_pipeline(position_prior_images=float("inf"))
 
 
 def test_whitened_residuals_are_calibrated_and_saved(tmp_path):

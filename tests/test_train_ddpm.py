@@ -88,13 +88,28 @@ def load(output: Path) -> AnomalyDenoisePipeline:
 
 
 def test_a_folder_of_good_images_becomes_a_calibrated_pipeline(good, tmp_path):
-    train(good, tmp_path, "--alpha", 0.3, "--suppression", 0.2, "--timesteps", 5, 20, "--kl_sigma", 1)
+    train(
+        good,
+        tmp_path,
+        "--alpha",
+        0.3,
+        "--suppression",
+        0.2,
+        "--timesteps",
+        5,
+        20,
+        "--kl_sigma",
+        1,
+        "--position_prior_images",
+        30,
+    )
     pipeline = load(tmp_path)
     assert type(pipeline) is AnomalyDenoisePipeline
     assert pipeline.config.categories == ["part"]
     assert pipeline.config.timesteps == [5, 20]
     assert pipeline.config.alpha == 0.3
     assert pipeline.config.suppression == 0.2
+    assert pipeline.config.position_prior_images == 30.0
     assert pipeline.processing_resolution == 16
     assert pipeline.unet.config.num_class_embeds is None
     assert pipeline.unet.config.feature_channels == pipeline.feature_extractor.num_channels == 64
@@ -406,6 +421,7 @@ DATA = ("--train_data_dir", "parts")
         ((*DATA, "--calibration_fraction", "0"), None, r"--calibration_fraction must lie in \(0, 1\)"),
         ((*DATA, "--calibration_fraction", "1"), None, r"--calibration_fraction must lie in \(0, 1\)"),
         ((*DATA, "--suppression", "1"), None, r"--suppression must lie in \[0, 1\)"),
+        ((*DATA, "--position_prior_images", "-1"), None, "--position_prior_images must be finite and not negative"),
         ((*DATA, "--part_pattern", ""), None, "--part_pattern must not match the empty text"),
         ((*DATA, "--part_pattern", "(a"), None, "--part_pattern is no regular expression: missing"),
         ((*DATA, "--false_alarm_rate", "0"), None, r"--false_alarm_rate must lie in \(0, 1\)"),

@@ -9,6 +9,7 @@ Good images in, a calibrated `AnomalyDenoisePipeline` out. Several categories in
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from diffusers import DDPMScheduler
 from tqdm.auto import tqdm
 
 from diffad import AnomalyDenoisePipeline, DenoisingUNet2DModel, TimmFeatureExtractor
+from diffad.calibration import PRIOR_IMAGES
 from diffad.images import images_to_pixel_values, resize_images
 from diffad.likelihood import kl_divergence_map, predicted_clean_sample, variational_bound
 from diffad.models.denoising_unet_2d import DENOISING_UNET_PRESETS
@@ -76,12 +78,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--score_fraction", type=float, default=0.0, help="share of top pixels averaged (0: the maximum)"
     )
     score.add_argument("--suppression", type=float, default=0.0, help="share of peak less mean taken off a map (0)")
+    score.add_argument(
+        "--position_prior_images",
+        type=float,
+        default=PRIOR_IMAGES,
+        help=f"images that the average deviation counts for where positions share a place ({PRIOR_IMAGES:g})",
+    )
     args = run.parse_arguments(parser, argv)
     # what else only the end of the run would find
     if not 0.0 <= args.alpha <= 1.0:
         parser.error("--alpha must lie in [0, 1]")
     if not 0.0 <= args.suppression < 1.0:
         parser.error("--suppression must lie in [0, 1)")
+    if not 0.0 <= args.position_prior_images < math.inf:
+        parser.error("--position_prior_images must be finite and not negative")
     if any(not 0 <= t < 1000 for t in args.timesteps):
         parser.error("--timesteps must lie in [0, 999]")
     if args.cache_features and args.rotation_degrees:
@@ -315,6 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             feature_sigma=args.feature_sigma,
             score_fraction=args.score_fraction,
             suppression=args.suppression,
+            position_prior_images=args.position_prior_images,
             score_strides=args.score_strides,
             categories=categories,
         )

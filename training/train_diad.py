@@ -12,6 +12,7 @@ stay frozen. From scratch (`--preset`) there is no trained encoder to keep, so t
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffad import DiADPipeline, SemanticGuidedNetwork, TimmFeatureExtractor
+from diffad.calibration import PRIOR_IMAGES
 from diffad.images import images_to_pixel_values
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import FUSIONS, GUIDANCE_OUTPUTS
@@ -133,6 +135,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     score.add_argument("--pooling_size", type=int, default=8, help="window of the score's average pooling, pixels (8)")
     score.add_argument("--pooling_rounds", type=int, default=8, help="how often the score pools (8)")
     score.add_argument("--suppression", type=float, default=0.0, help="share of peak less mean taken off a map (0)")
+    score.add_argument(
+        "--position_prior_images",
+        type=float,
+        default=PRIOR_IMAGES,
+        help=f"images that the average deviation counts for where positions share a place ({PRIOR_IMAGES:g})",
+    )
     args = run.parse_arguments(parser, argv)
     if (args.preset is None) == (args.pretrained_model_name_or_path is None):
         parser.error("give one of --pretrained_model_name_or_path and --preset")
@@ -140,6 +148,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--preset needs --vae_path: train an autoencoder with train_autoencoder.py first")
     if not 0.0 <= args.suppression < 1.0:
         parser.error("--suppression must lie in [0, 1)")
+    if not 0.0 <= args.position_prior_images < math.inf:
+        parser.error("--position_prior_images must be finite and not negative")
     if args.cache_latents and args.rotation_degrees:
         parser.error("--cache_latents holds no rotated images: add --rotation_degrees 0")
     if "none" in args.guidance_outputs and len(args.guidance_outputs) > 1:
@@ -296,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pooling_size=args.pooling_size,
         pooling_rounds=args.pooling_rounds,
         suppression=args.suppression,
+        position_prior_images=args.position_prior_images,
         processing_resolution=args.resolution,
         categories=categories,
         image_mean=args.image_mean,
