@@ -88,21 +88,8 @@ def load(output: Path) -> AnomalyDenoisePipeline:
 
 
 def test_a_folder_of_good_images_becomes_a_calibrated_pipeline(good, tmp_path):
-    train(
-        good,
-        tmp_path,
-        "--alpha",
-        0.3,
-        "--suppression",
-        0.2,
-        "--timesteps",
-        5,
-        20,
-        "--kl_sigma",
-        1,
-        "--position_prior_images",
-        30,
-    )
+    score = "--alpha 0.3 --suppression 0.2 --position_prior_images 30 --timesteps 5 20 --kl_sigma 1"
+    train(good, tmp_path, *score.split())
     pipeline = load(tmp_path)
     assert type(pipeline) is AnomalyDenoisePipeline
     assert pipeline.config.categories == ["part"]
