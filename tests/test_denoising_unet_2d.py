@@ -143,7 +143,8 @@ def test_half_precision(dtype):
 
 
 @pytest.mark.parametrize(
-    ("preset", "size", "feature_size", "millions"), [("paper-256", 256, 64, (100, 200)), ("cpu-64", 64, 16, (3, 6))]
+    ("preset", "size", "feature_size", "millions"),
+    [("paper-256", 256, 64, (100, 200)), ("cpu-64", 64, 16, (3, 6)), ("cpu-128", 128, 32, (6, 10))],
 )
 def test_presets(preset, size, feature_size, millions):
     with torch.device("meta"):  # shapes without the work

@@ -197,4 +197,15 @@ DENOISING_UNET_PRESETS: dict[str, dict[str, Any]] = {
         "norm_num_groups": 8,
         "attention_head_dim": 32,
     },
+    # Trains in about an hour on two CPU cores.
+    "cpu-128": {
+        "sample_size": 128,
+        "feature_resolution": 32,
+        "block_out_channels": (32, 64, 128, 192),
+        "down_block_types": ("DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "attention_head_dim": 32,
+    },
 }
