@@ -15,6 +15,7 @@ from diffad.model_card import copy_records, render_model_card, shareable
 from diffad.training import evaluate
 
 CATEGORIES = {"tile": 8, "cable": 8}
+CARDS = Path(__file__).parents[1] / "model_cards"
 NUMBER = re.compile(r"\d+(?:\.\d+)*(?:e[+-]?\d+)?")
 
 
@@ -184,3 +185,9 @@ def test_records_are_shared_without_secrets_and_paths_of_this_machine(tmp_path):
     (tmp_path / "from" / "report.json").write_text("{")
     with pytest.raises(ValueError, match=r"report\.json is no JSON"):
         copy_records(tmp_path / "from", tmp_path / "to")
+
+
+@pytest.mark.parametrize("record", sorted(CARDS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_shipped_record_names_no_folder_of_a_machine(record):
+    shipped = json.loads(record.read_text())
+    assert shareable(shipped) == shipped
