@@ -42,6 +42,7 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "float32")
     from diffusers import DiffusionPipeline
 
     import diffad  # noqa: F401 (registers the pipelines with diffusers)
+    from diffad.precision import warn_of_emulation
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"`dtype` must be float32, bfloat16 or float16, but is {dtype!r}.")
@@ -53,9 +54,12 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "float32")
             f"{model} holds no pipeline (no model_index.json there). Give the folder that training or `diffad demo` "
             "has saved one in, or its id on the Hub, org/name."
         )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "bfloat16":
+        warn_of_emulation(torch.device(device).type, "Give --dtype float32.")
     pipeline = DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipeline.to(device)
 
 
 def check_folder(path: Path) -> Path:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from matplotlib.figure import Figure
@@ -25,6 +24,7 @@ from diffad import AnomalyDenoisePipeline
 from diffad.data import load_anomaly_dataset
 from diffad.images import image_to_rgb
 from diffad.metrics import AnomalyMetrics
+from diffad.precision import resolve_precision
 from diffad.prediction import image_generator
 from diffad.training import evaluate, train_ddpm
 from diffad.training.training_run import list_checkpoints
@@ -52,9 +52,9 @@ def run_demo(output_dir: str | Path = "runs/demo", max_train_steps: int | None =
         raise ImportError(f'The demo needs {" and ".join(missing)}: pip install "diffad[demo]"')
     started = time.time()
     output_dir = Path(output_dir)
-    precision = fastest_precision()
+    precision = resolve_precision("auto")
     arguments = ["--config", str(files("diffad.training") / "configs" / "demo.yaml")]
-    arguments += ["--output_dir", str(output_dir), "--seed", str(seed), "--mixed_precision", precision]
+    arguments += ["--output_dir", str(output_dir), "--seed", str(seed)]
     if max_train_steps is not None:
         arguments += ["--max_train_steps", str(max_train_steps)]
     train_ddpm.main([*arguments, *_resume_flags(output_dir, arguments)])
@@ -87,13 +87,6 @@ def run_demo(output_dir: str | Path = "runs/demo", max_train_steps: int | None =
         shutil.rmtree(checkpoint)
     (output_dir / "unfinished.json").unlink()
     return report
-
-
-def fastest_precision() -> str:
-    """bfloat16 where the processor multiplies it natively, which halves the time here; elsewhere it is emulated."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "no"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
 
 
 def _resume_flags(output_dir: Path, arguments: list[str]) -> list[str]:

@@ -37,6 +37,7 @@ from diffad.data import image_to_rgb, load_anomaly_dataset, mask_to_array, resiz
 from diffad.images import images_to_pixel_values, images_to_tensors, resize_images
 from diffad.metrics import AnomalyMetrics
 from diffad.model_card import BASELINE_TITLES, MEAN
+from diffad.precision import PRECISIONS, resolve_precision
 from diffad.prediction import image_generator
 from diffad.report_page import (
     METRIC_TITLES,
@@ -77,7 +78,9 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resolution", type=int, default=256, help="pixels a side at which maps meet masks (256)")
     parser.add_argument("--pro_fpr_limit", type=float, default=0.3, help="of PRO (0.3)")
     parser.add_argument("--batch_size", type=int, default=16, help="images a batch (16)")
-    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="(accelerate's setting)")
+    parser.add_argument(
+        "--mixed_precision", choices=PRECISIONS, help="auto: bf16 where that is fast (accelerate's setting)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
 
 
@@ -510,7 +513,7 @@ def command_line(module: str, args: argparse.Namespace, parser: argparse.Argumen
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = create_parser()
     args = parser.parse_args(argv)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision))
     args.mixed_precision = accelerator.mixed_precision  # also where accelerate's own settings say so
     path = Path(args.output)
     if path.suffix != ".json":

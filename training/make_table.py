@@ -35,6 +35,7 @@ from diffad.data import load_anomaly_dataset
 from diffad.images import images_to_pixel_values, images_to_tensors
 from diffad.model_card import MEAN
 from diffad.pipelines.anomaly_pipeline import AnomalyPipeline, CalibrationFit, Measurement
+from diffad.precision import resolve_precision
 from diffad.prediction import image_generator
 from diffad.training.evaluate import (
     add_evaluation_arguments,
@@ -361,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     images = load_anomaly_dataset(args.data, split="test", category=args.category, dataset=args.dataset)
     tests = split_by_category(images)
     folders = [row_folders(table, row, list(tests), args) for row in table["rows"]]
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision))
     args.mixed_precision = accelerator.mixed_precision  # also where accelerate's own settings say so
     goods = split_by_category(load_training_images(args.data, args.category, args.dataset, images, accelerator))
 

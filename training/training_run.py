@@ -35,6 +35,7 @@ from diffad.data import FEATURES, load_anomaly_dataset
 from diffad.images import image_to_rgb, images_to_tensors, resize_images
 from diffad.model_card import SECRETS, TRAINING_NAME, remove_reports
 from diffad.pipelines.pipeline_diad import IMAGENET_MEAN, IMAGENET_STD
+from diffad.precision import PRECISIONS, resolve_precision
 from diffad.visualization import beside_overlay
 
 logger = get_logger(__name__)
@@ -106,7 +107,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     optimization.add_argument("--max_grad_norm", type=float, default=1.0, help="(1.0)")
     optimization.add_argument("--use_ema", **switch, help="keep and save the weights' moving average")
     optimization.add_argument("--ema_decay", type=float, default=0.9999, help="its largest decay (0.9999)")
-    optimization.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="(accelerate's setting)")
+    optimization.add_argument(
+        "--mixed_precision", choices=PRECISIONS, help="auto: bf16 where that is fast (accelerate's setting)"
+    )
     optimization.add_argument("--gradient_checkpointing", **switch, help="less memory for more time")
     optimization.add_argument("--false_alarm_rate", type=float, default=0.01, help="of good parts, at the end (0.01)")
 
@@ -172,6 +175,7 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    args.mixed_precision = resolve_precision(args.mixed_precision)
     return args
 
 
