@@ -18,6 +18,7 @@ from PIL import Image
 
 from diffad.data import load_anomaly_dataset
 from diffad.metrics import AnomalyMetrics
+from diffad.precision import resolve_precision
 from diffad.training import evaluate
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -66,6 +67,12 @@ def assert_same_results(report: dict[str, Any], expected: dict[str, Any]) -> Non
         for record, other in zip(report["scores"][category], records, strict=True):
             assert {**record, "score": None} == {**other, "score": None}
             assert record["score"] == pytest.approx(other["score"], rel=1e-3, abs=1e-3)
+
+
+def test_the_report_says_which_precision_auto_was(model, data, tmp_path):
+    report = run(model, data, tmp_path / "report.json", "--mixed_precision", "auto")
+    assert report["mixed_precision"] == resolve_precision("auto")
+    assert f"--mixed_precision {resolve_precision('auto')}" in report["command"]
 
 
 def test_the_report_of_a_calibrated_model(model, data, tmp_path, capsys):

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_pipeline
 
-from diffad.precision import fastest_device, multiplies_bfloat16, resolve_precision, warn_of_emulation
+from diffad.cli import load_pipeline
+from diffad.precision import is_bfloat16_fast, resolve_precision, training_device
 
 CPU_FLAGS = Path("/proc/cpuinfo")
 
@@ -21,36 +23,59 @@ def on_the_cpu(monkeypatch):
 
 
 @pytest.fixture
-def without_bfloat16(monkeypatch, on_the_cpu):
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+def slow(monkeypatch, on_the_cpu):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
 
 
-def test_a_launch_on_the_cpu_leaves_a_gpu_alone(on_the_cpu):
-    assert fastest_device() == "cpu"
+@pytest.fixture
+def fast(monkeypatch, on_the_cpu):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+
+
+def test_a_launch_on_the_cpu_leaves_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert training_device() == "cuda"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert training_device() == "cpu"
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="reads Linux's flags of an x86")
 def test_auto_is_what_the_kernel_says_of_this_cpu(on_the_cpu):
     flags = next(line for line in CPU_FLAGS.read_text().splitlines() if line.startswith("flags")).split()
-    assert multiplies_bfloat16("cpu") == ("avx512_bf16" in flags)
     assert resolve_precision("auto") == ("bf16" if "avx512_bf16" in flags else "no")
 
 
-def test_auto_is_float32_where_bfloat16_is_emulated(without_bfloat16):
+def test_auto_is_float32_where_bfloat16_is_emulated(slow):
     assert resolve_precision("auto") == "no"
+    assert not is_bfloat16_fast("mps")
 
 
-def test_bfloat16_that_is_emulated_stays_what_was_asked_for_with_a_warning(without_bfloat16):
-    with pytest.warns(UserWarning, match=r"no bfloat16 instructions.*--mixed_precision auto"):
+def test_auto_is_bfloat16_where_that_is_fast(fast):
+    assert resolve_precision("auto") == "bf16"
+
+
+def test_a_gpu_that_emulates_bfloat16_trains_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not is_bfloat16_fast("cuda")
+
+
+def test_slow_bfloat16_stays_what_was_asked_for_with_a_warning(slow, tmp_path):
+    with pytest.warns(UserWarning, match=r"slow at bfloat16.*--mixed_precision auto"):
         assert resolve_precision("bf16") == "bf16"
+    tiny_pipeline().save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="Give --dtype float32"):
-        warn_of_emulation("cpu", "Give --dtype float32.")
+        load_pipeline(str(tmp_path), "cpu", "bfloat16")
 
 
 @pytest.mark.parametrize("name", [None, "no", "fp16"])
-def test_other_precisions_pass_without_a_word(without_bfloat16, name):
+def test_other_precisions_pass_without_a_word(slow, name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert resolve_precision(name) == name
-        warn_of_emulation("cuda", "")
+
+
+def test_fast_bfloat16_passes_without_a_word(fast):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve_precision("bf16") == "bf16"

@@ -36,6 +36,7 @@ from safetensors.torch import load_file
 
 from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
 from diffad.images import images_to_tensors
+from diffad.precision import resolve_precision
 from diffad.training import train_ddpm, training_run
 from diffad.training.cached_encodings import CachedEncodings, choose_flips
 
@@ -164,6 +165,18 @@ def test_curves_pictures_and_checkpoints_are_written(good, tiny, tmp_path):
     assert height > 2 * 160  # both held-out images
 
     assert sorted(p.name for p in tmp_path.glob("*checkpoint*")) == ["checkpoint-11", "checkpoint-8"]
+
+
+def test_the_record_says_which_precision_auto_was(good, tiny, tmp_path):
+    (config := tmp_path / "config.yaml").write_text("mixed_precision: auto\n")
+    train(good, tmp_path / "auto", "--config", config, start=tiny)
+    arguments = json.loads((tmp_path / "auto" / "training.json").read_text())["arguments"]
+    assert arguments["mixed_precision"] == resolve_precision("auto")
+
+
+def test_a_configuration_may_say_no_to_mixed_precision(tmp_path):
+    (config := tmp_path / "config.yaml").write_text("mixed_precision: no\n")  # False, as YAML reads it
+    assert train_ddpm.parse_args(["--config", str(config), *DATA]).mixed_precision == "no"
 
 
 @pytest.mark.parametrize("more", [("--mixed_precision", "bf16"), ("--gradient_checkpointing", "--random_flip")])
@@ -387,7 +400,14 @@ def test_the_command_line_overrides_the_configuration(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "data"), [("demo", "elpv/mono"), ("elpv_cpu", "elpv/poly"), ("magnetic_tile_cpu", None)]
+    ("name", "data"),
+    [
+        ("demo", "elpv/mono"),
+        ("elpv_cpu", "elpv/poly"),
+        ("magnetic_tile_cpu", None),
+        ("magnetic_tile_128_cpu", None),
+        ("three_categories_cpu", None),
+    ],
 )
 def test_the_shipped_configurations_are_valid(name, data):
     config = SCRIPT.parent / "configs" / f"{name}.yaml"
@@ -395,6 +415,7 @@ def test_the_shipped_configurations_are_valid(name, data):
     args = train_ddpm.parse_args(["--config", str(config), "--seed", "5", *more])
     assert args.train_data_dir == (data or "tiles")
     assert args.seed == 5
+    assert args.mixed_precision == "auto"
 
 
 DATA = ("--train_data_dir", "parts")

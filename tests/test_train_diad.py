@@ -478,14 +478,18 @@ def test_defaults_are_the_papers():
     assert args.train_whole_unet is False
 
 
-@pytest.mark.parametrize("name", ["diad_autoencoder_cpu", "diad_cpu"])
-def test_configurations_are_valid(name):
-    script = train_autoencoder if "autoencoder" in name else train_diad
-    more = [] if "autoencoder" in name else ["--vae_path", "runs/autoencoder"]
+@pytest.mark.parametrize("data", ["", "magnetic_tile_"])
+@pytest.mark.parametrize("script", [train_autoencoder, train_diad])
+def test_configurations_are_valid(script, data):
+    name = "autoencoder" if script is train_autoencoder else "diad"
+    name = f"{data}{name}_cpu" if data or script is train_diad else "diad_autoencoder_cpu"
+    more = [] if script is train_autoencoder else ["--vae_path", "runs/autoencoder"]
+    more += ["--train_data_dir", "tiles"] if data else []
     args = script.parse_args(["--config", str(SCRIPT.parent / "configs" / f"{name}.yaml"), *more])
-    assert args.train_data_dir == "elpv/mono"
+    assert args.train_data_dir == ("tiles" if data else "elpv/mono")
     assert args.preset == "cpu-128"
     assert args.feature_strides == [4, 8, 16]
+    assert args.mixed_precision == "auto"
 
 
 DATA = ("--train_data_dir", "parts")

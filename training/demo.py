@@ -24,7 +24,6 @@ from diffad import AnomalyDenoisePipeline
 from diffad.data import load_anomaly_dataset
 from diffad.images import image_to_rgb
 from diffad.metrics import AnomalyMetrics
-from diffad.precision import resolve_precision
 from diffad.prediction import image_generator
 from diffad.training import evaluate, train_ddpm
 from diffad.training.training_run import list_checkpoints
@@ -52,7 +51,6 @@ def run_demo(output_dir: str | Path = "runs/demo", max_train_steps: int | None =
         raise ImportError(f'The demo needs {" and ".join(missing)}: pip install "diffad[demo]"')
     started = time.time()
     output_dir = Path(output_dir)
-    precision = resolve_precision("auto")
     arguments = ["--config", str(files("diffad.training") / "configs" / "demo.yaml")]
     arguments += ["--output_dir", str(output_dir), "--seed", str(seed)]
     if max_train_steps is not None:
@@ -62,7 +60,7 @@ def run_demo(output_dir: str | Path = "runs/demo", max_train_steps: int | None =
 
     pipeline = AnomalyDenoisePipeline.from_pretrained(output_dir)
     pipeline.set_progress_bar_config(disable=True)
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = Accelerator()  # as training left it
     pipeline.to(accelerator.device)
     test = load_anomaly_dataset("elpv", split="test", category=CATEGORY)
     result, records, _ = evaluate.evaluate_category(pipeline, test, CATEGORY, accelerator, seed=seed)
@@ -73,7 +71,7 @@ def run_demo(output_dir: str | Path = "runs/demo", max_train_steps: int | None =
         "command": f"diffad demo --seed {seed}",
         "seed": seed,
         "max_train_steps": json.loads((output_dir / "training.json").read_text())["steps"],
-        "mixed_precision": precision,
+        "mixed_precision": accelerator.mixed_precision,
         "machine": evaluate.describe_machine(),
         "train_and_calibrate_seconds": round(train_seconds, 1),
         "total_seconds": round(time.time() - started, 1),

@@ -79,7 +79,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pro_fpr_limit", type=float, default=0.3, help="of PRO (0.3)")
     parser.add_argument("--batch_size", type=int, default=16, help="images a batch (16)")
     parser.add_argument(
-        "--mixed_precision", choices=PRECISIONS, help="auto: bf16 where that is fast (accelerate's setting)"
+        "--mixed_precision", choices=PRECISIONS, help="auto is bf16 where that is fast, else no (accelerate's setting)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
 

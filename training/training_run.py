@@ -108,7 +108,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     optimization.add_argument("--use_ema", **switch, help="keep and save the weights' moving average")
     optimization.add_argument("--ema_decay", type=float, default=0.9999, help="its largest decay (0.9999)")
     optimization.add_argument(
-        "--mixed_precision", choices=PRECISIONS, help="auto: bf16 where that is fast (accelerate's setting)"
+        "--mixed_precision", choices=PRECISIONS, help="auto is bf16 where that is fast, else no (accelerate's setting)"
     )
     optimization.add_argument("--gradient_checkpointing", **switch, help="less memory for more time")
     optimization.add_argument("--false_alarm_rate", type=float, default=0.01, help="of good parts, at the end (0.01)")
@@ -149,7 +149,9 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         # in front of the command line's, so that types and choices are checked and the later ones win
         configured: list[str] = []
         for name, value in values.items():
-            if value is True:
+            if value is False and name == "mixed_precision":  # so YAML reads `no`
+                configured += ["--mixed_precision", "no"]
+            elif value is True:
                 configured.append(f"--{name}")
             elif value is False and f"--no-{name}" in parser._option_string_actions:
                 configured.append(f"--no-{name}")
@@ -175,7 +177,6 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    args.mixed_precision = resolve_precision(args.mixed_precision)
     return args
 
 
@@ -186,13 +187,14 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
         ),
-        mixed_precision=args.mixed_precision,
+        mixed_precision=resolve_precision(args.mixed_precision),
         log_with=args.report_to,
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")
         ),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
+    args.mixed_precision = accelerator.mixed_precision  # also where accelerate's own settings say so
     set_seed(args.seed)
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
