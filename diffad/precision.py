@@ -22,8 +22,8 @@ def training_device() -> str:
 def is_bfloat16_fast(device_type: str) -> bool:
     """Whether training in bfloat16 is faster than in float32 on a "cuda", "mps" or "cpu" device.
 
-    On a CPU that takes AVX-512's bfloat16 extension: oneDNN, which multiplies there, also accepts AVX-512 without it and
-    ARM's extension, but has no fast way back through a convolution for them. On MPS it was not measured: False.
+    On a CPU that takes AVX-512's bfloat16 extension: oneDNN, which multiplies there, also accepts AVX-512 without it
+    and ARM's extension, but has no fast way back through a convolution for them. On MPS it was not measured: False.
     """
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -34,6 +34,7 @@ def fast(monkeypatch, on_the_cpu):
 
 
 def test_a_launch_on_the_cpu_leaves_a_gpu_alone(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert training_device() == "cuda"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
