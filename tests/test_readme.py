@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -111,3 +112,43 @@ def test_the_two_set_up_commands_stand_in_the_readme():
 def test_every_file_that_the_readme_links_exists():
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+PARTS = {"mono": "elpv-mono", "poly": "elpv-poly", "magnetic_tile": "magnetic-tile"}
+# each row of the README's table: where its parts' metrics stand
+RECORDS = {
+    "AnomalyDenoise": ("anomaly-denoise-{}/report.json", "results"),
+    "AnomalyDenoise, one model for all three": ("anomaly-denoise-three-categories/report.json", "results"),
+    "DiAD": ("diad-{}/report.json", "results"),
+    "DiAD, one model for both kinds of cells": ("diad-elpv-mono-poly/report.json", "results"),
+    "PaDiM, ours, all 176 channels": ("anomaly-denoise-{}/report-float32.json", "baselines", "padim"),
+    "PaDiM, anomalib's, 100 channels": ("anomaly-denoise-{}/anomalib.json", "results", "padim"),
+    "PatchCore, anomalib's, 1%": ("anomaly-denoise-{}/anomalib.json", "results", "patchcore"),
+}
+
+
+def recorded(title: str, part: str, metrics: list[str]) -> str:
+    """A cell of the README's tables as the shipped record has it; empty where the model does not know the part."""
+    path, *keys = RECORDS[title]
+    results = json.loads((ROOT / "model_cards" / path.format(PARTS[part])).read_text())
+    for key in keys:
+        results = results[key]
+    return " / ".join(f"{100 * results[part][name]:.1f}" for name in metrics) if part in results else ""
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("title", RECORDS)
+def test_the_table_says_what_the_records_say(title):
+    (row,) = (cells(line) for line in README.splitlines() if line.startswith(f"| {title} |") and line.count("|") == 5)
+    assert row[1:] == [recorded(title, part, ["image_auroc", "image_ap", "image_f1max"]) for part in PARTS]
+
+
+def test_the_table_of_the_tiles_pixels_says_what_the_records_say():
+    after = README.split("Where the tiles' defects are")[1].splitlines()
+    row = next(cells(line) for line in after if re.match(r"\| \d", line))
+    metrics = ["pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_pro"]
+    values = [recorded(title, "magnetic_tile", metrics) for title in RECORDS]
+    assert row == [value for value in values if value]
