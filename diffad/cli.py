@@ -169,27 +169,38 @@ def calibrate(
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to save (MODEL, if a folder).")] = None,
     false_alarm_rate: Annotated[float, typer.Option(metavar="RATE", help="Share of good parts that may alarm.")] = 0.01,
     category: Category = None,
+    part_pattern: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Finds the part in a path, if photographed several times.")
+    ] = None,
     batch_size: BatchSize = 16,
     device: Device = None,
     seed: Seed = 0,
 ) -> None:
     """Statistics and thresholds from good images that training has not seen.
 
-    Of a data set, the good images of its train split are taken.
+    Of a data set, the good images of its train split are taken. Every other one, or with --part-pattern every other
+    part, is left for the thresholds.
     """
+    import numpy as np
     import torch
 
-    from diffad.data import load_anomaly_dataset
+    from diffad.data import check_part_pattern, load_anomaly_dataset, part_index
     from diffad.model_card import REPORT_NAME, remove_reports
 
     if output is None and not Path(model).is_dir():
         raise ValueError(f"`output` is needed: {model} is not a folder that could be written to.")
     folder = check_folder(Path(model) if output is None else output)
+    if part_pattern is not None:
+        check_part_pattern(part_pattern)
     good = load_anomaly_dataset(data, split="train", category=category)
     good = good.filter(lambda label: label == 0, input_columns="label")
+    part = part_index(good["path"], part_pattern)
+    if part_pattern is not None and part.max(initial=0) == 0:
+        raise ValueError(f"`part_pattern` {part_pattern!r} finds the same part in all {len(good)} good images.")
     pipeline = load_pipeline(model, device)
     pipeline.calibrate(
-        good["image"],
+        good.select(np.flatnonzero(part % 2 == 0))["image"],
+        statistics_images=good.select(np.flatnonzero(part % 2 == 1))["image"],
         false_alarm_rate=false_alarm_rate,
         category=category if len(pipeline.config.categories or []) > 1 else None,
         batch_size=batch_size,

@@ -84,6 +84,25 @@ def test_calibrate_changes_thresholds_in_place(model, tmp_path):
     assert calibration.normal_scores.shape == (1, 5)
 
 
+def test_calibrate_keeps_the_photographs_of_a_part_together(model, tmp_path):
+    """Thresholds from other photographs of parts that the statistics know would not hold for new parts."""
+    from diffad import AnomalyDenoisePipeline
+
+    # serials 0, 2, 4 have three photographs each, 1 and 3 one
+    serials = [0, 0, 0, 1, 2, 2, 2, 3, 4, 4, 4]
+    textures_of = write_folder(tmp_path / "good", len(serials), first_seed=50)
+    for i, (path, serial) in enumerate(zip(sorted(textures_of.iterdir()), serials, strict=True)):
+        path.rename(textures_of / f"{i:02}-serial{serial}.png")
+    arguments = ["--data", textures_of, "--false-alarm-rate", 0.4, "--output"]
+    run("calibrate", model, *arguments, tmp_path / "parts", "--part-pattern", r"serial\d+")
+    run("calibrate", model, *arguments, tmp_path / "images")
+    shapes = [
+        AnomalyDenoisePipeline.from_pretrained(tmp_path / n).calibration.normal_scores.shape
+        for n in ("parts", "images")
+    ]
+    assert shapes == [(1, 9), (1, 6)]
+
+
 def test_calibrate_in_place_removes_the_old_report(model, tmp_path):
     """It was measured with other statistics, and a model card would show it."""
     shutil.copytree(model, tmp_path / "model")
@@ -138,6 +157,9 @@ def damaged(model, tmp_path) -> Path:
         ("evaluate {model} --data parts --output r.txt", ["--output must end in .json"]),
         ("calibrate {model} --data missing", ["missing"]),
         ("calibrate {model} --data parts --false-alarm-rate 7", ["--false-alarm-rate must lie in (0, 1)"]),
+        ("calibrate {model} --data parts --part-pattern (a", ["--part-pattern is no regular expression"]),
+        ("calibrate {model} --data parts --part-pattern serial", ["--part-pattern 'serial' finds no part in the path"]),
+        ("calibrate {model} --data parts --part-pattern png", ["--part-pattern 'png' finds the same part in all"]),
         ("calibrate org/name --data parts", ["--output is needed", "org/name is not a folder"]),
         ("convert sgd x.ckpt out", ["'diad'"]),
         ("convert diad x.ckpt out", ["CHECKPOINT: no file at x.ckpt", ".safetensors"]),

@@ -430,8 +430,8 @@ DATA = ("--train_data_dir", "parts")
         ((*DATA, "--calibration_fraction", "1"), None, r"--calibration_fraction must lie in \(0, 1\)"),
         ((*DATA, "--suppression", "1"), None, r"--suppression must lie in \[0, 1\)"),
         ((*DATA, "--position_prior_images", "-1"), None, "--position_prior_images must be finite and not negative"),
-        ((*DATA, "--part_pattern", ""), None, "--part_pattern must not match the empty text"),
-        ((*DATA, "--part_pattern", "(a"), None, "--part_pattern is no regular expression: missing"),
+        ((*DATA, "--part_pattern", ""), None, "`part_pattern` must not match the empty text"),
+        ((*DATA, "--part_pattern", "(a"), None, "`part_pattern` is no regular expression: missing"),
         ((*DATA, "--false_alarm_rate", "0"), None, r"--false_alarm_rate must lie in \(0, 1\)"),
         ((*DATA, "--false_alarm_rate", "1.5"), None, r"--false_alarm_rate must lie in \(0, 1\)"),
         ((*DATA, "--alpha", "1.5"), None, r"--alpha must lie in \[0, 1\]"),
@@ -526,7 +526,7 @@ def test_all_photographs_of_a_part_are_held_out_or_none(tmp_path):
         assert not sides[0] & sides[1]
         assert (len(training), len(held_out)) == (18, 6)
     args.part_pattern = r"lot\d+"
-    with pytest.raises(ValueError, match=r"--part_pattern 'lot.*' finds no part in the path '.*serial0-view0.png'"):
+    with pytest.raises(ValueError, match=r"`part_pattern` 'lot.*' finds no part in the path '.*serial0-view0.png'"):
         training_run.load_good_images(args)
     args.part_pattern = "view"  # one part in all
     with pytest.raises(ValueError, match="has 24 good images, and of parts by --part_pattern 1: too few"):

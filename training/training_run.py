@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import uuid
@@ -31,7 +30,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from diffad.data import FEATURES, load_anomaly_dataset
+from diffad.data import FEATURES, check_part_pattern, load_anomaly_dataset, part_index
 from diffad.images import image_to_rgb, images_to_tensors, resize_images
 from diffad.model_card import SECRETS, TRAINING_NAME, remove_reports
 from diffad.pipelines.pipeline_diad import IMAGENET_MEAN, IMAGENET_STD
@@ -167,11 +166,9 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         )
     if args.part_pattern is not None:
         try:
-            empty = re.compile(args.part_pattern).match("") is not None
-        except re.error as error:
-            parser.error(f"--part_pattern is no regular expression: {error}")
-        if empty:
-            parser.error("--part_pattern must not match the empty text: it would find the same part in every path")
+            check_part_pattern(args.part_pattern)
+        except ValueError as error:
+            parser.error(str(error))
     if not 0.0 < args.false_alarm_rate < 1.0:
         parser.error("--false_alarm_rate must lie in (0, 1)")
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
@@ -229,7 +226,7 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
     labels = np.asarray(good["label"])
     good = good.select(np.flatnonzero(labels == 0)) if labels.any() else good
     of_image = np.asarray(good["category"])
-    part = _part_index(good["path"], args.part_pattern)
+    part = part_index(good["path"], args.part_pattern)
     categories = sorted(set(of_image.tolist()))
     training, held_out = [], []
     for number, category in enumerate(categories):
@@ -251,22 +248,6 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
         held_out.extend(images[is_held_out].tolist())
         training.extend(images[~is_held_out].tolist())
     return good.select(sorted(training)), good.select(sorted(held_out)), categories
-
-
-def _part_index(paths: Sequence[str], pattern: str | None) -> np.ndarray:
-    """(N,): which images show the same part; without a pattern, each shows its own."""
-    if pattern is None:
-        return np.arange(len(paths))
-    names = []
-    for path in paths:
-        match = re.search(pattern, path)
-        if match is None:
-            raise ValueError(
-                f"--part_pattern {pattern!r} finds no part in the path {path!r} of an image. Give a regular expression "
-                "that finds one in every path, or leave it out."
-            )
-        names.append("/".join(match.groups(default="")) if any(match.groups()) else match.group())
-    return np.unique(names, return_inverse=True)[1]
 
 
 def keep_good_images(stream: IterableDataset) -> Dataset:

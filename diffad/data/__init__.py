@@ -41,8 +41,18 @@ from .layouts import (
     no_images,
     require_good_images,
 )
+from .parts import check_part_pattern, part_index
 
-__all__ = ["FEATURES", "check_images", "image_to_rgb", "load_anomaly_dataset", "mask_to_array", "resize_image_and_mask"]
+__all__ = [
+    "FEATURES",
+    "check_images",
+    "check_part_pattern",
+    "image_to_rgb",
+    "load_anomaly_dataset",
+    "mask_to_array",
+    "part_index",
+    "resize_image_and_mask",
+]
 
 
 def load_anomaly_dataset(

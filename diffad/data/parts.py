@@ -1,0 +1,47 @@
+"""Which images show the same part, where one is photographed several times."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def check_part_pattern(part_pattern: str) -> None:
+    """Says early what is wrong with a pattern.
+
+    Raises:
+        ValueError: it is no regular expression, or finds the same part everywhere.
+    """
+    try:
+        empty = re.compile(part_pattern).match("") is not None
+    except re.error as error:
+        raise ValueError(f"`part_pattern` is no regular expression: {error}.") from None
+    if empty:
+        raise ValueError("`part_pattern` must not match the empty text: it would find the same part in every path.")
+
+
+def part_index(paths: Sequence[str], part_pattern: str | None) -> np.ndarray:
+    """(N,) integers from 0: images with the same one show the same part; without a pattern, each shows its own.
+
+    Args:
+        paths: of the images.
+        part_pattern: a regular expression that finds the part in a path, at its first match: the groups in parentheses,
+            or else all of it.
+
+    Raises:
+        ValueError: it finds nothing in one of the paths.
+    """
+    if part_pattern is None:
+        return np.arange(len(paths))
+    names = []
+    for path in paths:
+        match = re.search(part_pattern, path)
+        if match is None:
+            raise ValueError(
+                f"`part_pattern` {part_pattern!r} finds no part in the path {path!r} of an image. Give a regular "
+                "expression that finds one in every path, or leave it out."
+            )
+        names.append("/".join(match.groups(default="")) if any(match.groups()) else match.group())
+    return np.unique(names, return_inverse=True)[1]
