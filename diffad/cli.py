@@ -184,7 +184,7 @@ def calibrate(
     import numpy as np
     import torch
 
-    from diffad.data import check_part_pattern, load_anomaly_dataset, part_index
+    from diffad.data import check_part_pattern, halve_parts, load_anomaly_dataset, part_index
     from diffad.model_card import REPORT_NAME, remove_reports
 
     if output is None and not Path(model).is_dir():
@@ -196,11 +196,15 @@ def calibrate(
     good = good.filter(lambda label: label == 0, input_columns="label")
     part = part_index(good["path"], part_pattern)
     if part_pattern is not None and part.max(initial=0) == 0:
-        raise ValueError(f"`part_pattern` {part_pattern!r} finds the same part in all {len(good)} good images.")
+        raise ValueError(
+            f"`part_pattern` {part_pattern!r} finds the same part in all {len(good)} good images, and it takes "
+            "two. Give one that tells them apart, or leave it out."
+        )
+    of_statistics = halve_parts(part)
     pipeline = load_pipeline(model, device)
     pipeline.calibrate(
-        good.select(np.flatnonzero(part % 2 == 0))["image"],
-        statistics_images=good.select(np.flatnonzero(part % 2 == 1))["image"],
+        good.select(np.flatnonzero(~of_statistics))["image"],
+        statistics_images=good.select(np.flatnonzero(of_statistics))["image"],
         false_alarm_rate=false_alarm_rate,
         category=category if len(pipeline.config.categories or []) > 1 else None,
         batch_size=batch_size,

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import textures, tiny_pipeline, write_folder, write_mvtec
 from typer.testing import CliRunner
 
@@ -88,19 +89,21 @@ def test_calibrate_keeps_the_photographs_of_a_part_together(model, tmp_path):
     """Thresholds from other photographs of parts that the statistics know would not hold for new parts."""
     from diffad import AnomalyDenoisePipeline
 
-    # serials 0, 2, 4 have three photographs each, 1 and 3 one
     serials = [0, 0, 0, 1, 2, 2, 2, 3, 4, 4, 4]
-    textures_of = write_folder(tmp_path / "good", len(serials), first_seed=50)
-    for i, (path, serial) in enumerate(zip(sorted(textures_of.iterdir()), serials, strict=True)):
-        path.rename(textures_of / f"{i:02}-serial{serial}.png")
-    arguments = ["--data", textures_of, "--false-alarm-rate", 0.4, "--output"]
-    run("calibrate", model, *arguments, tmp_path / "parts", "--part-pattern", r"serial\d+")
-    run("calibrate", model, *arguments, tmp_path / "images")
-    shapes = [
-        AnomalyDenoisePipeline.from_pretrained(tmp_path / n).calibration.normal_scores.shape
-        for n in ("parts", "images")
+    good = write_folder(tmp_path / "good", len(serials), first_seed=50)
+    paths = []
+    for i, (path, serial) in enumerate(zip(sorted(good.iterdir()), serials, strict=True)):
+        paths.append(path.rename(good / f"{i:02}-serial{serial}.png"))
+    run("calibrate", model, "--data", good, "--output", tmp_path / "new", "--part-pattern", r"serial\d+")
+    scores = AnomalyDenoisePipeline.from_pretrained(tmp_path / "new").calibration.normal_scores
+
+    # each serial goes to the side that has fewer images
+    sides = [
+        [path for path, serial in zip(paths, serials, strict=True) if serial in side] for side in ((0, 3, 4), (1, 2))
     ]
-    assert shapes == [(1, 9), (1, 6)]
+    pipe = AnomalyDenoisePipeline.from_pretrained(model)
+    pipe.calibrate(*sides, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(scores, pipe.calibration.normal_scores)
 
 
 def test_calibrate_in_place_removes_the_old_report(model, tmp_path):

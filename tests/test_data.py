@@ -16,8 +16,10 @@ import pytest
 from diffad.data import (
     check_images,
     image_to_rgb,
+    halve_parts,
     load_anomaly_dataset,
     mask_to_array,
+    part_index,
     resize_image_and_mask,
 )
 
@@ -812,3 +814,20 @@ def test_resizing_rejects_bad_input():
         resize_image_and_mask(pil(), left_mask().resize((5, 5)), 4)
     with pytest.raises(ValueError, match="`size` must be positive"):
         resize_image_and_mask(pil(), None, (0, 4))
+
+
+def test_each_part_goes_to_the_smaller_half():
+    paths = [
+        f"lot7/{part}-view{view}.png"
+        for part, views in (("a", 4), ("b", 1), ("c", 2), ("d", 1))
+        for view in range(views)
+    ]
+    part = part_index(paths, r"(\w)-view")
+    assert part.tolist() == [0, 0, 0, 0, 1, 2, 2, 3]
+    assert halve_parts(part).tolist() == [False] * 4 + [True] * 4
+    assert halve_parts(part_index(paths, None)).tolist() == [False, True] * 4
+
+
+def test_a_part_pattern_needs_paths():
+    with pytest.raises(ValueError, match="has none for its images. Leave it out"):
+        part_index(["a.png", ""], "a")

@@ -168,7 +168,7 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         try:
             check_part_pattern(args.part_pattern)
         except ValueError as error:
-            parser.error(str(error))
+            parser.error(str(error).replace("`part_pattern`", "--part_pattern"))
     if not 0.0 < args.false_alarm_rate < 1.0:
         parser.error("--false_alarm_rate must lie in (0, 1)")
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):

@@ -41,12 +41,13 @@ from .layouts import (
     no_images,
     require_good_images,
 )
-from .parts import check_part_pattern, part_index
+from .parts import check_part_pattern, halve_parts, part_index
 
 __all__ = [
     "FEATURES",
     "check_images",
     "check_part_pattern",
+    "halve_parts",
     "image_to_rgb",
     "load_anomaly_dataset",
     "mask_to_array",

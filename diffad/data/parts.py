@@ -12,7 +12,7 @@ def check_part_pattern(part_pattern: str) -> None:
     """Says early what is wrong with a pattern.
 
     Raises:
-        ValueError: it is no regular expression, or finds the same part everywhere.
+        ValueError: it is no regular expression, or matches the empty text.
     """
     try:
         empty = re.compile(part_pattern).match("") is not None
@@ -27,16 +27,20 @@ def part_index(paths: Sequence[str], part_pattern: str | None) -> np.ndarray:
 
     Args:
         paths: of the images.
-        part_pattern: a regular expression that finds the part in a path, at its first match: the groups in parentheses,
-            or else all of it.
+        part_pattern: a regular expression that finds the part in a path, folders included, at its first match: the
+            groups in parentheses, or else all of it.
 
     Raises:
-        ValueError: it finds nothing in one of the paths.
+        ValueError: it finds nothing in one of the paths, or there is no path.
     """
     if part_pattern is None:
         return np.arange(len(paths))
     names = []
     for path in paths:
+        if not path:
+            raise ValueError(
+                "`part_pattern` looks into paths, but this data set has none for its images. Leave it out."
+            )
         match = re.search(part_pattern, path)
         if match is None:
             raise ValueError(
@@ -45,3 +49,18 @@ def part_index(paths: Sequence[str], part_pattern: str | None) -> np.ndarray:
             )
         names.append("/".join(match.groups(default="")) if any(match.groups()) else match.group())
     return np.unique(names, return_inverse=True)[1]
+
+
+def halve_parts(part: np.ndarray) -> np.ndarray:
+    """(N,) bool: the images of one half of the parts. Each part in turn goes to the side with fewer images.
+
+    Args:
+        part: (N,) what `part_index` gives. Where each image shows its own part, every other image is True.
+    """
+    num_images = np.bincount(part)  # of each part
+    is_second = np.zeros(len(num_images), dtype=bool)
+    of_sides = [0, 0]
+    for one, count in enumerate(num_images):
+        is_second[one] = of_sides[1] < of_sides[0]
+        of_sides[int(is_second[one])] += count
+    return is_second[part]
