@@ -15,8 +15,8 @@ import pytest
 
 from diffad.data import (
     check_images,
-    image_to_rgb,
     halve_parts,
+    image_to_rgb,
     load_anomaly_dataset,
     mask_to_array,
     part_index,
@@ -829,5 +829,5 @@ def test_each_part_goes_to_the_smaller_half():
 
 
 def test_a_part_pattern_needs_paths():
-    with pytest.raises(ValueError, match="has none for its images. Leave it out"):
+    with pytest.raises(ValueError, match=r"has none for its images\. Leave it out"):
         part_index(["a.png", ""], "a")
