@@ -178,8 +178,8 @@ def calibrate(
 ) -> None:
     """Statistics and thresholds from good images that training has not seen.
 
-    Of a data set, the good images of its train split are taken. Every other one, or with --part-pattern every other
-    part, is left for the thresholds.
+    Of a data set, the good images of its train split are taken. Half of them, with --part-pattern half of the
+    parts, are left for the thresholds.
     """
     import numpy as np
     import torch
@@ -194,17 +194,22 @@ def calibrate(
         check_part_pattern(part_pattern)
     good = load_anomaly_dataset(data, split="train", category=category)
     good = good.filter(lambda label: label == 0, input_columns="label")
-    part = part_index(good["path"], part_pattern)
-    if part_pattern is not None and part.max(initial=0) == 0:
-        raise ValueError(
-            f"`part_pattern` {part_pattern!r} finds the same part in all {len(good)} good images, and it takes "
-            "two. Give one that tells them apart, or leave it out."
+    images, statistics_images = good["image"], None
+    if part_pattern is not None:
+        part = part_index(good["path"], part_pattern)
+        if part.max(initial=0) == 0:
+            raise ValueError(
+                f"`part_pattern` {part_pattern!r} finds the same part in all {len(good)} good images, and it takes "
+                "two. Give one that tells them apart, or leave it out."
+            )
+        of_statistics = halve_parts(part)
+        images, statistics_images = (
+            good.select(np.flatnonzero(chosen))["image"] for chosen in (~of_statistics, of_statistics)
         )
-    of_statistics = halve_parts(part)
     pipeline = load_pipeline(model, device)
     pipeline.calibrate(
-        good.select(np.flatnonzero(~of_statistics))["image"],
-        statistics_images=good.select(np.flatnonzero(of_statistics))["image"],
+        images,
+        statistics_images,
         false_alarm_rate=false_alarm_rate,
         category=category if len(pipeline.config.categories or []) > 1 else None,
         batch_size=batch_size,

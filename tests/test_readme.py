@@ -143,8 +143,8 @@ def cells(line: str) -> list[str]:
 def tables() -> list[list[list[str]]]:
     """The two tables under "What it reaches", each a list of rows, the header first."""
     section = README.split("## What it reaches")[1].split("\n## ")[0]
-    blocks = re.findall(r"(?:^\|.*\n)+", section, flags=re.MULTILINE)
-    return [[cells(line) for line in block.splitlines() if "---" not in line] for block in blocks]
+    found = re.findall(r"(?:^\|.*\n)+", section, flags=re.MULTILINE)
+    return [[cells(line) for line in table.splitlines() if "---" not in line] for table in found]
 
 
 def test_the_tables_say_what_the_records_say():

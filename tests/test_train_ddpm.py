@@ -526,7 +526,7 @@ def test_all_photographs_of_a_part_are_held_out_or_none(tmp_path):
         assert not sides[0] & sides[1]
         assert (len(training), len(held_out)) == (18, 6)
     args.part_pattern = r"lot\d+"
-    with pytest.raises(ValueError, match=r"`part_pattern` 'lot.*' finds no part in the path '.*serial0-view0.png'"):
+    with pytest.raises(ValueError, match=r"--part_pattern 'lot.*' finds no part in the path '.*serial0-view0.png'"):
         training_run.load_good_images(args)
     args.part_pattern = "view"  # one part in all
     with pytest.raises(ValueError, match="has 24 good images, and of parts by --part_pattern 1: too few"):

@@ -166,9 +166,9 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         )
     if args.part_pattern is not None:
         try:
-            check_part_pattern(args.part_pattern)
+            check_part_pattern(args.part_pattern, "--part_pattern")
         except ValueError as error:
-            parser.error(str(error).replace("`part_pattern`", "--part_pattern"))
+            parser.error(str(error))
     if not 0.0 < args.false_alarm_rate < 1.0:
         parser.error("--false_alarm_rate must lie in (0, 1)")
     for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
@@ -226,7 +226,7 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
     labels = np.asarray(good["label"])
     good = good.select(np.flatnonzero(labels == 0)) if labels.any() else good
     of_image = np.asarray(good["category"])
-    part = part_index(good["path"], args.part_pattern)
+    part = part_index(good["path"], args.part_pattern, "--part_pattern")
     categories = sorted(set(of_image.tolist()))
     training, held_out = [], []
     for number, category in enumerate(categories):
