@@ -2,12 +2,12 @@
 
 import diffusers
 
-from diffad.calibration import ScoreCalibration
+from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.gaussian_feature_model import GaussianFeatureModel
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
-from diffad.pipelines.anomaly_pipeline import AnomalyOutput
+from diffad.pipelines.output import AnomalyOutput
 from diffad.pipelines.pipeline_anomaly_denoise import AnomalyDenoisePipeline
 from diffad.pipelines.pipeline_diad import DiADPipeline
 

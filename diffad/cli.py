@@ -76,7 +76,7 @@ def demo(
     seed: Annotated[int, typer.Option(metavar="N", help="Of weights, data order and noise.")] = 0,
 ) -> None:
     """Trains on good solar cells, and shows which others it finds defective."""
-    from diffad.training.demo import run_demo
+    from diffad.demo import run_demo
 
     report = run_demo(check_folder(output), max_train_steps, seed)
     result = report["results"]["mono"]
@@ -114,7 +114,7 @@ def predict(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from diffad.prediction import find_images, predict_files
+    from diffad.predict import find_images, predict_files
 
     check_folder(output_dir)
     paths = find_images(images, output_dir)
@@ -232,7 +232,7 @@ def benchmark(
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")] = False,
 ) -> None:
     """Images per second, where the time goes, and peak memory."""
-    from diffad.benchmark import benchmark_pipeline
+    from diffad.evaluation.speed import benchmark_pipeline
 
     result = benchmark_pipeline(load_pipeline(model, device, dtype), batch_size, repeats)
     if as_json:

@@ -169,3 +169,21 @@ def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def images_to_pixel_values(images: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
     """(3, H_i, W_i) tensors in [0, 1] -> one batch (N, 3, *size) in [-1, 1], the networks' range."""
     return torch.cat([resize_images(image[None], size) for image in images]) * 2.0 - 1.0
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+
+
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalize_images(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(N, C, H, W) in [-1, 1], normalised by colours' means and deviations, each (C,), of images in [0, 1]."""
+    mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    return (images / 2.0 + 0.5 - mean) / std
+
+
+def denormalize_images(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """The inverse of `normalize_images`, not clamped."""
+    mean, std = (pixel_values.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    return (pixel_values * std + mean) * 2.0 - 1.0

@@ -18,31 +18,23 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from diffad.evaluation.metric_names import BASELINE_TITLES, COUNTS, MEAN, METRICS
+
 CARD_NAME = "README.md"
+
+
 TRAINING_NAME = "training.json"
+
+
 REPORT_NAME = "report.json"
+
 
 # The Hub has no task for anomaly detection. Of those it has, segmentation is what comes out: a mask for every image.
 PIPELINE_TAG = "image-segmentation"
+
+
 TAGS = ["anomaly-detection", "anomaly-localization", "defect-detection", "industrial-inspection", "diffusion", "diffad"]
 
-# report's name: (task on the Hub, metric on the Hub, title), in the order of the papers' tables
-METRICS = {
-    "image_auroc": ("image-classification", "roc_auc", "image AUROC"),
-    "image_ap": ("image-classification", "average_precision", "image AP"),
-    "image_f1max": ("image-classification", "f1", "image F1-max"),
-    "pixel_auroc": ("image-segmentation", "roc_auc", "pixel AUROC"),
-    "pixel_ap": ("image-segmentation", "average_precision", "pixel AP"),
-    "pixel_f1max": ("image-segmentation", "f1", "pixel F1-max"),
-    "pixel_pro": ("image-segmentation", "per_region_overlap", "PRO"),
-    "pixel_dice": ("image-segmentation", "dice", "DICE"),
-    "false_alarms": ("image-classification", "false_positive_rate", "false alarms"),
-    "defects_found": ("image-classification", "recall", "defects found"),
-}
-# what users would take otherwise: a report's name, title in tables
-BASELINE_TITLES = {"padim": "PaDiM", "ddpm": "plain DDPM"}
-COUNTS = {"good_images": "good", "defective_images": "defective"}
-MEAN = "mean"
 
 PAPERS = {
     "AnomalyDenoise": "https://openaccess.thecvf.com/content/ICCV2023/html/"
@@ -50,10 +42,14 @@ PAPERS = {
     "DiAD": "https://arxiv.org/abs/2312.06607",
 }
 
+
 # Data whose licence binds what is made from it: identifier: (name, licence on the Hub, its name).
 SHARE_ALIKE = {"elpv": ("ELPV (Deitsch et al., Solar Energy 2019)", "cc-by-nc-sa-4.0", "CC BY-NC-SA 4.0")}
 
+
 SECRETS = ("hub_token",)
+
+
 TRAINING_ARGUMENTS = ("train_batch_size", "gradient_accumulation_steps", "learning_rate", "mixed_precision", "seed")
 
 

@@ -18,21 +18,17 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch.utils.data import Subset
 
-from diffad.calibration import PRIOR_IMAGES, ScoreCalibration
+from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.images import ImageInput, images_to_pixel_values, images_to_tensors, resize_images
 from diffad.likelihood import kl_divergence_map, predicted_clean_sample, predicted_mean_log_variance
 from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.gaussian_feature_model import GaussianFeatureModel
-from diffad.pipelines.anomaly_pipeline import (
-    AnomalyOutput,
-    AnomalyPipeline,
-    Measurement,
-    _convert,
-    check_map_settings,
-    check_score_strides,
-)
+from diffad.moments import PRIOR_IMAGES
+from diffad.pipelines.base import AnomalyPipeline, Measurement, check_map_settings, check_score_strides
+from diffad.pipelines.output import AnomalyOutput, convert_output
 from diffad.scoring import gaussian_smooth, joint_map, max_score, top_fraction_score
+from diffad.seeding import image_generators, image_seeds
 
 
 @dataclass
@@ -345,7 +341,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         if accelerator is not None:
             with accelerator.split_between_processes(indices) as mine:
                 indices = list(mine)
-        seeds = _seeds(generator, len(images))  # of all images, so that processes share them out too
+        seeds = image_seeds(generator, len(images))  # of all images, so that processes share them out too
         noise_variance = torch.tensor([1.0 - (1.0 - learning_rate**2) ** denoise_every])
 
         def batches() -> Iterator[torch.Tensor]:
@@ -438,7 +434,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
             raise ValueError(f"`learning_rate` must lie in (0, 1), but is {learning_rate!r}.")
         if denoise_every is not None and (not isinstance(denoise_every, int) or denoise_every < 1):
             raise ValueError(f"`denoise_every` must be a positive integer, or None, but is {denoise_every!r}.")
-        generators = None if generator is None else _image_generators(generator, len(images))
+        generators = None if generator is None else image_generators(generator, len(images))
 
         # 2. Gradient denoising, batch by batch
         size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
@@ -543,7 +539,7 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         total_steps = round(num_inference_steps * last / timestep)  # of which the last few are taken
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         takes_variance = isinstance(scheduler, DDPMScheduler) and "learned" in scheduler.config.variance_type
-        generators = _image_generators(generator, len(images))
+        generators = image_generators(generator, len(images))
 
         # 2. Batch by batch
         size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
@@ -627,28 +623,13 @@ class AnomalyDenoisePipeline(AnomalyPipeline):
         self, results: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], output_type: str
     ) -> AnomalyOutput:
         maps, scores, reconstructions = (torch.cat(parts) for parts in zip(*results, strict=True))
-        return _convert(AnomalyOutput(maps, scores, reconstructions), output_type)
+        return convert_output(AnomalyOutput(maps, scores, reconstructions), output_type)
 
 
 def noise_timesteps(scheduler: SchedulerMixin, variance: torch.Tensor) -> torch.Tensor:
     """The timesteps whose noise, 1 - alpha_bar_t, has the given variances, (N,) to (N,)."""
     noise = 1.0 - scheduler.alphas_cumprod.to(variance.device)  # (num_train_timesteps,)
     return (noise - variance[:, None]).abs().argmin(dim=1)
-
-
-def _seeds(generator: torch.Generator | None, num_images: int) -> list[int]:
-    """A seed for each image, so that no image's noise depends on which others are in its batch."""
-    device = None if generator is None else generator.device
-    return torch.randint(2**62, (num_images,), generator=generator, device=device).tolist()
-
-
-def _image_generators(
-    generator: torch.Generator | Sequence[torch.Generator | None] | None, num_images: int
-) -> list[torch.Generator]:
-    """A generator for each image: those given, or of a seed from the one given."""
-    given = generator if isinstance(generator, (list, tuple)) else [None] * num_images
-    seeds = _seeds(generator if isinstance(generator, torch.Generator) else None, num_images)
-    return [g or torch.Generator().manual_seed(seed) for g, seed in zip(given, seeds, strict=True)]
 
 
 def _convert_trajectory(

@@ -10,22 +10,22 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffad.calibration import PRIOR_IMAGES, ScoreCalibration
-from diffad.images import ImageInput, images_to_tensors
+from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageInput,
+    denormalize_images,
+    images_to_tensors,
+    normalize_images,
+)
 from diffad.models.feature_extractor import TimmFeatureExtractor, concatenate_layers
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
-from diffad.pipelines.anomaly_pipeline import (
-    AnomalyOutput,
-    AnomalyPipeline,
-    Measurement,
-    check_map_settings,
-    check_score_strides,
-)
+from diffad.moments import PRIOR_IMAGES
+from diffad.pipelines.base import AnomalyPipeline, Measurement, check_map_settings, check_score_strides
+from diffad.pipelines.output import AnomalyOutput
 from diffad.scoring import cosine_distance_map, gaussian_smooth, max_score
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class DiADPipeline(AnomalyPipeline):
@@ -462,18 +462,6 @@ def _skipped_steps(num_inference_steps: int, strength: float) -> int:
             f"{1.0 / num_inference_steps:.2g}, or more `num_inference_steps`."
         )
     return num_inference_steps - steps
-
-
-def normalize_images(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """(N, C, H, W) in [-1, 1], normalised by colours' means and deviations, each (C,), of images in [0, 1]."""
-    mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-    return (images / 2.0 + 0.5 - mean) / std
-
-
-def denormalize_images(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """The inverse of `normalize_images`, not clamped."""
-    mean, std = (pixel_values.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-    return (pixel_values * std + mean) * 2.0 - 1.0
 
 
 def encode_latents(vae: AutoencoderKL | AutoencoderTiny, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from PIL import Image
+from stable_diffusion import stable_diffusion  # noqa: F401 (a fixture for every test)
 
 from diffad import AnomalyDenoisePipeline, DenoisingUNet2DModel, TimmFeatureExtractor
 

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from conftest import textures, tiny_pipeline, write_mvtec
 from PIL import Image
 
+from diffad import demo
 from diffad.data import load_anomaly_dataset
-from diffad.training import demo, evaluate
+from diffad.evaluation.detectors import evaluate_category
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -43,7 +44,7 @@ def test_the_pictures_show_both_kinds_of_errors(tmp_path: Path):
     test = load_anomaly_dataset(data, split="test")
     pipeline = tiny_pipeline().calibrate(textures(12), false_alarm_rate=0.3)
     accelerator = Accelerator()
-    _, records, _ = evaluate.evaluate_category(pipeline, test, "tile", accelerator, resolution=32)
+    _, records, _ = evaluate_category(pipeline, test, "tile", accelerator, resolution=32)
 
     demo.draw_cells(pipeline, test, records, accelerator, tmp_path / "cells.png", seed=0)
     sheet = np.asarray(Image.open(tmp_path / "cells.png"))

@@ -16,7 +16,6 @@ from conftest import BACKBONE, textures, tiny_pipeline, write_folder, write_mvte
 from diffusers import AutoencoderKL
 from hub_server import running_hub
 from test_pipeline_diad import make_pipeline
-from test_train_diad import stable_diffusion  # noqa: F401 (a fixture)
 from typer.testing import CliRunner
 
 from diffad.cli import app
@@ -37,7 +36,7 @@ def commands() -> list[list[str]]:
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch, stable_diffusion) -> Path:  # noqa: F811
+def workplace(tmp_path, monkeypatch, stable_diffusion) -> Path:
     """A folder with what the README's reader has by then: models, parts, a data set, the training scripts."""
     monkeypatch.chdir(tmp_path)
     pipeline = tiny_pipeline()

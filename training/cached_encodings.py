@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
-from diffad.training.training_run import ResizedImages, temporary_table
+from diffad.training.data import ResizedImages, temporary_table
 
 
 def flip_pairs(args: argparse.Namespace) -> list[tuple[bool, bool]]:

@@ -31,25 +31,17 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 
 from diffad import AnomalyDenoisePipeline, DiADPipeline, TimmFeatureExtractor
+from diffad.calibration.fitting import CalibrationFit
 from diffad.data import load_anomaly_dataset
+from diffad.evaluation.baselines import evaluate_baseline, load_training_images
+from diffad.evaluation.detectors import category_index, evaluate_detectors, split_by_category
+from diffad.evaluation.metric_names import MEAN
+from diffad.evaluation.report import command_line, describe_machine, markdown_table, with_mean, write_files
 from diffad.images import images_to_pixel_values, images_to_tensors
-from diffad.model_card import MEAN
-from diffad.pipelines.anomaly_pipeline import AnomalyPipeline, CalibrationFit, Measurement
+from diffad.pipelines.base import AnomalyPipeline, Measurement
 from diffad.precision import resolve_precision
-from diffad.prediction import image_generator
-from diffad.training.evaluate import (
-    add_evaluation_arguments,
-    category_index,
-    command_line,
-    describe_machine,
-    evaluate_baseline,
-    evaluate_detectors,
-    load_training_images,
-    markdown_table,
-    split_by_category,
-    with_mean,
-    write_files,
-)
+from diffad.seeding import image_generator
+from diffad.training.evaluate import add_evaluation_arguments
 
 TABLES = files("diffad.training") / "configs" / "tables"
 METHODS = {"AnomalyDenoise": AnomalyDenoisePipeline, "DiAD": DiADPipeline}

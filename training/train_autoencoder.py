@@ -25,9 +25,21 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from diffad import TimmFeatureExtractor
-from diffad.images import images_to_pixel_values, images_to_tensors
-from diffad.pipelines.pipeline_diad import denormalize_images, encode_latents, normalize_images
-from diffad.training import training_run as run
+from diffad.images import denormalize_images, images_to_pixel_values, images_to_tensors, normalize_images
+from diffad.pipelines.pipeline_diad import encode_latents
+from diffad.seeding import step_generator
+from diffad.training.arguments import add_diad_arguments, add_shared_arguments, parse_arguments
+from diffad.training.data import ResizedImages, augment, create_data_loader, load_good_images, load_pictures
+from diffad.training.finish import save_record
+from diffad.training.loop import (
+    check_replicas,
+    create_accelerator,
+    create_ema,
+    create_optimizer,
+    resume,
+    save_checkpoint,
+    training_batches,
+)
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 AUTOENCODER_PRESETS: dict[str, dict[str, Any]] = {
@@ -47,8 +59,8 @@ AUTOENCODER_PRESETS: dict[str, dict[str, Any]] = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Trains DiAD's autoencoder on good images.")
-    run.add_shared_arguments(parser)
-    run.add_diad_arguments(parser)
+    add_shared_arguments(parser)
+    add_diad_arguments(parser)
     parser.set_defaults(output_dir="runs/autoencoder")
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -68,7 +80,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="cosine",
         help="the anomaly map's cosine distance, or the squared error of standardised features (cosine)",
     )
-    args = run.parse_arguments(parser, argv)
+    args = parse_arguments(parser, argv)
     if (args.preset is None) == (args.pretrained_model_name_or_path is None):
         parser.error("give one of --pretrained_model_name_or_path and --preset")
     return args
@@ -185,7 +197,7 @@ def save_validation_pictures(
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    accelerator = run.create_accelerator(args)
+    accelerator = create_accelerator(args)
     started = time.time()
 
     # 1. The autoencoder, good images, and some held out
@@ -198,9 +210,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if args.resolution % factor:
         raise ValueError(f"--resolution must be a multiple of {factor} for this autoencoder, but is {args.resolution}.")
-    training, held_out, categories = run.load_good_images(args)
-    images = run.ResizedImages(training, args.resolution, categories)
-    data_loader = run.create_data_loader(images, args)
+    training, held_out, categories = load_good_images(args)
+    images = ResizedImages(training, args.resolution, categories)
+    data_loader = create_data_loader(images, args)
     accelerator.print(
         f"{len(training)} good images of {', '.join(categories)} for training, {len(held_out)} held out; "
         f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f}M parameters, {args.resolution} px"
@@ -225,13 +237,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     model = Autoencoding(vae)
-    optimizer, schedule = run.create_optimizer(list(model.parameters()), args, accelerator)
+    optimizer, schedule = create_optimizer(list(model.parameters()), args, accelerator)
     model, optimizer, data_loader, schedule = accelerator.prepare(model, optimizer, data_loader, schedule)
-    ema = run.create_ema(list(vae.parameters()), args)
+    ema = create_ema(list(vae.parameters()), args)
     if ema is not None:
         ema.to(accelerator.device)
         accelerator.register_for_checkpointing(ema)
-    step = run.resume(accelerator, args)
+    step = resume(accelerator, args)
 
     # 4. Train
     weights = {"reconstruction": 1.0, "kl": args.kl_weight, "perceptual": args.perceptual_weight}
@@ -242,16 +254,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         desc="Training",
         disable=not accelerator.is_local_main_process,
     )
-    pictures = run.load_pictures(held_out, 4) if args.validation_steps and accelerator.is_main_process else []
+    pictures = load_pictures(held_out, 4) if args.validation_steps and accelerator.is_main_process else []
     model.train()
     train_started, first_step = time.time(), step
     try:
-        for number, (pixels, _) in run.training_batches(
+        for number, (pixels, _) in training_batches(
             data_loader, accelerator, step * accumulation, args.max_train_steps * accumulation
         ):
-            generator = run.step_generator(args.seed, number, accelerator)
+            generator = step_generator(args.seed, number, accelerator)
             with accelerator.accumulate(model):
-                augmented = run.augment(pixels, args, generator)
+                augmented = augment(pixels, args, generator)
                 with accelerator.autocast():
                     losses = reconstruction_losses(model, extractor, augmented, generator, args)
                 accelerator.backward(sum(weights[name] * value for name, value in losses.items()))
@@ -277,14 +289,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 with accelerator.autocast():
                     save_validation_pictures(vae, pictures, args, accelerator.device, path)
             if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-                run.save_checkpoint(accelerator, args, step)
+                save_checkpoint(accelerator, args, step)
     except KeyboardInterrupt:
         if accelerator.num_processes == 1 and step > first_step:
-            run.save_checkpoint(accelerator, args, step)
+            save_checkpoint(accelerator, args, step)
         accelerator.print(f"\nStopped at step {step}. Add --resume_from_checkpoint latest to go on.")
         raise SystemExit(130) from None
     progress.close()
-    run.check_replicas(model, accelerator)
+    check_replicas(model, accelerator)
 
     # 5. Scale the latents of a new autoencoder, and save it
     if accelerator.is_main_process:
@@ -303,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "training_seconds": round(time.time() - train_started, 1),
             "held_out_l1": round(error, 6),
         }
-        run.save_record(args, record)
+        save_record(args, record)
         if args.push_to_hub:
             vae.push_to_hub(args.hub_model_id or Path(args.output_dir).name, token=args.hub_token)
         print(

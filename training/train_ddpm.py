@@ -20,18 +20,30 @@ from diffusers import DDPMScheduler
 from tqdm.auto import tqdm
 
 from diffad import AnomalyDenoisePipeline, DenoisingUNet2DModel, TimmFeatureExtractor
-from diffad.calibration import PRIOR_IMAGES
 from diffad.images import images_to_pixel_values, resize_images
 from diffad.likelihood import kl_divergence_map, predicted_clean_sample, variational_bound
 from diffad.models.denoising_unet_2d import DENOISING_UNET_PRESETS
-from diffad.training import training_run as run
+from diffad.moments import PRIOR_IMAGES
+from diffad.seeding import step_generator
+from diffad.training.arguments import add_shared_arguments, parse_arguments
 from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
+from diffad.training.data import ResizedImages, augment, create_data_loader, load_good_images, load_pictures
+from diffad.training.finish import finish
+from diffad.training.loop import (
+    check_replicas,
+    create_accelerator,
+    create_ema,
+    create_optimizer,
+    resume,
+    save_checkpoint,
+    training_batches,
+)
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Trains AnomalyDenoise on good images.")
-    run.add_shared_arguments(parser)
+    add_shared_arguments(parser)
     model = parser.add_argument_group("model")
     model.add_argument(
         "--preset",
@@ -84,7 +96,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=PRIOR_IMAGES,
         help=f"images that the average deviation counts for where positions share a place ({PRIOR_IMAGES:g})",
     )
-    args = run.parse_arguments(parser, argv)
+    args = parse_arguments(parser, argv)
     # what else only the end of the run would find
     if not 0.0 <= args.alpha <= 1.0:
         parser.error("--alpha must lie in [0, 1]")
@@ -197,15 +209,15 @@ def save_validation_pictures(
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    accelerator = run.create_accelerator(args)
+    accelerator = create_accelerator(args)
     started = time.time()
 
     # 1. Good images, and some held out for the thresholds
-    training, held_out, categories = run.load_good_images(args)
+    training, held_out, categories = load_good_images(args)
     unet, scheduler, extractor = create_components(args, len(categories))
     size, feature_size = unet.config.sample_size, (unet.config.feature_resolution,) * 2
     resolution = extractor.input_resolution(size)
-    images = run.ResizedImages(training, resolution, categories)
+    images = ResizedImages(training, resolution, categories)
     accelerator.print(
         f"{len(training)} good images of {', '.join(categories)} for training, {len(held_out)} held out; "
         f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters, {size} px"
@@ -230,18 +242,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     flips = flip_pairs(args)
     if args.cache_features:
         images = CachedEncodings(images, encode, flips, (extractor.num_channels, *feature_size), torch.float16)
-    data_loader = run.create_data_loader(images, args)
+    data_loader = create_data_loader(images, args)
 
     # 4. Optimizer, EMA, and what accelerate makes of them
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    optimizer, schedule = run.create_optimizer(list(unet.parameters()), args, accelerator)
+    optimizer, schedule = create_optimizer(list(unet.parameters()), args, accelerator)
     unet, optimizer, data_loader, schedule = accelerator.prepare(unet, optimizer, data_loader, schedule)
-    ema = run.create_ema(list(accelerator.unwrap_model(unet).parameters()), args)
+    ema = create_ema(list(accelerator.unwrap_model(unet).parameters()), args)
     if ema is not None:
         ema.to(accelerator.device)
         accelerator.register_for_checkpointing(ema)
-    step = run.resume(accelerator, args)
+    step = resume(accelerator, args)
 
     # 5. Train
     flips = torch.tensor(flips, device=accelerator.device)
@@ -252,19 +264,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         desc="Training",
         disable=not accelerator.is_local_main_process,
     )
-    pictures = run.load_pictures(held_out, 4) if args.validation_steps and accelerator.is_main_process else []
+    pictures = load_pictures(held_out, 4) if args.validation_steps and accelerator.is_main_process else []
     unet.train()
     train_started, first_step = time.time(), step
     try:
-        for number, (pixels, *cached, class_index) in run.training_batches(
+        for number, (pixels, *cached, class_index) in training_batches(
             data_loader, accelerator, step * accumulation, args.max_train_steps * accumulation
         ):
-            generator = run.step_generator(args.seed, number, accelerator)
+            generator = step_generator(args.seed, number, accelerator)
             with accelerator.accumulate(unet):
                 if args.cache_features:
                     pixel_values, features = choose_flips(pixels, *cached, flips, generator)
                 else:
-                    pixel_values = run.augment(pixels, args, generator)
+                    pixel_values = augment(pixels, args, generator)
                     features = encode(pixel_values)
                 clean = resize_images(pixel_values, (size, size))
                 losses = denoising_loss(
@@ -301,14 +313,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 save_validation_pictures(model, scheduler, extractor, pictures, accelerator.device, path)
                 model.train()
             if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-                run.save_checkpoint(accelerator, args, step)
+                save_checkpoint(accelerator, args, step)
     except KeyboardInterrupt:
         if accelerator.num_processes == 1 and step > first_step:
-            run.save_checkpoint(accelerator, args, step)
+            save_checkpoint(accelerator, args, step)
         accelerator.print(f"\nStopped at step {step}. Add --resume_from_checkpoint latest to go on.")
         raise SystemExit(130) from None
     progress.close()
-    run.check_replicas(unet, accelerator)
+    check_replicas(unet, accelerator)
 
     # 6. Calibrate on good images and save the pipeline
     if accelerator.is_main_process:
@@ -331,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         record = {"steps": step, "training_seconds": round(time.time() - train_started, 1)}
         with accelerator.autocast():
-            run.finish(pipeline, training, held_out, categories, args, record)
+            finish(pipeline, training, held_out, categories, args, record)
         print(f"Saved a calibrated pipeline to {args.output_dir} after {time.time() - started:.0f} s.")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -26,13 +26,25 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffad import DiADPipeline, SemanticGuidedNetwork, TimmFeatureExtractor
-from diffad.calibration import PRIOR_IMAGES
-from diffad.images import images_to_pixel_values
+from diffad.images import denormalize_images, images_to_pixel_values, normalize_images
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import FUSIONS, GUIDANCE_OUTPUTS
-from diffad.pipelines.pipeline_diad import denormalize_images, encode_latents, normalize_images
-from diffad.training import training_run as run
+from diffad.moments import PRIOR_IMAGES
+from diffad.pipelines.pipeline_diad import encode_latents
+from diffad.seeding import step_generator
+from diffad.training.arguments import add_diad_arguments, add_shared_arguments, parse_arguments
 from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
+from diffad.training.data import ResizedImages, augment, create_data_loader, load_good_images, load_pictures
+from diffad.training.finish import finish
+from diffad.training.loop import (
+    check_replicas,
+    create_accelerator,
+    create_ema,
+    create_optimizer,
+    resume,
+    save_checkpoint,
+    training_batches,
+)
 from diffad.training.train_autoencoder import load_autoencoder
 from diffad.visualization import heat_map, save_rows, to_uint8
 
@@ -78,8 +90,8 @@ SCHEDULER = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Trains DiAD on good images.")
-    run.add_shared_arguments(parser)
-    run.add_diad_arguments(parser)
+    add_shared_arguments(parser)
+    add_diad_arguments(parser)
     parser.set_defaults(  # the paper's, for MVTec-AD
         output_dir="runs/diad",
         rotation_degrees=0.0,
@@ -141,7 +153,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=PRIOR_IMAGES,
         help=f"images that the average deviation counts for where positions share a place ({PRIOR_IMAGES:g})",
     )
-    args = run.parse_arguments(parser, argv)
+    args = parse_arguments(parser, argv)
     if (args.preset is None) == (args.pretrained_model_name_or_path is None):
         parser.error("give one of --pretrained_model_name_or_path and --preset")
     if args.preset and not args.vae_path:
@@ -288,14 +300,14 @@ def save_validation_pictures(pipeline: DiADPipeline, images: list[torch.Tensor],
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    accelerator = run.create_accelerator(args)
+    accelerator = create_accelerator(args)
     started = time.time()
 
     # 1. Networks; good images, and some held out for the thresholds
     components = create_components(args)
     if args.resolution is None:
         args.resolution = DIAD_PRESETS[args.preset]["resolution"] if args.preset else 256
-    training, held_out, categories = run.load_good_images(args)
+    training, held_out, categories = load_good_images(args)
     pipeline = DiADPipeline(
         **components,
         num_inference_steps=args.num_inference_steps,
@@ -335,24 +347,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             pixel_values = normalize_images(images.to(accelerator.device), args.image_mean, args.image_std)
             return encode_latents(pipeline.vae, pixel_values)
 
-    images = run.ResizedImages(training, args.resolution, categories)
+    images = ResizedImages(training, args.resolution, categories)
     flips = flip_pairs(args)
     if args.cache_latents:
         side = args.resolution // pipeline.size_multiple
         images = CachedEncodings(images, encode, flips, (pipeline.vae.config.latent_channels, side, side))
-    data_loader = run.create_data_loader(images, args)
+    data_loader = create_data_loader(images, args)
 
     # 3. Optimizer, EMA, and what accelerate makes of them
     if args.gradient_checkpointing:
         for network in model.children():
             network.enable_gradient_checkpointing()
-    optimizer, schedule = run.create_optimizer(trained, args, accelerator)
+    optimizer, schedule = create_optimizer(trained, args, accelerator)
     model, optimizer, data_loader, schedule = accelerator.prepare(model, optimizer, data_loader, schedule)
-    ema = run.create_ema(trained, args)
+    ema = create_ema(trained, args)
     if ema is not None:
         ema.to(accelerator.device)
         accelerator.register_for_checkpointing(ema)
-    step = run.resume(accelerator, args)
+    step = resume(accelerator, args)
 
     # 4. Train
     prompt_embeds = pipeline.prompt_embedding()
@@ -364,19 +376,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         desc="Training",
         disable=not accelerator.is_local_main_process,
     )
-    pictures = run.load_pictures(held_out, 4) if args.validation_steps and accelerator.is_main_process else []
+    pictures = load_pictures(held_out, 4) if args.validation_steps and accelerator.is_main_process else []
     model.train()
     train_started, first_step = time.time(), step
     try:
-        for number, (pixels, *latents, _) in run.training_batches(
+        for number, (pixels, *latents, _) in training_batches(
             data_loader, accelerator, step * accumulation, args.max_train_steps * accumulation
         ):
-            generator = run.step_generator(args.seed, number, accelerator)
+            generator = step_generator(args.seed, number, accelerator)
             with accelerator.accumulate(model):
                 if args.cache_latents:
                     augmented, clean = choose_flips(pixels, *latents, flips, generator)
                 else:
-                    augmented = run.augment(pixels, args, generator)
+                    augmented = augment(pixels, args, generator)
                     clean = encode(augmented)
                 pixel_values = normalize_images(augmented, args.image_mean, args.image_std)
                 loss = noise_loss(model, pipeline.scheduler, clean, pixel_values, prompt_embeds, generator)
@@ -406,14 +418,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                     )
                 model.train()
             if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-                run.save_checkpoint(accelerator, args, step)
+                save_checkpoint(accelerator, args, step)
     except KeyboardInterrupt:
         if accelerator.num_processes == 1 and step > first_step:
-            run.save_checkpoint(accelerator, args, step)
+            save_checkpoint(accelerator, args, step)
         accelerator.print(f"\nStopped at step {step}. Add --resume_from_checkpoint latest to go on.")
         raise SystemExit(130) from None
     progress.close()
-    run.check_replicas(model, accelerator)
+    check_replicas(model, accelerator)
 
     # 5. Calibrate on good images and save the pipeline
     if accelerator.is_main_process:
@@ -422,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.eval()
         record = {"steps": step, "training_seconds": round(time.time() - train_started, 1)}
         with accelerator.autocast():
-            run.finish(pipeline, training, held_out, categories, args, record)
+            finish(pipeline, training, held_out, categories, args, record)
         print(f"Saved a calibrated pipeline to {args.output_dir} after {time.time() - started:.0f} s.")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -20,28 +20,12 @@ Layouts, by the name that forces one:
 A folder may be a category itself (with train/ and test/ in it): the category's name is then the folder's.
 """
 
-from __future__ import annotations
-
-import os
-import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from datasets import Dataset, IterableDataset
-
-from .hub import is_loadable, load_hub_dataset
-from .images import check_images, image_to_rgb, mask_to_array, resize_image_and_mask
-from .layouts import (
-    FEATURES,
-    LAYOUTS,
-    SPLITS,
-    choose_categories,
-    installed_elpv,
-    no_images,
-    require_good_images,
-)
-from .parts import check_part_pattern, halve_parts, part_index
+from diffad.data.checks import check_images
+from diffad.data.layouts import FEATURES
+from diffad.data.loading import load_anomaly_dataset
+from diffad.data.masks import mask_to_array, resize_image_and_mask
+from diffad.data.parts import check_part_pattern, halve_parts, part_index
+from diffad.images import image_to_rgb
 
 __all__ = [
     "FEATURES",
@@ -54,86 +38,3 @@ __all__ = [
     "part_index",
     "resize_image_and_mask",
 ]
-
-
-def load_anomaly_dataset(
-    path_or_hub_id: str | os.PathLike,
-    split: str = "train",
-    category: str | Sequence[str] | None = None,
-    dataset: str | None = None,
-    on_bad_image: str = "error",
-    streaming: bool = False,
-    **load_dataset_kwargs,
-) -> Dataset | IterableDataset:
-    """Loads one split of an anomaly detection data set.
-
-    Args:
-        path_or_hub_id: a folder; `"elpv"`, `"elpv/mono"` or `"elpv/poly"`; a Hub data set, `"org/name"`.
-        split: `"train"` (in every local layout good images only), `"test"`, or `"validation"` where there is
-            one. A plain folder without train/ and test/ in it shows the same good images in both, with a
-            warning in the test split.
-        category: a name, several, or None for all.
-        dataset: forces a layout (see the module's list); None finds it from the tree.
-        on_bad_image: `"error"` raises if there are images that cannot be read, `"skip"` drops them with one
-            warning that lists them (see `check_images`). A streamed Hub data set is only checked under
-            `"skip"`, while it is read.
-        streaming: returns an `IterableDataset`, in the same order.
-        load_dataset_kwargs: passed on to `datasets.load_dataset` (`name`, `revision`, `token`, ...).
-
-    Returns:
-        Columns `image`, `mask`, `label`, `category`, `defect` and `path`. Rows are sorted by path, or in
-        their own order if they come from `datasets.load_dataset`.
-
-    Raises:
-        FileNotFoundError: there is no such folder, data set or mask.
-        ValueError: an unknown category, split or layout, no (good) images, images that cannot be read, or a
-            mask of another size than its image.
-        ImportError: `"elpv"` without the package elpv-dataset.
-    """
-    name = os.fspath(path_or_hub_id)
-    root = Path(os.path.abspath(os.path.expanduser(name)))
-    if dataset not in (None, "hub", *LAYOUTS):
-        raise ValueError(f"`dataset` must be one of {[*LAYOUTS, 'hub']} or None, but is {dataset!r}.")
-    if dataset in (None, "elpv") and re.fullmatch("elpv(/.*)?", name) and not root.exists():
-        subset = name.partition("/")[2]
-        if subset and category not in (None, subset, [subset]):
-            raise ValueError(f"`category` is {category!r}, but {name!r} is {subset!r} alone.")
-        dataset, root, category = "elpv", installed_elpv(), subset or category
-    elif dataset is None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not root.parent.exists():
-        dataset = "hub"
-    elif dataset != "hub" and not root.is_dir():
-        raise FileNotFoundError(
-            f"`path_or_hub_id`: there is no folder at {root}. For a Hub data set pass dataset='hub'."
-        )
-    if dataset is None and root.is_dir():
-        dataset, found = _find_layout(root)
-    elif dataset != "hub":
-        found = LAYOUTS[dataset].find(root)
-        if not found:
-            raise ValueError(f"`dataset`={dataset!r}: expected {root / LAYOUTS[dataset].expected}")
-    if dataset == "hub":
-        loadable = str(root) if root.is_dir() else name
-        return load_hub_dataset(loadable, split, category, on_bad_image, streaming, load_dataset_kwargs)
-
-    if load_dataset_kwargs:
-        raise TypeError(f"{sorted(load_dataset_kwargs)} are for `datasets.load_dataset`, not for {root}.")
-    if split not in SPLITS:
-        raise ValueError(f"`split` must be one of {list(SPLITS)}, but is {split!r}.")
-    chosen = choose_categories(category, found, root)
-    records = [record for name in chosen for record in LAYOUTS[dataset].read(name, found[name], split)]
-    records.sort(key=lambda record: record["path"])
-    columns = {column: [record[column] for record in records] for column in FEATURES}
-    loaded = check_images(Dataset.from_dict(columns, features=FEATURES), on_bad_image)
-    if split != "test":
-        require_good_images(loaded, chosen, root)
-    return loaded.to_iterable_dataset(num_shards=min(len(loaded), 64)) if streaming else loaded
-
-
-def _find_layout(root: Path) -> tuple[str, dict[str, Any]]:
-    for name, layout in LAYOUTS.items():
-        if name == "folder" and is_loadable(root):
-            return "hub", {}
-        found = layout.find(root)
-        if found:
-            return name, found
-    raise no_images(root)

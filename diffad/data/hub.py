@@ -13,8 +13,9 @@ import datasets
 import pyarrow.compute
 from datasets import ClassLabel, Dataset, Features, IterableDataset
 
-from .images import cast_images, check_images, mask_to_array
-from .layouts import FEATURES, choose_categories, require_good_images
+from diffad.data.checks import cast_images, check_images
+from diffad.data.layouts import FEATURES, choose_categories, require_good_images
+from diffad.data.masks import mask_to_array
 
 GOOD_NAMES = ("good", "normal", "ok", "0", "0.0", "false")  # values of `label` and `defect`, in any case
 

@@ -17,9 +17,8 @@ from diffusers.utils import BaseOutput
 
 from diffad.images import ImageInput, images_to_pixel_values, images_to_tensors, resize_images
 from diffad.models.feature_extractor import LITE0_BACKBONE, TimmFeatureExtractor
+from diffad.moments import POSITIONS_AT_ONCE, FeatureMoments
 from diffad.scoring import gaussian_smooth, max_score
-
-POSITIONS_AT_ONCE = 256  # factorised and exchanged in parts: float64 copies of a part, not of everything
 
 
 @dataclass
@@ -34,68 +33,6 @@ class GaussianFeatureOutput(BaseOutput):
 
     anomaly_map: torch.Tensor
     anomaly_score: torch.Tensor
-
-
-class FeatureMoments:
-    """Sums of features and of their outer products at each position: mean and covariance in one pass.
-
-    Sums are float64 and take P C (C + 1) * 8 bytes, however many images there are (251 MB for 56 x 56 positions and
-    100 channels). They add up across processes: `a + b` holds what both have seen.
-
-    Args:
-        num_positions: P.
-        num_channels: C.
-        device: where to sum; the CPU where the device has no float64.
-    """
-
-    def __init__(self, num_positions: int, num_channels: int, device: torch.device | str = "cpu"):
-        device = "cpu" if torch.device(device).type == "mps" else device
-        self.count = 0
-        self.total = torch.zeros(num_positions, num_channels, dtype=torch.float64, device=device)
-        self.total_of_products = torch.zeros(
-            num_positions, num_channels, num_channels, dtype=torch.float64, device=device
-        )
-
-    def update(self, features: torch.Tensor) -> None:
-        """Adds a batch of features, (N, C, P)."""
-        features = features.permute(2, 0, 1)  # (P, N, C)
-        features = features.to(self.total.device, torch.float64, memory_format=torch.contiguous_format)
-        self.count += features.shape[1]
-        self.total += features.sum(dim=1)
-        # in place: a product of its own would cost another 8 P C^2 bytes and twice the time
-        self.total_of_products.baddbmm_(features.mT, features)
-
-    def __add__(self, other: FeatureMoments) -> FeatureMoments:
-        both = FeatureMoments(*self.total.shape, device=self.total.device)
-        both.count = self.count + other.count
-        both.total = self.total + other.total
-        torch.add(self.total_of_products, other.total_of_products, out=both.total_of_products)
-        return both
-
-    def reduce(self, accelerator: Accelerator) -> None:
-        """Makes the sums those of all processes together."""
-        if accelerator.num_processes == 1:
-            return
-        device = accelerator.device
-        self.count = int(accelerator.reduce(torch.tensor(self.count, device=device)))
-        for sums in (self.total, self.total_of_products):
-            for part in sums.split(POSITIONS_AT_ONCE):
-                part.copy_(accelerator.reduce(part.to(device)))
-
-    def mean(self) -> torch.Tensor:
-        """(P, C) float64."""
-        return self.total / self.count
-
-    def variance(self) -> torch.Tensor:
-        """Unbiased variance of each channel, (P, C) float64."""
-        mean_square = self.total_of_products.diagonal(dim1=1, dim2=2) / self.count
-        return (mean_square - self.mean().square()) * (self.count / (self.count - 1))
-
-    def covariance(self, positions: slice = slice(None)) -> torch.Tensor:
-        """Unbiased covariance at some positions, (P', C, C) float64."""
-        mean = self.total[positions] / self.count
-        products = self.total_of_products[positions] / self.count
-        return (products - mean[:, :, None] * mean[:, None, :]) * (self.count / (self.count - 1))
 
 
 class GaussianFeatureModel(ModelMixin, ConfigMixin):

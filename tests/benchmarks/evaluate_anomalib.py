@@ -33,18 +33,13 @@ from datasets import Dataset
 
 from diffad import AnomalyOutput, TimmFeatureExtractor
 from diffad.data import load_anomaly_dataset
+from diffad.evaluation.baselines import image_batches, load_training_images
+from diffad.evaluation.detectors import evaluate_detectors, split_by_category
+from diffad.evaluation.metric_names import METRIC_TITLES
+from diffad.evaluation.report import describe_machine, with_mean
 from diffad.images import images_to_pixel_values, images_to_tensors
 from diffad.models.feature_extractor import LITE0_BACKBONE
-from diffad.report_page import METRIC_TITLES
-from diffad.training.evaluate import (
-    add_evaluation_arguments,
-    describe_machine,
-    evaluate_detectors,
-    image_batches,
-    load_training_images,
-    split_by_category,
-    with_mean,
-)
+from diffad.training.evaluate import add_evaluation_arguments
 
 try:
     from anomalib.models.components import KCenterGreedy

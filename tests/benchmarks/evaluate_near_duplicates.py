@@ -26,8 +26,8 @@ from torchmetrics.functional import auroc
 
 import diffad  # noqa: F401 (the pipelines' classes, for `DiffusionPipeline.from_pretrained`)
 from diffad.data import load_anomaly_dataset
+from diffad.evaluation.baselines import image_batches
 from diffad.models.feature_extractor import TimmFeatureExtractor
-from diffad.training.evaluate import image_batches
 
 GRID = (8, 8)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from diffad import AnomalyDenoisePipeline
 from diffad.data import load_anomaly_dataset
 from diffad.images import images_to_tensors, resize_images
-from diffad.prediction import image_generator
+from diffad.seeding import image_generator
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 NUM_STEPS = 4  # of the trajectory, in the picture

@@ -1,0 +1,198 @@
+"""What is saved of a calibration: statistics of good images, thresholds, and p-values."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+
+from diffad.calibration.conformal import conformal_threshold
+from diffad.calibration.residual_gaussian import by_place, from_places, leave_one_out
+
+
+class ScoreCalibration(ModelMixin, ConfigMixin):
+    r"""Statistics of good images' scores, saved with a pipeline in safetensors.
+
+    A leading dimension K of every tensor holds one set for each category of a unified model. Always float32: moving
+    a pipeline to half precision leaves it as it is.
+
+    Args:
+        num_categories: K.
+        map_shape: (S, H, W): S score maps (one for each noise level and kind of score) of H x W pixels.
+        residual_shape: (C, h, w) of the feature residual as it is measured (`residual_size`), or None for methods
+            without one.
+        residual_places: (rows, columns) of the places that have a covariance (`residual_grid`), divisors of h and w;
+            None for one at each position.
+        num_scores: n, the most held-out good images of any category.
+        false_alarm_rate: the rate at which the thresholds were set.
+
+    Attributes:
+        map_mean, map_std: (K, S, H, W), of the smoothed maps over good images.
+        residual_mean: (K, h * w, C), mean of the feature residual over good images at every position.
+        residual_whitening: (K, P, C (C + 1) / 2), lower triangles at P places: with them the residual's channels
+            become uncorrelated, of variance 1 (`residual_gaussian`).
+        normal_scores: (K, n), held-out good images' scores, ascending, padded with NaN.
+        image_threshold: (K,): scores above it are anomalous.
+        pixel_threshold: (K,): pixels of the map above it are. At most `false_alarm_rate` of good images show any.
+    """
+
+    _keep_in_fp32_modules = [  # noqa: RUF012 (the form diffusers expects)
+        "map_mean",
+        "map_std",
+        "residual_mean",
+        "residual_whitening",
+        "normal_scores",
+        "image_threshold",
+        "pixel_threshold",
+    ]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_categories: int = 1,
+        map_shape: tuple[int, int, int] = (1, 1, 1),
+        residual_shape: tuple[int, int, int] | None = None,
+        num_scores: int = 0,
+        false_alarm_rate: float = 0.01,
+        residual_places: tuple[int, int] | None = None,
+    ):
+        super().__init__()
+        self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
+        self.register_buffer("map_std", torch.ones(num_categories, *map_shape))
+        if residual_shape is not None:
+            num_channels, *size = residual_shape
+            identity = torch.eye(num_channels)[torch.ones(num_channels, num_channels).tril().bool()]
+            self.register_buffer("residual_mean", torch.zeros(num_categories, math.prod(size), num_channels))
+            self.register_buffer("residual_whitening", identity.repeat(num_categories, math.prod(self.grid), 1))
+        else:
+            self.residual_mean = self.residual_whitening = None
+        self._dense_whitening: dict[int, torch.Tensor] = {}
+        self.register_buffer("normal_scores", torch.full((num_categories, num_scores), float("nan")))
+        self.register_buffer("image_threshold", torch.full((num_categories,), float("inf")))
+        self.register_buffer("pixel_threshold", torch.full((num_categories,), float("inf")))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ScoreCalibration:
+        # Follows a move to another device, not one to another dtype: thresholds rounded to bfloat16 (three digits)
+        # would no longer hold their false-alarm rate.
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            device = fn(tensor.new_empty(0)).device
+            return fn(tensor) if device.type == "meta" or tensor.is_meta else tensor.to(device)
+
+        self._dense_whitening.clear()
+        return super()._apply(move, recurse)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the places that have a covariance."""
+        return tuple(self.config.residual_places or self.config.residual_shape[1:])
+
+    @property
+    def num_distances(self) -> int:
+        """How many maps `log_distances` gives; 0 for methods without a residual."""
+        if self.config.residual_shape is None:
+            return 0
+        return 1 if self.grid == tuple(self.config.residual_shape[1:]) else 2
+
+    def set_residual_gaussian(self, category: int, mean: torch.Tensor, whitening: torch.Tensor) -> None:
+        """Stores what `residual_gaussian` found for a category."""
+        self.residual_mean[category] = mean
+        self.residual_whitening[category] = whitening
+        self._dense_whitening.clear()
+
+    def log_distances(
+        self, residual: torch.Tensor, category: torch.Tensor, num_seen: int = 0
+    ) -> tuple[torch.Tensor, ...]:
+        """Logarithms of the squared Mahalanobis distance of a feature residual from good images', by its channels.
+
+        Pretrained channels vary together. A crack that moves many of them a little, against their habit, is nothing to
+        a mean of squares and much to this. Distances are skewed: without the logarithm a few far images would decide
+        what deviation is normal at a place.
+
+        Args:
+            residual: (N, C, H, W), of the calibration's own size or any other, which is then resized.
+            category: (N,) integers.
+            num_seen: how many images the Gaussian was computed from, where these, all of one category, are among them:
+                each is then measured by the Gaussian of the others. 0 for images that it has not seen.
+
+        Returns:
+            (N, rows, columns) float32, of the residual's average at each place. Around 0 for a new good image where the
+            Gaussian has seen many more images than it has channels, and above where fewer. Where places are of several
+            positions, also (N, h, w): the mean of each position's own distance, by its place's covariance, and of the
+            places' distances, interpolated there. The first says whether something is there, the second where it ends.
+        """
+        grid, (num_channels, *size) = self.grid, self.config.residual_shape
+        has_positions = self.num_distances == 2
+        residual = F.adaptive_avg_pool2d(residual.float(), size)  # (N, C, h, w)
+        of_places, of_positions = (residual.new_empty(len(residual), *shape) for shape in (grid, size))
+        with torch.autocast(residual.device.type, enabled=False):
+            for index in set(category.tolist()):
+                chosen = category == index
+                mean = self.residual_mean[index].mT.unflatten(1, size)  # (C, h, w)
+                centered = by_place(residual[chosen] - mean, grid)  # (P, C, A, N')
+                whitened = (self._whitening(index) @ centered.flatten(2)).view_as(centered)
+                average = whitened.mean(dim=2, keepdim=True) if has_positions else whitened  # (P, C, 1, N')
+                place = average.square().mean(dim=1)  # (P, 1, N')
+                if has_positions:
+                    position = whitened.square().mean(dim=1)  # (P, A, N')
+                    if num_seen:
+                        product = (whitened * average).mean(dim=1)  # (P, A, N')
+                        position = leave_one_out(position, product, place, num_channels, num_seen)
+                    of_positions[chosen] = from_places(position, grid, size)
+                if num_seen:
+                    place = leave_one_out(place, place, place, num_channels, num_seen)
+                of_places[chosen] = from_places(place, grid, grid)
+        if not has_positions:
+            return (of_places.clamp(min=1e-6).log(),)
+        around = F.interpolate(of_places[:, None], size, mode="bilinear")[:, 0]
+        return tuple(distance.clamp(min=1e-6).log() for distance in (of_places, (of_positions + around) / 2.0))
+
+    def _whitening(self, category: int) -> torch.Tensor:
+        """One category's triangles as matrices, (P, C, C); made once, as that takes as long as their product."""
+        if category not in self._dense_whitening:
+            packed, num_channels = self.residual_whitening[category], self.residual_mean.shape[2]
+            lower = torch.ones(num_channels, num_channels, dtype=torch.bool, device=packed.device).tril()
+            dense = packed.new_zeros(len(packed), num_channels, num_channels)
+            self._dense_whitening[category] = dense.masked_scatter_(lower, packed)
+        return self._dense_whitening[category]
+
+    def normalize(self, maps: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+        """Smoothed maps (N, S, H, W) in standard deviations above what good images show at that place."""
+        mean, std = self.map_mean, self.map_std
+        if maps.shape[-2:] != mean.shape[-2:]:
+            mean = F.interpolate(mean, maps.shape[-2:], mode="bilinear")
+            std = F.interpolate(std, maps.shape[-2:], mode="bilinear")
+        return (maps - mean[category]) / std[category]
+
+    def p_value(self, scores: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
+        """Conformal p-value, (1 + #{normal >= score}) / (1 + #normal), (N,) -> (N,) float32."""
+        normal = self.normal_scores[category]  # (N, n)
+        at_least = (normal >= scores[:, None]).sum(dim=1)  # NaN padding compares False
+        return (1.0 + at_least) / (1.0 + (~normal.isnan()).sum(dim=1))
+
+    def set_thresholds(
+        self,
+        category: int,
+        scores: Sequence[float] | torch.Tensor,
+        map_maxima: Sequence[float] | torch.Tensor,
+    ) -> None:
+        """Stores held-out good images' scores and sets both thresholds at the configured false-alarm rate.
+
+        Args:
+            category: index into the K categories.
+            scores: the images' scores, (m,), m at most `num_scores`.
+            map_maxima: the maxima of their maps, (m,).
+        """
+        rate = self.config.false_alarm_rate
+        ordered = torch.as_tensor(scores, dtype=torch.float32).sort().values
+        self.normal_scores[category] = float("nan")
+        self.normal_scores[category, : len(ordered)] = ordered
+        self.image_threshold[category] = conformal_threshold(ordered, rate)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said once already, for the same number of images
+            maxima = torch.as_tensor(map_maxima, dtype=torch.float32).sort().values
+            self.pixel_threshold[category] = conformal_threshold(maxima, rate)

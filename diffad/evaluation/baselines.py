@@ -1,0 +1,99 @@
+"""What users would take otherwise, measured on the same images: PaDiM, and the plain DDPM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from diffusers import DDIMScheduler
+
+from diffad import GaussianFeatureModel, TimmFeatureExtractor
+from diffad.data import load_anomaly_dataset
+from diffad.evaluation.detectors import call_arguments, evaluate_detectors
+from diffad.evaluation.metric_names import BASELINE_TITLES
+from diffad.images import images_to_pixel_values, images_to_tensors
+
+
+def fit_padim(
+    feature_extractor: TimmFeatureExtractor, good: Dataset, batch_size: int = 16, image_size: int = 224
+) -> GaussianFeatureModel:
+    """PaDiM over the pipeline's own backbone and strides, at PaDiM's 224 px, fitted to good images.
+
+    The grid is 56 x 56 whatever the finest stride: PaDiM's own, with a ResNet.
+    """
+    model = GaussianFeatureModel.from_extractor(feature_extractor, image_size=image_size, feature_size=image_size // 4)
+    return model.fit(image_batches(good, batch_size, image_size))
+
+
+def image_batches(images: Dataset, batch_size: int, image_size: int) -> Iterator[torch.Tensor]:
+    """A data set's images in batches of (N, 3, image_size, image_size) in [-1, 1]; only one is in memory."""
+    for start in range(0, len(images), batch_size):
+        tensors = images_to_tensors([images[i]["image"] for i in range(start, min(start + batch_size, len(images)))])
+        yield images_to_pixel_values(tensors, (image_size, image_size))
+
+
+def evaluate_baseline(
+    name: str,
+    pipeline: Any,
+    good: Dataset | None,
+    images: Dataset,
+    category: str,
+    accelerator: Accelerator,
+    resolution: int = 256,
+    pro_fpr_limit: float = 0.3,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Evaluates what users would take otherwise, on the same images.
+
+    Args:
+        name: "padim", or "ddpm": the plain DDPM of an AnomalyDenoise pipeline, noised to t = 250 and denoised in 50
+            DDIM steps.
+        good: training images of the category, for PaDiM. Every process fits all of them, so that the sums, and with
+            them all numbers, are the same on any number of processes.
+        pipeline, images, category, accelerator, resolution, pro_fpr_limit, batch_size, seed: as of
+            `evaluate_category`.
+
+    Returns:
+        As of `Evaluation.result`; empty for PaDiM with fewer than two good images, as a covariance takes two.
+    """
+    if name == "padim":
+        if good is None or len(good) < 2:
+            return {}
+        padim = fit_padim(pipeline.feature_extractor, good, batch_size)
+
+        def detect(pictures: list[Any], indices: list[int]) -> list[Any]:
+            return [padim.detect(pictures, batch_size=batch_size, match_input_resolution=False)]
+
+    else:  # the plain DDPM
+        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+
+        def detect(pictures: list[Any], indices: list[int]) -> list[Any]:
+            return [
+                pipeline.denoise(pictures, scheduler=scheduler, **call_arguments(pipeline, category, indices, seed))
+            ]
+
+    title = f"{BASELINE_TITLES[name]}: {category}"
+    return evaluate_detectors(detect, 1, images, title, accelerator, resolution, pro_fpr_limit, batch_size)[0].result
+
+
+def load_training_images(
+    data: str, category: Sequence[str] | None, dataset: str | None, test: Dataset, accelerator: Accelerator
+) -> Dataset | None:
+    """Good images of the training split that are not in the test split too; None, and a word why, if there are none."""
+    try:
+        training = load_anomaly_dataset(data, split="train", category=category, dataset=dataset)
+    except (FileNotFoundError, ValueError) as error:
+        accelerator.print(f"No good images for training in {data}: {error}")
+        return None
+    tested = set(test["path"]) - {""}  # a plain folder shows the same good images in both
+    paths, labels = training["path"], np.asarray(training["label"])
+    chosen = [i for i, path in enumerate(paths) if labels[i] == 0 and path not in tested]
+    if not chosen:
+        accelerator.print(f"No good images for training in {data}: all of them are in its test split.")
+        return None
+    return training.select(chosen) if len(chosen) < len(training) else training

@@ -1,0 +1,123 @@
+"""The images of a test that tell most, as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from PIL import Image
+
+from diffad.data.masks import mask_to_array
+from diffad.evaluation.detectors import call_arguments, category_index
+from diffad.images import image_to_rgb, resize_images
+from diffad.visualization import beside_overlay, save_rows
+
+PICTURE_HEIGHT = 256  # pixels of a case's picture; larger ones are scaled down to it
+
+
+@dataclass(frozen=True)
+class Case:
+    """A picture worth a look.
+
+    Args:
+        title: of its group, such as "defective, lowest score"; neighbours with one title stand together.
+        caption: its file, score and verdict, as from `case_caption`.
+        picture: (H, W, 3) uint8, the image and its overlay side by side.
+    """
+
+    title: str
+    caption: str
+    picture: np.ndarray
+
+
+def choose_cases(records: Sequence[Mapping[str, Any]], count: int = 4) -> dict[str, list[int]]:
+    """Which images to show: the extremes of either kind, so that the errors show too.
+
+    Args:
+        records: of one category, as in a report's `scores`.
+        count: images a group, at most.
+
+    Returns:
+        Indices into `records` by title: defective images with the highest and the lowest scores, good ones with the
+        highest and the lowest. The most extreme stands first; no image stands twice; empty groups are left out.
+    """
+    groups = {}
+    for label, kind in ((1, "defective"), (0, "good")):
+        of_kind = [i for i, record in enumerate(records) if record["label"] == label]
+        ordered = sorted(of_kind, key=lambda i: records[i]["score"], reverse=True)
+        highest = ordered[: min(count, (len(ordered) + 1) // 2)]
+        groups[f"{kind}, highest score"] = highest
+        groups[f"{kind}, lowest score"] = ordered[len(highest) :][::-1][:count]
+    return {title: indices for title, indices in groups.items() if indices}
+
+
+def case_caption(record: Mapping[str, Any]) -> str:
+    """File name, kind of defect, score, p-value and verdict of one record of a report's `scores`."""
+    defect = record.get("defect")
+    kind = f" ({defect})" if record["label"] and defect not in (None, "", "defective") else ""
+    parts = [f"score {record['score']:.4g}"]
+    if record.get("p_value") is not None:
+        parts.append(f"p = {record['p_value']:.2g}")
+    if record.get("is_anomalous") is not None:
+        words = ("missed", "found") if record["label"] else ("passed", "false alarm")
+        parts.append(words[int(record["is_anomalous"])])
+    return f"{PurePath(record['path']).name}{kind}: {', '.join(parts)}"
+
+
+def draw_cases(
+    pipeline: Any,
+    images: Dataset,
+    records: Sequence[dict[str, Any]],
+    category: str,
+    accelerator: Accelerator,
+    seed: int,
+) -> list[Case]:
+    """The images with the highest and the lowest scores of either kind, beside their maps and the defects' outlines."""
+    threshold = thresholds(pipeline, category)[1]
+    cases = []
+    for title, indices in choose_cases(records).items():
+        rows = [images[i] for i in indices]
+        with accelerator.autocast():
+            output = pipeline([row["image"] for row in rows], **call_arguments(pipeline, category, indices, seed))
+        for i, row, anomaly_map in zip(indices, rows, output.anomaly_map, strict=True):
+            cases.append(Case(title, case_caption(records[i]), draw_case(row, anomaly_map, threshold)))
+    return cases
+
+
+def draw_case(row: dict[str, Any], anomaly_map: torch.Tensor, threshold: float | None) -> np.ndarray:
+    """An image beside its map, as of `beside_overlay`; no higher than the page shows it."""
+    picture = image_to_rgb(row["image"])
+    mask = None if row["mask"] is None else Image.fromarray(mask_to_array(row["mask"]))
+    if picture.height > PICTURE_HEIGHT:  # at full size many categories would add up
+        size = (max(1, round(picture.width * PICTURE_HEIGHT / picture.height)), PICTURE_HEIGHT)
+        picture = picture.resize(size, Image.Resampling.BILINEAR)
+        mask = None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
+    shown = resize_images(anomaly_map[None, None].float(), (picture.height, picture.width))[0, 0].numpy()
+    return beside_overlay(np.asarray(picture), shown, None if mask is None else np.asarray(mask), threshold)
+
+
+def thresholds(pipeline: Any, category: str) -> tuple[float | None, float | None]:
+    """Of images and of pixels, of one category; None before it is calibrated."""
+    if pipeline.calibration is None:
+        return None, None
+    index = category_index(pipeline, category)
+    image, pixel = pipeline.calibration.image_threshold[index], pipeline.calibration.pixel_threshold[index]
+    return tuple(float(value) if torch.isfinite(value) else None for value in (image, pixel))
+
+
+def save_sheets(cases: dict[str, list[Case]], path: Path) -> None:
+    """Contact sheets of all categories' cases, beside `path`: one of defective images and one of good ones."""
+    for kind in ("defective", "good"):
+        rows: dict[str, list[np.ndarray]] = {}
+        for category, of_category in cases.items():
+            for case in of_category:
+                if case.title.startswith(kind):
+                    rows.setdefault(f"{category}: {case.title}", []).extend(np.hsplit(case.picture, 2))
+        if rows:
+            save_rows(list(rows.values()), path.with_name(f"{path.stem}-{kind}.png"), row_titles=list(rows))

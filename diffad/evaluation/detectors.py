@@ -1,0 +1,195 @@
+"""Detectors on a test split: metrics and every image's score, on any number of processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from PIL import Image
+from tqdm.auto import tqdm
+
+from diffad import AnomalyOutput
+from diffad.data.masks import resize_image_and_mask
+from diffad.evaluation.metrics import AnomalyMetrics
+from diffad.images import resize_images
+from diffad.seeding import image_generator
+
+
+class Evaluation(NamedTuple):
+    """What one detector showed on one category; but for times, the same on every process.
+
+    result: metrics, number of images, seconds.
+    records: path, label, defect, score, p_value and is_anomalous of each image, in the data set's order.
+    curves: as of `AnomalyMetrics.curves`.
+    """
+
+    result: dict[str, Any]
+    records: list[dict[str, Any]]
+    curves: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def evaluate_category(
+    pipeline: Any,
+    images: Dataset,
+    category: str,
+    accelerator: Accelerator,
+    resolution: int = 256,
+    pro_fpr_limit: float = 0.3,
+    batch_size: int = 16,
+    seed: int = 0,
+    save_maps: str | Path | None = None,
+) -> Evaluation:
+    """Evaluates a pipeline on one category's test images; the noise of each image follows from `seed` and its place."""
+
+    def detect(pictures: list[Any], indices: list[int]) -> list[AnomalyOutput]:
+        return [pipeline(pictures, **call_arguments(pipeline, category, indices, seed))]
+
+    return evaluate_detectors(
+        detect, 1, images, category, accelerator, resolution, pro_fpr_limit, batch_size, save_maps
+    )[0]
+
+
+def call_arguments(pipeline: Any, category: str, indices: Sequence[int], seed: int) -> dict[str, Any]:
+    """What a pipeline is called with for test images of one category, `indices` being their places in it.
+
+    Maps come as tensors at the processing resolution, and noise follows from the seed and the place alone.
+    """
+    return {
+        "category": category_index(pipeline, category),
+        "batch_size": len(indices),
+        "match_input_resolution": False,
+        "generator": [image_generator(seed, i) for i in indices],
+        "output_type": "pt",
+    }
+
+
+def category_index(pipeline: Any, category: str) -> int:
+    """A category's index in a unified model; 0 in a model of one, which goes with a category of any name.
+
+    Raises:
+        ValueError: a unified model does not know it.
+    """
+    return int(pipeline.category_index(category if len(pipeline.config.categories or []) > 1 else None, 1)[0])
+
+
+@torch.no_grad()
+def evaluate_detectors(
+    detect: Callable[[list[Any], list[int]], Sequence[Any]],
+    num_detectors: int,
+    images: Dataset,
+    category: str,
+    accelerator: Accelerator,
+    resolution: int = 256,
+    pro_fpr_limit: float = 0.3,
+    batch_size: int = 16,
+    save_maps: str | Path | None = None,
+) -> list[Evaluation]:
+    """Evaluates detectors that share their work, in one pass over one category's test images.
+
+    Args:
+        detect: from a batch of images and their places in `images` to one output for each detector, with `anomaly_map`
+            (N, H, W) and `anomaly_score` (N,) as tensors, and perhaps `p_value` and `is_anomalous`.
+        num_detectors: how many outputs `detect` returns.
+        images: as of `load_anomaly_dataset`.
+        category: its name.
+        accelerator: shares the batches among its processes. A batch is the same on any number of them, and so are
+            its maps to the bit.
+        resolution: side in pixels at which maps meet masks.
+        pro_fpr_limit: of PRO.
+        batch_size: images a batch.
+        save_maps: folder for the first detector's maps.
+
+    Returns:
+        One evaluation for each detector. Seconds are those of all detectors together.
+    """
+    metrics = [AnomalyMetrics(pro_fpr_limit=pro_fpr_limit) for _ in range(num_detectors)]
+    records: list[list[dict[str, Any]]] = [[] for _ in range(num_detectors)]
+    started = time.time()
+    # this process's share, without the padding that would count images twice
+    with accelerator.split_between_processes(list(range(0, len(images), batch_size))) as starts:
+        for start in tqdm(starts, desc=category, disable=not accelerator.is_local_main_process):
+            indices = list(range(start, min(start + batch_size, len(images))))
+            rows = [images[i] for i in indices]
+            masks = [_mask(row, resolution) for row in rows]
+            known = [j for j, mask in enumerate(masks) if mask is not None]
+            with accelerator.autocast():
+                outputs = detect([row["image"] for row in rows], indices)
+            for number, output in enumerate(outputs):
+                maps = resize_images(output.anomaly_map.float()[:, None], (resolution, resolution))[:, 0].cpu()
+                scores = output.anomaly_score.cpu()
+                metrics[number].update(anomaly_score=scores, label=torch.tensor([row["label"] for row in rows]))
+                if known:
+                    metrics[number].update(anomaly_map=maps[known], mask=np.stack([masks[j] for j in known]))
+                records[number] += [_record(output, j, float(scores[j]), indices[j], row) for j, row in enumerate(rows)]
+                if save_maps is not None and number == 0:
+                    _save_maps(maps, rows, indices, Path(save_maps, category, "test"))
+    if accelerator.num_processes > 1:  # states are exchanged where they lie, and NCCL knows GPUs only
+        metrics = [one.to(accelerator.device) for one in metrics]
+    measured = [(one.compute(), one.curves()) for one in metrics]
+    seconds = time.time() - started
+    evaluations = []
+    for (result, curves), own in zip(measured, records, strict=True):
+        everyones = sorted(gather_object(own), key=lambda record: record.pop("index"))
+        evaluations.append(Evaluation(_complete(result, everyones, seconds), everyones, curves))
+    return evaluations
+
+
+def _mask(row: dict[str, Any], resolution: int) -> np.ndarray | None:
+    """(resolution, resolution) bool; None where a defective image has no mask."""
+    if row["mask"] is None:
+        return None if row["label"] else np.zeros((resolution, resolution), dtype=bool)
+    return resize_image_and_mask(row["image"], row["mask"], (resolution, resolution))[1]
+
+
+def _record(output: Any, j: int, score: float, index: int, row: dict[str, Any]) -> dict[str, Any]:
+    p_value, is_anomalous = getattr(output, "p_value", None), getattr(output, "is_anomalous", None)
+    return {
+        "index": index,
+        "path": row["path"],
+        "label": row["label"],
+        "defect": row["defect"],
+        "score": score,
+        "p_value": None if p_value is None else float(p_value[j]),
+        "is_anomalous": None if is_anomalous is None else bool(is_anomalous[j]),
+    }
+
+
+def _save_maps(maps: torch.Tensor, rows: list[dict[str, Any]], indices: list[int], folder: Path) -> None:
+    for one, row, index in zip(maps, rows, indices, strict=True):
+        name = Path(row["path"]).stem or f"{index:06d}"
+        path = folder / row["defect"] / f"{name}.tiff"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(one.numpy()).save(path)
+
+
+def _complete(result: dict[str, float], records: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """A category's entry in the report: metrics rounded, None where one is not defined; alarms, counts, times."""
+    labels = [record["label"] for record in records]
+    entry: dict[str, Any] = {name: None if np.isnan(value) else round(value, 6) for name, value in result.items()}
+    if records and records[0]["is_anomalous"] is not None:
+        good = [r["is_anomalous"] for r in records if not r["label"]]
+        bad = [r["is_anomalous"] for r in records if r["label"]]
+        entry["false_alarms"] = round(float(np.mean(good)), 6) if good else None
+        entry["defects_found"] = round(float(np.mean(bad)), 6) if bad else None
+    entry.update(
+        good_images=labels.count(0),
+        defective_images=labels.count(1),
+        seconds=round(seconds, 2),
+        images_per_second=round(len(records) / seconds, 2),
+    )
+    return entry
+
+
+def split_by_category(dataset: Dataset | None) -> dict[str, Dataset]:
+    """Each category's images, by the categories' names in order; none of None."""
+    if dataset is None:
+        return {}
+    of_image = np.asarray(dataset["category"])
+    return {str(name): dataset.select(np.flatnonzero(of_image == name)) for name in np.unique(of_image)}

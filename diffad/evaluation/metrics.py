@@ -1,0 +1,331 @@
+"""The field's metrics for anomaly detection and localisation, in one streaming torchmetrics metric.
+
+AUROC and average precision (AP) at image and pixel level; F1-max, the best F1 over all thresholds (Zou et
+al., "SPot-the-Difference Self-supervised Pre-training for Anomaly Detection and Segmentation", ECCV 2022);
+PRO, the per-region overlap (Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021, section 5.2);
+DICE.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torchmetrics import Metric
+
+from diffad.evaluation.score_histogram import (
+    EMPTY,
+    Histogram,
+    count_scores,
+    curve,
+    is_ranked,
+    merge,
+    merge_packed,
+    pack,
+    per_region_overlap,
+    ranking_metrics,
+    thin,
+    unpack,
+    up_to,
+)
+
+# The pixel buffer is folded into the histogram when it holds this many pixels per bin. Fewer, larger folds
+# spend less time on merging the bins.
+_BUFFERED_PIXELS_PER_BIN = 4
+
+
+class AnomalyMetrics(Metric):
+    """AUROC, AP, F1-max, PRO and DICE of anomaly maps and image scores.
+
+    ```python
+    metrics = AnomalyMetrics()
+    for batch in loader:
+        out = pipe(batch["image"])
+        metrics.update(
+            anomaly_map=out.anomaly_map,
+            mask=batch["mask"],
+            anomaly_score=out.anomaly_score,
+            label=batch["label"],
+        )
+    metrics.compute()  # {"image_auroc": 0.97, ...}
+    ```
+
+    Pixel metrics stream: their memory does not grow with the number of images. Of each image, its score and
+    label are kept. Scores are compared as float32. It works as any torchmetrics metric: it synchronises over
+    processes, merges with `merge_state`, moves with `.to(device)`. Maps may be on any device; counting is
+    done on the CPU.
+
+    Args:
+        pro_fpr_limit: PRO is integrated over false-positive rates from 0 to this, in (0, 1].
+        exact: keep every pixel and never drop bits of a score. Memory grows with the number of images.
+        pixel_threshold: `pixel_dice` takes pixels with at least this score as defective. None takes the best
+            threshold for all pixels together, as the medical literature does: `pixel_dice` is `pixel_f1max`
+            then.
+        num_bins: how many distinct pixel scores to hold without dropping bits, at least 512.
+        kwargs: torchmetrics' own, such as `process_group`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    image_scores: list[torch.Tensor]
+    image_labels: list[torch.Tensor]
+    pixel_scores: list[torch.Tensor]
+    defective_scores: list[torch.Tensor]
+    region_areas: list[torch.Tensor]
+    num_buffered_pixels: torch.Tensor
+    pixel_histogram: torch.Tensor
+    threshold_counts: torch.Tensor
+
+    def __init__(
+        self,
+        pro_fpr_limit: float = 0.3,
+        exact: bool = False,
+        pixel_threshold: float | None = None,
+        num_bins: int = 2**18,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not 0.0 < pro_fpr_limit <= 1.0:
+            raise ValueError(f"`pro_fpr_limit` must lie in (0, 1], but is {pro_fpr_limit}.")
+        if pixel_threshold is not None and math.isnan(pixel_threshold):
+            raise ValueError("`pixel_threshold` must be a number or None, but is NaN.")
+        # below 512 bins a float's mantissa may go altogether, and infinity falls in with finite scores
+        if num_bins < 512:
+            raise ValueError(f"`num_bins` must be at least 512, but is {num_bins}.")
+        self.pro_fpr_limit = float(pro_fpr_limit)
+        self.exact = exact
+        self.pixel_threshold = pixel_threshold
+        self.num_bins = num_bins
+
+        # Lists are float32 throughout: it is what torchmetrics sends for a process that has seen no image.
+        self.add_state("image_scores", default=[], dist_reduce_fx="cat")
+        self.add_state("image_labels", default=[], dist_reduce_fx="cat")
+        # pixels not yet in the histogram: all, then the defective ones again with the area of their region
+        self.add_state("pixel_scores", default=[], dist_reduce_fx="cat")
+        self.add_state("defective_scores", default=[], dist_reduce_fx="cat")
+        self.add_state("region_areas", default=[], dist_reduce_fx="cat")
+        self.add_state("num_buffered_pixels", default=torch.tensor(0), dist_reduce_fx="sum")
+        if not exact:
+            self.add_state("pixel_histogram", default=pack(EMPTY, num_bins), dist_reduce_fx=merge_packed)
+        # true positives, false positives, false negatives at `pixel_threshold`
+        self.add_state("threshold_counts", default=torch.zeros(3, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        *,
+        anomaly_map: torch.Tensor | np.ndarray | None = None,
+        mask: torch.Tensor | np.ndarray | None = None,
+        anomaly_score: torch.Tensor | np.ndarray | Sequence[float] | None = None,
+        label: torch.Tensor | np.ndarray | Sequence[int] | None = None,
+    ) -> None:
+        """Adds N images.
+
+        Args:
+            anomaly_map: (N, H, W), higher is more anomalous, infinities allowed. H and W may change between
+                updates. None leaves these images out of the pixel metrics.
+            mask: (N, H, W), true or 1 at defective pixels. None: good images (label 0) count as normal pixels
+                throughout, defective ones are left out of the pixel metrics. A defective image may have an
+                empty mask; its pixels are normal then.
+            anomaly_score: (N,), higher is more anomalous. None leaves these images out of the image metrics.
+            label: (N,), 1 for defective images, 0 for good ones. Needed with `anomaly_score`, and for maps
+                without `mask`.
+
+        Raises:
+            ValueError: a shape does not fit the others, a value is NaN, `mask` or `label` holds something
+                other than 0 and 1, a good image has defective pixels, or there is nothing to count. Nothing
+                is added then.
+        """
+        maps = None if anomaly_map is None else _as_float32(anomaly_map, "anomaly_map", "(N, H, W)")
+        scores = None if anomaly_score is None else _as_float32(anomaly_score, "anomaly_score", "(N,)")
+        labels = None if label is None else _as_bool(label, "label", "(N,)")
+        masks = None if mask is None else _as_bool(mask, "mask", "(N, H, W)")
+        if scores is None and (maps is None or (masks is None and labels is None)):
+            raise ValueError(
+                "Nothing to count: give `anomaly_score` and `label`, or `anomaly_map` and `mask` or `label`."
+            )
+        if scores is not None and labels is None:
+            raise ValueError("`label` must come with `anomaly_score`: 1 for defective images, 0 for good.")
+        if maps is not None and masks is not None and maps.shape != masks.shape:
+            raise ValueError(
+                f"`mask` has shape {masks.shape}, `anomaly_map` {maps.shape}: resize one to fit the other."
+            )
+        given = {"anomaly_map": maps, "mask": masks, "anomaly_score": scores, "label": labels}
+        lengths = {name: len(value) for name, value in given.items() if value is not None}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"All arguments must hold the same number of images, but have {lengths}.")
+        if masks is not None and labels is not None:
+            wrong = np.flatnonzero(masks.any(axis=(1, 2)) & ~labels)
+            if wrong.size:
+                raise ValueError(
+                    "`label` is 0 (good), but `mask` has defective pixels, for images "
+                    f"{wrong.tolist()} of this update. Correct one of them."
+                )
+
+        if scores is not None:
+            self.image_scores.append(self._to_state(scores))
+            self.image_labels.append(self._to_state(labels))
+        if maps is None:
+            return
+        for i, scores_at in enumerate(maps):  # (H, W)
+            if masks is not None:
+                self._add_pixels(scores_at, masks[i])
+            elif not labels[i]:
+                self._add_pixels(scores_at, np.zeros(scores_at.shape, bool))
+
+    def compute(self) -> dict[str, float]:
+        """All metrics over the images seen so far, as fractions in [0, 1].
+
+        Returns:
+            `image_auroc`, `image_ap`, `image_f1max`, `pixel_auroc`, `pixel_ap`, `pixel_f1max`, `pixel_pro`,
+            `pixel_dice`; always these keys. Without at least one defective and one normal example there is
+            nothing to rank, and a level's metrics are NaN: the pixel metrics, say, if no mask was ever given.
+            (`pixel_dice` at a given `pixel_threshold` needs defective pixels only.)
+
+        Raises:
+            ValueError: no image has been added.
+        """
+        image, pixel = self._image_histogram(), self._pixel_histogram()
+        if not image.keys.size and not pixel.keys.size:
+            raise ValueError("There are no images to compute metrics of: call `update` first.")
+        result = {}
+        for level, histogram in (("image", image), ("pixel", pixel)):
+            auroc, ap, f1max = ranking_metrics(histogram)
+            result |= {f"{level}_auroc": auroc, f"{level}_ap": ap, f"{level}_f1max": f1max}
+        result["pixel_pro"] = per_region_overlap(pixel, self.pro_fpr_limit)
+        result["pixel_dice"] = result["pixel_f1max"]
+        if self.pixel_threshold is not None:
+            tp, fp, fn = self.threshold_counts.tolist()
+            result["pixel_dice"] = 2 * tp / (2 * tp + fp + fn) if tp + fn else math.nan
+        return result
+
+    def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Curves for plots, each thinned to at most 500 points.
+
+        Returns:
+            `image_roc` and `pixel_roc`: false- and true-positive rate. `pro`: false-positive rate up to
+            `pro_fpr_limit`, and per-region overlap. Each is a pair of non-decreasing float64 arrays that
+            begins at (0, 0). A curve that is not defined (see `compute`) is left out.
+        """
+        to_sync = self._to_sync and not self._is_synced
+        with self.sync_context(self.dist_sync_fn, should_sync=to_sync, should_unsync=to_sync):
+            image, pixel = self._image_histogram(), self._pixel_histogram()
+        result = {}
+        if is_ranked(image):
+            result["image_roc"] = thin(*curve(image, overlap=False))
+        if is_ranked(pixel):
+            result["pixel_roc"] = thin(*curve(pixel, overlap=False))
+            result["pro"] = thin(*up_to(self.pro_fpr_limit, *curve(pixel, overlap=True)))
+        return result
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Adds the images of another `AnomalyMetrics` with the same settings."""
+        if isinstance(incoming_state, AnomalyMetrics):
+            for name in ("exact", "pixel_threshold", "num_bins"):
+                mine, other = getattr(self, name), getattr(incoming_state, name)
+                if mine != other:
+                    raise ValueError(f"`incoming_state` has `{name}` {other}, but this metric has {mine}.")
+        super().merge_state(incoming_state)
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        # Also the last step of `forward`, which starts each batch from empty lists: without folding here the
+        # lists would grow with every batch.
+        super()._reduce_states(incoming_state)
+        self._computed = None
+        self._fold_if_full()
+
+    def _to_state(self, values: np.ndarray) -> torch.Tensor:
+        """A flat float32 copy on the metric's device: callers may write to their array again."""
+        return torch.from_numpy(values.ravel().astype(np.float32)).to(self.device)
+
+    def _add_pixels(self, scores: np.ndarray, mask: np.ndarray) -> None:
+        defective = scores[mask]
+        self.pixel_scores.append(self._to_state(scores))
+        self.num_buffered_pixels = self.num_buffered_pixels + scores.size
+        if defective.size:
+            # 8-connected, as in MVTec's evaluation
+            regions = ndimage.label(mask, structure=np.ones((3, 3)))[0][mask]
+            self.defective_scores.append(self._to_state(defective))
+            self.region_areas.append(self._to_state(np.bincount(regions)[regions]))
+        if self.pixel_threshold is not None:
+            tp = np.count_nonzero(defective >= self.pixel_threshold)
+            fp = np.count_nonzero(scores >= self.pixel_threshold) - tp
+            counts = torch.tensor([tp, fp, defective.size - tp], device=self.device)
+            self.threshold_counts = self.threshold_counts + counts
+        self._fold_if_full()
+
+    def _fold_if_full(self) -> None:
+        if self.exact or self.num_buffered_pixels < _BUFFERED_PIXELS_PER_BIN * self.num_bins:
+            return
+        self.pixel_histogram = pack(self._pixel_histogram(), self.num_bins).to(self.device)
+        self.pixel_scores, self.defective_scores, self.region_areas = [], [], []
+        self.num_buffered_pixels = torch.zeros_like(self.num_buffered_pixels)
+        # one tensor an update would take far more memory than the number in it
+        self.image_scores = [self._to_state(concatenate(self.image_scores))]
+        self.image_labels = [self._to_state(concatenate(self.image_labels))]
+
+    def _image_histogram(self) -> Histogram:
+        scores, labels = concatenate(self.image_scores), concatenate(self.image_labels)
+        return count_scores(scores, scores[labels > 0], np.ones(np.count_nonzero(labels)))
+
+    def _pixel_histogram(self) -> Histogram:
+        num_bins = None if self.exact else self.num_bins
+        folded = EMPTY if self.exact else unpack(self.pixel_histogram)
+        buffered = count_scores(
+            concatenate(self.pixel_scores),
+            concatenate(self.defective_scores),
+            concatenate(self.region_areas),
+            folded.dropped_bits,
+            num_bins,
+        )
+        return merge([folded, buffered], num_bins) if folded.keys.size else buffered
+
+
+def concatenate(state: torch.Tensor | list[torch.Tensor]) -> np.ndarray:
+    """A list state as one array. Synchronised over processes, it is one tensor already."""
+    tensors = [state] if isinstance(state, torch.Tensor) else state
+    return np.concatenate([np.zeros(0, np.float32), *(tensor.numpy(force=True) for tensor in tensors)])
+
+
+def _as_array(value: Any, name: str, shape: str) -> np.ndarray:
+    if isinstance(value, torch.Tensor):
+        # numpy has no bfloat16
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"`{name}` must have shape {shape}: {error}") from error
+    if array.dtype.kind not in "biuf" or array.ndim != len(shape.split(", ")):
+        raise ValueError(f"`{name}` must be numbers of shape {shape}, but is {array.dtype} of shape {array.shape}.")
+    if array.size == 0 and len(array):
+        raise ValueError(f"`{name}` of shape {array.shape} has no pixels.")
+    return array
+
+
+def _as_float32(value: Any, name: str, shape: str) -> np.ndarray:
+    array = _as_array(value, name, shape).astype(np.float32, copy=False)
+    if array.size and np.isnan(array.min()):  # the minimum is NaN if any value is
+        images = np.flatnonzero(np.isnan(array).reshape(len(array), -1).any(axis=1))
+        raise ValueError(f"`{name}` holds NaN: images {images.tolist()} of this update.")
+    return array
+
+
+def _as_bool(value: Any, name: str, shape: str) -> np.ndarray:
+    array = _as_array(value, name, shape)
+    if array.dtype == bool:
+        return array
+    result = array != 0
+    wrong = array[array != result]
+    if wrong.size:
+        raise ValueError(f"`{name}` must hold only 0 and 1, but holds {wrong[0]}. Pass `{name} > 0`.")
+    return result

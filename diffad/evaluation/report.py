@@ -1,0 +1,141 @@
+"""The report of an evaluation: JSON, tables and page."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import os
+import platform
+import shlex
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+
+import diffad
+from diffad.evaluation.cases import draw_cases, save_sheets
+from diffad.evaluation.metric_names import BASELINE_TITLES, MEAN, METRIC_TITLES
+from diffad.evaluation.page import render_report_page
+
+# what a report must agree in with the one that it goes on with
+SETTINGS = ("model", "model_files", "data", "seed", "resolution", "pro_fpr_limit", "mixed_precision")
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a number depends on beside code and seed."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "device": gpu or f"{os.cpu_count()} CPU cores",
+        "platform": platform.platform(terse=True),
+        "torch": torch.__version__,
+        "diffad": diffad.__version__,
+    }
+
+
+def mean_over_categories(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Metrics averaged over categories; a metric that one category lacks is left out."""
+    columns = {name: [result.get(name) for result in results.values()] for name in METRIC_TITLES}
+    return {name: round(float(np.mean(column)), 6) for name, column in columns.items() if column and None not in column}
+
+
+def with_mean(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Results by category, and their mean as the last."""
+    categories = {name: result for name, result in results.items() if name != MEAN}
+    return {**categories, MEAN: mean_over_categories(categories)}
+
+
+def markdown_table(rows: dict[str, dict[str, Any]], head: str = "category") -> str:
+    """A row of metrics for each title, in percent and in the papers' order; a metric that no row has is left out.
+
+    `head` stands above the titles.
+    """
+    names = [name for name in METRIC_TITLES if any(result.get(name) is not None for result in rows.values())]
+    lines = [
+        f"| {' | '.join([head, *(METRIC_TITLES[name] for name in names)])} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for title, result in rows.items():
+        cells = ["" if result.get(name) is None else f"{100.0 * result[name]:.1f}" for name in names]
+        lines.append(f"| {' | '.join([title, *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def report_markdown(report: dict[str, Any]) -> str:
+    """A row for each category and their mean, then each baseline's mean."""
+    baselines = {BASELINE_TITLES[name]: of_category[MEAN] for name, of_category in report["baselines"].items()}
+    return markdown_table({**report["results"], **baselines})
+
+
+def save_report(report: dict[str, Any], path: Path) -> None:
+    """Writes `path` (JSON), and beside it the table as .csv and .md; each at once, by renaming."""
+    rows = [["method", "category", *METRIC_TITLES]]
+    for method, of_category in {"": report["results"], **report["baselines"]}.items():
+        for category, result in of_category.items():
+            rows.append([method, category, *(result.get(name) for name in METRIC_TITLES)])
+    table = io.StringIO()
+    csv.writer(table).writerows(rows)
+    texts = {".csv": table.getvalue(), ".md": report_markdown(report), path.suffix: json.dumps(report, indent=2) + "\n"}
+    write_files(path, texts)
+
+
+def take_up_report(report: dict[str, Any], path: Path, categories: Collection[str]) -> None:
+    """Puts the categories that the report at `path` holds into a new one.
+
+    Raises:
+        ValueError: it was made with other settings or baselines, or it holds a category that is none of `categories`.
+    """
+    earlier = json.loads(path.read_text())
+    changed = [name for name in SETTINGS if earlier.get(name) != report[name]]
+    if sorted(earlier.get("baselines", {})) != sorted(report["baselines"]):
+        changed.append("baselines")
+    if set(earlier["results"]) - {MEAN} - set(categories):
+        changed.append("category")
+    if changed:
+        raise ValueError(f"--resume: {path} was made with another {', '.join(changed)}. Choose another --output.")
+    report.update({name: earlier[name] for name in ("results", "baselines", "scores", "curves")})
+
+
+def save_page(
+    report: dict[str, Any], pipeline: Any, images: dict[str, Dataset], accelerator: Accelerator, path: Path
+) -> None:
+    """Writes the page (.html), with pictures of the cases that tell most, and their contact sheets beside `path`."""
+    cases = {
+        category: draw_cases(pipeline, images[category], records, category, accelerator, report["seed"])
+        for category, records in report["scores"].items()
+    }
+    write_files(path, {".html": render_report_page(report, report["curves"], cases)})
+    save_sheets(cases, path)
+
+
+def write_files(path: Path, texts: dict[str, str]) -> None:
+    """Writes texts to `path` with other suffixes, each under another name first and then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, text in texts.items():
+        unfinished = path.with_name(f".{path.stem}{suffix}.unfinished")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path.with_suffix(suffix))
+
+
+def fingerprint(model: str) -> str | None:
+    """Changes when a folder's pipeline is trained or calibrated anew; None for one on the Hub."""
+    paths = [*Path(model).glob("model_index.json"), *sorted(Path(model).glob("*/*.safetensors"))]
+    parts = [f"{path.relative_to(model)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16] if parts else None
+
+
+def command_line(module: str, args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """The command that makes the same report again: every argument that is not its default."""
+    words = ["accelerate", "launch", "-m", module]
+    for name, value in vars(args).items():
+        if value in (parser.get_default(name), None, False) or name == "resume":
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{name}", *map(str, values)]
+    return shlex.join(words)

@@ -1,0 +1,38 @@
+"""Every generator of random numbers: of an image, of a training step, of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+
+def step_generator(seed: int, batch_number: int, accelerator: Accelerator) -> torch.Generator:
+    """Randomness of one batch on one process, from numbers alone: a resumed run draws what the other would have."""
+    mixed = np.random.SeedSequence([seed, batch_number, accelerator.process_index]).generate_state(1, np.uint64)[0]
+    return torch.Generator(accelerator.device).manual_seed(int(mixed >> np.uint64(1)))
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """Randomness of one image, from the run's seed and the image's place among the others.
+
+    Mixed, because torch's generator on the CPU takes no more than the lowest 32 bits of a seed.
+    """
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
+
+
+def image_seeds(generator: torch.Generator | None, num_images: int) -> list[int]:
+    """A seed for each image, so that no image's noise depends on which others are in its batch."""
+    device = None if generator is None else generator.device
+    return torch.randint(2**62, (num_images,), generator=generator, device=device).tolist()
+
+
+def image_generators(
+    generator: torch.Generator | Sequence[torch.Generator | None] | None, num_images: int
+) -> list[torch.Generator]:
+    """A generator for each image: those given, or of a seed from the one given."""
+    given = generator if isinstance(generator, (list, tuple)) else [None] * num_images
+    seeds = image_seeds(generator if isinstance(generator, torch.Generator) else None, num_images)
+    return [g or torch.Generator().manual_seed(seed) for g, seed in zip(given, seeds, strict=True)]

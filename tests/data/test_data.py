@@ -1,0 +1,829 @@
+"""Every layout on a miniature tree with the published names, and pixels of every mode."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+
+from diffad.data import load_anomaly_dataset
+from diffad.data.checks import check_images
+from diffad.data.masks import mask_to_array, resize_image_and_mask
+from diffad.data.parts import halve_parts, part_index
+from diffad.images import image_to_rgb
+
+SIZE = (12, 8)  # width, height
+COLUMNS = ["image", "mask", "label", "category", "defect", "path"]
+
+
+def write_image(path: Path, value: int = 100, mode: str = "RGB", size: tuple[int, int] = SIZE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new("L", size, value).convert(mode).save(path)
+    return path
+
+
+def write_mask(path: Path, value: int = 255, size: tuple[int, int] = SIZE) -> Path:
+    """A mask with `value` in its left 3 columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mask = np.zeros(size[::-1], dtype=np.uint8)
+    mask[:, :3] = value
+    PIL.Image.fromarray(mask).save(path)
+    return path
+
+
+def write_mvtec_category(folder: Path) -> Path:
+    for i in range(3):
+        write_image(folder / f"train/good/{i:03}.png")
+    for i in range(2):
+        write_image(folder / f"test/good/{i:03}.png")
+        write_image(folder / f"test/crack/{i:03}.png")
+        write_mask(folder / f"ground_truth/crack/{i:03}_mask.png")
+    write_image(folder / "test/hole/000.png", mode="L")
+    write_mask(folder / "ground_truth/hole/000_mask.png")
+    return folder
+
+
+@pytest.fixture
+def mvtec(tmp_path: Path) -> Path:
+    for category in ("bottle", "cable"):
+        write_mvtec_category(tmp_path / "mvtec" / category)
+    (tmp_path / "mvtec" / "license.txt").write_text("text")
+    return tmp_path / "mvtec"
+
+
+def defects(dataset: datasets.Dataset) -> list[str]:
+    return list(dataset["defect"])
+
+
+def relative(dataset: datasets.Dataset, root: Path) -> list[str]:
+    return [Path(path).relative_to(root).as_posix() for path in dataset["path"]]
+
+
+def assert_masks_mark_the_left(dataset: datasets.Dataset) -> None:
+    """Every defective row's mask marks the left 3 columns and every good row has none."""
+    for row in dataset:
+        if row["label"]:
+            marked = mask_to_array(row["mask"])
+            assert marked[:, :3].all()
+            assert not marked[:, 3:].any()
+        else:
+            assert row["mask"] is None
+
+
+# Layouts
+
+
+def test_mvtec_ad(mvtec: Path):
+    train, test = load_anomaly_dataset(mvtec), load_anomaly_dataset(mvtec, split="test")
+    assert train.column_names == test.column_names == COLUMNS
+    assert len(train) == 6
+    assert set(train["label"]) == {0}
+    assert set(train["defect"]) == {"good"}
+    expected = ["test/crack/000.png", "test/crack/001.png", "test/good/000.png", "test/good/001.png"]
+    expected.append("test/hole/000.png")
+    assert relative(test, mvtec) == [f"{name}/{path}" for name in ("bottle", "cable") for path in expected]
+    assert list(test["category"]) == ["bottle"] * 5 + ["cable"] * 5
+    assert list(test["label"]) == [1, 1, 0, 0, 1] * 2
+    assert defects(test)[:5] == ["crack", "crack", "good", "good", "hole"]
+    assert_masks_mark_the_left(test)
+    assert isinstance(test[0]["image"], PIL.Image.Image)
+    assert test[0]["image"].size == SIZE
+    assert test[4]["image"].mode == "L"
+
+
+def test_images_stay_files(mvtec: Path):
+    stored = load_anomaly_dataset(mvtec, "test").cast_column("image", datasets.Image(decode=False))
+    assert [row["image"]["bytes"] for row in stored] == [None] * len(stored)
+
+
+def test_a_category_folder_itself(mvtec: Path, monkeypatch: pytest.MonkeyPatch):
+    test = load_anomaly_dataset(mvtec / "cable", "test")
+    assert len(test) == 5
+    assert set(test["category"]) == {"cable"}
+    monkeypatch.chdir(mvtec / "cable")
+    here = load_anomaly_dataset(".", "test")
+    assert here[:]["path"] == test[:]["path"]
+    assert set(here["category"]) == {"cable"}
+
+
+def test_categories_are_chosen_by_name(mvtec: Path):
+    assert set(load_anomaly_dataset(mvtec, category="cable")["category"]) == {"cable"}
+    assert len(load_anomaly_dataset(mvtec, category=["cable", "bottle"])) == 6
+    for wrong in ("cabel", ["bottle", "cabel"], []):
+        with pytest.raises(ValueError, match=r"`category` must be among \['bottle', 'cable'\]"):
+            load_anomaly_dataset(mvtec, category=wrong)
+
+
+def test_extensions_in_any_case_and_hidden_files(tmp_path: Path):
+    good = tmp_path / "part/train/good"
+    for name in ("b.PNG", "a.Jpg", "c.jpeg", "d.BMP", "e.TIFF", "f.webp", "g.tif"):
+        write_image(good / name)
+    (good / "._a.png").write_bytes(b"not an image")
+    (good / "notes.txt").write_text("text")
+    write_image(good / ".cache/h.png")
+    names = [Path(path).name for path in load_anomaly_dataset(tmp_path / "part")["path"]]
+    assert names == ["a.Jpg", "b.PNG", "c.jpeg", "d.BMP", "e.TIFF", "f.webp", "g.tif"]
+
+
+def test_visa(tmp_path: Path):
+    rows = []
+    for name in ("candle", "pcb1"):
+        for i, split in enumerate(("train", "train", "test")):
+            image = f"{name}/Data/Images/Normal/{i:04}.JPG"
+            write_image(tmp_path / image)
+            rows.append([name, split, "normal", image, ""])
+        for i in range(2):
+            image, mask = f"{name}/Data/Images/Anomaly/{i:03}.JPG", f"{name}/Data/Masks/Anomaly/{i:03}.png"
+            write_image(tmp_path / image)
+            write_mask(tmp_path / mask, value=i + 1)  # the published masks number the kinds of defect
+            rows.append([name, "test", "anomaly", image, mask])
+    split_csv = tmp_path / "split_csv/1cls.csv"
+    with pytest.raises(FileNotFoundError, match=r"1cls\.csv"):
+        load_anomaly_dataset(tmp_path)
+    with pytest.raises(FileNotFoundError, match="folder that holds split_csv"):
+        load_anomaly_dataset(tmp_path / "candle")
+    split_csv.parent.mkdir()
+    with split_csv.open("w", newline="") as file:
+        csv.writer(file).writerows([["object", "split", "label", "image", "mask"], *rows])
+
+    train, test = load_anomaly_dataset(tmp_path), load_anomaly_dataset(tmp_path, "test", category="pcb1")
+    assert list(train["category"]) == ["candle"] * 2 + ["pcb1"] * 2
+    assert set(train["label"]) == {0}
+    assert list(test["label"]) == [1, 1, 0]
+    assert defects(test) == ["anomaly", "anomaly", "good"]
+    assert_masks_mark_the_left(test)
+    with pytest.raises(ValueError, match="no 'validation', only"):
+        load_anomaly_dataset(tmp_path, "validation")
+    (tmp_path / "pcb1/Data/Masks/Anomaly/001.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no mask for .*pcb1/Data/Images/Anomaly/001.JPG"):
+        load_anomaly_dataset(tmp_path, "test")
+    split_csv.write_text("object,split,label\n")
+    with pytest.raises(ValueError, match=r"1cls.csv lacks the columns \['image', 'mask'\]"):
+        load_anomaly_dataset(tmp_path)
+
+
+def test_mvtec_3d(tmp_path: Path):
+    for name in ("bagel", "peach"):
+        for place in ("train/good", "validation/good", "test/good", "test/hole"):
+            for i in range(2):
+                write_image(tmp_path / f"{name}/{place}/rgb/{i:03}.png")
+                write_image(tmp_path / f"{name}/{place}/xyz/{i:03}.tiff", mode="F")
+                if place.startswith("test"):
+                    write_mask(tmp_path / f"{name}/{place}/gt/{i:03}.png", value=255 * place.endswith("hole"))
+        (tmp_path / name / "calibration").mkdir()
+    for split in ("train", "validation"):
+        dataset = load_anomaly_dataset(tmp_path, split)
+        assert relative(dataset, tmp_path)[:2] == [f"bagel/{split}/good/rgb/{i:03}.png" for i in range(2)]
+        assert len(dataset) == 4
+        assert set(dataset["label"]) == {0}
+    test = load_anomaly_dataset(tmp_path, "test")
+    assert defects(test) == ["good", "good", "hole", "hole"] * 2
+    assert_masks_mark_the_left(test)
+    (tmp_path / "peach/test/hole/gt/001.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no mask for .*peach/test/hole/rgb/001.png"):
+        load_anomaly_dataset(tmp_path, "test")
+
+
+def test_btad(tmp_path: Path):
+    for name, extension, mask_extension in (("01", "bmp", "png"), ("02", "png", "png"), ("03", "bmp", "bmp")):
+        for place in ("train/ok", "test/ok", "test/ko"):
+            for i in range(2):
+                write_image(tmp_path / f"{name}/{place}/{i:04}.{extension}")
+        for i in range(2):
+            write_mask(tmp_path / f"{name}/ground_truth/ko/{i:04}.{mask_extension}")
+    assert len(load_anomaly_dataset(tmp_path)) == 6
+    test = load_anomaly_dataset(tmp_path, "test")
+    assert list(test["category"]) == ["01"] * 4 + ["02"] * 4 + ["03"] * 4
+    assert defects(test) == ["ko", "ko", "good", "good"] * 3
+    assert list(test["label"]) == [1, 1, 0, 0] * 3
+    assert_masks_mark_the_left(test)
+
+
+def write_uni_medical(root: Path) -> None:
+    for name in ("brain", "liver", "retinal"):
+        for place in ("train/good", "test/good", "test/Ungood"):
+            for i in range(2):
+                write_image(root / f"{name}/{place}/scan{i}.png", mode="L")
+        for i in range(2):
+            write_mask(root / f"{name}/ground_truth/Ungood/label{i}.png", value=i + 1)
+
+
+def test_uni_medical_pairs_by_order(tmp_path: Path):
+    write_uni_medical(tmp_path)
+    assert len(load_anomaly_dataset(tmp_path)) == 6
+    test = load_anomaly_dataset(tmp_path, "test", category="liver")
+    assert defects(test) == ["Ungood", "Ungood", "good", "good"]
+    assert_masks_mark_the_left(test)
+    assert [np.asarray(test[i]["mask"]).max() for i in range(2)] == [1, 2]  # the first mask to the first image
+    (tmp_path / "liver/ground_truth/Ungood/label0.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds 1 masks, but .*liver/test/Ungood 2 images"):
+        load_anomaly_dataset(tmp_path, "test")
+
+
+def test_uni_medical_meta_json(tmp_path: Path):
+    write_uni_medical(tmp_path)
+
+    def rows(name: str, place: str, masks: list[str]) -> list[dict]:
+        return [
+            {
+                "img_path": f"{name}/{place}/scan{i}.png",
+                "mask_path": mask,
+                "cls_name": name,
+                "specie_name": place.split("/")[1],
+                "anomaly": int(bool(mask)),
+            }
+            for i, mask in enumerate(masks)
+        ]
+
+    meta = {"train": {}, "test": {}}
+    for name in ("brain", "liver"):
+        crossed = [f"{name}/ground_truth/Ungood/label{i}.png" for i in (1, 0)]  # not in sorted order
+        meta["train"][name] = rows(name, "train/good", ["", ""])
+        meta["test"][name] = rows(name, "test/Ungood", crossed) + rows(name, "test/good", ["", ""])
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert set(load_anomaly_dataset(tmp_path)["category"]) == {"brain", "liver"}
+    test = load_anomaly_dataset(tmp_path, "test", category="brain")
+    assert defects(test) == ["Ungood", "Ungood", "good", "good"]
+    assert [np.asarray(test[i]["mask"]).max() for i in range(2)] == [2, 1]
+    (tmp_path / "meta.json").write_text('{"train": {"brain": [{"path": "a.png"}]}}')
+    with pytest.raises(ValueError, match=r"meta\.json is not as expected"):
+        load_anomaly_dataset(tmp_path)
+
+
+def test_elpv_labels_file(tmp_path: Path):
+    lines = []
+    for kind, count in (("mono", 20), ("poly", 11)):
+        for i in range(count):
+            probability = (0.0, 1.0, 0.0, 0.3333333333333333, 0.6666666666666666)[i % 5]
+            path = write_image(tmp_path / f"images/{kind}{i:04}.png", mode="L").relative_to(tmp_path)
+            lines.append(f"{path}  {probability}   {kind}\n")
+    (tmp_path / "labels.csv").write_text("".join(lines))
+    good = [f"mono{i:04}.png" for i in range(20) if i % 5 in (0, 2)]  # 8 of them
+    order = np.random.default_rng(0).permutation(8)
+    train = load_anomaly_dataset(tmp_path, category="mono")
+    assert [Path(path).name for path in train["path"]] == sorted(good[i] for i in order[:5])
+    test = load_anomaly_dataset(tmp_path, "test", category="mono", dataset="elpv")
+    held_out = [Path(row["path"]).name for row in test if row["label"] == 0]
+    assert held_out == sorted(good[i] for i in order[5:])
+    assert defects(test).count("defective") == 4
+    assert set(test["mask"]) == {None}
+    assert set(load_anomaly_dataset(tmp_path)["category"]) == {"mono", "poly"}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("elpv_dataset"), reason="needs the package elpv-dataset")
+def test_elpv_package():
+    train, test = load_anomaly_dataset("elpv/mono"), load_anomaly_dataset("elpv/mono", "test")
+    assert (len(train), len(test), sum(test["label"])) == (411, 177 + 313, 313)
+    assert set(train["category"]) == {"mono"}
+    assert not set(train["path"]) & set(test["path"])
+    assert train[0]["image"].size == (300, 300)
+    same = load_anomaly_dataset("elpv", category="mono", dataset="elpv")
+    assert same[:]["path"] == train[:]["path"]
+    with pytest.raises(ValueError, match=r"\['mono', 'poly'\]"):
+        load_anomaly_dataset("elpv/multi")
+    with pytest.raises(ValueError, match="is 'mono' alone"):
+        load_anomaly_dataset("elpv/mono", category="poly")
+
+
+def test_elpv_without_the_package(monkeypatch: pytest.MonkeyPatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find_spec(name + "_which_is_not_installed"))
+    with pytest.raises(ImportError, match="pip install elpv-dataset"):
+        load_anomaly_dataset("elpv")
+
+
+# Plain folders
+
+
+def test_flat_folder_is_all_good(tmp_path: Path):
+    for name in ("b.png", "a.jpg"):
+        write_image(tmp_path / "parts" / name)
+    train = load_anomaly_dataset(tmp_path / "parts")
+    assert relative(train, tmp_path) == ["parts/a.jpg", "parts/b.png"]
+    assert set(train["label"]) == {0}
+    assert set(train["category"]) == {"parts"}
+    with pytest.raises(ValueError, match="without labels"):
+        load_anomaly_dataset(tmp_path / "parts", "test")
+
+
+def test_folder_of_good_and_defects(tmp_path: Path):
+    for name in ("good/1.png", "good/monday/2.png", "scratch/1.jpg", "dent/1.png", "dent/night/1.png"):
+        write_image(tmp_path / name)
+    assert relative(load_anomaly_dataset(tmp_path), tmp_path) == ["good/1.png", "good/monday/2.png"]
+    with pytest.warns(UserWarning, match="same in both splits"):
+        test = load_anomaly_dataset(tmp_path, "test")
+    assert defects(test) == ["dent", "dent", "good", "good", "scratch"]
+    assert set(test["mask"]) == {None}
+
+    for name in ("scratch/1.png", "dent/1_mask.png", "dent/night/1.png"):  # either way of naming
+        write_mask(tmp_path / "ground_truth" / name)
+    with pytest.warns(UserWarning, match="same in both splits"):
+        test = load_anomaly_dataset(tmp_path, "test")
+    assert len(test) == 5
+    assert_masks_mark_the_left(test)
+    (tmp_path / "ground_truth/dent/night/1.png").unlink()
+    with (
+        pytest.warns(UserWarning, match="same in both splits"),
+        pytest.raises(FileNotFoundError, match=r"no mask for .*dent/night/1\.png"),
+    ):
+        load_anomaly_dataset(tmp_path, "test")
+
+
+def test_folder_with_loose_training_images_and_a_sorted_test(tmp_path: Path):
+    for name in ("train/1.png", "train/2.png", "test/good/3.png", "test/dent/4.png"):
+        write_image(tmp_path / name)
+    write_mask(tmp_path / "ground_truth/dent/4.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert relative(load_anomaly_dataset(tmp_path), tmp_path) == ["train/1.png", "train/2.png"]
+        test = load_anomaly_dataset(tmp_path, "test")
+    assert defects(test) == ["dent", "good"]
+    assert_masks_mark_the_left(test)
+    with pytest.raises(ValueError, match=r"no 'validation', only \['test', 'train'\]"):
+        load_anomaly_dataset(tmp_path, "validation")
+
+
+def test_folders_of_several_categories(tmp_path: Path):
+    for name in ("left/good/1.png", "right/good/1.png", "right/dent/1.png"):
+        write_image(tmp_path / name)
+    assert list(load_anomaly_dataset(tmp_path)["category"]) == ["left", "right"]
+
+
+def test_defects_are_not_taken_for_good_images(tmp_path: Path):
+    for name in ("1.png", "dent/1.png"):
+        write_image(tmp_path / name)
+        for split in ("train", "test"):
+            if name == "dent/1.png":
+                with pytest.raises(ValueError, match=r"no good images: expected .*good, but there are only dent"):
+                    load_anomaly_dataset(tmp_path, split)
+
+
+# Choice of the layout, errors of trees
+
+
+def test_forced_layout(mvtec: Path):
+    assert len(load_anomaly_dataset(mvtec, dataset="mvtec_ad")) == 6
+    expected = {"visa": "split_csv/1cls.csv", "mvtec_3d": "rgb", "btad": "train/ok", "uni_medical": "Ungood"}
+    for name, part in expected.items():
+        with pytest.raises(ValueError, match=f"`dataset`='{name}': expected {mvtec}/.*{part}"):
+            load_anomaly_dataset(mvtec, dataset=name)
+    with pytest.raises(ValueError, match="`dataset` must be one of"):
+        load_anomaly_dataset(mvtec, dataset="mvtec")
+
+
+def test_meta_json_does_not_turn_mvtec_ad_into_uni_medical(mvtec: Path):
+    (mvtec / "meta.json").write_text('{"train": {}}')
+    assert len(load_anomaly_dataset(mvtec)) == 6
+
+
+def test_unknown_split_and_arguments(mvtec: Path):
+    with pytest.raises(ValueError, match=r"`split` must be one of \['train', 'validation', 'test'\]"):
+        load_anomaly_dataset(mvtec, "valid")
+    with pytest.raises(ValueError, match=r"bottle has no 'validation'"):
+        load_anomaly_dataset(mvtec, "validation")
+    with pytest.raises(ValueError, match="`on_bad_image`"):
+        load_anomaly_dataset(mvtec, on_bad_image="ignore")
+    with pytest.raises(TypeError, match="revision"):
+        load_anomaly_dataset(mvtec, revision="main")
+
+
+def test_no_folder_and_no_images(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=f"no folder at {tmp_path}/nowhere"):
+        load_anomaly_dataset(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no folder at"):
+        load_anomaly_dataset(write_image(tmp_path / "1.png"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=f"{tmp_path}/empty is empty"):
+        load_anomaly_dataset(tmp_path / "empty")
+    (tmp_path / "empty/notes.txt").write_text("text")
+    with pytest.raises(ValueError, match=f"{tmp_path}/empty holds no images: expected .png"):
+        load_anomaly_dataset(tmp_path / "empty")
+
+
+def test_category_without_images(mvtec: Path):
+    for file in (mvtec / "cable/train/good").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match="cable/train/good is empty"):
+        load_anomaly_dataset(mvtec)
+    (mvtec / "cable/train/good").rmdir()
+    with pytest.raises(ValueError, match="cable/train is empty"):
+        load_anomaly_dataset(mvtec)
+    assert len(load_anomaly_dataset(mvtec, category="bottle")) == 3
+    (mvtec / "bottle/test/dent").mkdir()
+    with pytest.raises(ValueError, match="bottle/test/dent is empty"):
+        load_anomaly_dataset(mvtec, "test")
+
+
+def test_missing_mask(mvtec: Path):
+    (mvtec / "bottle/ground_truth/crack/001_mask.png").unlink()
+    message = "no mask for .*bottle/test/crack/001.png: expected .*ground_truth/crack/001_mask.png"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_anomaly_dataset(mvtec, "test")
+
+
+def test_mask_of_another_size(mvtec: Path):
+    write_mask(mvtec / "bottle/ground_truth/crack/001_mask.png", size=(8, 12))
+    message = "bottle/test/crack/001.png is 12 x 8 pixels, but .*crack/001_mask.png is 8 x 12 pixels"
+    for on_bad_image in ("error", "skip"):
+        with pytest.raises(ValueError, match=message):
+            load_anomaly_dataset(mvtec, "test", on_bad_image=on_bad_image)
+
+
+def test_mask_of_a_turned_image(tmp_path: Path):
+    folder = write_mvtec_category(tmp_path / "part")
+    exif = PIL.Image.Exif()
+    exif[PIL.Image.ExifTags.Base.Orientation] = 6  # a quarter turn
+    PIL.Image.new("RGB", SIZE).save(folder / "test/hole/001.jpg", exif=exif)
+    write_mask(folder / "ground_truth/hole/001_mask.png", size=SIZE[::-1])
+    row = load_anomaly_dataset(folder, "test")[-1]
+    assert row["image"].size == row["mask"].size == SIZE[::-1]
+
+
+# Images that cannot be read
+
+
+def damage(path: Path, how: str) -> Path:
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    PIL.Image.fromarray(noise).save(path)
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 0xFF
+    damaged = {"empty": b"", "text": b"not an image", "cut": content[: len(content) // 2], "flipped": flipped}
+    path.write_bytes(damaged[how])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("9.png", "empty"),
+        ("9.png", "text"),
+        ("9.png", "cut"),
+        ("9.png", "flipped"),
+        ("9.jpg", "empty"),
+        ("9.jpg", "cut"),
+        ("9.bmp", "cut"),
+        ("9.tif", "cut"),
+        ("9.webp", "cut"),
+    ],
+)
+def test_bad_image(mvtec: Path, name: str, how: str):
+    bad = damage(mvtec / "cable/train/good" / name, how)
+    with pytest.raises(ValueError, match=f"1 images cannot be read.*\n  {bad}: "):
+        load_anomaly_dataset(mvtec)
+    with pytest.warns(UserWarning, match=f"Skipped 1 images.*\n  {bad}: ") as caught:
+        kept = load_anomaly_dataset(mvtec, on_bad_image="skip")
+    assert len(caught) == 1
+    assert len(kept) == 6
+    assert str(bad) not in kept["path"]
+    assert len([row["image"] for row in kept]) == 6  # all of them decode
+
+
+def test_several_bad_images_and_masks(mvtec: Path):
+    bad = [damage(mvtec / "cable/test/good/000.png", "cut"), damage(mvtec / "cable/test/good/001.png", "text")]
+    bad.append(damage(mvtec / "bottle/ground_truth/crack/000_mask.png", "cut"))
+    with pytest.raises(ValueError, match="3 images cannot be read") as error:
+        load_anomaly_dataset(mvtec, "test")
+    assert all(str(path) in str(error.value) for path in bad)
+    with pytest.warns(UserWarning, match="Skipped 3 images") as caught:
+        kept = load_anomaly_dataset(mvtec, "test", on_bad_image="skip")
+    assert len(caught) == 1
+    assert all(str(path) in str(caught[0].message) for path in bad)
+    assert len(kept) == 7
+    assert str(mvtec / "bottle/test/crack/000.png") not in kept["path"]
+
+
+def test_skipping_must_leave_good_images(mvtec: Path):
+    for file in (mvtec / "cable/train/good").iterdir():
+        damage(file, "text")
+    message = r"no good images to train on in \['cable'\]"
+    with pytest.warns(UserWarning, match="Skipped 3"), pytest.raises(ValueError, match=message):
+        load_anomaly_dataset(mvtec, on_bad_image="skip")
+
+
+def test_check_images_finds_a_file_that_has_gone(mvtec: Path):
+    dataset = load_anomaly_dataset(mvtec)
+    assert check_images(dataset) is dataset
+    gone = mvtec / "bottle/train/good/001.png"
+    gone.unlink()
+    with pytest.raises(ValueError, match=str(gone)):
+        check_images(dataset)
+    streamed = dataset.to_iterable_dataset()
+    with pytest.raises(ValueError, match=str(gone)):
+        list(check_images(streamed))
+    with pytest.warns(UserWarning, match=str(gone)):
+        kept = list(check_images(streamed, on_bad_image="skip"))
+    assert [row["image"].size for row in kept] == [SIZE] * 5
+
+
+# Streaming, and data that `datasets.load_dataset` reads
+
+
+def test_streaming_gives_the_same_rows(mvtec: Path):
+    streamed = load_anomaly_dataset(mvtec, "test", streaming=True)
+    assert isinstance(streamed, datasets.IterableDataset)
+    plain = load_anomaly_dataset(mvtec, "test")
+    for row, expected in zip(streamed, plain, strict=True):
+        assert {key: row[key] for key in COLUMNS[2:]} == {key: expected[key] for key in COLUMNS[2:]}
+        assert row["image"].tobytes() == expected["image"].tobytes()
+        assert (row["mask"] is None) == (expected["mask"] is None)
+    shuffled = [row["path"] for row in streamed.shuffle(seed=0, buffer_size=10)]
+    assert sorted(shuffled) == sorted(plain["path"])
+    assert shuffled != list(plain["path"])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def write_parquet(folder: Path, columns: dict, features: dict, split: str = "train") -> Path:
+    """A data set in the layout of the Hub, with the images inside."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    dataset.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def pil(value: int = 100) -> PIL.Image.Image:
+    return PIL.Image.new("RGB", SIZE, (value,) * 3)
+
+
+def left_mask(value: int = 255) -> PIL.Image.Image:
+    mask = np.zeros(SIZE[::-1], dtype=np.uint8)
+    mask[:, :3] = value
+    return PIL.Image.fromarray(mask)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_images_only(tmp_path: Path, streaming: bool):
+    folder = write_parquet(tmp_path / "parts", {"image": [pil(1), pil(2)]}, {"image": datasets.Image()})
+    rows = list(load_anomaly_dataset(folder, streaming=streaming))
+    assert [list(row) for row in rows] == [COLUMNS] * 2
+    assert [np.asarray(row["image"])[0, 0, 0] for row in rows] == [1, 2]
+    for row in rows:
+        assert (row["mask"], row["label"], row["defect"], row["path"]) == (None, 0, "good", "")
+        assert row["category"] == "parts"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_all_columns(tmp_path: Path, streaming: bool):
+    columns = {
+        "image": [pil(), pil(), pil()],
+        "mask": [None, left_mask(), left_mask(1)],
+        "label": [1, 0, 0],
+        "category": ["nut", "nut", "bolt"],
+        "defect": ["good", "bent", "rust"],
+        "serial": [7, 8, 9],
+    }
+    features = {
+        "image": datasets.Image(),
+        "mask": datasets.Image(),
+        "label": datasets.ClassLabel(names=["bad", "good"]),  # in the order of the alphabet: good is not 0
+        "category": datasets.Value("string"),
+        "defect": datasets.Value("string"),
+        "serial": datasets.Value("int64"),
+    }
+    folder = write_parquet(tmp_path / "parts", columns, features, split="test")
+    rows = list(load_anomaly_dataset(folder, "test", streaming=streaming))
+    assert [row["label"] for row in rows] == [0, 1, 1]
+    assert list(rows[0]) == COLUMNS
+    assert [row["defect"] for row in rows] == ["good", "bent", "rust"]
+    assert_masks_mark_the_left(rows)
+    of_nuts = load_anomaly_dataset(folder, "test", category="nut", streaming=streaming)
+    assert [row["category"] for row in of_nuts] == ["nut", "nut"]
+    if not streaming:
+        with pytest.raises(ValueError, match=r"`category` must be among \['bolt', 'nut'\]"):
+            load_anomaly_dataset(folder, "test", category="screw")
+
+
+@pytest.mark.parametrize(
+    ("values", "feature", "defect"),
+    [
+        ([0, 1], datasets.Value("int64"), "defective"),
+        ([False, True], datasets.Value("bool"), "defective"),
+        ([0.0, 1.0], datasets.Value("float32"), "defective"),
+        ([0, 1], datasets.ClassLabel(names=["0", "1"]), "defective"),
+        (["Normal", "bent"], datasets.Value("string"), "bent"),
+        ([1, 0], datasets.ClassLabel(names=["bent", "good"]), "bent"),
+    ],
+)
+def test_hub_labels(tmp_path: Path, values: list, feature: datasets.Value, defect: str):
+    columns, features = {"image": [pil(), pil()], "label": values}, {"image": datasets.Image(), "label": feature}
+    rows = load_anomaly_dataset(write_parquet(tmp_path / "parts", columns, features))
+    assert list(rows["label"]) == [0, 1]
+    assert list(rows["defect"]) == ["good", defect]
+
+
+def test_hub_classes_without_a_good_one(tmp_path: Path):
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["bent", "fine"])}
+    folder = write_parquet(tmp_path / "parts", {"image": [pil()], "label": [1]}, features)
+    with pytest.raises(ValueError, match=r"must be named 'good', but they are .*'fine'"):
+        load_anomaly_dataset(folder)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_labels_from_masks(tmp_path: Path, streaming: bool):
+    columns = {"image": [pil()] * 3, "mask": [None, left_mask(0), left_mask(1)]}
+    folder = write_parquet(tmp_path / "parts", columns, {"image": datasets.Image(), "mask": datasets.Image()})
+    rows = load_anomaly_dataset(folder, streaming=streaming)
+    assert [(row["label"], row["defect"]) for row in rows] == [(0, "good"), (0, "good"), (1, "defective")]
+
+
+def test_hub_without_images(tmp_path: Path):
+    folder = write_parquet(tmp_path / "parts", {"picture": [pil()]}, {"picture": datasets.Image()})
+    with pytest.raises(ValueError, match=r"no column 'image', only \['picture'\]"):
+        load_anomaly_dataset(folder)
+    with pytest.raises(ValueError, match="nowhere"):
+        load_anomaly_dataset(folder, "nowhere")
+
+
+def test_hub_training_split_without_good_images(tmp_path: Path):
+    columns = {"image": [pil()], "label": [1]}
+    features = {"image": datasets.Image(), "label": datasets.Value("int64")}
+    with pytest.raises(ValueError, match="no good images to train on"):
+        load_anomaly_dataset(write_parquet(tmp_path / "parts", columns, features))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_bad_image(tmp_path: Path, streaming: bool):
+    whole = damage(tmp_path / "9.png", "flipped").read_bytes()
+    columns = {"image": [{"bytes": whole, "path": "line/9.png"}, pil()]}
+    folder = write_parquet(tmp_path / "parts", columns, {"image": datasets.Image()})
+    if not streaming:
+        with pytest.raises(ValueError, match=r"line/9\.png: "):
+            load_anomaly_dataset(folder)
+    with pytest.warns(UserWarning, match=r"line/9\.png: "):
+        rows = list(load_anomaly_dataset(folder, on_bad_image="skip", streaming=streaming))
+    assert [row["image"].size for row in rows] == [SIZE]
+
+
+def test_image_folder_with_metadata(tmp_path: Path):
+    for i in range(2):
+        write_image(tmp_path / f"parts/train/{i}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "defect": name}) for i, name in enumerate(["good", "bent"])]
+    (tmp_path / "parts/train/metadata.jsonl").write_text("\n".join(lines))
+    rows = load_anomaly_dataset(tmp_path / "parts")
+    assert defects(rows) == ["good", "bent"]
+    assert list(rows["label"]) == [0, 1]
+    assert relative(rows, tmp_path) == ["parts/train/0.png", "parts/train/1.png"]
+
+
+def test_unreachable_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder 'some-org/no-such-data'"):
+        load_anomaly_dataset("some-org/no-such-data")
+
+
+# Pixels
+
+
+def test_grey_and_palette_images_keep_their_values():
+    grey = PIL.Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    for image in (grey, grey.convert("P")):
+        rgb = np.asarray(image_to_rgb(image))
+        assert rgb.shape == (16, 16, 3)
+        assert (rgb == np.asarray(grey)[..., None]).all()
+    colours = PIL.Image.new("P", (2, 1))
+    colours.putpalette([10, 20, 30, 200, 100, 50])
+    colours.putpixel((1, 0), 1)
+    assert np.asarray(image_to_rgb(colours)).tolist() == [[[10, 20, 30], [200, 100, 50]]]
+    assert np.asarray(image_to_rgb(PIL.Image.new("1", (1, 1), 1))).tolist() == [[[255] * 3]]
+
+
+def test_rgb_images_are_not_copied():
+    image = pil()
+    assert image_to_rgb(image) is image
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_16_bit_images_are_scaled_and_not_clipped(tmp_path: Path, name: str):
+    values = np.array([[0, 128, 129, 257, 1000], [257 * 100, 32768, 40000, 65534, 65535]], dtype=np.uint16)
+    (tmp_path / "good").mkdir()
+    PIL.Image.fromarray(values).save(tmp_path / "good" / name)
+    image = load_anomaly_dataset(tmp_path)[0]["image"]
+    assert image.mode == "I;16"
+    rgb = np.asarray(image_to_rgb(image))
+    assert rgb[..., 0].tolist() == [[0, 0, 1, 1, 4], [100, 128, 156, 255, 255]]
+    assert (rgb == rgb[..., :1]).all()
+
+
+def test_32_bit_and_float_images():
+    def first_channel(values: list, dtype: type) -> list:
+        return np.asarray(image_to_rgb(PIL.Image.fromarray(np.array([values], dtype=dtype))))[0, :, 0].tolist()
+
+    assert first_channel([0, 257, 65535], np.int32) == [0, 1, 255]  # 16 bit in mode I
+    assert first_channel([0, 2**30, 2**31 - 1], np.int32) == [0, 128, 255]
+    assert first_channel([0.0, 0.2, 1.0], np.float32) == [0, 51, 255]
+    assert first_channel([0.0, 0.6, 200.0], np.float32) == [0, 1, 200]
+    assert first_channel([0.0, 257.0, 65535.0], np.float32) == [0, 1, 255]
+    for values, dtype in (([-1, 5], np.int32), ([-0.5, 1.0], np.float32), ([np.nan, 1.0], np.float32)):
+        with pytest.raises(ValueError, match="has values from"):
+            first_channel(values, dtype)
+
+
+def test_big_endian_16_bit():
+    little = PIL.Image.fromarray(np.array([[0, 25700, 65535]], dtype=np.uint16))
+    big = PIL.Image.frombytes("I;16B", little.size, np.array([[0, 25700, 65535]], dtype=">u2").tobytes())
+    assert np.asarray(image_to_rgb(big))[0, :, 0].tolist() == [0, 100, 255]
+
+
+def test_cmyk_image(tmp_path: Path):
+    colour = PIL.Image.new("RGB", SIZE, (200, 100, 50)).convert("CMYK")
+    (tmp_path / "good").mkdir()
+    colour.save(tmp_path / "good/a.jpg", quality=100)
+    image = load_anomaly_dataset(tmp_path)[0]["image"]
+    assert image.mode == "CMYK"
+    assert np.abs(np.asarray(image_to_rgb(image)).astype(int) - (200, 100, 50)).max() <= 3
+
+
+def test_transparency_lies_over_white(tmp_path: Path):
+    rgba = PIL.Image.new("RGBA", (3, 1), (200, 100, 50, 255))
+    rgba.putpixel((1, 0), (200, 100, 50, 0))
+    rgba.putpixel((2, 0), (0, 0, 0, 51))
+    expected = [[[200, 100, 50], [255, 255, 255], [204, 204, 204]]]
+    assert np.asarray(image_to_rgb(rgba)).tolist() == expected
+    grey = PIL.Image.new("LA", (2, 1), (80, 255))
+    grey.putpixel((1, 0), (80, 0))
+    assert np.asarray(image_to_rgb(grey)).tolist() == [[[80] * 3, [255] * 3]]
+    palette = PIL.Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.putpixel((1, 0), 1)
+    palette.save(tmp_path / "p.png", transparency=1)
+    assert np.asarray(image_to_rgb(PIL.Image.open(tmp_path / "p.png"))).tolist() == [[[10, 20, 30], [255] * 3]]
+
+
+def test_images_are_turned_upright(tmp_path: Path):
+    exif = PIL.Image.Exif()
+    exif[PIL.Image.ExifTags.Base.Orientation] = 6
+    image = PIL.Image.new("RGB", (2, 1), "black")
+    image.putpixel((0, 0), (255, 0, 0))
+    image.save(tmp_path / "a.png", exif=exif)
+    upright = image_to_rgb(PIL.Image.open(tmp_path / "a.png"))
+    assert upright.size == (1, 2)
+    assert upright.getpixel((0, 0)) == (255, 0, 0)
+    assert image_to_rgb(upright).size == (1, 2)  # once is enough
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "LA", "RGBA", "I;16", "I", "F"])
+def test_masks_of_every_mode(mode: str):
+    left = left_mask(1)
+    if mode == "1":
+        left = left.point(lambda value: 255 * value)
+    mask = PIL.Image.fromarray(np.asarray(left).astype(np.uint16)) if mode == "I;16" else left.convert(mode)
+    marked = mask_to_array(mask)
+    assert marked.dtype == bool
+    assert marked.shape == SIZE[::-1]
+    assert marked[:, :3].all()
+    assert not marked[:, 3:].any()
+
+
+def test_mask_follows_its_image():
+    image = PIL.Image.new("RGB", (40, 20))
+    mask = PIL.Image.new("L", (40, 20))
+    for canvas, value in ((image, (255,) * 3), (mask, 1)):
+        canvas.paste(value, (16, 4, 24, 8))
+    for center_crop, expected in ((False, (slice(2, 4), slice(4, 6))), (True, (slice(2, 4), slice(3, 7)))):
+        resized, marked = resize_image_and_mask(image, mask, 10, center_crop=center_crop)
+        assert resized.size == (10, 10)
+        assert marked.shape == (10, 10)
+        assert marked.dtype == bool
+        assert marked[expected].all()
+        assert marked.sum() == marked[expected].size
+        assert ((np.asarray(resized)[..., 0] > 127) == marked).all()
+    resized, marked = resize_image_and_mask(image, None, (6, 9))
+    assert resized.size == (9, 6)
+    assert marked.shape == (6, 9)
+    assert not marked.any()
+
+
+def test_resizing_rejects_bad_input():
+    with pytest.raises(ValueError, match="`mask` is"):
+        resize_image_and_mask(pil(), left_mask().resize((5, 5)), 4)
+    with pytest.raises(ValueError, match="`size` must be positive"):
+        resize_image_and_mask(pil(), None, (0, 4))
+
+
+def test_each_part_goes_to_the_smaller_half():
+    paths = [
+        f"lot7/{part}-view{view}.png"
+        for part, views in (("a", 4), ("b", 1), ("c", 2), ("d", 1))
+        for view in range(views)
+    ]
+    part = part_index(paths, r"(\w)-view")
+    assert part.tolist() == [0, 0, 0, 0, 1, 2, 2, 3]
+    assert halve_parts(part).tolist() == [False] * 4 + [True] * 4
+    assert halve_parts(part_index(paths, None)).tolist() == [False, True] * 4
+
+
+def test_a_part_pattern_needs_paths():
+    with pytest.raises(ValueError, match=r"has none for its images\. Leave it out"):
+        part_index(["a.png", ""], "a")

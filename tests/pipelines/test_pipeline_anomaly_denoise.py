@@ -1,0 +1,697 @@
+"""The pipeline as a user calls it: every input, every output, calibrated and not, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import generator, texture, textures, tiny_extractor, tiny_pipeline, tiny_scheduler, tiny_unet, write_png
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from diffad import AnomalyDenoisePipeline, AnomalyOutput
+from diffad.images import images_to_pixel_values, images_to_tensors
+from diffad.likelihood import kl_divergence_map
+from diffad.moments import PRIOR_IMAGES
+
+FIELDS = ("anomaly_map", "anomaly_score", "reconstruction", "anomaly_mask", "is_anomalous", "p_value")
+
+
+@pytest.fixture
+def pipe() -> AnomalyDenoisePipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def calibrated(pipe) -> AnomalyDenoisePipeline:
+    return pipe.calibrate(textures(30), false_alarm_rate=0.1, generator=generator())
+
+
+def assert_same(output: AnomalyOutput, expected: AnomalyOutput) -> None:
+    """Equal to the bit in every field."""
+    for name in FIELDS:
+        actual, wanted = getattr(output, name), getattr(expected, name)
+        assert (actual is None) == (wanted is None), name
+        assert wanted is None or np.array_equal(actual, wanted), name
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_input_gives_the_same_map(calibrated, tmp_path):
+    array = texture(3, (20, 24))
+    path = write_png(tmp_path / "part.png", array)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    expected = calibrated(array, generator=generator())
+    assert expected.anomaly_map.shape == (1, 20, 24)
+    for image in (Image.fromarray(array), path, str(path), tensor, tensor[None], tensor / 255.0, [array], array[None]):
+        assert_same(calibrated(image, generator=generator()), expected)
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_shapes_types_and_ranges(pipe, calibrate):
+    if calibrate:
+        pipe.calibrate(textures(30), false_alarm_rate=0.1)
+    output = pipe(textures(3, (20, 28)))
+    assert output.anomaly_map.shape == (3, 20, 28)
+    assert output.anomaly_map.dtype == np.float32
+    assert np.isfinite(output.anomaly_map).all()
+    assert output.anomaly_score.shape == (3,)
+    assert output.anomaly_score.dtype == np.float32
+    assert output.reconstruction is None
+    if not calibrate:
+        assert output.anomaly_mask is output.is_anomalous is output.p_value is None
+        return
+    assert output.anomaly_mask.shape == (3, 20, 28)
+    assert output.anomaly_mask.dtype == output.is_anomalous.dtype == bool
+    assert output.is_anomalous.shape == output.p_value.shape == (3,)
+    assert output.p_value.dtype == np.float32
+    assert (output.p_value > 0).all()
+    assert (output.p_value <= 1).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (1, 5000), (33, 17), (64, 64)])
+def test_maps_come_at_any_size(pipe, size):
+    output = pipe(np.full((*size, 3), 0.5))
+    assert output.anomaly_map.shape == (1, *size)
+    assert np.isfinite(output.anomaly_map).all()
+
+
+def test_maps_at_the_processing_resolution(pipe):
+    images = [texture(0, (20, 28)), texture(1, 9), texture(2, (50, 3))]
+    output = pipe(images, match_input_resolution=False)
+    assert output.anomaly_map.shape == (3, 16, 16)
+    larger = pipe(images, match_input_resolution=False, processing_resolution=32)
+    assert larger.anomaly_map.shape == (3, 32, 32)
+
+
+def test_a_calibrated_pipeline_takes_another_resolution(calibrated):
+    output = calibrated(textures(4, 32), processing_resolution=32)
+    assert output.anomaly_map.shape == (4, 32, 32)
+    assert np.isfinite(output.anomaly_map).all()
+
+
+def test_the_extractor_may_look_closer_than_the_denoiser():
+    pipe = tiny_pipeline(image_size=48)
+    seen = []
+    pipe.feature_extractor.network.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-1]))
+    assert pipe.calibrate(textures(9, 64), false_alarm_rate=0.3)(texture(0, 64)).anomaly_map.shape == (1, 64, 64)
+    assert set(seen) == {48}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"image": [texture(0, 16), texture(1, 20)]}, r"`image`.*16x16, 20x20.*match_input_resolution=False"),
+        ({"image": []}, "`image` is an empty list"),
+        ({"image": np.full((16, 16), np.nan)}, "`image` holds NaN"),
+        ({"image": [texture(0), np.full((16, 16), np.nan)]}, r"`image\[1\]` holds NaN"),
+        ({"batch_size": 0}, "`batch_size`"),
+        ({"batch_size": 2.5}, "`batch_size`"),
+        ({"processing_resolution": 15}, r"`processing_resolution`.*multiple of 2.*Try 1[46]"),
+        ({"processing_resolution": 1}, "`processing_resolution` must be at least 2"),
+        ({"processing_resolution": 0}, "`processing_resolution`"),
+        ({"processing_resolution": 16.0}, "`processing_resolution`"),
+        ({"output_type": "latent"}, '`output_type`.*"np", "pt" or "pil"'),
+        ({"generator": 5}, "`generator`"),
+        ({"generator": [generator(), generator()]}, "`generator`.*each of the 1 images"),
+        ({"category": "bottle"}, "`category` 'bottle' is unknown.*default"),
+        ({"category": 1}, "`category` 1 is unknown"),
+        ({"category": [0, 0]}, "`category` lists 2 names for 1 images"),
+    ],
+)
+def test_wrong_arguments_are_named(pipe, arguments, words):
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        pipe(**{"image": texture(0), **arguments})
+
+
+def test_a_missing_file_is_named(pipe):
+    with pytest.raises(FileNotFoundError, match=r"`image`.*no_such\.png"):
+        pipe("no_such.png")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 1.5},
+        {"alpha": -0.1},
+        {"timesteps": []},
+        {"timesteps": [5, 1000]},
+        {"suppression": 1.0},
+        {"position_prior_images": -1.0},
+    ],
+)
+def test_wrong_options_are_named(options):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
+        tiny_pipeline(**options)
+
+
+# -- outputs -----------------------------------------------------------------------------------------------------
+
+
+def test_output_types_hold_the_same_values(calibrated):
+    images = textures(2, (20, 28))
+    outputs = {kind: calibrated(images, generator=generator(), output_type=kind) for kind in ("np", "pt", "pil")}
+    for name in FIELDS:
+        array, tensor = getattr(outputs["np"], name), getattr(outputs["pt"], name)
+        if array is None:
+            assert tensor is None
+            continue
+        assert isinstance(array, np.ndarray)
+        assert isinstance(tensor, torch.Tensor)
+        assert np.array_equal(tensor.numpy(), array), name
+    pil = outputs["pil"]
+    assert [image.mode for image in pil.anomaly_map] == ["F", "F"]
+    assert [image.size for image in pil.anomaly_map] == [(28, 20), (28, 20)]
+    assert np.array_equal(np.stack([np.asarray(image) for image in pil.anomaly_map]), outputs["np"].anomaly_map)
+    assert np.array_equal(np.stack([np.asarray(mask) for mask in pil.anomaly_mask]), outputs["np"].anomaly_mask)
+
+
+def test_a_tuple_has_the_fields_in_their_order(calibrated):
+    output = calibrated(texture(0), generator=generator())
+    values = calibrated(texture(0), generator=generator(), return_dict=False)
+    assert isinstance(values, tuple)
+    assert len(values) == len(FIELDS)
+    assert_same(AnomalyOutput(*values), output)
+
+
+def test_masks_alarms_and_scores_follow_their_thresholds(calibrated):
+    output = calibrated(textures(20, first_seed=100), generator=generator())
+    calibration = calibrated.calibration
+    assert np.array_equal(output.anomaly_mask, output.anomaly_map > calibration.pixel_threshold.numpy())
+    assert np.array_equal(output.is_anomalous, output.anomaly_score > calibration.image_threshold.numpy())
+    assert np.array_equal(output.is_anomalous, output.p_value <= 0.1)
+    np.testing.assert_allclose(output.anomaly_score, output.anomaly_map.max(axis=(1, 2)), rtol=1e-6)
+
+
+def test_the_score_may_be_a_mean_of_the_highest_pixels():
+    output = tiny_pipeline(score_fraction=0.1)(textures(2), generator=generator())
+    highest = np.sort(output.anomaly_map.reshape(2, -1), axis=1)[:, -26:]  # a tenth of 256
+    np.testing.assert_allclose(output.anomaly_score, highest.mean(axis=1), rtol=1e-5)
+
+
+def test_suppression_lowers_maps_by_how_far_their_peak_stands_out():
+    images = [*textures(4, first_seed=100), *(texture(2000 + i, defect=True) for i in range(4))]
+    pipes = [
+        tiny_pipeline(suppression=s).calibrate(textures(60), false_alarm_rate=0.1, generator=generator())
+        for s in (0.0, 0.4)
+    ]
+    plain, suppressed = (pipe(images, generator=generator()) for pipe in pipes)
+    for one, other in zip(plain.anomaly_map, suppressed.anomaly_map, strict=True):
+        np.testing.assert_allclose(other, one - 0.4 * (one.max() - one.mean()), atol=1e-4)
+    # thresholds are those of the maps as they come out
+    assert 0.0 < pipes[1].calibration.pixel_threshold < pipes[0].calibration.pixel_threshold
+    assert np.array_equal(suppressed.is_anomalous, suppressed.anomaly_mask.any(axis=(1, 2)))
+    assert suppressed.is_anomalous[4:].all()
+    raw = [tiny_pipeline(suppression=s)(images, generator=generator()).anomaly_map for s in (0.0, 0.4)]
+    assert np.array_equal(*raw)
+
+
+def test_positions_and_suppression_are_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffad.calibration.residual_gaussian.COVARIANCE_NUMBERS", 16 * 64 * 65 // 2)
+    pipe = tiny_pipeline(suppression=0.4, position_prior_images=50.0).calibrate(textures(20), false_alarm_rate=0.1)
+    pipe.save_pretrained(tmp_path)
+    loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path)
+    assert loaded.calibration.num_distances == 2
+    assert loaded.config.position_prior_images == 50.0
+    assert_same(loaded(texture(0), generator=generator()), pipe(texture(0), generator=generator()))
+
+
+def test_prior_images_make_the_positions_deviation_alike_everywhere(monkeypatch):
+    monkeypatch.setattr("diffad.calibration.residual_gaussian.COVARIANCE_NUMBERS", 16 * 64 * 65 // 2)
+    pipes = [
+        tiny_pipeline(position_prior_images=n).calibrate(textures(60), false_alarm_rate=0.1, generator=generator())
+        for n in (PRIOR_IMAGES, 1e6)
+    ]
+    default, alike = (pipe.calibration.map_std[0] for pipe in pipes)  # (S, H, W)
+    assert torch.equal(default[:-1], alike[:-1])
+    assert alike[-1].std() < 0.01 * default[-1].std()
+    torch.testing.assert_close(alike[-1].square().mean(), default[-1].square().mean())
+    images = [texture(2000 + i, defect=True) for i in range(4)]
+    plain, even = (pipe(images, generator=generator()) for pipe in pipes)
+    np.testing.assert_allclose(plain.anomaly_score, even.anomaly_score, rtol=1e-4)  # places say how high
+    assert not np.allclose(plain.anomaly_map, even.anomaly_map, rtol=1e-2)
+
+
+def test_places_say_how_high_the_map_goes_and_positions_outline_the_defect(monkeypatch):
+    # one category's, at 4 x 4 places
+    monkeypatch.setattr("diffad.calibration.residual_gaussian.COVARIANCE_NUMBERS", 16 * 64 * 65 // 2)
+    pipe = tiny_pipeline(alpha=0.0, feature_sigma=0.0).calibrate(textures(90), false_alarm_rate=0.1)
+    assert pipe.calibration.num_distances == 2
+    images = [texture(2000 + i, defect=True) for i in range(20)]
+    output = pipe(images, generator=generator())
+    indices = torch.zeros(20, dtype=torch.long)
+    with torch.no_grad():
+        ((measurement, _),) = pipe.measurements(images, indices, 20, 16, generator())
+        maps = pipe.calibration.normalize(pipe.score_maps(measurement, indices, pipe.calibration), indices)
+    defects = torch.stack([torch.from_numpy((image == 0).all(axis=2)) for image in images])
+    of_places, of_positions = ((m[defects].mean() - m[~defects].mean()).item() for m in maps[:, -2:].unbind(dim=1))
+    assert of_positions > of_places
+    peak, own_peak = (m.amax(dim=(1, 2), keepdim=True) for m in maps[:, -2:].unbind(dim=1))
+    np.testing.assert_allclose(output.anomaly_map, maps[:, -1] + (peak - own_peak), atol=1e-3)
+    np.testing.assert_allclose(output.anomaly_score, peak[:, 0, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["timesteps", "score_strides"])
+def test_a_calibration_of_other_scores_is_refused(calibrated, change):
+    fewer = list(calibrated.config.timesteps if change == "timesteps" else calibrated.feature_extractor.config.strides)[
+        1:
+    ]
+    other = AnomalyDenoisePipeline(**calibrated.components, **{change: fewer})
+    with pytest.raises(ValueError, match="`calibration` was made for other scores"):
+        other(texture(0))
+
+
+def test_an_uncalibrated_pipeline_warns_once(pipe, caplog):
+    logging.Logger.warning_once.cache_clear()  # "once" is once a process
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            pipe(texture(0))
+    messages = [r.getMessage() for r in caplog.records if "not calibrated" in r.getMessage()]
+    assert len(messages) == 1
+    assert "calibrate(good_images)" in messages[0]
+
+
+# -- the method --------------------------------------------------------------------------------------------------
+
+
+def measured(pipe: AnomalyDenoisePipeline, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL (T, 16, 16) and mean square feature error (T, 8, 8) of one texture, written out image by image."""
+    (image,) = images_to_tensors(texture(0))
+    clean = images_to_pixel_values([image], (16, 16))
+    noise = torch.randn(3, 3, 16, 16, generator=generator(seed))
+    kl, errors = [], []
+    with torch.no_grad():
+        for level, t in enumerate((5, 50, 100)):
+            timestep = torch.tensor([t])
+            noisy = pipe.scheduler.add_noise(clean, noise[level : level + 1], timestep)
+            prediction = pipe.unet(noisy, timestep)
+            kl.append(kl_divergence_map(pipe.scheduler, prediction.sample, noisy, clean, timestep).mean(dim=1)[0])
+            features = pipe.feature_extractor(clean, (8, 8))
+            errors.append((features - prediction.features).square().mean(dim=1)[0])
+    return torch.stack(kl), torch.stack(errors)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_the_raw_map_is_equation_11(alpha):
+    pipe = tiny_pipeline(alpha=alpha, kl_sigma=0.0, feature_sigma=0.0)
+    kl, errors = measured(pipe, seed=4)
+    errors = torch.nn.functional.interpolate(errors[None], (16, 16), mode="bilinear")[0]
+    expected = (alpha * kl + (1.0 - alpha) * errors).mean(dim=0)
+    actual = pipe(texture(0), generator=generator(4)).anomaly_map[0]
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_one_pass_of_the_network_for_all_noise_levels_of_a_batch(pipe):
+    passes, looks = [], []
+    pipe.unet.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
+    pipe.feature_extractor.network.register_forward_pre_hook(lambda module, args: looks.append(len(args[0])))
+    pipe(textures(10), batch_size=4)
+    assert passes == [12, 12, 6]  # three noise levels an image
+    assert looks == [4, 4, 2]  # the clean image's features once, not once a noise level
+
+
+def test_the_batch_size_changes_only_rounding(calibrated):
+    images = textures(7)
+    outputs = [calibrated(images, batch_size=size, generator=generator(1)) for size in (1, 3, 7, 16)]
+    for output in outputs[1:]:
+        np.testing.assert_allclose(output.anomaly_map, outputs[0].anomaly_map, atol=1e-3, rtol=1e-4)
+        np.testing.assert_allclose(output.anomaly_score, outputs[0].anomaly_score, atol=1e-3, rtol=1e-4)
+
+
+def test_the_noise_of_an_image_depends_on_nothing_after_it(pipe):
+    seen = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    draws = []
+    for count, batch_size in ((7, 1), (7, 3), (5, 16)):
+        seen.clear()
+        pipe(textures(count), batch_size=batch_size, generator=generator(1))
+        draws.append(torch.cat(seen)[: 5 * 3])
+    assert torch.equal(draws[0], draws[1])
+    assert torch.equal(draws[0], draws[2])
+
+
+def test_a_generator_makes_a_call_repeatable_to_the_bit(calibrated):
+    images = textures(5)
+    first = calibrated(images, generator=generator(3))
+    assert_same(calibrated(images, generator=generator(3)), first)
+    assert not np.array_equal(calibrated(images, generator=generator(4)).anomaly_map, first.anomaly_map)
+
+
+def test_a_generator_an_image_makes_images_independent(calibrated):
+    images = textures(4)
+    together = calibrated(images, generator=[generator(i) for i in range(4)])
+    turned = calibrated(images[::-1], generator=[generator(i) for i in (3, 2, 1, 0)])
+    alone = calibrated(images[2], generator=[generator(2)])
+    np.testing.assert_allclose(turned.anomaly_map[::-1], together.anomaly_map, atol=1e-3, rtol=1e-4)
+    np.testing.assert_allclose(alone.anomaly_map[0], together.anomaly_map[2], atol=1e-3, rtol=1e-4)
+
+
+def test_no_argument_is_changed(calibrated):
+    array, tensor = texture(0) / 255.0, torch.from_numpy(texture(1) / 255.0).permute(2, 0, 1)
+    kept = array.copy(), tensor.clone()
+    output = calibrated([array, tensor])
+    output.anomaly_map[:] = -1.0
+    assert np.array_equal(array, kept[0])
+    assert torch.equal(tensor, kept[1])
+
+
+# -- calibration -------------------------------------------------------------------------------------------------
+
+
+def test_good_images_are_zero_on_average_with_deviation_one():
+    pipe = tiny_pipeline().calibrate(textures(120), false_alarm_rate=0.1, generator=generator())
+    new = pipe(textures(40, first_seed=500), generator=generator(1))
+    # joined from six maps that vary together in part: the mean stays, the deviation can only shrink
+    assert abs(float(new.anomaly_map.mean())) < 0.15
+    assert 0.2 < float(new.anomaly_map.std(axis=0).mean()) < 1.2
+
+
+def test_new_good_images_seldom_raise_an_alarm_and_defects_do():
+    pipe = tiny_pipeline().calibrate(textures(150), false_alarm_rate=0.1, generator=generator())
+    good = pipe(textures(60, first_seed=1000), generator=generator(1))
+    defective = pipe([texture(2000 + i, defect=True) for i in range(20)], generator=generator(2))
+    assert good.is_anomalous.mean() < 0.25  # 0.1, and the noise of 50 calibration and 60 test images
+    assert good.anomaly_mask.any(axis=(1, 2)).mean() < 0.25
+    assert defective.is_anomalous.all()
+    assert defective.p_value.max() <= 0.04
+    assert defective.anomaly_score.min() > good.anomaly_score.max()
+
+
+def test_the_map_is_higher_on_the_defect():
+    pipe = tiny_pipeline().calibrate(textures(90), false_alarm_rate=0.1, generator=generator())
+    images = [texture(2000 + i, defect=True) for i in range(20)]
+    output = pipe(images, generator=generator(2))
+    ratios = []
+    for image, anomaly_map in zip(images, output.anomaly_map, strict=True):
+        defect = (image == 0).all(axis=2)
+        ratios.append(anomaly_map[defect].mean() / anomaly_map[~defect].mean())
+    # an untrained network of 16 px sees the defect from everywhere, but most of it where it is
+    assert min(ratios) > 1.0
+    assert np.mean(ratios) > 1.4
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_each_good_image_is_read_once_and_never_all_at_once(pipe, statistics):
+    """One pass and constant memory: what the networks measured of a batch is gone before the batch after the next."""
+    read, alive, references = [], [], []
+
+    class Images:
+        def __init__(self, first: int, count: int):
+            self.first, self.count = first, count
+
+        def __len__(self) -> int:
+            return self.count
+
+        def __getitem__(self, i: int) -> np.ndarray:
+            read.append(self.first + i)
+            return texture(self.first + i)
+
+    measure = pipe.measure
+
+    def watched(*args, **kwargs):
+        alive.append(sum(reference() is not None for reference in references))
+        measurement = measure(*args, **kwargs)
+        references.extend([weakref.ref(measurement.maps), weakref.ref(measurement.residual)])
+        return measurement
+
+    pipe.measure = watched
+    good = Images(0, 64)
+    pipe.calibrate(good, statistics_images=Images(64, 32) if statistics else None, false_alarm_rate=0.1, batch_size=4)
+    assert sorted(read) == list(range(96 if statistics else 64))
+    assert len(alive) >= 16
+    assert max(alive) <= 2  # of one batch, while the next is measured
+
+
+def test_statistics_images_leave_all_others_for_the_thresholds(pipe):
+    pipe.calibrate(textures(20), statistics_images=textures(10, first_seed=50), false_alarm_rate=0.1)
+    assert pipe.calibration.normal_scores.shape == (1, 20)
+    pipe.calibrate(textures(21), false_alarm_rate=0.2)
+    assert pipe.calibration.normal_scores.shape == (1, 11)
+    assert (pipe.calibration.normal_scores.diff() >= 0).all()
+    assert pipe.calibration.config.false_alarm_rate == 0.2
+
+
+def test_maps_of_new_good_images_are_what_calibration_expects(pipe):
+    # the residual's covariance has seen the images that the maps' statistics come from, and must not flatter them
+    pipe.calibrate(textures(3), statistics_images=textures(40, first_seed=10), false_alarm_rate=0.3)
+    residual_map = pipe.calibration.map_mean[0, -1].mean()
+    indices = torch.zeros(40, dtype=torch.long)
+    ((measurement, _),) = pipe.measurements(textures(40, first_seed=100), indices, 40, 16, None)
+    new = pipe.score_maps(measurement, indices, pipe.calibration)[:, -1].mean()
+    assert abs(float(residual_map / new) - 1.0) < 0.15
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_few_images_give_finite_sane_maps(pipe, count):
+    pipe.calibrate(textures(count), false_alarm_rate=0.5)
+    output = pipe(textures(10, first_seed=50), generator=generator())
+    assert np.isfinite(output.anomaly_map).all()
+    assert np.abs(output.anomaly_map).max() < 50.0  # not a thousand deviations because two images looked alike
+    assert pipe.calibration.normal_scores.shape == (1, count // 2)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_are_too_few(pipe, count):
+    with pytest.raises(ValueError, match=f"`images` holds {count} good images and `statistics_images`.*takes 1"):
+        pipe.calibrate(textures(count))
+    assert pipe.calibration is None
+
+
+def test_too_few_statistics_images(pipe):
+    with pytest.raises(ValueError, match="`statistics_images`"):
+        pipe.calibrate(textures(5), statistics_images=[], false_alarm_rate=0.3)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, -1.0])
+def test_a_wrong_rate_is_refused(pipe, rate):
+    with pytest.raises(ValueError, match="`false_alarm_rate`"):
+        pipe.calibrate(textures(3), false_alarm_rate=rate)
+
+
+def test_a_rate_that_the_images_cannot_vouch_for_is_told(pipe):
+    with pytest.warns(UserWarning, match="at least 99 held-out good images") as caught:
+        pipe.calibrate(textures(6), false_alarm_rate=0.01)
+    assert len([w for w in caught if "held-out" in str(w.message)]) == 1
+
+
+def test_constant_images_give_no_nan(pipe):
+    black = [np.zeros((16, 16, 3), np.uint8)] * 9
+    pipe.calibrate(black, false_alarm_rate=0.3)
+    for image in (black[0], texture(0), np.full((16, 16, 3), 255, np.uint8)):
+        output = pipe(image)
+        assert np.isfinite(output.anomaly_map).all()
+        assert np.isfinite(output.anomaly_score).all()
+
+
+def test_a_network_that_says_the_same_everywhere_gives_no_nan():
+    pipe = tiny_pipeline()
+    for parameter in pipe.unet.parameters():
+        parameter.data.zero_()
+    for buffer in pipe.feature_extractor.network.parameters():
+        buffer.data.zero_()
+    pipe.calibrate([np.zeros((16, 16, 3), np.uint8)] * 9, false_alarm_rate=0.3, generator=generator())
+    assert np.isfinite(pipe(texture(0)).anomaly_map).all()
+
+
+def test_calibration_is_repeatable_to_the_bit(pipe):
+    pipe.calibrate(textures(12), false_alarm_rate=0.3, generator=generator(5))
+    first = {name: buffer.clone() for name, buffer in pipe.calibration.named_buffers()}
+    pipe.calibrate(textures(12), false_alarm_rate=0.3, generator=generator(5))
+    for name, buffer in pipe.calibration.named_buffers():
+        assert torch.equal(buffer, first[name]), name
+
+
+def test_calibration_takes_paths_and_columns(pipe, tmp_path):
+    from datasets import Dataset
+
+    paths = [str(write_png(tmp_path / f"{i}.png", pixels)) for i, pixels in enumerate(textures(9))]
+    expected = pipe.calibrate(textures(9), false_alarm_rate=0.3, generator=generator()).calibration
+    column = Dataset.from_dict({"image": [Image.open(path) for path in paths]})["image"]
+    for images in (paths, column, np.stack(textures(9))):
+        actual = pipe.calibrate(images, false_alarm_rate=0.3, generator=generator()).calibration
+        assert torch.equal(actual.map_mean, expected.map_mean)
+        assert torch.equal(actual.normal_scores, expected.normal_scores)
+
+
+# -- categories --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unified() -> AnomalyDenoisePipeline:
+    return tiny_pipeline(categories=["bottle", "cable", "screw"])
+
+
+def test_wrong_categories_list_the_right_ones(unified):
+    for category in ("nut", 3, -1, ["bottle", "nut"]):
+        images = textures(2) if isinstance(category, list) else texture(0)
+        with pytest.raises(ValueError, match=r"`category`.*bottle, cable, screw"):
+            unified(images, category=category)
+    with pytest.raises(ValueError, match=r"`category` is needed.*bottle, cable, screw"):
+        unified(texture(0))
+    with pytest.raises(ValueError, match="`category` lists 1 names for 2 images"):
+        unified(textures(2), category=["bottle"])
+    with pytest.raises(ValueError, match=r"`category` is needed.*bottle, cable, screw"):
+        unified.calibrate(textures(3))
+
+
+def test_a_category_is_a_name_or_an_index_for_all_or_each(unified):
+    images = textures(3)
+    draws = {
+        name: unified(images, category=category, generator=generator()).anomaly_map
+        for name, category in {
+            "name": "cable",
+            "index": 1,
+            "each": ["cable"] * 3,
+            "mixed": ["bottle", 1, "screw"],
+            "other": "bottle",
+        }.items()
+    }
+    assert np.array_equal(draws["name"], draws["index"])
+    assert np.array_equal(draws["name"], draws["each"])
+    np.testing.assert_allclose(draws["mixed"][1], draws["name"][1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(draws["mixed"][0], draws["other"][0], rtol=1e-4, atol=1e-5)
+    assert not np.array_equal(draws["name"], draws["other"])
+
+
+def test_each_category_keeps_its_calibration(unified):
+    unified.calibrate(textures(9), false_alarm_rate=0.3, category="bottle", batch_size=1, generator=generator())
+    bottle = {name: buffer[0].clone() for name, buffer in unified.calibration.named_buffers()}
+    before = unified(textures(2), category="bottle", generator=generator())
+    unified.calibrate([image[::-1] // 2 for image in textures(21)], false_alarm_rate=0.3, category=2, batch_size=1)
+    assert unified.calibration.normal_scores.shape == (3, 11)
+    for name, buffer in unified.calibration.named_buffers():
+        kept = buffer[0, ..., :5] if name == "normal_scores" else buffer[0]
+        assert torch.equal(kept, bottle[name]), name
+        if name != "normal_scores":
+            assert not torch.equal(buffer[0], buffer[2]), name
+    assert_same(unified(textures(2), category="bottle", generator=generator()), before)
+    # fewer images than before leave nothing of the earlier ones
+    unified.calibrate(textures(9), false_alarm_rate=0.3, category="screw")
+    assert int((~unified.calibration.normal_scores[2].isnan()).sum()) == 5
+    assert (unified.calibration.image_threshold[1] == float("inf")).all()  # cable was never calibrated
+
+
+def test_one_category_is_not_calibrated_otherwise_than_the_others(unified):
+    unified.calibrate(textures(9), false_alarm_rate=0.3, category="bottle")
+    with pytest.raises(ValueError, match=r"`false_alarm_rate` is 0.2.*other categories' thresholds are for 0.3"):
+        unified.calibrate(textures(9), false_alarm_rate=0.2, category="cable")
+    other = AnomalyDenoisePipeline(**unified.components, categories=["bottle", "cable", "screw"], timesteps=[5])
+    with pytest.raises(ValueError, match="`calibration` holds other categories' statistics"):
+        other.calibrate(textures(9), false_alarm_rate=0.3, category="cable")
+    # the only one that there is may change
+    unified.calibrate(textures(9), false_alarm_rate=0.4, category="bottle")
+    assert unified.calibration.config.false_alarm_rate == 0.4
+
+
+# -- saving and loading ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loader", [AnomalyDenoisePipeline, DiffusionPipeline])
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_saved_and_loaded_to_the_bit(pipe, tmp_path, loader, calibrate):
+    if calibrate:
+        pipe.calibrate(textures(9), false_alarm_rate=0.3, generator=generator())
+    pipe.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = loader.from_pretrained(tmp_path)
+    assert type(loaded) is AnomalyDenoisePipeline
+    images = textures(3, (20, 28))
+    assert_same(loaded(images, generator=generator()), pipe(images, generator=generator()))
+
+
+def test_options_survive_saving(tmp_path):
+    pipe = tiny_pipeline(
+        categories=["a", "b"], timesteps=[3, 30], alpha=0.2, kl_sigma=0.5, feature_sigma=1.5, score_fraction=0.1
+    )
+    pipe.calibrate(textures(9), false_alarm_rate=0.3, category="b")
+    pipe.save_pretrained(tmp_path)
+    loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path)
+    for name in ("timesteps", "alpha", "kl_sigma", "feature_sigma", "score_fraction", "processing_resolution"):
+        assert getattr(loaded.config, name) == getattr(pipe.config, name), name
+    assert loaded.config.categories == ["a", "b"]
+    assert loaded.processing_resolution == 16
+    assert_same(
+        loaded(texture(0), category="b", generator=generator()), pipe(texture(0), category="b", generator=generator())
+    )
+
+
+def test_weights_and_statistics_are_safetensors(calibrated, tmp_path: Path):
+    calibrated.save_pretrained(tmp_path)
+    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    weights = [name for name in files if Path(name).suffix not in (".json", ".py", ".md")]
+    parts = ("unet", "feature_extractor", "calibration")
+    assert sorted(weights) == sorted(f"{part}/diffusion_pytorch_model.safetensors" for part in parts)
+    assert json.loads((tmp_path / "model_index.json").read_text())["calibration"][1] == "ScoreCalibration"
+
+
+def test_components_can_be_exchanged(calibrated):
+    again = AnomalyDenoisePipeline(**calibrated.components)
+    assert again.calibration is calibrated.calibration
+    raw = AnomalyDenoisePipeline(tiny_unet(), tiny_scheduler(), tiny_extractor())
+    assert raw.calibration is None
+
+
+# -- precision and compilation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gives_float32_maps_close_to_full(calibrated, dtype):
+    images = textures(4)
+    expected = calibrated(images, generator=generator())
+    thresholds = calibrated.calibration.image_threshold.clone()
+    half = calibrated.to(dtype=dtype)
+    assert half.unet.dtype == half.feature_extractor.dtype == dtype
+    output = half(images, generator=generator())
+    assert output.anomaly_map.dtype == np.float32
+    assert np.isfinite(output.anomaly_map).all()
+    # in deviations of good images
+    assert np.abs(output.anomaly_map - expected.anomaly_map).mean() < 0.2
+    assert torch.equal(half.calibration.image_threshold, thresholds)
+
+
+@pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated")
+@pytest.mark.parametrize(("keyword", "dtype"), [("dtype", torch.bfloat16), ("torch_dtype", torch.float16)])
+def test_loaded_in_half_precision(calibrated, tmp_path, keyword, dtype):
+    calibrated.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, **{keyword: dtype})
+    assert loaded.unet.dtype == dtype
+    for name, buffer in loaded.calibration.named_buffers():
+        assert buffer.dtype == torch.float32, name
+        assert torch.equal(buffer, getattr(calibrated.calibration, name)), name
+    images = textures(4)
+    expected = calibrated(images, generator=generator())
+    loaded.set_progress_bar_config(disable=True)
+    output = loaded(images, generator=generator())
+    assert np.abs(output.anomaly_map - expected.anomaly_map).mean() < 0.2
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_under_autocast_maps_are_float32(pipe, calibrate):
+    if calibrate:
+        pipe.calibrate(textures(30), false_alarm_rate=0.1, generator=generator())
+    expected = pipe(textures(4), generator=generator())
+    with torch.autocast("cpu", torch.bfloat16):
+        output = pipe(textures(4), generator=generator())
+    assert output.anomaly_map.dtype == np.float32
+    assert np.abs(output.anomaly_map - expected.anomaly_map).mean() < 0.2 * expected.anomaly_map.std()
+
+
+def test_half_precision_with_an_extractor_of_another_size():
+    pipe = tiny_pipeline(sample_size=32, image_size=24).to(dtype=torch.bfloat16)
+    assert np.isfinite(pipe(texture(0, 40)).anomaly_map).all()
+
+
+def test_a_compiled_denoiser_gives_the_same_maps(calibrated):
+    images = textures(3)
+    expected = calibrated(images, generator=generator())
+    calibrated.unet = torch.compile(calibrated.unet, backend="eager")
+    output = calibrated(images, generator=generator())
+    np.testing.assert_allclose(output.anomaly_map, expected.anomaly_map, atol=1e-3, rtol=1e-4)

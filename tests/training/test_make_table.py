@@ -1,0 +1,208 @@
+"""Tables of the papers: their rows, what rows share, and that sharing changes no number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from conftest import BACKBONE, STRIDES, texture, tiny_pipeline, write_mvtec, write_png
+from PIL import Image
+from test_pipeline_diad import make_pipeline
+from torch import nn
+
+from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
+from diffad.training import make_table
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = write_mvtec(tmp_path_factory.mktemp("data"), {"tile": 2})
+    for i in range(6):
+        write_png(root / "tile" / "train" / "good" / f"{100 + i}.png", texture(100 + i))
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    tiny_pipeline().save_pretrained(folder := tmp_path_factory.mktemp("model"))
+    return folder
+
+
+def write_table(path: Path, rows: list[dict], method: str = "AnomalyDenoise") -> Path:
+    path.write_text(yaml.safe_dump({"title": "A table", "source": "a paper", "method": method, "rows": rows}))
+    return path
+
+
+def run(table: Path | str, model: Path | None, data: Path, output: Path, *more: object) -> dict[str, dict]:
+    """Mean results by row name."""
+    arguments = ["--table", table, "--data", data, "--output", output, "--resolution", 32, *more]
+    make_table.main([str(a) for a in [*arguments, *(["--model", model] if model else [])]])
+    report = json.loads(output.read_text())
+    return {row["name"]: row["results"]["mean"] for row in report["rows"]}
+
+
+@pytest.mark.parametrize("name", sorted(p.name.removesuffix(".yaml") for p in make_table.TABLES.iterdir()))
+def test_every_table_reads(name):
+    table = make_table.load_table(name)
+    names = [row["name"] for row in table["rows"]]
+    assert len(set(names)) == len(names) > 1
+    script = make_table.SCRIPTS[table["method"]]
+    for row in table["rows"]:
+        flags = [f"--{flag}" for flag in row.get("train", {})]
+        module = __import__(f"diffad.training.{script}", fromlist=["parse_args"])
+        known = Path(module.__file__).read_text() + Path(module.__file__).with_name("arguments.py").read_text()
+        assert all(f'"{flag}"' in known for flag in flags), row
+
+
+def test_rows_of_one_pass_equal_rows_of_their_own(model, data, tmp_path, capsys):
+    rows = [
+        {"name": "KL", "alpha": 1.0},
+        {"name": "features", "alpha": 0.0},
+        {"name": "raw", "calibrated": False},
+        {"name": "one stride", "score_strides": [4], "alpha": 0.0},
+    ]
+    together = run(write_table(tmp_path / "all.yaml", rows), model, data, tmp_path / "all.json")
+    assert list(together) == [*(row["name"] for row in rows), "PaDiM"]
+    for i, row in enumerate(rows):
+        alone = run(write_table(tmp_path / "one.yaml", [row]), model, data, tmp_path / f"{i}.json")
+        expected = {k: v for k, v in together[row["name"]].items() if not k.startswith(("seconds", "images_per"))}
+        assert {name: alone[row["name"]][name] for name in expected} == expected
+    assert len({str(result["pixel_auroc"]) for result in together.values()}) > 2  # rows are not one and the same
+    printed = capsys.readouterr().out
+    assert "| features | " in printed
+    assert (tmp_path / "all.md").read_text() in printed
+
+
+def test_alphas_share_one_pass_of_the_network(model, data, tmp_path, monkeypatch):
+    calls = []
+    forward = make_table.AnomalyDenoisePipeline.measure_at
+    monkeypatch.setattr(
+        make_table.AnomalyDenoisePipeline,
+        "measure_at",
+        lambda self, levels, pixel_values, *rest: (
+            calls.append(len(pixel_values)) or forward(self, levels, pixel_values, *rest)
+        ),
+    )
+    run("alpha", model, data, tmp_path / "alpha.json")
+    assert sum(calls) == 8 + 7  # every good training image once, every test image once, for eleven rows
+
+
+def test_noise_levels_are_measured_together(model, data, tmp_path):
+    rows = [{"name": "few", "timesteps": [5]}, {"name": "many", "timesteps": [5, 400]}]
+    results = run(write_table(tmp_path / "t.yaml", rows), model, data, tmp_path / "t.json")
+    assert results["few"] != results["many"]
+
+
+def test_the_plain_ddpm_has_a_row(model, data, tmp_path):
+    rows = [{"name": "ddpm", "baseline": "ddpm"}, {"name": "ours"}]
+    results = run(write_table(tmp_path / "t.yaml", rows), model, data, tmp_path / "t.json")
+    assert 0.0 <= results["ddpm"]["image_auroc"] <= 1.0
+
+
+def test_a_backbone_sweep_reconstructs_each_image_once(data, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "diad")
+    passes = []
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: (
+            passes.append(len(args[0])) if type(module).__name__ == "UNet2DConditionModel" else None
+        )
+    )
+    rows = [
+        {"name": "lite0", "calibrated": False},
+        {"name": "resnet", "backbone": "resnet18", "backbone_weights": "random", "score_strides": [4, 8]},
+        {"name": "finest", "score_strides": [2]},
+        {"name": "whitened", "distance": "mahalanobis"},
+    ]
+    try:
+        table = write_table(tmp_path / "t.yaml", rows, "DiAD")
+        results = run(table, tmp_path / "diad", data, tmp_path / "t.json")
+    finally:
+        hook.remove()
+    steps = make_pipeline().config.num_inference_steps
+    # test images, and training images: each once, for all rows
+    assert sum(passes) == steps * (7 + 8)
+    assert len({str(results[row["name"]]["pixel_auroc"]) for row in rows}) > 2
+
+
+def test_rows_that_train_their_own_model(data, tmp_path):
+    flags = {"preset": "cpu-64", "resolution": 16, "backbone": BACKBONE, "backbone_weights": "random"}
+    flags |= {"feature_strides": [2, 4], "max_train_steps": 2, "train_batch_size": 2, "calibration_fraction": 0.3}
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump({**flags, "false_alarm_rate": 0.4}))
+    rows = [{"name": "2 x 2", "train": {"feature_resolution": 2}}, {"name": "own", "each_category": True, "train": {}}]
+    table = write_table(tmp_path / "t.yaml", rows)
+    results = run(table, None, data, tmp_path / "t.json", "--train_config", config)
+    assert set(results) == {"2 x 2", "own", "PaDiM"}
+    weights = tmp_path / "t" / "own-tile" / "unet" / "diffusion_pytorch_model.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert run(table, None, data, tmp_path / "t.json") == results  # nothing is trained again
+    assert weights.stat().st_mtime_ns == written
+
+
+def test_padim_has_a_row_over_the_features_of_each_model(model, data, tmp_path):
+    torch.manual_seed(7)
+    features = TimmFeatureExtractor.from_backbone(BACKBONE, STRIDES, weights="random")
+    other = AnomalyDenoisePipeline(**{**tiny_pipeline().components, "feature_extractor": features})
+    other.save_pretrained(tmp_path / "t" / "own")  # where the row's own model would be trained
+    rows = [{"name": "given", "baseline": "padim"}, {"name": "own", "baseline": "padim", "train": {}}]
+    results = run(write_table(tmp_path / "t.yaml", rows), model, data, tmp_path / "t.json")
+    assert results["given"]["image_auroc"] >= 0.0
+    assert results["own"]["pixel_pro"] >= 0.0
+    assert results["own"] != results["given"]
+    assert results["PaDiM"] == results["given"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "message"),
+    [
+        ([{"name": "a", "alfa": 1}], (), "unknown \\['alfa'\\]"),
+        ([{"alpha": 1.0}], (), "no name"),
+        ([{"name": "a", "train": {}}], (), "--train_config"),
+        ([{"name": "a", "score_strides": [3]}], (), "score_strides"),
+    ],
+)
+def test_wrong_tables_say_what_is_wrong(rows, more, message, model, data, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(write_table(tmp_path / "t.yaml", rows), model, data, tmp_path / "t.json", *more)
+
+
+def test_a_table_that_is_not_there_lists_those_that_are(model, data, tmp_path):
+    with pytest.raises(FileNotFoundError, match="alpha, backbones"):
+        run("alhpa", model, data, tmp_path / "t.json")
+    with pytest.raises(ValueError, match="about DiAD"):
+        run("pooling", model, data, tmp_path / "t.json")
+
+
+def test_a_model_without_features_to_score_with_is_refused(data, tmp_path):
+    pipeline = make_pipeline()
+    pipeline.register_modules(feature_extractor=None)
+    pipeline.save_pretrained(tmp_path / "diad")
+    with pytest.raises(ValueError, match=r"--model.*no feature extractor"):
+        run("pooling", tmp_path / "diad", data, tmp_path / "t.json")
+
+
+def test_rows_that_score_the_same_maps_share_a_calibration(model, data):
+    rows = [{"name": "0", "alpha": 0.0}, {"name": "1", "alpha": 1.0}, {"name": "one level", "timesteps": [50]}]
+    device = torch.device("cpu")
+    pipelines = [make_table.row_pipeline(AnomalyDenoisePipeline.from_pretrained(model), row, device) for row in rows]
+    for pipeline in pipelines[1:]:
+        pipeline.register_modules(feature_extractor=pipelines[0].feature_extractor)
+    good = [{"image": Image.fromarray(texture(i))} for i in range(6)]
+    make_table.calibrate_rows(pipelines, good, 0, Accelerator(), 4, 0)
+    first, second, third = (pipeline.calibration for pipeline in pipelines)
+    assert first is second
+    assert first.config.map_shape[0] == 4
+    assert third.config.map_shape[0] == 2
+
+
+def test_statistics_do_not_reach_the_model(model, data, tmp_path):
+    before = {p.name: p.read_bytes() for p in model.rglob("*.safetensors")}
+    run(write_table(tmp_path / "t.yaml", [{"name": "a"}]), model, data, tmp_path / "t.json")
+    assert {p.name: p.read_bytes() for p in model.rglob("*.safetensors")} == before
+    assert torch.is_grad_enabled()

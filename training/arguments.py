@@ -1,0 +1,149 @@
+"""The flags that the training scripts share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffad.data.parts import check_part_pattern
+from diffad.images import IMAGENET_MEAN, IMAGENET_STD
+from diffad.precision import PRECISIONS
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of diffusers' own training examples, and what finding anomalies adds to them."""
+    switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": False}  # --no-FLAG undoes a --config
+    data = parser.add_argument_group("data")
+    data.add_argument("--config", metavar="FILE", help="YAML of any of these flags; the command line overrides it")
+    data.add_argument("--train_data_dir", metavar="DIR", help="MVTec-AD style tree or folder of good images, or 'elpv'")
+    data.add_argument("--dataset_name", metavar="ID", help="data set on the Hub, instead of --train_data_dir")
+    data.add_argument("--category", nargs="+", help="train on these categories only (default: all that there are)")
+    data.add_argument(
+        "--balance_categories",
+        **switch,
+        help="draw every category equally often, however many images it has (default: every image)",
+    )
+    data.add_argument(
+        "--streaming", **switch, help="read the data once as a stream, and keep only its good images on disk"
+    )
+    data.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable files (error)")
+    data.add_argument(
+        "--calibration_fraction",
+        type=float,
+        default=0.15,
+        help="share of good images held out for thresholds (0.15)",
+    )
+    data.add_argument(
+        "--part_pattern",
+        metavar="REGEX",
+        help="finds the part in an image's path, at its first match: the groups in parentheses, or else all of it; all "
+        "photographs of a part in a category are then held out, or none (default: every image is of another part)",
+    )
+    data.add_argument("--resolution", type=int, help="side of the training images in pixels (default: the preset's)")
+    data.add_argument(
+        "--rotation_degrees", type=float, default=5.0, help="rotate by up to this many degrees (%(default)s)"
+    )
+    data.add_argument("--random_flip", **switch, help="flip left-right")
+    data.add_argument("--random_vertical_flip", **switch, help="flip upside down")
+    data.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read images (0)")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--output_dir", default="runs/model", help="where the pipeline and checkpoints go (%(default)s)")
+    run.add_argument("--seed", type=int, default=0, help="of weights, data order, noise and augmentation (0)")
+    run.add_argument("--checkpointing_steps", type=int, default=500, help="steps between checkpoints (500)")
+    run.add_argument("--checkpoints_total_limit", type=int, default=2, help="checkpoints kept (2)")
+    run.add_argument("--resume_from_checkpoint", metavar="DIR", help="a checkpoint folder, or 'latest'")
+    run.add_argument("--validation_steps", type=int, default=0, help="steps between validation pictures (0: none)")
+    run.add_argument("--report_to", default=None, help="tracker: tensorboard, wandb, ... (none)")
+    run.add_argument("--push_to_hub", **switch, help="upload the pipeline, its card and pictures at the end")
+    run.add_argument(
+        "--num_example_images", type=int, default=2, help="held-out good images saved as pictures, and pushed (2)"
+    )
+    run.add_argument("--hub_model_id", help="repository to push to (default: the name of --output_dir)")
+    run.add_argument("--hub_token", help="Hub token (default: the one you logged in with)")
+
+    optimization = parser.add_argument_group("optimization")
+    optimization.add_argument("--train_batch_size", type=int, default=8, help="images a step and process (%(default)s)")
+    optimization.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches a step (%(default)s)")
+    optimization.add_argument("--max_train_steps", type=int, default=10_000, help="optimizer steps (%(default)s)")
+    optimization.add_argument("--learning_rate", type=float, default=1e-4, help="(%(default)s)")
+    optimization.add_argument("--lr_scheduler", default="cosine", help="diffusers' name of it (%(default)s)")
+    optimization.add_argument("--lr_warmup_steps", type=int, default=100, help="(%(default)s)")
+    optimization.add_argument("--adam_weight_decay", type=float, default=1e-4, help="(%(default)s)")
+    optimization.add_argument("--max_grad_norm", type=float, default=1.0, help="(1.0)")
+    optimization.add_argument("--use_ema", **switch, help="keep and save the weights' moving average")
+    optimization.add_argument("--ema_decay", type=float, default=0.9999, help="its largest decay (0.9999)")
+    optimization.add_argument(
+        "--mixed_precision", choices=PRECISIONS, help="auto is bf16 where that is fast, else no (accelerate's setting)"
+    )
+    optimization.add_argument("--gradient_checkpointing", **switch, help="less memory for more time")
+    optimization.add_argument("--false_alarm_rate", type=float, default=0.01, help="of good parts, at the end (0.01)")
+
+
+def add_diad_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the autoencoder's training and the denoiser's agree on: the images, and the features that judge them."""
+    images = parser.add_argument_group("images")
+    images.add_argument("--image_mean", type=float, nargs=3, default=[*IMAGENET_MEAN], help="of colours (ImageNet's)")
+    images.add_argument("--image_std", type=float, nargs=3, default=[*IMAGENET_STD], help="of colours (ImageNet's)")
+    features = parser.add_argument_group("features")
+    features.add_argument("--backbone", default="resnet50", help="timm model (resnet50)")
+    features.add_argument(
+        "--backbone_weights", help="'timm', 'random' or a file (default: installed package, then timm)"
+    )
+    features.add_argument("--feature_strides", type=int, nargs="+", default=[4, 8, 16], help="(4 8 16)")
+    features.add_argument("--feature_image_size", type=int, help="pixels the backbone sees (default: the resolution)")
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line over `--config`'s values over the defaults, and checks what every script takes."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    early, _ = parser.parse_known_args(argv)
+    if early.config:
+        path = Path(early.config)
+        if not path.is_file():
+            parser.error(f"--config: no file at {path}")
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            parser.error(f"--config: {path} is not YAML: {' '.join(str(error).split())}")
+        if not isinstance(values, dict):
+            parser.error(f"--config: {path} must hold lines of `flag: value`")
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            parser.error(f"--config: {path} sets unknown flags {', '.join(unknown)}")
+        # in front of the command line's, so that types and choices are checked and the later ones win
+        configured: list[str] = []
+        for name, value in values.items():
+            if value is False and name == "mixed_precision":  # so YAML reads `no`
+                configured += ["--mixed_precision", "no"]
+            elif value is True:
+                configured.append(f"--{name}")
+            elif value is False and f"--no-{name}" in parser._option_string_actions:
+                configured.append(f"--no-{name}")
+            elif value is not None and value is not False:
+                configured += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+        argv = [*configured, *argv]
+    args = parser.parse_args(argv)
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        parser.error("give one of --train_data_dir and --dataset_name")
+    if not 0.0 < args.calibration_fraction < 1.0:
+        parser.error(
+            "--calibration_fraction must lie in (0, 1): thresholds need good images that training has not seen"
+        )
+    if args.part_pattern is not None:
+        try:
+            check_part_pattern(args.part_pattern, "--part_pattern")
+        except ValueError as error:
+            parser.error(str(error))
+    if not 0.0 < args.false_alarm_rate < 1.0:
+        parser.error("--false_alarm_rate must lie in (0, 1)")
+    for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    return args

@@ -1,0 +1,231 @@
+"""Good images of training: held out, resized once, balanced, augmented."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from datasets.fingerprint import get_temporary_cache_files_directory
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from diffad.data import load_anomaly_dataset
+from diffad.data.layouts import FEATURES
+from diffad.data.parts import part_index
+from diffad.images import images_to_tensors, resize_images
+
+
+def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str]]:
+    """Good images for training, good images held out of it, and the categories' names.
+
+    The same share of every category is held out, by the seed; of a part, all of the category's images or none, and no
+    more than that share unless every part is larger. A model knows parts that it has been trained on, and thresholds
+    from other photographs of these would not hold for new parts.
+
+    Raises:
+        ValueError: a category has too few good images or parts, or `--part_pattern` is not in an image's path.
+    """
+    good = load_anomaly_dataset(
+        args.train_data_dir or args.dataset_name,
+        split="train",
+        category=args.category,
+        on_bad_image=args.on_bad_image,
+        streaming=args.streaming,
+    )
+    if args.streaming:
+        good = keep_good_images(good)
+    labels = np.asarray(good["label"])
+    good = good.select(np.flatnonzero(labels == 0)) if labels.any() else good
+    of_image = np.asarray(good["category"])
+    part = part_index(good["path"], args.part_pattern, "--part_pattern")
+    categories = sorted(set(of_image.tolist()))
+    training, held_out = [], []
+    for number, category in enumerate(categories):
+        images = np.flatnonzero(of_image == category)
+        parts, num_photographs = np.unique(part[images], return_counts=True)
+        left = max(1, round(args.calibration_fraction * len(images)))
+        chosen: list[int] = []
+        for one in np.random.default_rng([args.seed, number]).permutation(len(parts)):
+            if num_photographs[one] <= left:
+                chosen.append(one)
+                left -= num_photographs[one]
+        is_held_out = np.isin(part[images], parts[chosen or [num_photographs.argmin()]])
+        if (~is_held_out).sum() < 2:
+            of_parts = "" if args.part_pattern is None else f", and of parts by --part_pattern {len(parts)}"
+            raise ValueError(
+                f"Category {category!r} of {args.train_data_dir or args.dataset_name} has {len(images)} good images"
+                f"{of_parts}: too few to train and to calibrate. It takes 3, of 2 parts, and deserves 100."
+            )
+        held_out.extend(images[is_held_out].tolist())
+        training.extend(images[~is_held_out].tolist())
+    return good.select(sorted(training)), good.select(sorted(held_out)), categories
+
+
+def keep_good_images(stream: IterableDataset) -> Dataset:
+    """The good images of a stream, kept on disk as they come, encoded as they are: one pass in constant memory."""
+    stream = stream.cast_column("image", datasets.Image(decode=False))
+
+    def good_records() -> Iterator[dict[str, Any]]:
+        for record in stream:
+            if record["label"] == 0:
+                image = record["image"]
+                if image["bytes"] is None and "://" in image["path"]:  # of an image folder only the address came
+                    with fsspec.open(image["path"], "rb") as file:
+                        image = {**image, "bytes": file.read()}
+                yield {**record, "image": image, "mask": None}
+
+    return Dataset.from_generator(
+        good_records,
+        features=FEATURES,
+        cache_dir=get_temporary_cache_files_directory(),
+        fingerprint=uuid.uuid4().hex,  # its own would hash the stream
+    )
+
+
+def temporary_table() -> str:
+    """Path for a table of a `datasets.Dataset`, removed when the process ends."""
+    return str(Path(get_temporary_cache_files_directory(), f"{uuid.uuid4().hex}.arrow"))
+
+
+class ResizedImages(TorchDataset):
+    """Images of a data set, decoded and resized once and then read from a memory-mapped table.
+
+    An item is (uint8 tensor (3, R, R), category index), and `category_index` holds the latter of all images. Decoding
+    again in every epoch would cost more than a small network's step; keeping tensors in memory would grow with the
+    data set.
+    """
+
+    def __init__(self, dataset: Dataset, resolution: int, categories: Sequence[str]):
+        self.resolution = resolution
+        index = {name: i for i, name in enumerate(categories)}
+
+        def resize(record: dict[str, Any]) -> dict[str, Any]:
+            tensor = images_to_tensors(record["image"])[0]
+            resized = resize_images(tensor[None], (resolution, resolution))[0]
+            pixels = (resized * 255.0).round().to(torch.uint8)  # (3, R, R)
+            return {"pixels": pixels.numpy().tobytes(), "index": index[record["category"]]}
+
+        self.table = dataset.map(
+            resize,
+            remove_columns=dataset.column_names,
+            desc="Reading images",
+            writer_batch_size=64,
+            # a data set in memory would keep this one there too; one on disk has a place for it, and finds it again
+            cache_file_name=None if dataset.cache_files else temporary_table(),
+        ).with_format("numpy")
+        self.category_index = np.asarray(self.table["index"][:])
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        row = self.table[i]
+        pixels = np.frombuffer(row["pixels"], dtype=np.uint8).reshape(3, self.resolution, self.resolution)
+        return torch.from_numpy(pixels.copy()), int(row["index"])
+
+
+class BalancedSampler(Sampler[int]):
+    """Image indices in which every category comes equally often.
+
+    An epoch has as many images of each category as the largest one holds. It is made of rounds, each with one image of
+    every category in random order, so that a batch is balanced as well. A category's images are gone through again and
+    again, shuffled anew each time and across the ends of epochs: none comes up more often than another. The order
+    follows from seed and epoch alone.
+
+    Args:
+        category_index: (N,) integers.
+        seed: of all orders.
+    """
+
+    def __init__(self, category_index: np.ndarray, seed: int):
+        self.members = [np.flatnonzero(category_index == category) for category in np.unique(category_index)]
+        self.rounds = max(len(members) for members in self.members)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Accelerate calls this through its data loader's own `set_epoch`."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rounds * len(self.members)
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = []
+        for number, members in enumerate(self.members):
+            # this epoch's part of an endless row of permutations
+            start = self.epoch * self.rounds
+            first, last = start // len(members), (start + self.rounds - 1) // len(members)
+            shuffled = [
+                np.random.default_rng([self.seed, number, i]).permutation(members) for i in range(first, last + 1)
+            ]
+            drawn.append(np.concatenate(shuffled)[start - first * len(members) :][: self.rounds])
+        order = np.random.default_rng([self.seed, len(self.members), self.epoch])
+        yield from order.permuted(np.stack(drawn, axis=1), axis=1).flatten().tolist()  # (rounds, categories)
+
+
+def create_data_loader(images: ResizedImages, args: argparse.Namespace) -> DataLoader:
+    """Shuffled batches of `train_batch_size`, or of as many images as there are for each process.
+
+    `images` may be any data set with a `category_index`.
+
+    Raises:
+        ValueError: there are fewer images than processes.
+    """
+    images_a_process = len(images) // PartialState().num_processes
+    if not images_a_process:
+        raise ValueError(f"{len(images)} training images are too few for {PartialState().num_processes} processes.")
+    return DataLoader(
+        images,
+        batch_size=min(args.train_batch_size, images_a_process),
+        shuffle=not args.balance_categories,
+        sampler=BalancedSampler(images.category_index, args.seed) if args.balance_categories else None,
+        drop_last=True,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def augment(pixels: torch.Tensor, args: argparse.Namespace, generator: torch.Generator) -> torch.Tensor:
+    """Rotates and flips a batch, (N, 3, R, R) uint8 to float32 in [-1, 1]; one resampling for both."""
+    images = pixels.float() / 127.5 - 1.0
+    count, device = len(images), images.device
+
+    def uniform() -> torch.Tensor:
+        return torch.rand(count, generator=generator, device=device)
+
+    angle = (uniform() * 2.0 - 1.0) * math.radians(args.rotation_degrees)
+    horizontal = torch.where((uniform() < 0.5) & args.random_flip, -1.0, 1.0)
+    vertical = torch.where((uniform() < 0.5) & args.random_vertical_flip, -1.0, 1.0)
+    if not (args.rotation_degrees or args.random_flip or args.random_vertical_flip):
+        return images
+    zero = torch.zeros_like(angle)
+    matrix = torch.stack(
+        [
+            angle.cos() * horizontal,
+            -angle.sin() * vertical,
+            zero,
+            angle.sin() * horizontal,
+            angle.cos() * vertical,
+            zero,
+        ],
+        dim=1,
+    ).view(count, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def load_pictures(dataset: Dataset, count: int) -> list[torch.Tensor]:
+    """The first few images, for validation pictures."""
+    return images_to_tensors([dataset[i]["image"] for i in range(min(count, len(dataset)))])

@@ -1,0 +1,75 @@
+"""The end of a training: calibration, the saved pipeline, its pictures and its record."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from diffad.images import image_to_rgb
+from diffad.model_card import SECRETS, TRAINING_NAME, remove_reports
+from diffad.visualization import beside_overlay
+
+
+def finish(
+    pipeline: Any,
+    training: Dataset,
+    held_out: Dataset,
+    categories: Sequence[str],
+    args: argparse.Namespace,
+    record: dict[str, Any],
+    max_statistics_images: int = 512,
+) -> None:
+    """Calibrates a pipeline on good images, saves it and, where asked, pushes it; on the main process.
+
+    Per-position statistics come from up to `max_statistics_images` images of training, which are many; thresholds and
+    p-values from the held-out ones, which no network has seen. `record` goes into `training.json`.
+    """
+    generator = torch.Generator().manual_seed(args.seed)
+    for category in categories:
+
+        def images_of(dataset: Dataset, category: str = category) -> Any:
+            return dataset.select(np.flatnonzero(np.asarray(dataset["category"]) == category))
+
+        statistics = images_of(training)
+        if len(statistics) > max_statistics_images:
+            statistics = statistics.shuffle(seed=args.seed).select(range(max_statistics_images))
+        pipeline.calibrate(
+            images_of(held_out)["image"],
+            statistics_images=statistics["image"],
+            false_alarm_rate=args.false_alarm_rate,
+            category=category if len(categories) > 1 else None,
+            generator=generator,
+        )
+    remove_reports(args.output_dir)  # they speak of the weights that were here before
+    pipeline.save_pretrained(args.output_dir)
+    save_examples(pipeline, held_out, args)
+    save_record(args, {"categories": list(categories), **record})
+    if args.push_to_hub:
+        repo_id = args.hub_model_id or Path(args.output_dir).name
+        pipeline.push_to_hub(repo_id, token=args.hub_token, folder=args.output_dir)
+
+
+def save_examples(pipeline: Any, held_out: Dataset, args: argparse.Namespace) -> None:
+    """Held-out images beside their overlays, for the model's card: on good ones nothing should light up."""
+    for i in range(min(args.num_example_images, len(held_out))):
+        picture = np.asarray(image_to_rgb(held_out[i]["image"]))
+        category = held_out[i]["category"] if len(pipeline.config.categories or []) > 1 else None
+        output = pipeline(picture, category=category, generator=torch.Generator().manual_seed(args.seed))
+        threshold = float(pipeline.calibration.pixel_threshold[pipeline.category_index(category, 1)[0]])
+        sheet = beside_overlay(picture, output.anomaly_map[0], output.anomaly_mask[0], threshold)
+        Image.fromarray(sheet).save(Path(args.output_dir, f"good-{i + 1}.png"))
+
+
+def save_record(args: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Writes `training.json` beside the model: the arguments, and what came of them."""
+    arguments = {name: value for name, value in vars(args).items() if name not in SECRETS}
+    record = {"arguments": arguments, **record}
+    Path(args.output_dir, TRAINING_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n")
