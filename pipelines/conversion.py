@@ -22,8 +22,8 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
+from diffad.installation import needs_extra
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
@@ -280,6 +280,9 @@ def _empty_prompt_embeds(
 
 def _embed_empty_prompt(weights: dict[str, torch.Tensor], origin: str) -> torch.Tensor:
     """CLIP's last hidden state for the empty prompt, (1, 77, D): its start token, then end tokens to the last."""
+    with needs_extra("train"):
+        from transformers import CLIPTextConfig, CLIPTextModel
+
     try:
         vocabulary, width = weights["embeddings.token_embedding.weight"].shape
         length = weights["embeddings.position_embedding.weight"].shape[0]

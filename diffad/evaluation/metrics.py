@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import ndimage
-from torchmetrics import Metric
 
 from diffad.evaluation.score_histogram import (
     EMPTY,
@@ -32,6 +31,10 @@ from diffad.evaluation.score_histogram import (
     unpack,
     up_to,
 )
+from diffad.installation import needs_extra
+
+with needs_extra("evaluate"):
+    from torchmetrics import Metric
 
 # The pixel buffer is folded into the histogram when it holds this many pixels per bin. Fewer, larger folds
 # spend less time on merging the bins.
