@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import generator, textures, tiny_pipeline, write_mvtec
 from huggingface_hub import ModelCard
-from test_hub import tiny_diad
+from tiny_diad import tiny_diad
 
 from diffad.model_card import copy_records, render_model_card, shareable
 from diffad.training import evaluate
