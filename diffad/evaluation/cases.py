@@ -108,7 +108,11 @@ def thresholds(pipeline: Any, category: str) -> tuple[float | None, float | None
         return None, None
     index = category_index(pipeline, category)
     image, pixel = pipeline.calibration.image_threshold[index], pipeline.calibration.pixel_threshold[index]
-    return tuple(float(value) if torch.isfinite(value) else None for value in (image, pixel))
+    return _finite(image), _finite(pixel)
+
+
+def _finite(threshold: torch.Tensor) -> float | None:
+    return float(threshold) if torch.isfinite(threshold) else None
 
 
 def save_sheets(cases: dict[str, list[Case]], path: Path) -> None:
