@@ -256,8 +256,7 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
     def forward(self, pixel_values: torch.Tensor, category: torch.Tensor | int | None = None) -> GaussianFeatureOutput:
         """Maps, at the size of `pixel_values`, and scores. Arguments and errors as in `squared_distance`."""
         maps = self.mahalanobis_map(pixel_values, category)
-        height, width = pixel_values.shape[-2:]
-        resized = resize_images(maps[:, None], (height, width))[:, 0]
+        resized = resize_images(maps[:, None], pixel_values.shape[-2:])[:, 0]
         return GaussianFeatureOutput(anomaly_map=resized, anomaly_score=max_score(maps))
 
     @torch.no_grad()
