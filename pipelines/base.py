@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo, create_repo
 from huggingface_hub.errors import HfHubHTTPError
@@ -27,6 +27,9 @@ from diffad.pipelines.output import AnomalyOutput, convert_output
 from diffad.pipelines.sharing import add_records_and_card, records_folder, remove_local_paths
 from diffad.pipelines.version_0_1 import remove_code, upgrade_index
 from diffad.scoring import feature_error, suppress_surroundings
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.get_logger(__name__)
 
@@ -365,7 +368,7 @@ class AnomalyPipeline(DiffusionPipeline):
     # -- saving and sharing --------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> AnomalyPipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """Loads a pipeline from a folder or the Hub: diffusers' own, but never from a pickle.
 
         Raises:
