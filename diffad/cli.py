@@ -211,7 +211,7 @@ def calibrate(
         images,
         statistics_images,
         false_alarm_rate=false_alarm_rate,
-        category=category if len(pipeline.config.categories or []) > 1 else None,
+        category=category if len(pipeline.categories) > 1 else None,
         batch_size=batch_size,
         generator=torch.Generator().manual_seed(seed),
     )

@@ -80,7 +80,7 @@ def render_model_card(
     report = None if report is None else shareable(report)
     method = next(name for parent in type(pipeline).__mro__ for name in PAPERS if parent.__name__ == f"{name}Pipeline")
     class_name = type(pipeline).__name__
-    categories = list(pipeline.config.categories or [])
+    categories = pipeline.categories
     arguments = (training or {}).get("arguments", {})
     trained_on = arguments.get("train_data_dir") or arguments.get("dataset_name") or ""
     bound = SHARE_ALIKE.get(_data_set(trained_on))

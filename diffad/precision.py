@@ -46,3 +46,9 @@ def resolve_precision(name: str | None) -> str | None:
     if name == "bf16":
         warn_of_emulation(training_device(), "Give --mixed_precision auto, or no.")
     return name
+
+
+def running_precision(network: torch.nn.Module, device: torch.device) -> str:
+    """The precision in which a network runs on a device: autocast's, or that of its weights, such as "float32"."""
+    autocast = torch.is_autocast_enabled(device.type)
+    return str(torch.get_autocast_dtype(device.type) if autocast else network.dtype).removeprefix("torch.")

@@ -110,7 +110,7 @@ def predict_files(
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"`output_dir` must be a folder, but {output_dir} is a file.")
-    index = int(pipeline.category_index(category, 1)[0])
+    index = pipeline.category_index(category)
     output_dir.mkdir(parents=True, exist_ok=True)
     root = _check_settings(pipeline, index, paths, output_dir, category, seed)
     done = _take_up(output_dir, set(map(str, paths)))
@@ -120,7 +120,7 @@ def predict_files(
         if str(path) in done:
             counts[done[str(path)]] += 1
     threshold = None if pipeline.calibration is None else float(pipeline.calibration.pixel_threshold[index])
-    side = pipeline.input_resolution(pipeline.processing_resolution)
+    side = pipeline.input_resolution
     journal = output_dir / JOURNAL_NAME
     with open(journal, "a", newline="", encoding="utf-8") as file, ThreadPoolExecutor(num_workers) as pool:
         writer = csv.DictWriter(file, COLUMNS)

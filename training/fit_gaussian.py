@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = args.train_data_dir or args.dataset_name
     good = load_anomaly_dataset(data, split="train", category=args.category, on_bad_image=args.on_bad_image)
     labels, of_image = np.asarray(good["label"]), np.asarray(good["category"])
-    known = pipeline.config.categories or []
+    known = pipeline.categories
     if len(known) > 1:
         unknown = sorted(set(of_image.tolist()) - set(known))
         if unknown:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from diffad import TimmFeatureExtractor
 from diffad.images import denormalize_images, images_to_pixel_values, images_to_tensors, normalize_images
-from diffad.pipelines.pipeline_diad import encode_latents
+from diffad.latents import encode_latents
 from diffad.seeding import step_generator
 from diffad.training.arguments import add_diad_arguments, add_shared_arguments, parse_arguments
 from diffad.training.data import ResizedImages, augment, create_data_loader, load_good_images, load_pictures

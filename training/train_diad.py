@@ -27,10 +27,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffad import DiADPipeline, SemanticGuidedNetwork, TimmFeatureExtractor
 from diffad.images import denormalize_images, images_to_pixel_values, normalize_images
+from diffad.latents import encode_latents
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import FUSIONS, GUIDANCE_OUTPUTS
 from diffad.moments import PRIOR_IMAGES
-from diffad.pipelines.pipeline_diad import encode_latents
 from diffad.seeding import step_generator
 from diffad.training.arguments import add_diad_arguments, add_shared_arguments, parse_arguments
 from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
@@ -288,9 +288,9 @@ def save_validation_pictures(pipeline: DiADPipeline, images: list[torch.Tensor],
         pipeline.decode(pipeline.encode(normalize_images(originals, *statistics))), *statistics
     )
     generators = [torch.Generator().manual_seed(i) for i in range(len(images))]
-    measurement = pipeline.measure(originals, None, resolution, generators)
-    restored = measurement.reconstruction * 2.0 - 1.0
-    maps = pipeline.anomaly_maps(measurement, None, None)
+    restored = pipeline.reconstruct(originals, generators)
+    maps = pipeline.score_maps(pipeline.compare(originals, restored), None, None)
+    maps = pipeline.join_maps(maps, None, None)
     rows = [
         [to_uint8(originals[i]), to_uint8(decoded[i]), to_uint8(restored[i]), heat_map(maps[i])]
         for i in range(len(images))

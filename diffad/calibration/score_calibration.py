@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils import logging
 
-from diffad.calibration.conformal import conformal_threshold
+from diffad.calibration.conformal import conformal_threshold, false_alarm_bound
 from diffad.calibration.residual_gaussian import by_place, from_places, leave_one_out
+from diffad.scoring import Measurement, resize_maps
+
+logger = logging.get_logger(__name__)
 
 
 class ScoreCalibration(ModelMixin, ConfigMixin):
@@ -30,9 +35,12 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             None for one at each position.
         num_scores: n, the most held-out good images of any category.
         false_alarm_rate: the rate at which the thresholds were set.
+        precision: in which the networks ran, such as "float32"; None where it is not known.
+        settings: the pipeline's, as they were.
 
     Attributes:
-        map_mean, map_std: (K, S, H, W), of the smoothed maps over good images.
+        map_mean, map_std: (K, S, H, W), of the smoothed maps over good images; the latter times one constant for each
+            category, so that the joined map of new good images has deviation 1 over all its pixels.
         residual_mean: (K, h * w, C), mean of the feature residual over good images at every position.
         residual_whitening: (K, P, C (C + 1) / 2), lower triangles at P places: with them the residual's channels
             become uncorrelated, of variance 1 (`residual_gaussian`).
@@ -60,6 +68,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         num_scores: int = 0,
         false_alarm_rate: float = 0.01,
         residual_places: tuple[int, int] | None = None,
+        precision: str | None = None,
+        settings: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
@@ -150,6 +160,41 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             return (of_places.clamp(min=1e-6).log(),)
         around = F.interpolate(of_places[:, None], size, mode="bilinear")[:, 0]
         return tuple(distance.clamp(min=1e-6).log() for distance in (of_places, (of_positions + around) / 2.0))
+
+    def distance_maps(
+        self, residual: torch.Tensor, category: torch.Tensor, size: tuple[int, int], num_seen: int = 0
+    ) -> torch.Tensor:
+        """`log_distances` as maps (N, E, *size), E = `num_distances`: of places, then of positions where they differ.
+
+        Arguments as there; the residual is (N, C, h, w).
+        """
+        distances = self.log_distances(residual, category, num_seen)
+        return torch.cat([resize_maps(distance[:, None], size) for distance in distances], dim=1)
+
+    def check_measurement(self, measurement: Measurement) -> None:
+        """Raises a ValueError where the statistics are of other scores than a pipeline's settings give."""
+        residual, shape = measurement.residual, self.config.residual_shape
+        distances = 0 if residual is None else max(1, self.num_distances)
+        found = (measurement.maps.shape[1] + distances, 0 if residual is None else residual.shape[2])
+        if found != (self.config.map_shape[0], shape[0] if shape else 0):
+            raise ValueError(
+                "`calibration` was made for other scores than this pipeline's settings give (timesteps, strides or "
+                "distance). Load the pipeline with `calibration=None` and call `calibrate` with good images."
+            )
+
+    def warn_of_precision(self, precision: str) -> None:
+        """Warns, once, where the networks run in another precision than when the statistics were taken."""
+        if self.config.precision not in (None, precision):
+            logger.warning_once(
+                f"This pipeline was calibrated in {self.config.precision} and runs in {precision}, which moves scores: "
+                "by about a tenth of their deviation between float32 and bfloat16. The stated false-alarm rate then "
+                f"holds no longer. Run it in {self.config.precision}, or calibrate it in {precision}."
+            )
+
+    def false_alarm_bound(self, category: int, confidence: float = 0.95) -> float:
+        """The false-alarm rate that one category's thresholds keep with a given confidence (`conformal`)."""
+        num_scores = int((~self.normal_scores[category].isnan()).sum())
+        return false_alarm_bound(num_scores, self.config.false_alarm_rate, confidence)
 
     def _whitening(self, category: int) -> torch.Tensor:
         """One category's triangles as matrices, (P, C, C); made once, as that takes as long as their product."""

@@ -76,7 +76,7 @@ def category_index(pipeline: Any, category: str) -> int:
     Raises:
         ValueError: a unified model does not know it.
     """
-    return int(pipeline.category_index(category if len(pipeline.config.categories or []) > 1 else None, 1)[0])
+    return pipeline.category_index(category if len(pipeline.categories) > 1 else None)
 
 
 @torch.no_grad()

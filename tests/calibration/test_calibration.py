@@ -45,21 +45,6 @@ def test_moments_are_numpys():
     np.testing.assert_allclose(moments.standard_deviation(0.0), array.std(axis=0), rtol=1e-9)
 
 
-def test_sums_of_two_processes_add_up():
-    values = random(20, 3, 4)
-    whole, first, second = MomentSums(), MomentSums(), MomentSums()
-    whole.update(values)
-    first.update(values[:7])
-    second.update(values[7:])
-    both = first + second
-    assert both.count == 20
-    torch.testing.assert_close(both.mean(), whole.mean())
-    torch.testing.assert_close(both.variance(), whole.variance())
-    assert first.count == 7  # neither is changed
-    alone = first + MomentSums()  # a process that saw nothing
-    torch.testing.assert_close(alone.variance(), first.variance())
-
-
 def test_half_precision_values_are_summed_exactly():
     values = (random(2000, 3, 3) + 10.0).bfloat16()
     moments = MomentSums()

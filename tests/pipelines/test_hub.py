@@ -165,7 +165,7 @@ def pull(folder: Path) -> dict[str, str]:
     measure(load("alice/parts", revision="v1"), folder / "pulled-v1.npz", category=CATEGORIES * 2)
     any_pipeline = DiffusionPipeline.from_pretrained("alice/parts", revision="v1")
     results["class"] = type(any_pipeline).__name__
-    results["categories"] = " ".join(any_pipeline.config.categories)
+    results["categories"] = " ".join(any_pipeline.categories)
     measure(any_pipeline, folder / "pulled-any.npz", category=CATEGORIES * 2)
     half = load("alice/parts", variant="fp16", dtype=torch.float16)
     measure(half, folder / "pulled-fp16.npz", category=CATEGORIES * 2)

@@ -81,7 +81,7 @@ def load(output: Path) -> AnomalyDenoisePipeline:
     """A finished run's pipeline, checked to be calibrated and to work."""
     pipeline = DiffusionPipeline.from_pretrained(output)
     pipeline.set_progress_bar_config(disable=True)
-    category = pipeline.config.categories[0] if len(pipeline.config.categories) > 1 else None
+    category = pipeline.categories[0] if len(pipeline.categories) > 1 else None
     result = pipeline(texture(99), category=category)
     assert np.isfinite(result.anomaly_map).all()
     assert 0.0 < result.p_value[0] <= 1.0
@@ -96,7 +96,7 @@ def test_a_folder_of_good_images_becomes_a_calibrated_pipeline(good, tmp_path):
     train(good, tmp_path, *score.split())
     pipeline = load(tmp_path)
     assert type(pipeline) is AnomalyDenoisePipeline
-    assert pipeline.config.categories == ["part"]
+    assert pipeline.categories == ["part"]
     assert pipeline.config.timesteps == [5, 20]
     assert pipeline.config.alpha == 0.3
     assert pipeline.config.suppression == 0.2
@@ -118,7 +118,7 @@ def test_two_categories_of_an_mvtec_tree_become_one_class_conditional_model(tmp_
     data = write_mvtec(tmp_path / "data", {"tile": 14, "cable": 7})
     train(data, tmp_path / "run", "--validation_steps", 2, "--false_alarm_rate", 0.5)
     pipeline = load(tmp_path / "run")
-    assert pipeline.config.categories == ["cable", "tile"]
+    assert pipeline.categories == ["cable", "tile"]
     assert pipeline.unet.config.num_class_embeds == 2
     # 15% of each is held out: 1 of 7, 2 of 14
     assert (~pipeline.calibration.normal_scores.isnan()).sum(dim=1).tolist() == [1, 2]
@@ -127,7 +127,7 @@ def test_two_categories_of_an_mvtec_tree_become_one_class_conditional_model(tmp_
     assert not np.array_equal(*maps)
     # asked for one of them, it is a model of one
     train(data, tmp_path / "one", "--category", "tile")
-    assert load(tmp_path / "one").config.categories == ["tile"]
+    assert load(tmp_path / "one").categories == ["tile"]
 
 
 def test_training_learns(good, tiny, tmp_path):

@@ -105,7 +105,7 @@ def load(output: Path) -> DiADPipeline:
     """A finished run's pipeline, checked to be calibrated and to work."""
     pipeline = DiffusionPipeline.from_pretrained(output)
     pipeline.set_progress_bar_config(disable=True)
-    category = pipeline.config.categories[0] if len(pipeline.config.categories) > 1 else None
+    category = pipeline.categories[0] if len(pipeline.categories) > 1 else None
     result = pipeline(texture(99), category=category)
     assert np.isfinite(result.anomaly_map).all()
     assert 0.0 < result.p_value[0] <= 1.0
@@ -137,7 +137,7 @@ def test_from_a_folder_of_good_images_alone(tmp_path):
     train_diad.main([str(argument) for argument in (*arguments, "--random_flip")])
     pipeline = load(output)
     assert type(pipeline) is DiADPipeline
-    assert pipeline.config.categories == ["part"]
+    assert pipeline.categories == ["part"]
     assert pipeline.processing_resolution == 72
     assert pipeline.config.num_inference_steps == 2
     assert pipeline.config.pooling_size == 4
@@ -187,7 +187,7 @@ def test_two_categories_are_one_model_with_statistics_of_each(tiny, tmp_path):
     data = write_mvtec(tmp_path / "data", {"tile": 14, "cable": 7})
     train(data, tmp_path / "run", tiny, "--false_alarm_rate", 0.5, "--train_whole_unet", "--use_ema")
     pipeline = load(tmp_path / "run")
-    assert pipeline.config.categories == ["cable", "tile"]
+    assert pipeline.categories == ["cable", "tile"]
     # 15% of each is held out: 1 of 7, 2 of 14
     assert (~pipeline.calibration.normal_scores.isnan()).sum(dim=1).tolist() == [1, 2]
     cable, tile = (pipeline(texture(0), name, generator=generator()) for name in ("cable", "tile"))

@@ -1,0 +1,79 @@
+"""Calibration over several processes, and what its maps and thresholds promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from conftest import generator, launch, textures, tiny_pipeline
+
+from diffad import AnomalyDenoisePipeline
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from conftest import textures
+from diffad import AnomalyDenoisePipeline
+
+accelerator = Accelerator()
+source, target, count = sys.argv[1:]
+pipe = AnomalyDenoisePipeline.from_pretrained(source)
+pipe.set_progress_bar_config(disable=True)
+pipe.calibrate(
+    textures(int(count)),
+    statistics_images=textures(int(count), first_seed=100),
+    false_alarm_rate=0.3,
+    batch_size=4,
+    generator=torch.Generator().manual_seed(0),
+    accelerator=accelerator,
+)
+pipe.save_pretrained(f"{target}-{accelerator.process_index}")
+accelerator.wait_for_everyone()
+accelerator.end_training()
+"""
+
+
+def calibrations(tmp_path, monkeypatch, count: int) -> list[dict[str, torch.Tensor]]:
+    """Buffers as one process finds them, and as each of two does."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    tiny_pipeline().save_pretrained(tmp_path / "source")
+    script = tmp_path / "calibrate.py"
+    script.write_text(SCRIPT)
+    for processes in (1, 2):
+        arguments = (tmp_path / "source", tmp_path / f"of-{processes}", count)
+        launch(script, *arguments, processes=processes, cwd=tmp_path)
+    folders = ("of-1-0", "of-2-0", "of-2-1")
+    loaded = [AnomalyDenoisePipeline.from_pretrained(tmp_path / folder).calibration for folder in folders]
+    return [dict(calibration.named_buffers()) for calibration in loaded]
+
+
+def test_two_processes_find_the_calibration_of_one(tmp_path, monkeypatch):
+    one, first, second = calibrations(tmp_path, monkeypatch, 9)
+    for name, buffer in one.items():
+        torch.testing.assert_close(first[name], buffer, rtol=1e-5, atol=1e-5)
+        assert torch.equal(first[name], second[name])
+
+
+def test_a_process_without_an_image_takes_part(tmp_path, monkeypatch):
+    one, first, second = calibrations(tmp_path, monkeypatch, 1)
+    for name, buffer in one.items():
+        torch.testing.assert_close(first[name], buffer, rtol=1e-5, atol=1e-5)
+        assert torch.equal(first[name], second[name])
+
+
+def test_maps_of_new_good_images_have_deviation_one():
+    pipe = tiny_pipeline().calibrate(textures(200), false_alarm_rate=0.05, generator=generator())
+    maps = pipe(textures(200, first_seed=1000), generator=generator(1)).anomaly_map
+    assert 0.95 < maps.std() < 1.05
+
+
+def test_an_image_without_an_alarm_has_an_empty_mask():
+    pipe = tiny_pipeline(score_fraction=0.2).calibrate(textures(60), false_alarm_rate=0.3, generator=generator())
+    output = pipe(textures(60, first_seed=500), generator=generator(1))
+    above = (output.anomaly_map > pipe.calibration.pixel_threshold.item()).any(axis=(1, 2))
+    assert (above & ~output.is_anomalous).any()  # alone, the pixels' threshold would add alarms
+    assert not output.anomaly_mask[~output.is_anomalous].any()
+    assert output.anomaly_mask[output.is_anomalous].any()
