@@ -39,9 +39,8 @@ def callback(debug: Annotated[bool, typer.Option("--debug", help="Show an error'
 def load_pipeline(model: str, device: str | None = None, dtype: str = "float32") -> Any:
     """A saved pipeline of either method, on its device, without a progress bar of its own."""
     import torch
-    from diffusers import DiffusionPipeline
 
-    import diffad  # noqa: F401 (registers the pipelines with diffusers)
+    from diffad.pipelines import loading
     from diffad.precision import warn_of_emulation
 
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -57,7 +56,7 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "float32")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "bfloat16":
         warn_of_emulation(torch.device(device).type, "Give --dtype float32.")
-    pipeline = DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    pipeline = loading.load_pipeline(model, dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
-from huggingface_hub import CommitInfo, create_repo, file_exists
+from huggingface_hub import CommitInfo, create_repo
 from huggingface_hub.errors import HfHubHTTPError
 
-from diffad.model_card import CARD_NAME, copy_records, render_model_card
 from diffad.pipelines.checks import category_indices
+from diffad.pipelines.sharing import add_records_and_card, records_folder, remove_local_paths
+from diffad.pipelines.version_0_1 import remove_code, upgrade_index
 
 logger = logging.get_logger(__name__)
-
-
-# A saved pipeline brings this file, and its `model_index.json` names it: who loads it through `DiffusionPipeline` and
-# has not imported diffad can do so with `trust_remote_code=True`.
-PIPELINE_MODULE = "pipeline"
-
-
-PIPELINE_CODE = """# For `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` without `import diffad`.
-from diffad import {class_name}
-"""
 
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
@@ -76,6 +65,11 @@ class AnomalyPipeline(DiffusionPipeline):
                 raise error.__cause__ from None
             raise
 
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        # where diffusers reads `model_index.json`, from a folder and from the Hub
+        return upgrade_index(super()._dict_from_json_file(json_file))
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -98,9 +92,7 @@ class AnomalyPipeline(DiffusionPipeline):
         if not safe_serialization:
             raise ValueError("`safe_serialization=False` would write pickles, which can run code. Leave it out.")
         super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
-        if _is_registered(type(self).__module__, type(self).__name__):
-            code = PIPELINE_CODE.format(class_name=type(self).__name__)
-            Path(save_directory, f"{PIPELINE_MODULE}.py").write_text(code, encoding="utf-8")
+        remove_code(save_directory)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, variant=variant, **{"folder": save_directory, **kwargs})
@@ -144,88 +136,15 @@ class AnomalyPipeline(DiffusionPipeline):
         Raises:
             FileNotFoundError: no folder stands at `folder`.
         """
-        if folder is None:
-            folder = self.config.get("_name_or_path")
-        elif not Path(folder).is_dir():
-            raise FileNotFoundError(f"`folder`: no folder at {folder}.")
+        folder = records_folder(self, folder)
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with TemporaryDirectory() as staging:
             self.save_pretrained(staging, safe_serialization, variant)
-            for path in Path(staging).glob("*/config.json"):
-                config = json.loads(path.read_text())
-                config.pop("_name_or_path", None)  # a path on this machine tells another reader nothing
-                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            training, report, pictures = None, None, []
-            if folder is not None and Path(folder).is_dir():
-                training, report, pictures = copy_records(folder, staging)
-            card = Path(staging, CARD_NAME)
-            recorded = training is not None or report is not None
-            if not card.exists() and (recorded or not file_exists(repo_id, CARD_NAME, token=token)):
-                render_model_card(self, training, report, repo_id, license=license, pictures=pictures).save(card)
+            remove_local_paths(staging)
+            add_records_and_card(self, staging, folder, repo_id, token, license)
             return self._upload_folder(
                 staging, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
             )
-
-    def to_json_string(self) -> str:
-        """`model_index.json`, in a form that diffusers also loads from the Hub.
-
-        There it looks up every list that starts with a string as a component, by library and class, and it imports no
-        library but its own and a few others. So this package's classes stand as diffusers', where `import diffad` puts
-        them, and a list of names (of categories) as the only item of a list.
-        """
-        index = json.loads(super().to_json_string())
-        index.pop("_name_or_path", None)
-        components = self._get_signature_keys(self)[0]
-        for name, value in index.items():
-            if name in components:
-                library, class_name = value  # both None without the component
-                if library is not None and _is_registered(library, class_name):
-                    index[name] = ["diffusers", class_name]
-            elif _is_list_of_names(value):
-                index[name] = [value]
-        if _is_registered(type(self).__module__, type(self).__name__):
-            index["_class_name"] = [PIPELINE_MODULE, type(self).__name__]
-        return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        """Reads what `to_json_string` wrote."""
-        config_dict = {
-            name: value[0] if isinstance(value, list) and len(value) == 1 and _is_list_of_names(value[0]) else value
-            for name, value in config_dict.items()
-        }
-        return super().extract_init_dict(config_dict, **kwargs)
-
-
-def _is_list_of_names(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], str)
-
-
-def _is_registered(module: str, class_name: str) -> bool:
-    """Whether `import diffad` makes this class known to diffusers; a class that a user derived from one is not."""
-    return getattr(getattr(diffusers, class_name, None), "__module__", None) == module
-
-
-def _read_configuration(cls: type, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """A configuration file's content; a `_class_name` that names `pipeline.py` becomes the installed class's name.
-
-    diffusers would ask for `trust_remote_code=True` as soon as a repository brings a file of code. Where diffad is
-    imported there is no need to run it: it would only import diffad.
-    """
-    config = _diffusers_read_configuration(cls, *args, **kwargs)
-    class_name = config.get("_class_name")
-    if isinstance(class_name, list) and class_name[:1] == [PIPELINE_MODULE]:
-        installed = getattr(diffusers, class_name[1], None)
-        if isinstance(installed, type) and issubclass(installed, AnomalyPipeline):
-            config["_class_name"] = class_name[1]
-    return config
-
-
-# For `DiffusionPipeline.from_pretrained` itself, which knows no other place to hook into.
-_diffusers_read_configuration = DiffusionPipeline._dict_from_json_file.__func__
-
-
-DiffusionPipeline._dict_from_json_file = classmethod(_read_configuration)
 
 
 def register_categories(categories: Sequence[str] | Mapping[str, str] | None) -> dict[str, str] | None:

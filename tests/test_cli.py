@@ -45,6 +45,17 @@ def test_help_fits_one_screen(command, monkeypatch):
         assert all(any(line.startswith(f"  {name} ") for line in lines) for name in COMMANDS)
 
 
+def test_help_loads_no_library_that_takes_seconds(tmp_path):
+    code = (
+        "import sys; from diffad import cli; sys.argv = ['diffad', '--help']\n"
+        "try: cli.main()\n"
+        "except SystemExit: print(sorted({'torch', 'diffusers', 'numpy', 'PIL', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "benchmark" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
 def test_predict_prints_json_lines_and_fails_on_anomaly_when_asked(model, tmp_path):
     parts = write_folder(tmp_path / "parts", 3)
     rows = [

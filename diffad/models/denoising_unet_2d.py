@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import ModelMixin, UNet2DModel  # noqa: F401 (diffusers looks ModelMixin up in this module to load it)
+from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import BaseOutput
 from torch import nn
+
+DECODER_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")  # whose layers `forward` calls
 
 
 @dataclass
@@ -39,7 +42,8 @@ class DenoisingUNet2DModel(UNet2DModel):
         feature_channels: width of the features to predict (`TimmFeatureExtractor.num_channels`); 0 for no head.
         feature_resolution: side of the feature map for images of `sample_size`; one of the decoder's resolutions.
         out_channels: 2C, and nothing else; there so that a saved configuration says it.
-        Everything else is `UNet2DModel`'s. `num_class_embeds` makes the model class-conditional (the unified model).
+        Everything else is `UNet2DModel`'s. `num_class_embeds` makes the model class-conditional (the unified model);
+        `up_block_types` are any of `DECODER_BLOCKS`.
     """
 
     @register_to_config
@@ -81,6 +85,17 @@ class DenoisingUNet2DModel(UNet2DModel):
                 f"`out_channels` must be twice `in_channels` ({2 * in_channels}: epsilon and variance), but is "
                 f"{out_channels}. Leave it out."
             )
+        other_blocks = sorted({*up_block_types} - {*DECODER_BLOCKS})
+        if other_blocks:
+            raise ValueError(
+                f"`up_block_types` must be taken from {DECODER_BLOCKS}, whose features can be had between their "
+                f"layers, but holds {other_blocks}."
+            )
+        if any("Skip" in name for name in down_block_types):
+            raise ValueError(
+                f"`down_block_types` of skip connections need such a decoder, but is {down_block_types}. Use "
+                "DownBlock2D, AttnDownBlock2D or ResnetDownsampleBlock2D."
+            )
         super().__init__(
             sample_size=sample_size,
             in_channels=in_channels,
@@ -111,8 +126,8 @@ class DenoisingUNet2DModel(UNet2DModel):
             num_class_embeds=num_class_embeds,
             num_train_timesteps=num_train_timesteps,
         )
-        self._decoder_features: torch.Tensor | None = None
-        self.feature_head = None
+        self.feature_head: nn.Sequential | None = None
+        self.feature_level: int | None = None  # 0 is the finest
         if feature_channels:
             resolutions = [sample_size // 2**level for level in range(len(block_out_channels))]
             if feature_resolution not in resolutions:
@@ -120,8 +135,8 @@ class DenoisingUNet2DModel(UNet2DModel):
                     f"`feature_resolution` must be one of the decoder's {resolutions} for `sample_size` "
                     f"{sample_size} and {len(block_out_channels)} levels, but is {feature_resolution}."
                 )
-            level = resolutions.index(feature_resolution)
-            width = block_out_channels[level]
+            self.feature_level = resolutions.index(feature_resolution)
+            width = block_out_channels[self.feature_level]
             self.feature_head = nn.Sequential(
                 nn.GroupNorm(norm_num_groups, width),
                 nn.SiLU(),
@@ -129,14 +144,22 @@ class DenoisingUNet2DModel(UNet2DModel):
                 nn.SiLU(),
                 nn.Conv2d(2 * width, feature_channels, kernel_size=1),
             )
-            # The decoder's features of a level are what its block hands to its upsampler, or, on the last level, to
-            # the output's norm. A hook takes them there: the base class's forward stays as it is.
-            decoder_block = self.up_blocks[len(block_out_channels) - 1 - level]
-            after = decoder_block.upsamplers[0] if decoder_block.upsamplers else self.conv_norm_out
-            after.register_forward_pre_hook(self._keep_decoder_features)
 
-    def _keep_decoder_features(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._decoder_features = args[0]
+    def enable_group_offload(
+        self,
+        onload_device: torch.device,
+        offload_device: torch.device = torch.device("cpu"),  # noqa: B008 (the signature is diffusers')
+        offload_type: str = "block_level",
+        **options: Any,
+    ) -> None:
+        """Offloads layer by layer, as diffusers does.
+
+        Raises:
+            ValueError: `offload_type` is "block_level": a decoder block is never called as one, to be moved then.
+        """
+        if offload_type == "block_level":
+            raise ValueError('`offload_type` must be "leaf_level": the layers of decoder blocks are called one by one.')
+        super().enable_group_offload(onload_device, offload_device, offload_type, **options)
 
     def forward(
         self,
@@ -152,12 +175,58 @@ class DenoisingUNet2DModel(UNet2DModel):
             timestep: t, a number or (N,).
             class_labels: (N,) integers, when the model was built with `num_class_embeds`.
             return_dict: False returns the output's fields as a tuple.
+
+        Raises:
+            ValueError: `class_labels` is missing, or of no use.
         """
-        output = super().forward(sample, timestep, class_labels=class_labels, return_dict=False)[0]
+        if class_labels is None and self.class_embedding is not None:
+            raise ValueError("`class_labels` is needed by a class-conditional network: one index for each sample.")
+        if class_labels is not None and self.class_embedding is None:
+            raise ValueError("`class_labels` has no use here. Leave it out, or build with `num_class_embeds`.")
+        if self.config.center_input_sample:
+            sample = 2 * sample - 1.0
+
+        # 1. Time and class, (N, D)
+        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))  # (N,)
+        embedding = self.time_embedding(self.time_proj(timesteps).to(self.dtype))
+        if self.class_embedding is not None:
+            if self.config.class_embed_type == "timestep":
+                class_labels = self.time_proj(class_labels)
+            embedding = embedding + self.class_embedding(class_labels).to(self.dtype)
+
+        # 2. Encoder
+        hidden = self.conv_in(sample)  # (N, width, H, W)
+        skips = [hidden]
+        for block in self.down_blocks:
+            hidden, outputs = block(hidden_states=hidden, temb=embedding)
+            skips.extend(outputs)
+
+        # 3. Middle block
+        if self.mid_block is not None:
+            hidden = self.mid_block(hidden, embedding)
+
+        # 4. Decoder, from the coarsest level on; the features of a level are predicted before it is upsampled
         features = None
-        if self.feature_head is not None:
-            features = self.feature_head(self._decoder_features)  # (N, feature_channels, H / s, W / s)
-            self._decoder_features = None
+        for level, block in zip(reversed(range(len(self.up_blocks))), self.up_blocks, strict=True):
+            attentions = getattr(block, "attentions", [None] * len(block.resnets))
+            for resnet, attention in zip(block.resnets, attentions, strict=True):
+                hidden = torch.cat([hidden, skips.pop()], dim=1)
+                if block.gradient_checkpointing and torch.is_grad_enabled():
+                    hidden = block._gradient_checkpointing_func(resnet, hidden, embedding)
+                else:
+                    hidden = resnet(hidden, embedding)
+                if attention is not None:
+                    hidden = attention(hidden)
+            if self.feature_head is not None and level == self.feature_level:
+                features = self.feature_head(hidden)  # (N, feature_channels, H / s, W / s)
+            for upsampler in block.upsamplers or ():
+                needs_time = isinstance(upsampler, ResnetBlock2D)
+                hidden = upsampler(hidden, embedding) if needs_time else upsampler(hidden)
+
+        # 5. Epsilon and variance, (N, 2C, H, W)
+        output = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
+        if self.config.time_embedding_type == "fourier":
+            output = output / timesteps.reshape(-1, 1, 1, 1)
         if not return_dict:
             return output, features
         return DenoisingUNet2DOutput(sample=output, features=features)

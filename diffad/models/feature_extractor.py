@@ -13,6 +13,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from diffad.moments import MomentSums
+
 LITE0_BACKBONE = "tf_efficientnet_lite0"
 
 
@@ -154,20 +156,16 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         """
         self.channel_mean.zero_()
         self.channel_std.fill_(1.0)
-        count, total, total_of_squares = 0, 0.0, 0.0
+        moments = MomentSums()
         for pixel_values in batches:
-            features = self(pixel_values, size).double()  # (N, num_channels, *size)
-            count += features.numel() // self.num_channels
-            total = total + features.sum(dim=(0, 2, 3))
-            total_of_squares = total_of_squares + features.square().sum(dim=(0, 2, 3))
-        if not count:
+            moments.update(self(pixel_values, size).movedim(1, -1).flatten(0, 2))  # (N * h * w, num_channels)
+        if not moments.count:
             raise ValueError("`batches` is empty: standardisation needs at least one batch of good images.")
-        mean = total / count
-        std = (total_of_squares / count - mean.square()).clamp(min=0.0).sqrt()
+        mean, std = moments.mean(), moments.variance().sqrt()  # (num_channels,)
         # a channel that never varies (dead for this data) must not be blown up by a division by nothing
         std = std.clamp(min=1e-3 * float(std.mean()) + 1e-12)
-        self.channel_mean.copy_(mean.view(1, -1, 1, 1))
-        self.channel_std.copy_(std.view(1, -1, 1, 1))
+        self.channel_mean.copy_(mean.float().view(1, -1, 1, 1))
+        self.channel_std.copy_(std.float().view(1, -1, 1, 1))
         return self
 
 

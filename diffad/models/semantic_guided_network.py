@@ -5,14 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from diffusers import (
-    ControlNetModel,
-    ModelMixin,  # noqa: F401 (diffusers looks ModelMixin up in this module to load it)
-    UNet2DConditionModel,
-)
+from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.controlnets.controlnet import zero_module
 from diffusers.utils import BaseOutput
@@ -23,39 +18,21 @@ GUIDANCE_OUTPUTS = ("middle", "sgdb3", "sgdb4")
 FUSIONS = ("instance_norm_silu", "batch_norm_relu")
 
 
-class NoResidual:
-    """Stands where a part of the denoiser receives nothing: `tensor + NO_RESIDUAL` is `tensor` itself.
-
-    diffusers' `UNet2DConditionModel` adds one residual to each of its skips. A zero there, also a plain `0`, copies
-    the skip's map at every step. `__torch_function__`, and not `__radd__`, as torch.compile traces the former.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        return args[0] if func is torch.Tensor.add else NotImplemented
-
-    def __repr__(self) -> str:
-        return "NO_RESIDUAL"
-
-
-NO_RESIDUAL = NoResidual()
-
-
 # Fields have defaults, unlike those of diffusers' `ControlNetOutput`: accelerate's offloading hooks need them.
 @dataclass
 class SemanticGuidedNetworkOutput(BaseOutput):
     """
-    Output of [`SemanticGuidedNetwork`]: what the denoiser adds, `NO_RESIDUAL` where that is nothing.
+    Output of [`SemanticGuidedNetwork`]: what the denoiser adds, a scalar zero where that is nothing.
 
     Args:
-        down_block_res_samples: one for each of the denoiser's skips, of the skip's shape (N, C, h, w); to be passed
-            to the denoiser as `down_block_additional_residuals`.
-        mid_block_res_sample: (N, C, h, w), of the shape of the middle block's output; to be passed as
+        down_block_res_samples: one for each of the denoiser's skips, of the skip's shape (N, C, h, w) or (); to be
+            passed to the denoiser as `down_block_additional_residuals`.
+        mid_block_res_sample: (N, C, h, w), of the shape of the middle block's output, or (); to be passed as
             `mid_block_additional_residual`.
     """
 
-    down_block_res_samples: tuple[torch.Tensor | NoResidual, ...] | None = None
-    mid_block_res_sample: torch.Tensor | NoResidual | None = None
+    down_block_res_samples: tuple[torch.Tensor, ...] | None = None
+    mid_block_res_sample: torch.Tensor | None = None
 
 
 class SpatialAwareFeatureFusion(nn.Module):
@@ -97,7 +74,7 @@ class SemanticGuidedNetwork(ControlNetModel):
     r"""The denoiser's encoder and middle block over again, guided by the input image (He et al., section 3.2).
 
     A `ControlNetModel` whose outputs are only those that the denoiser uses, with the SFF block on the lowest level.
-    A skip that receives nothing has no zero convolution, and its place in the output holds `NO_RESIDUAL`.
+    A skip that receives nothing has no zero convolution, and its place in the output holds a scalar zero.
 
     The published training starts both the zero convolutions and the SFF block's convolutions at zero. Their product
     then has no gradient, so that the block never leaves zero. Here the zero convolutions alone start at zero.
@@ -297,7 +274,7 @@ class SemanticGuidedNetwork(ControlNetModel):
         conditioning_embedding: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         return_dict: bool = True,
-    ) -> SemanticGuidedNetworkOutput | tuple[tuple[torch.Tensor | NoResidual, ...], torch.Tensor | NoResidual]:
+    ) -> SemanticGuidedNetworkOutput | tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """One pass of the network.
 
         Args:
@@ -347,7 +324,8 @@ class SemanticGuidedNetwork(ControlNetModel):
             skips.extend(outputs)
 
         # 3. middle block
-        middle: torch.Tensor | NoResidual = NO_RESIDUAL
+        nothing = sample.new_zeros(())  # the denoiser adds a residual to each skip: this one fits all
+        middle = nothing
         if self.mid_block is not None:
             prompt = {"encoder_hidden_states": encoder_hidden_states} if _attends(self.mid_block) else {}
             middle = self.controlnet_mid_block(self.mid_block(hidden, embedding, **prompt))
@@ -361,7 +339,7 @@ class SemanticGuidedNetwork(ControlNetModel):
             )
             residuals.update(zip(self.fusion_targets, fused, strict=True))
 
-        down = tuple(residuals[skip] if skip in self.output_skips else NO_RESIDUAL for skip in range(self.num_skips))
+        down = tuple(residuals[skip] if skip in self.output_skips else nothing for skip in range(self.num_skips))
         if not return_dict:
             return down, middle
         return SemanticGuidedNetworkOutput(down_block_res_samples=down, mid_block_res_sample=middle)

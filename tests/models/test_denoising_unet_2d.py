@@ -50,13 +50,37 @@ def test_without_a_feature_head():
     assert output.sample.shape == (2, 6, 16, 16)
 
 
-def test_underneath_it_is_diffusers_network():
-    unet = tiny_unet().eval()
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"num_class_embeds": 2},
+        {"upsample_type": "resnet", "downsample_type": "resnet", "mid_block_type": None},
+        {
+            "up_block_types": ("ResnetUpsampleBlock2D", "UpBlock2D"),
+            "down_block_types": ("DownBlock2D", "ResnetDownsampleBlock2D"),
+        },
+        {"time_embedding_type": "fourier", "center_input_sample": True, "resnet_time_scale_shift": "scale_shift"},
+    ],
+)
+def test_underneath_it_is_diffusers_network(config):
+    unet = tiny_unet(**config).eval()
     own = ("sample_size", "feature_channels", "feature_resolution")
     plain = UNet2DModel(**{k: v for k, v in unet.config.items() if k not in own and not k.startswith("_")}).eval()
     weights = {k: v for k, v in unet.state_dict().items() if not k.startswith("feature_head")}
     plain.load_state_dict(weights)  # strict: the same tensors under the same names
-    assert torch.equal(unet(noisy(), TIMESTEPS).sample, plain(noisy(), TIMESTEPS).sample)
+    labels = torch.tensor([0, 1]) if "num_class_embeds" in config else None
+    for timestep in (5, torch.tensor(5), TIMESTEPS):
+        expected = plain(noisy(), timestep, class_labels=labels).sample
+        assert torch.equal(unet(noisy(), timestep, class_labels=labels).sample, expected)
+
+
+@pytest.mark.parametrize(("feature_resolution", "module"), [(8, "up_blocks.0.upsamplers.0"), (16, "conv_norm_out")])
+def test_features_are_predicted_from_what_a_level_hands_on(feature_resolution, module):
+    unet, handed_on = tiny_unet(feature_resolution=feature_resolution).eval(), []
+    unet.get_submodule(module).register_forward_pre_hook(lambda _, args: handed_on.append(args[0]))
+    features = unet(noisy(), TIMESTEPS).features
+    assert torch.equal(features, unet.feature_head(handed_on[0]))
 
 
 def test_one_channel():
@@ -69,6 +93,25 @@ def test_wrong_configurations_are_refused():
     with pytest.raises(ValueError, match=r"`out_channels`.*6.*is 3"):
         tiny_unet(out_channels=3)
     assert tiny_unet(out_channels=6).config.out_channels == 6
+    with pytest.raises(ValueError, match=r"`up_block_types`.*'AttnUpBlock2D'.*holds \['SkipUpBlock2D'\]"):
+        tiny_unet(up_block_types=("AttnUpBlock2D", "SkipUpBlock2D"))
+    with pytest.raises(ValueError, match=r"`down_block_types`.*'SkipDownBlock2D'.*Use DownBlock2D"):
+        tiny_unet(down_block_types=("DownBlock2D", "SkipDownBlock2D"))
+
+
+def test_class_labels_are_asked_for_and_refused():
+    with pytest.raises(ValueError, match="`class_labels` is needed"):
+        tiny_unet(num_class_embeds=3)(noisy(), 5)
+    with pytest.raises(ValueError, match=r"`class_labels` has no use here.*`num_class_embeds`"):
+        tiny_unet()(noisy(), 5, class_labels=torch.tensor([0, 1]))
+
+
+def test_offloading_by_groups_takes_layers_not_blocks():
+    unet, expected = tiny_unet().eval(), tiny_unet().eval()(noisy(), 5).features
+    with pytest.raises(ValueError, match=r'`offload_type` must be "leaf_level"'):
+        unet.enable_group_offload(torch.device("cpu"), num_blocks_per_group=1)
+    unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(unet(noisy(), 5).features, expected)
 
 
 def test_the_class_label_matters():

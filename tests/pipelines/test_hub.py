@@ -83,7 +83,8 @@ def publish(folder: Path) -> dict[str, str]:
     """Alice publishes, Bob proposes; with the records that training and an evaluation leave beside a model."""
     import torch
     from conftest import generator, texture, textures, tiny_pipeline, write_png
-    from huggingface_hub import create_tag
+    from huggingface_hub import create_repo, create_tag, upload_folder
+    from version_0_1 import as_version_0_1
 
     from diffad import AnomalyDenoisePipeline
 
@@ -108,6 +109,9 @@ def publish(folder: Path) -> dict[str, str]:
     pipeline.register_to_config(alpha=0.25)
     measure(pipeline, folder / "main.npz", category=CATEGORIES * 2)
     pipeline.save_pretrained(folder / "changed", push_to_hub=True, repo_id="alice/parts", token=ALICE)
+    pipeline.save_pretrained(folder / "old")
+    create_repo("alice/old", token=ALICE)
+    upload_folder(repo_id="alice/old", folder_path=as_version_0_1(folder / "old"), token=ALICE)
 
     half = AnomalyDenoisePipeline.from_pretrained(folder / "changed", dtype=torch.float16)
     measure(half, folder / "fp16.npz", category=CATEGORIES * 2)
@@ -154,13 +158,14 @@ def finish_training(folder: Path) -> None:
 
 
 def pull(folder: Path) -> dict[str, str]:
-    """A user with an empty cache, who imports diffad."""
+    """A user with an empty cache, who imports diffusers and then diffad."""
     import torch
     from diffusers import DiffusionPipeline
 
+    results = {"without diffad": outcome(lambda: DiffusionPipeline.from_pretrained("alice/parts"))}
     from diffad import AnomalyDenoisePipeline, DiADPipeline
 
-    load, results = AnomalyDenoisePipeline.from_pretrained, {}
+    load = AnomalyDenoisePipeline.from_pretrained
     measure(load("alice/parts"), folder / "pulled-main.npz", category=CATEGORIES * 2)
     measure(load("alice/parts", revision="v1"), folder / "pulled-v1.npz", category=CATEGORIES * 2)
     any_pipeline = DiffusionPipeline.from_pretrained("alice/parts", revision="v1")
@@ -175,21 +180,21 @@ def pull(folder: Path) -> dict[str, str]:
     results["other user"] = outcome(lambda: load("alice/secret", token=BOB))
     results["owner"] = type(load("alice/secret", token=ALICE)).__name__
     measure(DiADPipeline.from_pretrained("alice/diad"), folder / "pulled-diad.npz")
+    measure(load("alice/old"), folder / "pulled-old.npz", category=CATEGORIES * 2)
     return results
 
 
-def pull_without_import(folder: Path) -> dict[str, str]:
-    """A user with an empty cache who knows only diffusers; diffad is installed."""
+def pull_through_diffusers(folder: Path) -> dict[str, str]:
+    """A user with an empty cache, who imports diffad and then knows only diffusers."""
+    import diffad  # noqa: F401
+
+    results = {"loaded by the import": " ".join({"torch", "diffusers"} & set(sys.modules))}
     from diffusers import DiffusionPipeline
 
-    results = {"untrusted": outcome(lambda: DiffusionPipeline.from_pretrained("alice/parts"))}
-    results["imported before"] = str("diffad" in sys.modules)
-    pipeline = DiffusionPipeline.from_pretrained("alice/parts", revision="v1", trust_remote_code=True)
-    measure(pipeline, folder / "pulled-trusting.npz", category=CATEGORIES * 2)
-    results["half"] = type(
-        DiffusionPipeline.from_pretrained("alice/parts", variant="fp16", trust_remote_code=True)
-    ).__name__
-    results["diad"] = type(DiffusionPipeline.from_pretrained("alice/diad", trust_remote_code=True)).__name__
+    pipeline = DiffusionPipeline.from_pretrained("alice/parts", revision="v1")
+    measure(pipeline, folder / "pulled-through-diffusers.npz", category=CATEGORIES * 2)
+    results["half"] = type(DiffusionPipeline.from_pretrained("alice/parts", variant="fp16")).__name__
+    results["diad"] = type(DiffusionPipeline.from_pretrained("alice/diad")).__name__
     return results
 
 
@@ -197,20 +202,16 @@ def pull_offline(folder: Path) -> dict[str, str]:
     """The user of `pull`, later and without a network."""
     from diffusers import DiffusionPipeline
 
-    results = {
-        "trusting": outcome(lambda: DiffusionPipeline.from_pretrained("alice/parts", trust_remote_code=True)),
-    }
     from diffad import AnomalyDenoisePipeline
 
-    measure(
-        AnomalyDenoisePipeline.from_pretrained("alice/parts"), folder / "pulled-offline.npz", category=CATEGORIES * 2
-    )
+    load, results = AnomalyDenoisePipeline.from_pretrained, {}
+    measure(load("alice/parts"), folder / "pulled-offline.npz", category=CATEGORIES * 2)
     results["any"] = type(DiffusionPipeline.from_pretrained("alice/diad")).__name__
-    results["never pulled"] = outcome(lambda: AnomalyDenoisePipeline.from_pretrained("alice/other"))
+    results["never pulled"] = outcome(lambda: load("alice/other"))
     return results
 
 
-STEPS = {step.__name__: step for step in (publish, pull, pull_without_import, pull_offline)}
+STEPS = {step.__name__: step for step in (publish, pull, pull_through_diffusers, pull_offline)}
 
 
 # -- tests -------------------------------------------------------------------------------------------------------
@@ -236,6 +237,7 @@ def run_story(folder: Path) -> None:
         def start(step: str, home: str, **environment: str) -> subprocess.Popen:
             inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DIFFUSERS"))}
             settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / home), "HF_HUB_DISABLE_XET": "1"}
+            settings["PYTHONPATH"] = str(Path(__file__).parents[1])  # of the modules that tests share
             with open(folder / f"{step}.log", "w") as log:
                 return subprocess.Popen(
                     [sys.executable, __file__, step, str(folder)],
@@ -250,8 +252,8 @@ def run_story(folder: Path) -> None:
 
         finish("publish", start("publish", "alice"))
         sent = list(hub.requests)
-        processes = {"pull": start("pull", "user"), "pull_without_import": start("pull_without_import", "stranger")}
-        for step, process in processes.items():
+        steps = {"pull": "user", "pull_through_diffusers": "stranger"}
+        for step, process in [(step, start(step, home)) for step, home in steps.items()]:
             finish(step, process)
         received = list(hub.requests)
         finish("pull_offline", start("pull_offline", "user", HF_HUB_OFFLINE="1"))
@@ -277,10 +279,11 @@ def results(story: Path, name: str) -> dict[str, Any]:
         ("pulled-main", "main"),
         ("pulled-v1", "v1"),
         ("pulled-any", "v1"),
-        ("pulled-trusting", "v1"),
+        ("pulled-through-diffusers", "v1"),
         ("pulled-offline", "main"),
         ("pulled-fp16", "fp16"),
         ("pulled-diad", "diad"),
+        ("pulled-old", "main"),
     ],
 )
 def test_what_is_pulled_gives_the_bits_of_what_was_pushed(story, pulled, pushed):
@@ -305,12 +308,13 @@ def test_a_repository_is_complete_and_safe(story):
         *(f"{name}/diffusion_pytorch_model.safetensors" for name in folders),
         *(f"{name}/config.json" for name in folders),
         "scheduler/scheduler_config.json",
-        *("model_index.json", "pipeline.py", "README.md", "training.json", "report.json", "cells.png"),
+        *("model_index.json", "README.md", "training.json", "report.json", "cells.png"),
     }
     added = set(parts["main"]) - set(parts["v1"])
     assert added == {f"{name}/diffusion_pytorch_model.fp16.safetensors" for name in folders}
     assert json.loads(parts["v1"]["report.json"])["data"] == "parts"
     assert {"good-1.png", "good-2.png", "README.md"} <= set(contents["alice/trained"]["main"])  # from training itself
+    del contents["alice/old"]  # a folder's upload, without the pipeline's own care
     for repository in contents.values():
         for content in repository["main"].values():
             for private in (str(story), "/home/alice", ALICE):
@@ -373,12 +377,13 @@ def test_diffusers_own_class_loads_it_after_the_import(story):
     assert pulled["categories"] == "zebra apple"
 
 
-def test_without_the_import_diffusers_asks_for_trust(story):
-    pulled = results(story, "pull_without_import")
-    assert pulled["untrusted"].startswith("ValueError")
-    assert "trust_remote_code=True" in pulled["untrusted"]
-    assert pulled["imported before"] == "False"
+def test_diffusers_own_class_needs_nothing_but_the_import(story):
+    pulled = results(story, "pull_through_diffusers")
+    assert pulled["loaded by the import"] == ""
     assert (pulled["half"], pulled["diad"]) == ("AnomalyDenoisePipeline", "DiADPipeline")
+    # without it, the error names what is missing
+    assert results(story, "pull")["without diffad"].startswith("ValueError")
+    assert "diffad" in results(story, "pull")["without diffad"]
 
 
 def test_offline_nothing_is_asked_of_the_network(story):
