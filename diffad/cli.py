@@ -218,7 +218,16 @@ def calibrate(
     if (folder / REPORT_NAME).is_file():  # it spoke of the statistics that were here before
         remove_reports(folder)
         console.print(f"Removed {escape(str(folder / REPORT_NAME))}: it was measured with the old calibration.")
-    console.print(f"Calibrated on {len(good)} good images and saved to {escape(str(folder))}.")
+    index = pipeline.category_index(category if len(pipeline.categories) > 1 else None)
+    calibration, count = pipeline.calibration, pipeline.calibration.num_good_images(index)
+    console.print(
+        f"Calibrated on {len(good)} good images and saved to {escape(str(folder))}.\n"
+        f"On average over such sets of images, at most {calibration.stated_false_alarm_rate(index):.2%} of new good "
+        f"parts raise an alarm. With 95% confidence, the {count} images that set this threshold keep it below "
+        f"{calibration.false_alarm_bound(index):.2%}.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

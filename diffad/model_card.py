@@ -282,11 +282,17 @@ def _thresholds(calibration: Any, categories: Sequence[str]) -> dict[str, Any]:
         return {"calibrated": False}
     rows = []
     for index, category in enumerate(categories or ["all"]):
-        count = int((~calibration.normal_scores[index].isnan()).sum())
-        if count:
-            rate = max(calibration.config.false_alarm_rate, 1.0 / (count + 1))  # what that many images vouch for
-            values = (calibration.image_threshold[index], calibration.pixel_threshold[index], rate)
-            rows.append([_cell(category), *(f"{float(value):.6g}" for value in values), str(count)])
+        if calibration.num_good_images(index):
+            rows.append(
+                [
+                    _cell(category),
+                    f"{float(calibration.image_threshold[index]):.6g}",
+                    f"{float(calibration.pixel_threshold[index]):.6g}",
+                    f"{calibration.stated_false_alarm_rate(index):.6g}",
+                    str(calibration.num_good_images(index)),
+                    f"{calibration.false_alarm_bound(index):.3f}",
+                ]
+            )
     return {"calibrated": True, "thresholds": rows}
 
 

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 
+from diffad.cli import load_pipeline
 from diffad.data import load_anomaly_dataset
 from diffad.evaluation.baselines import evaluate_baseline, load_training_images
-from diffad.evaluation.cases import thresholds
-from diffad.evaluation.detectors import evaluate_category, split_by_category
+from diffad.evaluation.detectors import evaluate_category, promise, split_by_category
 from diffad.evaluation.metric_names import BASELINE_TITLES
 from diffad.evaluation.report import (
     command_line,
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # 1. Data and detectors
     dataset = load_anomaly_dataset(args.data, split="test", category=args.category, dataset=args.dataset)
-    pipeline = DiffusionPipeline.from_pretrained(args.model).to(accelerator.device)
+    pipeline = load_pipeline(args.model).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     baselines = [name for name in args.baselines if name != "none"]
     if "ddpm" in baselines and not hasattr(pipeline.unet.config, "feature_channels"):
@@ -119,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for name in baselines:
             result = evaluate_baseline(name, pipeline, good, images, category, accelerator, *limits)
             report["baselines"][name] = with_mean({**report["baselines"][name], category: result})
-        ours.result["image_threshold"] = thresholds(pipeline, category)[0]
+        ours.result.update(promise(pipeline, category))
         report["results"] = with_mean({**report["results"], category: ours.result})
         report["scores"][category] = ours.records
         report["curves"][category] = {

@@ -27,9 +27,9 @@ import torch
 import yaml
 from accelerate import Accelerator
 from datasets import Dataset
-from diffusers import DiffusionPipeline
 
 from diffad import AnomalyDenoisePipeline, DiADPipeline, TimmFeatureExtractor
+from diffad.cli import load_pipeline
 from diffad.data import load_anomaly_dataset
 from diffad.evaluation.baselines import evaluate_baseline, load_training_images
 from diffad.evaluation.detectors import category_index, evaluate_detectors, split_by_category
@@ -325,7 +325,7 @@ def load_model(path: str | Path, method: str, device: torch.device) -> Detection
     Raises:
         ValueError: it is not of `method`, or has no features to score with.
     """
-    pipeline = DiffusionPipeline.from_pretrained(path)
+    pipeline = load_pipeline(path)
     if not isinstance(pipeline, METHODS[method]):
         raise ValueError(f"--model: this table is about {method}, but {path} holds a {type(pipeline).__name__}.")
     if pipeline.feature_extractor is None:

@@ -191,10 +191,31 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 f"holds no longer. Run it in {self.config.precision}, or calibrate it in {precision}."
             )
 
+    def num_good_images(self, category: int) -> int:
+        """How many good images one category's thresholds come from."""
+        return int((~self.normal_scores[category].isnan()).sum())
+
+    def stated_false_alarm_rate(self, category: int) -> float:
+        """The rate that holds on average over sets of good images; n vouch for no less than 1 / (n + 1).
+
+        Raises:
+            ValueError: the category is not calibrated.
+        """
+        return max(self.config.false_alarm_rate, 1.0 / (self._num_scores(category) + 1))
+
     def false_alarm_bound(self, category: int, confidence: float = 0.95) -> float:
-        """The false-alarm rate that one category's thresholds keep with a given confidence (`conformal`)."""
-        num_scores = int((~self.normal_scores[category].isnan()).sum())
-        return false_alarm_bound(num_scores, self.config.false_alarm_rate, confidence)
+        """The false-alarm rate that one category's threshold keeps with a given confidence, see `conformal`.
+
+        Raises:
+            ValueError: the category is not calibrated.
+        """
+        return false_alarm_bound(self._num_scores(category), self.config.false_alarm_rate, confidence)
+
+    def _num_scores(self, category: int) -> int:
+        count = self.num_good_images(category)
+        if not count:
+            raise ValueError(f"Category {category} is not calibrated. Call `pipe.calibrate` with its good images.")
+        return count
 
     def _whitening(self, category: int) -> torch.Tensor:
         """One category's triangles as matrices, (P, C, C); made once, as that takes as long as their product."""

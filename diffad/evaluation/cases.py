@@ -14,7 +14,7 @@ from datasets import Dataset
 from PIL import Image
 
 from diffad.data.masks import mask_to_array
-from diffad.evaluation.detectors import call_arguments, category_index
+from diffad.evaluation.detectors import call_arguments, pixel_threshold
 from diffad.images import image_to_rgb, resize_images
 from diffad.visualization import beside_overlay, save_rows
 
@@ -79,7 +79,7 @@ def draw_cases(
     seed: int,
 ) -> list[Case]:
     """The images with the highest and the lowest scores of either kind, beside their maps and the defects' outlines."""
-    threshold = thresholds(pipeline, category)[1]
+    threshold = pixel_threshold(pipeline, category)
     cases = []
     for title, indices in choose_cases(records).items():
         rows = [images[i] for i in indices]
@@ -100,15 +100,6 @@ def draw_case(row: dict[str, Any], anomaly_map: torch.Tensor, threshold: float |
         mask = None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
     shown = resize_images(anomaly_map[None, None].float(), (picture.height, picture.width))[0, 0].numpy()
     return beside_overlay(np.asarray(picture), shown, None if mask is None else np.asarray(mask), threshold)
-
-
-def thresholds(pipeline: Any, category: str) -> tuple[float | None, float | None]:
-    """Of images and of pixels, of one category; None before it is calibrated."""
-    if pipeline.calibration is None:
-        return None, None
-    index = category_index(pipeline, category)
-    image, pixel = pipeline.calibration.image_threshold[index], pipeline.calibration.pixel_threshold[index]
-    return tuple(float(value) if torch.isfinite(value) else None for value in (image, pixel))
 
 
 def save_sheets(cases: dict[str, list[Case]], path: Path) -> None:

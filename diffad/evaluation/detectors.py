@@ -79,6 +79,33 @@ def category_index(pipeline: Any, category: str) -> int:
     return pipeline.category_index(category if len(pipeline.categories) > 1 else None)
 
 
+def promise(pipeline: Any, category: str) -> dict[str, float]:
+    """What a pipeline promises of one category, for the report; nothing before it is calibrated.
+
+    `image_threshold`; `allowed_false_alarms`, the rate that holds on average over sets of good images; and
+    `allowed_false_alarms_95`, the rate that this calibration keeps with 95% confidence.
+    """
+    if pipeline.calibration is None:
+        return {}
+    index = category_index(pipeline, category)
+    threshold = pipeline.calibration.image_threshold[index]
+    if not torch.isfinite(threshold):
+        return {}
+    return {
+        "image_threshold": float(threshold),
+        "allowed_false_alarms": pipeline.calibration.stated_false_alarm_rate(index),
+        "allowed_false_alarms_95": round(pipeline.calibration.false_alarm_bound(index), 6),
+    }
+
+
+def pixel_threshold(pipeline: Any, category: str) -> float | None:
+    """Above which the map of an alarmed image is in its mask; None before the category is calibrated."""
+    if pipeline.calibration is None:
+        return None
+    threshold = pipeline.calibration.pixel_threshold[category_index(pipeline, category)]
+    return float(threshold) if torch.isfinite(threshold) else None
+
+
 @torch.no_grad()
 def evaluate_detectors(
     detect: Callable[[list[Any], list[int]], Sequence[Any]],
