@@ -26,7 +26,7 @@ from diffad.evaluation.metrics import AnomalyMetrics
 from diffad.images import image_to_rgb
 from diffad.seeding import image_generator
 from diffad.training import evaluate, train_ddpm
-from diffad.training.loop import list_checkpoints
+from diffad.training.checkpoints import list_checkpoints
 from diffad.visualization import overlay, save_rows
 
 CATEGORY = "mono"

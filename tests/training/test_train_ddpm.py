@@ -41,7 +41,8 @@ from diffad.seeding import step_generator
 from diffad.training import train_ddpm
 from diffad.training.cached_encodings import CachedEncodings, choose_flips
 from diffad.training.data import BalancedSampler, ResizedImages, augment, create_data_loader, load_good_images
-from diffad.training.loop import create_accelerator, list_checkpoints, training_batches
+from diffad.training.checkpoints import list_checkpoints
+from diffad.training.loop import create_accelerator, training_batches
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -358,6 +359,7 @@ def test_two_processes_train_one_model(good, tiny, tmp_path):
         "from pathlib import Path\n"
         "from accelerate import Accelerator\n"
         "from diffad.training import train_ddpm\n"
+        "from diffad.training.loop import check_replicas\n"
         "accelerator = Accelerator()\n"
         "layer = torch.nn.Linear(2, 2)\n"
         "torch.nn.init.constant_(layer.weight, float(accelerator.process_index))\n"

@@ -35,7 +35,7 @@ from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.training import train_autoencoder, train_diad
 from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip
 from diffad.training.data import ResizedImages, load_good_images
-from diffad.training.loop import list_checkpoints
+from diffad.training.checkpoints import list_checkpoints
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
