@@ -191,7 +191,7 @@ def sum_over_processes(values: list[float]) -> list[float]:
     state = PartialState()
     if state.num_processes == 1:
         return values
-    return reduce(torch.tensor(values, dtype=torch.float64, device=state.device)).tolist()
+    return reduce(torch.tensor(values, dtype=torch.float64, device=state.device), "sum").tolist()
 
 
 def save_validation_pictures(

@@ -8,15 +8,15 @@ import json
 
 import pytest
 import torch
-from conftest import textures, tiny_extractor
+from conftest import launch, textures, tiny_extractor, write_folder
 from diad_runs import VAE, good, moved, shared_flags, start_vae, tiny_vae, train_vae  # noqa: F401 (fixtures)
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffad.images import images_to_tensors
+from diffad.images import images_to_tensors, normalize_images
 from diffad.training import train_autoencoder
-from diffad.training.data import load_good_images
+from diffad.training.data import ResizedImages, load_good_images, spread_batches
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -68,3 +68,25 @@ def test_autoencoder_resumes_to_the_bit(good, start_vae, tmp_path):
     (tmp_path / "whole" / "checkpoint-4").rename(tmp_path / "part" / "checkpoint-4")
     train_vae(good, tmp_path / "part", *more, "--resume_from_checkpoint", "latest", steps=5)
     assert moved(load_file(tmp_path / "whole" / VAE), load_file(tmp_path / "part" / VAE)) == set()
+
+
+def test_two_processes_train_one_autoencoder_and_share_what_is_measured_of_it(tmp_path):
+    data = write_folder(tmp_path / "part", 24, size=72)  # 4 held out, 20 trained on: a share of 10 for each process
+    more = ("--preset", "cpu-128", "--train_batch_size", 2)
+    arguments = [*shared_flags(data, tmp_path / "run", 3, 72), *more]
+    output = launch("diffad.training.train_autoencoder", *arguments, processes=2, cwd=tmp_path)
+    assert output.count("Saved an autoencoder") == 1  # after the check that both ended with the same weights
+    states = {path.name for path in (tmp_path / "run" / "checkpoint-3").glob("random_states_*")}
+    assert states == {"random_states_0.pkl", "random_states_1.pkl"}
+
+    record = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert record["steps"] == 3
+    args = train_autoencoder.parse_args([str(argument) for argument in arguments])
+    training, held_out, categories = load_good_images(args)
+    vae = AutoencoderKL.from_pretrained(tmp_path / "run")
+    error = train_autoencoder.held_out_error(vae, held_out, args, torch.device("cpu"))
+    assert record["held_out_l1"] == pytest.approx(error, abs=2e-6)
+    images = spread_batches(ResizedImages(training, 72, categories), 512, torch.device("cpu"))
+    normalized = [normalize_images(batch, args.image_mean, args.image_std) for batch in images]
+    assert sum(map(len, normalized)) == 20
+    assert vae.config.scaling_factor == pytest.approx(train_autoencoder.latent_scale(vae, normalized), rel=1e-5)

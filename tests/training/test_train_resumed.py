@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -26,6 +27,22 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 SCRIPT = Path(train_ddpm.__file__)
 
 
+def start(command: list[str], output: Path, log: Path) -> subprocess.Popen:
+    """Starts a process in a group of its own, and returns when it has written its first checkpoint."""
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=log.parent, stdout=file, stderr=file, start_new_session=True)
+    try:
+        deadline = time.time() + 600
+        while not list_checkpoints(output):
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.time() < deadline
+            time.sleep(0.01)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process
+
+
 # -- killed and resumed ------------------------------------------------------------------------------------------
 
 
@@ -34,18 +51,9 @@ def test_killed_and_resumed_it_ends_with_the_same_weights_to_the_bit(good, tiny,
     more = ("--gradient_accumulation_steps", 2, "--use_ema", "--checkpointing_steps", 4, "--random_flip")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
-    command = launch_command(SCRIPT, *flags(good, killed, *more, start=tiny, steps=24))
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.time() + 600
-        while not list_checkpoints(killed):
-            assert process.poll() is None, (tmp_path / "log").read_text()[-4000:]
-            assert time.time() < deadline
-            time.sleep(0.01)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # the launcher and what it launched
-        process.wait()
+    process = start(launch_command(SCRIPT, *flags(good, killed, *more, start=tiny, steps=24)), killed, tmp_path / "log")
+    os.killpg(process.pid, signal.SIGKILL)  # the launcher and what it launched
+    process.wait()
     assert not (killed / "model_index.json").exists()  # in mid-run
     assert list_checkpoints(killed)[-1].name != "checkpoint-24"
     # what a kill in the middle of a checkpoint leaves
@@ -66,6 +74,30 @@ def test_killed_and_resumed_it_ends_with_the_same_weights_to_the_bit(good, tiny,
     averages = torch.load(killed / "checkpoint-24" / "custom_checkpoint_0.pkl", weights_only=False)
     assert averages["optimization_step"] == 24
     assert torch.equal(load(whole).calibration.normal_scores, load(killed).calibration.normal_scores)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_by_a_signal_it_saves_a_checkpoint_and_resumes_to_the_bit(good, tiny, tmp_path, number, code):
+    """Wherever in a step of two batches the signal falls."""
+    more = ("--gradient_accumulation_steps", 2, "--use_ema", "--checkpointing_steps", 4, "--random_flip")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    command = [sys.executable, str(SCRIPT), *flags(good, stopped, *more, start=tiny, steps=24)]
+    process = start(command, stopped, tmp_path / "log")
+    process.send_signal(number)
+    assert process.wait(timeout=300) == code, (tmp_path / "log").read_text()[-4000:]
+    last = list_checkpoints(stopped)[-1].name
+    step = int(last.removeprefix("checkpoint-"))
+    assert 4 <= step < 24
+    log = (tmp_path / "log").read_text()
+    assert f"Stopped at step {step}. Add --resume_from_checkpoint latest to go on." in log
+    assert "Traceback" not in log
+    assert not (stopped / "model_index.json").exists()
+
+    train(good, whole, *more, start=tiny, steps=24)
+    train(good, stopped, *more, "--resume_from_checkpoint", "latest", start=tiny, steps=24)
+    for name in ("checkpoint-24/model.safetensors", "unet/diffusion_pytorch_model.safetensors"):  # raw, and averaged
+        expected, resumed = load_file(whole / name), load_file(stopped / name)
+        assert [key for key in expected if not torch.equal(expected[key], resumed[key])] == []
 
 
 def test_accumulation_makes_no_step_of_its_own_at_the_end_of_an_epoch(good, tiny, tmp_path):
