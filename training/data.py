@@ -6,7 +6,6 @@ import argparse
 import math
 import uuid
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -17,13 +16,15 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import get_temporary_cache_files_directory
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, Subset
 from torch.utils.data import Dataset as TorchDataset
 
 from diffad.data import load_anomaly_dataset
 from diffad.data.layouts import FEATURES
 from diffad.data.parts import part_index
 from diffad.images import images_to_tensors, resize_images
+from diffad.training.shared_map import shared_map
+from diffad.training.stop_signals import ignore_stop_signals
 
 
 def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str]]:
@@ -93,13 +94,8 @@ def keep_good_images(stream: IterableDataset) -> Dataset:
     )
 
 
-def temporary_table() -> str:
-    """Path for a table of a `datasets.Dataset`, removed when the process ends."""
-    return str(Path(get_temporary_cache_files_directory(), f"{uuid.uuid4().hex}.arrow"))
-
-
 class ResizedImages(TorchDataset):
-    """Images of a data set, decoded and resized once and then read from a memory-mapped table.
+    """Images of a data set, decoded and resized once a machine and then read from a memory-mapped table.
 
     An item is (uint8 tensor (3, R, R), category index), and `category_index` holds the latter of all images. Decoding
     again in every epoch would cost more than a small network's step; keeping tensors in memory would grow with the
@@ -116,13 +112,8 @@ class ResizedImages(TorchDataset):
             pixels = (resized * 255.0).round().to(torch.uint8)  # (3, R, R)
             return {"pixels": pixels.numpy().tobytes(), "index": index[record["category"]]}
 
-        self.table = dataset.map(
-            resize,
-            remove_columns=dataset.column_names,
-            desc="Reading images",
-            writer_batch_size=64,
-            # a data set in memory would keep this one there too; one on disk has a place for it, and finds it again
-            cache_file_name=None if dataset.cache_files else temporary_table(),
+        self.table = shared_map(
+            dataset, resize, remove_columns=dataset.column_names, desc="Reading images", writer_batch_size=64
         ).with_format("numpy")
         self.category_index = np.asarray(self.table["index"][:])
 
@@ -179,22 +170,28 @@ def create_data_loader(images: ResizedImages, args: argparse.Namespace) -> DataL
     """Shuffled batches of `train_batch_size`, or of as many images as there are for each process.
 
     `images` may be any data set with a `category_index`.
-
-    Raises:
-        ValueError: there are fewer images than processes.
     """
-    images_a_process = len(images) // PartialState().num_processes
-    if not images_a_process:
-        raise ValueError(f"{len(images)} training images are too few for {PartialState().num_processes} processes.")
     return DataLoader(
         images,
-        batch_size=min(args.train_batch_size, images_a_process),
+        batch_size=min(args.train_batch_size, len(images) // PartialState().num_processes),
         shuffle=not args.balance_categories,
         sampler=BalancedSampler(images.category_index, args.seed) if args.balance_categories else None,
         drop_last=True,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def spread_batches(
+    images: ResizedImages, count: int, device: torch.device, shared: bool = False
+) -> Iterator[torch.Tensor]:
+    """About `count` images, evenly spread, in batches (16, 3, R, R) in [-1, 1]; `shared`: this process's share."""
+    chosen = range(0, len(images), max(1, len(images) // count))
+    if shared:
+        chosen = chosen[PartialState().process_index :: PartialState().num_processes]
+    for pixels, _ in DataLoader(Subset(images, chosen), 16):
+        yield pixels.to(device).float() / 127.5 - 1.0
 
 
 def augment(pixels: torch.Tensor, args: argparse.Namespace, generator: torch.Generator) -> torch.Tensor:

@@ -114,9 +114,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     limits = (args.resolution, args.pro_fpr_limit, args.batch_size, args.seed)
     for category in [name for name in tests if name not in report["results"]]:
         images, good = tests[category], goods.get(category)
-        ours = evaluate_category(pipeline, images, category, accelerator, *limits, args.save_maps)
-        for name in baselines:
-            result = evaluate_baseline(name, pipeline, good, images, category, accelerator, *limits)
+        with accelerator.autocast():
+            ours = evaluate_category(pipeline, images, category, accelerator, *limits, args.save_maps)
+            others = {
+                n: evaluate_baseline(n, pipeline, good, images, category, accelerator, *limits) for n in baselines
+            }
+        for name, result in others.items():
             report["baselines"][name] = with_mean({**report["baselines"][name], category: result})
         ours.result.update(promise(pipeline, category))
         report["results"] = with_mean({**report["results"], category: ours.result})
@@ -129,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # 4. The page
     if accelerator.is_main_process:
-        save_page(report, pipeline, tests, accelerator, path)
+        with accelerator.autocast():
+            save_page(report, pipeline, tests, path)
         print(report_markdown(report) + f"Report: {path} and {path.with_suffix('.html')}")
     accelerator.wait_for_everyone()
     accelerator.end_training()  # a process that exits with its group still open may abort

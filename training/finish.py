@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
 
@@ -25,12 +26,15 @@ def finish(
     categories: Sequence[str],
     args: argparse.Namespace,
     record: dict[str, Any],
+    accelerator: Accelerator,
     max_statistics_images: int = 512,
 ) -> None:
-    """Calibrates a pipeline on good images, saves it and, where asked, pushes it; on the main process.
+    """Calibrates a pipeline on good images, saves it and, where asked, pushes it.
 
-    Per-position statistics come from up to `max_statistics_images` images of training, which are many; thresholds and
-    p-values from the held-out ones, which no network has seen. `record` goes into `training.json`.
+    Every process calls this: all share the calibration's images, and the main one saves what came of them. Per-position
+    statistics come from up to `max_statistics_images` images of training, which are many; thresholds and p-values from
+    the held-out ones, which no network has seen. It calibrates in float32, as the saved weights are loaded, whatever
+    the precision of training was. `record` goes into `training.json`.
     """
     generator = torch.Generator().manual_seed(args.seed)
     for category in categories:
@@ -47,14 +51,17 @@ def finish(
             false_alarm_rate=args.false_alarm_rate,
             category=category if len(categories) > 1 else None,
             generator=generator,
+            accelerator=accelerator,
         )
-    remove_reports(args.output_dir)  # they speak of the weights that were here before
-    pipeline.save_pretrained(args.output_dir)
-    save_examples(pipeline, held_out, args)
-    save_record(args, {"categories": list(categories), **record})
-    if args.push_to_hub:
-        repo_id = args.hub_model_id or Path(args.output_dir).name
-        pipeline.push_to_hub(repo_id, token=args.hub_token, folder=args.output_dir)
+    if accelerator.is_main_process:
+        remove_reports(args.output_dir)  # they speak of the weights that were here before
+        pipeline.save_pretrained(args.output_dir)
+        save_examples(pipeline, held_out, args)
+        save_record(args, {"categories": list(categories), **record})
+        if args.push_to_hub:
+            repo_id = args.hub_model_id or Path(args.output_dir).name
+            pipeline.push_to_hub(repo_id, token=args.hub_token, folder=args.output_dir)
+    accelerator.wait_for_everyone()
 
 
 def save_examples(pipeline: Any, held_out: Dataset, args: argparse.Namespace) -> None:

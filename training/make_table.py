@@ -196,10 +196,9 @@ def calibrate_rows(
         pixel_values = to_pixel_values((good[i]["image"] for i in batch), fitted[0], accelerator.device)
         of_category = torch.full((len(batch),), category, device=accelerator.device)
         generators = [image_generator(seed, i) for i in batch]
-        with accelerator.autocast():
-            measurements = measure_rows(fitted, pixel_values, of_category, generators)
-            for (_, fit), measurement in zip(fits.values(), measurements, strict=True):
-                fit.add_statistics(measurement if mine else no_images(measurement))
+        measurements = measure_rows(fitted, pixel_values, of_category, generators)
+        for (_, fit), measurement in zip(fits.values(), measurements, strict=True):
+            fit.add_statistics(measurement if mine else no_images(measurement))
     calibrations = {key: fit.set_statistics() for key, (_, fit) in fits.items()}
     for pipeline in pipelines:
         pipeline.register_modules(calibration=calibrations[calibration_key(pipeline)])
@@ -368,7 +367,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     groups.setdefault(tuple(row.get(name) for name in SHARED), []).append(i)
             for group in groups.values():
                 of_group = [rows[i] for i in group]
-                evaluated = evaluate_rows(model, of_group, goods.get(category), test, category, accelerator, args)
+                with accelerator.autocast():
+                    evaluated = evaluate_rows(model, of_group, goods.get(category), test, category, accelerator, args)
                 for i, result in zip(group, evaluated, strict=True):
                     results[i][category] = result
 

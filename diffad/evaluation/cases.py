@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
 
@@ -75,7 +74,6 @@ def draw_cases(
     images: Dataset,
     records: Sequence[dict[str, Any]],
     category: str,
-    accelerator: Accelerator,
     seed: int,
 ) -> list[Case]:
     """The images with the highest and the lowest scores of either kind, beside their maps and the defects' outlines."""
@@ -83,8 +81,7 @@ def draw_cases(
     cases = []
     for title, indices in choose_cases(records).items():
         rows = [images[i] for i in indices]
-        with accelerator.autocast():
-            output = pipeline([row["image"] for row in rows], **call_arguments(pipeline, category, indices, seed))
+        output = pipeline([row["image"] for row in rows], **call_arguments(pipeline, category, indices, seed))
         for i, row, anomaly_map in zip(indices, rows, output.anomaly_map, strict=True):
             cases.append(Case(title, case_caption(records[i]), draw_case(row, anomaly_map, threshold)))
     return cases

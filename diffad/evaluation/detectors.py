@@ -127,7 +127,7 @@ def evaluate_detectors(
         images: as of `load_anomaly_dataset`.
         category: its name.
         accelerator: shares the batches among its processes. A batch is the same on any number of them, and so are
-            its maps to the bit.
+            its maps to the bit. Mixed precision is the caller's to set (`with accelerator.autocast()`).
         resolution: side in pixels at which maps meet masks.
         pro_fpr_limit: of PRO.
         batch_size: images a batch.
@@ -146,8 +146,7 @@ def evaluate_detectors(
             rows = [images[i] for i in indices]
             masks = [_mask(row, resolution) for row in rows]
             known = [j for j, mask in enumerate(masks) if mask is not None]
-            with accelerator.autocast():
-                outputs = detect([row["image"] for row in rows], indices)
+            outputs = detect([row["image"] for row in rows], indices)
             for number, output in enumerate(outputs):
                 maps = resize_images(output.anomaly_map.float()[:, None], (resolution, resolution))[:, 0].cpu()
                 scores = output.anomaly_score.cpu()

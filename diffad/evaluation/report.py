@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 
 import diffad
@@ -102,12 +101,10 @@ def take_up_report(report: dict[str, Any], path: Path, categories: Collection[st
     report.update({name: earlier[name] for name in ("results", "baselines", "scores", "curves")})
 
 
-def save_page(
-    report: dict[str, Any], pipeline: Any, images: dict[str, Dataset], accelerator: Accelerator, path: Path
-) -> None:
+def save_page(report: dict[str, Any], pipeline: Any, images: dict[str, Dataset], path: Path) -> None:
     """Writes the page (.html), with pictures of the cases that tell most, and their contact sheets beside `path`."""
     cases = {
-        category: draw_cases(pipeline, images[category], records, category, accelerator, report["seed"])
+        category: draw_cases(pipeline, images[category], records, category, report["seed"])
         for category, records in report["scores"].items()
     }
     write_files(path, {".html": render_report_page(report, report["curves"], cases)})

@@ -1,0 +1,52 @@
+"""Checkpoints of a training run, from which it goes on to the same weights to the bit."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+
+def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, step: int) -> None:
+    """Saves `checkpoint-STEP`: written under another name and renamed, so a killed run leaves no half checkpoint."""
+    folder = Path(args.output_dir, f"checkpoint-{step}")
+    unfinished = folder.with_name(f"unfinished-{folder.name}")
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit or None]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
+    """Loads the checkpoint asked for and returns its step; 0 where there is none yet."""
+    if not args.resume_from_checkpoint:
+        return 0
+    if args.resume_from_checkpoint == "latest":
+        checkpoints = list_checkpoints(args.output_dir)
+        if not checkpoints:
+            accelerator.print(f"No checkpoint in {args.output_dir} yet: starting anew.")
+            return 0
+        folder = checkpoints[-1]
+    else:
+        folder = Path(args.resume_from_checkpoint)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--resume_from_checkpoint: no folder at {folder}. Give one, or 'latest'.")
+    accelerator.load_state(str(folder))
+    step = int(folder.name.removeprefix("checkpoint-"))
+    accelerator.print(f"Resuming from {folder}, step {step}.")
+    return step
