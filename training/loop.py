@@ -80,8 +80,7 @@ def train(
         For `training.json`: `steps`, and `training_seconds` of this call.
 
     Raises:
-        FloatingPointError: the loss or its gradient is not finite.
-        RuntimeError: the processes' weights differ at the end.
+        RuntimeError: the loss or its gradient is not finite, or the processes' weights differ at the end.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM.
     """
     # 1. Optimizer, averages, and what accelerate makes of them; where a checkpoint left off
@@ -139,7 +138,8 @@ def train(
             if is_saved:
                 save_checkpoint(accelerator, args, step)
             if stop:
-                accelerator.print(f"\nStopped at step {step}. Add --resume_from_checkpoint latest to go on.")
+                progress.close()
+                accelerator.print(f"Stopped at step {step}. Add --resume_from_checkpoint latest to go on.")
                 accelerator.end_training()
                 raise SystemExit(128 + stop)
 
@@ -206,7 +206,7 @@ def read_loss(
     """The loss's parts, averaged over the processes, as numbers.
 
     Raises:
-        FloatingPointError: loss or gradient is not finite on some process; on all of them, so that none waits for it.
+        RuntimeError: loss or gradient is not finite on some process; on all of them, so that none waits for it.
     """
     tensors = {**parts, "loss": loss, "gradient's norm": gradient_norm}
     if accelerator.optimizer_step_was_skipped:  # fp16's scaler has seen the gradient, and goes on with a smaller scale
@@ -216,7 +216,7 @@ def read_loss(
     wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     if wrong:
         kept = list_checkpoints(args.output_dir)
-        raise FloatingPointError(
+        raise RuntimeError(
             f"Training has diverged: at step {step}, {', '.join(wrong)}. Start again with a lower --learning_rate than "
             f"{args.learning_rate:g} or more --lr_warmup_steps than {args.lr_warmup_steps}. This state was not saved; "
             + (f"{kept[-1]} is the last good checkpoint." if kept else "there is no earlier checkpoint.")
