@@ -1,4 +1,7 @@
-"""DiAD (He et al., "A Diffusion-based Framework for Multi-class Anomaly Detection", AAAI 2024)."""
+"""DiAD (He et al., "A Diffusion-based Framework for Multi-class Anomaly Detection", AAAI 2024).
+
+This file is long so that a call stands in one place: from the image over the reverse process to maps and scores.
+"""
 
 from __future__ import annotations
 

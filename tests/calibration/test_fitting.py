@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
-from conftest import generator, launch, textures, tiny_pipeline
+from conftest import generator, launch, texture, textures, tiny_pipeline
 
 from diffad import AnomalyDenoisePipeline
 
 SCRIPT = """
 import sys
+import logging
 from pathlib import Path
 
 import torch
@@ -77,3 +79,30 @@ def test_an_image_without_an_alarm_has_an_empty_mask():
     assert (above & ~output.is_anomalous).any()  # alone, the pixels' threshold would add alarms
     assert not output.anomaly_mask[~output.is_anomalous].any()
     assert output.anomaly_mask[output.is_anomalous].any()
+
+
+def test_precision_and_settings_are_recorded(tmp_path):
+    pipe = tiny_pipeline(alpha=0.25).calibrate(textures(12), false_alarm_rate=0.3, generator=generator())
+    pipe.save_pretrained(tmp_path)
+    config = AnomalyDenoisePipeline.from_pretrained(tmp_path).calibration.config
+    assert config.precision == "float32"
+    assert config.settings["alpha"] == 0.25
+    assert config.settings["timesteps"] == [5, 50, 100]
+
+
+def test_another_precision_at_use_warns(caplog):
+    pipe = tiny_pipeline().calibrate(textures(12), false_alarm_rate=0.3, generator=generator())
+    logging.Logger.warning_once.cache_clear()  # "once" is once a process
+    with caplog.at_level(logging.WARNING):
+        pipe(texture(0))
+        assert "calibrated in" not in caplog.text
+        with torch.autocast("cpu", torch.bfloat16):
+            pipe(texture(0))
+        pipe.to(dtype=torch.bfloat16)(texture(0))
+    told = [record for record in caplog.records if "calibrated in float32 and runs in bfloat16" in record.message]
+    assert len(told) == 1
+    caplog.clear()
+    logging.Logger.warning_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        pipe.calibrate(textures(12), false_alarm_rate=0.3, generator=generator())(texture(0))
+    assert "calibrated in" not in caplog.text
