@@ -21,20 +21,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from diffad.evaluation.metric_names import BASELINE_TITLES, COUNTS, MEAN, METRICS
 
 CARD_NAME = "README.md"
-
-
 TRAINING_NAME = "training.json"
-
-
 REPORT_NAME = "report.json"
-
 
 # The Hub has no task for anomaly detection. Of those it has, segmentation is what comes out: a mask for every image.
 PIPELINE_TAG = "image-segmentation"
-
-
 TAGS = ["anomaly-detection", "anomaly-localization", "defect-detection", "industrial-inspection", "diffusion", "diffad"]
-
 
 PAPERS = {
     "AnomalyDenoise": "https://openaccess.thecvf.com/content/ICCV2023/html/"
@@ -42,14 +34,10 @@ PAPERS = {
     "DiAD": "https://arxiv.org/abs/2312.06607",
 }
 
-
 # Data whose licence binds what is made from it: identifier: (name, licence on the Hub, its name).
 SHARE_ALIKE = {"elpv": ("ELPV (Deitsch et al., Solar Energy 2019)", "cc-by-nc-sa-4.0", "CC BY-NC-SA 4.0")}
 
-
 SECRETS = ("hub_token",)
-
-
 TRAINING_ARGUMENTS = ("train_batch_size", "gradient_accumulation_steps", "learning_rate", "mixed_precision", "seed")
 
 

@@ -18,23 +18,22 @@ from diffad.evaluation.metric_names import BASELINE_TITLES
 from diffad.images import images_to_pixel_values, images_to_tensors
 from diffad.pipelines.pipeline_ddpm_reconstruction import DDPMReconstructionPipeline
 
+PADIM_IMAGE_SIZE = 224  # px, PaDiM's own
+
 
 def fit_padim(
-    feature_extractor: TimmFeatureExtractor,
-    good: Dataset,
-    batch_size: int = 16,
-    image_size: int = 224,
-    accelerator: Accelerator | None = None,
+    feature_extractor: TimmFeatureExtractor, good: Dataset, batch_size: int, accelerator: Accelerator
 ) -> GaussianFeatureModel:
     """PaDiM over the pipeline's own backbone and strides, at PaDiM's 224 px, fitted to good images.
 
     The grid is 56 x 56 whatever the finest stride: PaDiM's own, with a ResNet. The images are shared among the
     accelerator's processes, and each ends with the same model.
     """
-    model = GaussianFeatureModel.from_extractor(feature_extractor, image_size=image_size, feature_size=image_size // 4)
-    rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    mine = good.select(range(rank, len(good), processes))
-    return model.fit(image_batches(mine, batch_size, image_size), accelerator=accelerator)
+    model = GaussianFeatureModel.from_extractor(
+        feature_extractor, image_size=PADIM_IMAGE_SIZE, feature_size=PADIM_IMAGE_SIZE // 4
+    )
+    mine = good.select(range(accelerator.process_index, len(good), accelerator.num_processes))
+    return model.fit(image_batches(mine, batch_size, PADIM_IMAGE_SIZE), accelerator=accelerator)
 
 
 def image_batches(images: Dataset, batch_size: int, image_size: int) -> Iterator[torch.Tensor]:
@@ -71,7 +70,7 @@ def evaluate_baseline(
     if name == "padim":
         if good is None or len(good) < 2:
             return {}
-        padim = fit_padim(pipeline.feature_extractor, good, batch_size, accelerator=accelerator)
+        padim = fit_padim(pipeline.feature_extractor, good, batch_size, accelerator)
 
         def detect(pictures: list[Any], indices: list[int]) -> list[Any]:
             return [padim.detect(pictures, batch_size=batch_size, match_input_resolution=False)]

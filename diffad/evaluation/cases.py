@@ -17,6 +17,7 @@ from diffad.evaluation.detectors import call_arguments, pixel_threshold
 from diffad.images import image_to_rgb, resize_images
 from diffad.visualization import beside_overlay, save_rows
 
+IMAGES_A_GROUP = 4  # at most
 PICTURE_HEIGHT = 256  # pixels of a case's picture; larger ones are scaled down to it
 
 
@@ -35,24 +36,24 @@ class Case:
     picture: np.ndarray
 
 
-def choose_cases(records: Sequence[Mapping[str, Any]], count: int = 4) -> dict[str, list[int]]:
+def choose_cases(records: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
     """Which images to show: the extremes of either kind, so that the errors show too.
 
     Args:
         records: of one category, as in a report's `scores`.
-        count: images a group, at most.
 
     Returns:
         Indices into `records` by title: defective images with the highest and the lowest scores, good ones with the
-        highest and the lowest. The most extreme stands first; no image stands twice; empty groups are left out.
+        highest and the lowest, up to `IMAGES_A_GROUP` each. The most extreme stands first; no image stands twice; empty
+        groups are left out.
     """
     groups = {}
     for label, kind in ((1, "defective"), (0, "good")):
         of_kind = [i for i, record in enumerate(records) if record["label"] == label]
         ordered = sorted(of_kind, key=lambda i: records[i]["score"], reverse=True)
-        highest = ordered[: min(count, (len(ordered) + 1) // 2)]
+        highest = ordered[: min(IMAGES_A_GROUP, (len(ordered) + 1) // 2)]
         groups[f"{kind}, highest score"] = highest
-        groups[f"{kind}, lowest score"] = ordered[len(highest) :][::-1][:count]
+        groups[f"{kind}, lowest score"] = ordered[len(highest) :][::-1][:IMAGES_A_GROUP]
     return {title: indices for title, indices in groups.items() if indices}
 
 

@@ -1,4 +1,4 @@
-"""Detectors on a test split: metrics and every image's score, on any number of processes."""
+"""Runs detectors over a test split: metrics and every image's score, on any number of processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of an evaluation: JSON, tables and page."""
+"""The report of an evaluation: what it holds, and the JSON, tables and page that it is written to."""
 
 from __future__ import annotations
 
