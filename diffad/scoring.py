@@ -25,7 +25,7 @@ class Measurement(NamedTuple):
     residual: torch.Tensor | None = None
 
 
-def no_images(measurement: Measurement) -> Measurement:
+def empty_measurement(measurement: Measurement) -> Measurement:
     """A measurement of the same shapes and of no images: what a process adds that has no image to look at."""
     return Measurement(*(None if values is None else values[:0] for values in measurement))
 

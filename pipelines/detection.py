@@ -15,7 +15,7 @@ from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.images import images_to_tensors
 from diffad.pipelines.base import AnomalyPipeline
 from diffad.precision import running_precision
-from diffad.scoring import Measurement, no_images
+from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import image_generators
 
 
@@ -150,7 +150,7 @@ class DetectionPipeline(AnomalyPipeline):
             measurement = self.measure_images(
                 images_to_tensors([images[i] for i in batch]), indices, [generators[i] for i in batch]
             )
-            yield measurement if mine else no_images(measurement)
+            yield measurement if mine else empty_measurement(measurement)
 
 
 def setting_names(pipeline_class: type[DetectionPipeline]) -> list[str]:

@@ -38,7 +38,7 @@ from diffad.evaluation.report import command_line, describe_machine, markdown_ta
 from diffad.images import images_to_pixel_values, images_to_tensors
 from diffad.pipelines.detection import DetectionPipeline, setting_names
 from diffad.precision import resolve_precision
-from diffad.scoring import Measurement, no_images
+from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import draw_noise, image_generator
 from diffad.training.evaluate import add_evaluation_arguments
 
@@ -198,7 +198,7 @@ def calibrate_rows(
         generators = [image_generator(seed, i) for i in batch]
         measurements = measure_rows(fitted, pixel_values, of_category, generators)
         for (_, fit), measurement in zip(fits.values(), measurements, strict=True):
-            fit.add_statistics(measurement if mine else no_images(measurement))
+            fit.add_statistics(measurement if mine else empty_measurement(measurement))
     calibrations = {key: fit.set_statistics() for key, (_, fit) in fits.items()}
     for pipeline in pipelines:
         pipeline.register_modules(calibration=calibrations[calibration_key(pipeline)])
