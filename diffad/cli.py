@@ -22,7 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(stderr=True)  # standard output is for results
-
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a pipeline.", show_default=False)]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, ... (the fastest there is)")]
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")]

@@ -36,7 +36,6 @@ PAPERS = {
 
 # Data whose licence binds what is made from it: identifier: (name, licence on the Hub, its name).
 SHARE_ALIKE = {"elpv": ("ELPV (Deitsch et al., Solar Energy 2019)", "cc-by-nc-sa-4.0", "CC BY-NC-SA 4.0")}
-
 SECRETS = ("hub_token",)
 TRAINING_ARGUMENTS = ("train_batch_size", "gradient_accumulation_steps", "learning_rate", "mixed_precision", "seed")
 

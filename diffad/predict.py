@@ -25,20 +25,10 @@ from diffad.seeding import image_generator
 from diffad.visualization import overlay, save_rows
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-
-
 COLUMNS = ("path", "score", "p_value", "verdict", "map_low", "map_high", "message")
-
-
 VERDICTS = ("normal", "anomalous", "unreadable", "scored")
-
-
 SCORES_NAME, JOURNAL_NAME = "scores.csv", "scores.partial.csv"
-
-
 SETTINGS_NAME = "settings.json"
-
-
 SHEET_NAME, SHEET_COLUMNS, SHEET_ROWS = "most_anomalous.png", 6, 4
 
 

@@ -95,18 +95,18 @@ def joint_map(kl_maps: torch.Tensor, feature_maps: torch.Tensor, alpha: float) -
     return alpha * kl_maps.mean(dim=1) + (1.0 - alpha) * feature_maps.mean(dim=1)
 
 
-def outline_by_positions(of_places: torch.Tensor, of_positions: torch.Tensor) -> torch.Tensor:
-    """A map as high as that of places, which falls away from its peak as that of positions does.
+def outline_by_positions(of_cells: torch.Tensor, of_positions: torch.Tensor) -> torch.Tensor:
+    """A map as high as that of cells, which falls away from its peak as that of positions does.
 
-    Places of several positions say whether something is there, their positions where it ends.
+    Cells of several positions say whether something is there, their positions where it ends.
 
     Args:
-        of_places, of_positions: anomaly maps, (N, H, W) each.
+        of_cells, of_positions: anomaly maps, (N, H, W) each.
 
     Returns:
         (N, H, W).
     """
-    peak, own_peak = (maps.amax(dim=(1, 2), keepdim=True) for maps in (of_places, of_positions))  # (N, 1, 1)
+    peak, own_peak = (maps.amax(dim=(1, 2), keepdim=True) for maps in (of_cells, of_positions))  # (N, 1, 1)
     return of_positions + (peak - own_peak)
 
 

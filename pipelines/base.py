@@ -19,8 +19,6 @@ from diffad.pipelines.sharing import add_records_and_card, records_folder, remov
 from diffad.pipelines.version_0_1 import remove_code, upgrade_index
 
 logger = logging.get_logger(__name__)
-
-
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 

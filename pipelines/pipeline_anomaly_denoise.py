@@ -65,7 +65,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         score_fraction: the image's score is the mean of this share of the map's highest pixels; 0 for the maximum.
         suppression: in [0, 1): the share of how far its peak stands above its mean that is taken off each calibrated
             map, see `diffad.scoring.suppress_surroundings`. Scores move with it: calibrate again after a change.
-        position_prior_images: where a place of the residual's covariance holds several positions, how many images the
+        position_prior_images: where a cell of the residual's covariance holds several positions, how many images the
             average over all positions counts for in their map's deviation, from 0 (`MomentSums.standard_deviation`).
             Good images vary more along a part's edges, so that defects there would end too early; the more images, the
             less so. Calibrate again after a change.
@@ -303,7 +303,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         if calibration is None:
             return joint_map(maps[:, :levels], maps[:, levels:], alpha)
         maps = calibration.normalize(maps, category)
-        kl, errors = maps[:, :levels], maps[:, levels:].split(1, dim=1)  # of places, and of positions if they differ
+        kl, errors = maps[:, :levels], maps[:, levels:].split(1, dim=1)  # of cells, and of positions if they differ
         joined = [joint_map(kl, error, alpha) for error in errors]
         anomaly_map = outline_by_positions(*joined) if len(joined) == 2 else joined[0]
         return suppress_surroundings(anomaly_map, self.config.suppression)

@@ -96,7 +96,7 @@ class DiADPipeline(DetectionPipeline):
         pooling_rounds: how often it is pooled. Each round takes `pooling_size - 1` pixels off the map's sides.
         suppression: in [0, 1): the share of how far its peak stands above its mean that is taken off each calibrated
             map, see `diffad.scoring.suppress_surroundings`. Scores move with it: calibrate again after a change.
-        position_prior_images: where a place of the residual's covariance holds several positions, how many images the
+        position_prior_images: where a cell of the residual's covariance holds several positions, how many images the
             average over all positions counts for in their map's deviation, from 0 (`MomentSums.standard_deviation`).
             Good images vary more along a part's edges, so that defects there would end too early; the more images, the
             less so. Calibrate again after a change.

@@ -92,7 +92,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--position_prior_images",
         type=float,
         default=PRIOR_IMAGES,
-        help=f"images that the average deviation counts for where positions share a place ({PRIOR_IMAGES:g})",
+        help=f"images that the average deviation counts for where positions share a cell ({PRIOR_IMAGES:g})",
     )
     args = parse_arguments(parser, argv)
     # what else only the end of the run would find

@@ -141,7 +141,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--position_prior_images",
         type=float,
         default=PRIOR_IMAGES,
-        help=f"images that the average deviation counts for where positions share a place ({PRIOR_IMAGES:g})",
+        help=f"images that the average deviation counts for where positions share a cell ({PRIOR_IMAGES:g})",
     )
     args = parse_arguments(parser, argv)
     if (args.preset is None) == (args.pretrained_model_name_or_path is None):

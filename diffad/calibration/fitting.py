@@ -69,7 +69,7 @@ class CalibrationFit:
         self.false_alarm_rate, self.num_categories = false_alarm_rate, num_categories
         self.previous = previous if num_categories > 1 else None
         self.position_prior_images, self.accelerator, self.record = position_prior_images, accelerator, record
-        self.residual_moments: FeatureMoments | None = None  # at each place
+        self.residual_moments: FeatureMoments | None = None  # at each cell
         self.residual_sums = MomentSums()  # at each position
         self.map_moments = MomentSums()
         self.pixel_moments = MomentSums()  # of the joined maps of held-out images, over all their pixels
@@ -92,12 +92,12 @@ class CalibrationFit:
         _, *size = calibration.config.residual_shape
         residual = F.adaptive_avg_pool2d(measurement.residual.mean(dim=1), size)  # (N, C, h, w)
         if self.residual_moments is None:
-            num_places, num_channels = math.prod(calibration.grid), residual.shape[1]
-            self.residual_moments = FeatureMoments(num_places, num_channels, residual.device)
+            num_cells, num_channels = math.prod(calibration.grid), residual.shape[1]
+            self.residual_moments = FeatureMoments(num_cells, num_channels, residual.device)
             self.measured = TemporaryFile()  # noqa: SIM115 (closed by `set_statistics`)
         self.residual_sums.update(residual)
         self.residual_moments.update(F.adaptive_avg_pool2d(residual, calibration.grid).flatten(2))  # (N, C, P)
-        # half precision, as far as it goes, makes up for a place's several positions
+        # half precision, as far as it goes, makes up for a cell's several positions
         kept = residual.clamp(-65504.0, 65504.0).half() if calibration.num_distances == 2 else residual
         for values in (kept[:, None], measurement.maps):
             np.save(self.measured, values.cpu().numpy())

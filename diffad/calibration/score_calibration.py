@@ -14,7 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import logging
 
 from diffad.calibration.conformal import conformal_threshold, false_alarm_bound
-from diffad.calibration.residual_gaussian import by_place, from_places, leave_one_out
+from diffad.calibration.residual_gaussian import by_cell, from_cells, leave_one_out
 from diffad.scoring import Measurement, resize_maps
 
 logger = logging.get_logger(__name__)
@@ -31,7 +31,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         map_shape: (S, H, W): S score maps (one for each noise level and kind of score) of H x W pixels.
         residual_shape: (C, h, w) of the feature residual as it is measured (`residual_size`), or None for methods
             without one.
-        residual_places: (rows, columns) of the places that have a covariance (`residual_grid`), divisors of h and w;
+        residual_places: (rows, columns) of the cells that have a covariance (`residual_grid`), divisors of h and w;
             None for one at each position.
         num_scores: n, the most held-out good images of any category.
         false_alarm_rate: the rate at which the thresholds were set.
@@ -42,7 +42,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         map_mean, map_std: (K, S, H, W), of the smoothed maps over good images; the latter times one constant for each
             category, so that the joined map of new good images has deviation 1 over all its pixels.
         residual_mean: (K, h * w, C), mean of the feature residual over good images at every position.
-        residual_whitening: (K, P, C (C + 1) / 2), lower triangles at P places: with them the residual's channels
+        residual_whitening: (K, P, C (C + 1) / 2), lower triangles at P cells: with them the residual's channels
             become uncorrelated, of variance 1 (`residual_gaussian`).
         normal_scores: (K, n), held-out good images' scores, ascending, padded with NaN.
         image_threshold: (K,): scores above it are anomalous.
@@ -98,7 +98,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the places that have a covariance."""
+        """Rows and columns of the cells that have a covariance."""
         return tuple(self.config.residual_places or self.config.residual_shape[1:])
 
     @property
@@ -121,7 +121,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
 
         Pretrained channels vary together. A crack that moves many of them a little, against their habit, is nothing to
         a mean of squares and much to this. Distances are skewed: without the logarithm a few far images would decide
-        what deviation is normal at a place.
+        what deviation is normal at a cell.
 
         Args:
             residual: (N, C, H, W), of the calibration's own size or any other, which is then resized.
@@ -130,41 +130,41 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 each is then measured by the Gaussian of the others. 0 for images that it has not seen.
 
         Returns:
-            (N, rows, columns) float32, of the residual's average at each place. Around 0 for a new good image where the
-            Gaussian has seen many more images than it has channels, and above where fewer. Where places are of several
-            positions, also (N, h, w): the mean of each position's own distance, by its place's covariance, and of the
-            places' distances, interpolated there. The first says whether something is there, the second where it ends.
+            (N, rows, columns) float32, of the residual's average at each cell. Around 0 for a new good image where the
+            Gaussian has seen many more images than it has channels, and above where fewer. Where cells are of several
+            positions, also (N, h, w): the mean of each position's own distance, by its cell's covariance, and of the
+            cells' distances, interpolated there. The first says whether something is there, the second where it ends.
         """
         grid, (num_channels, *size) = self.grid, self.config.residual_shape
         has_positions = self.num_distances == 2
         residual = F.adaptive_avg_pool2d(residual.float(), size)  # (N, C, h, w)
-        of_places, of_positions = (residual.new_empty(len(residual), *shape) for shape in (grid, size))
+        of_cells, of_positions = (residual.new_empty(len(residual), *shape) for shape in (grid, size))
         with torch.autocast(residual.device.type, enabled=False):
             for index in set(category.tolist()):
                 chosen = category == index
                 mean = self.residual_mean[index].mT.unflatten(1, size)  # (C, h, w)
-                centered = by_place(residual[chosen] - mean, grid)  # (P, C, A, N')
+                centered = by_cell(residual[chosen] - mean, grid)  # (P, C, A, N')
                 whitened = (self._whitening(index) @ centered.flatten(2)).view_as(centered)
                 average = whitened.mean(dim=2, keepdim=True) if has_positions else whitened  # (P, C, 1, N')
-                place = average.square().mean(dim=1)  # (P, 1, N')
+                cell = average.square().mean(dim=1)  # (P, 1, N')
                 if has_positions:
                     position = whitened.square().mean(dim=1)  # (P, A, N')
                     if num_seen:
                         product = (whitened * average).mean(dim=1)  # (P, A, N')
-                        position = leave_one_out(position, product, place, num_channels, num_seen)
-                    of_positions[chosen] = from_places(position, grid, size)
+                        position = leave_one_out(position, product, cell, num_channels, num_seen)
+                    of_positions[chosen] = from_cells(position, grid, size)
                 if num_seen:
-                    place = leave_one_out(place, place, place, num_channels, num_seen)
-                of_places[chosen] = from_places(place, grid, grid)
+                    cell = leave_one_out(cell, cell, cell, num_channels, num_seen)
+                of_cells[chosen] = from_cells(cell, grid, grid)
         if not has_positions:
-            return (of_places.clamp(min=1e-6).log(),)
-        around = F.interpolate(of_places[:, None], size, mode="bilinear")[:, 0]
-        return tuple(distance.clamp(min=1e-6).log() for distance in (of_places, (of_positions + around) / 2.0))
+            return (of_cells.clamp(min=1e-6).log(),)
+        around = F.interpolate(of_cells[:, None], size, mode="bilinear")[:, 0]
+        return tuple(distance.clamp(min=1e-6).log() for distance in (of_cells, (of_positions + around) / 2.0))
 
     def distance_maps(
         self, residual: torch.Tensor, category: torch.Tensor, size: tuple[int, int], num_seen: int = 0
     ) -> torch.Tensor:
-        """`log_distances` as maps (N, E, *size), E = `num_distances`: of places, then of positions where they differ.
+        """`log_distances` as maps (N, E, *size), E = `num_distances`: of cells, then of positions where they differ.
 
         Arguments as there; the residual is (N, C, h, w).
         """
@@ -227,7 +227,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         return self._dense_whitening[category]
 
     def normalize(self, maps: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
-        """Smoothed maps (N, S, H, W) in standard deviations above what good images show at that place."""
+        """Smoothed maps (N, S, H, W) in standard deviations above what good images show at that pixel."""
         mean, std = self.map_mean, self.map_std
         if maps.shape[-2:] != mean.shape[-2:]:
             mean = F.interpolate(mean, maps.shape[-2:], mode="bilinear")

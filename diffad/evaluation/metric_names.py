@@ -18,9 +18,7 @@ METRICS = {
 
 # what users would take otherwise: a report's name, title in tables
 BASELINE_TITLES = {"padim": "PaDiM", "ddpm": "plain DDPM"}
-
 COUNTS = {"good_images": "good", "defective_images": "defective"}
-
 MEAN = "mean"
 
 # the order of the papers' tables; DICE and the rates at the threshold are no columns there
