@@ -274,7 +274,8 @@ def test_the_rates_that_hold_with_confidence_are_beta_quantiles():
         mean, low, high, bound = (f"{100 * x:.1f}%" for x in (true_rate.mean(), *true_rate.ppf([0.025, 0.975, 0.95])))
         assert shown == [mean, f"{low} and {high}", bound]
     promises = {
-        README: "62 calibration images at 5%, the rate of your one model lies between 1.0% and 11.2% in 95 of 100 cases",
+        README: "with 62 calibration images at 5%, "
+        "the rate of your one model lies between 1.0% and 11.2% in 95 of 100 cases",
         text: "With 62 images at a stated 5%, 95% of models lie between 1.0% and 11.2%",
     }
     for page, promise in promises.items():  # in words
