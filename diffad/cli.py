@@ -310,7 +310,7 @@ def describe_error(error: Exception, arguments: list[str]) -> str:
     message = " ".join(str(error).split())
     if not isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):  # nobody foresaw it
         message = f"{type(error).__name__}: {message} (--debug shows where)"
-    commands = typer.main.get_command(app).commands
+    commands = getattr(typer.main.get_command(app), "commands", {})
     command = next((commands[word] for word in arguments if word in commands), None)
     typed = {}
     for parameter in command.params if command else ():

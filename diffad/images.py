@@ -176,11 +176,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def normalize_images(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """(N, C, H, W) in [-1, 1], normalised by colours' means and deviations, each (C,), of images in [0, 1]."""
-    mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-    return (images / 2.0 + 0.5 - mean) / std
+    shift, scale = (images.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    return (images / 2.0 + 0.5 - shift) / scale
 
 
 def denormalize_images(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """The inverse of `normalize_images`, not clamped."""
-    mean, std = (pixel_values.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-    return (pixel_values * std + mean) * 2.0 - 1.0
+    shift, scale = (pixel_values.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    return (pixel_values * scale + shift) * 2.0 - 1.0

@@ -1,8 +1,10 @@
-"""Whether the package's parts belong together."""
+"""What is installed: parts that belong together, and the packages that only some of them need."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 OUTER_FOLDERS = ("model_cards", "pipelines", "training")  # beside `diffad/` in a checkout, inside it when installed
@@ -25,3 +27,15 @@ def check_one_checkout() -> None:
                 f"diffad comes from {package}, but diffad.{name} from {folder}, which is another checkout. Run from "
                 f"another folder, or install this one: pip install -e {package.parent}"
             )
+
+
+@contextmanager
+def needs_extra(*names: str) -> Iterator[None]:
+    """Where an import inside it fails, says which extra of setup.cfg brings the package; any one of `names` does."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "diffad").split(".")[0] == "diffad":
+            raise
+        commands = " or ".join(f"pip install 'diffad[{name}]'" for name in names)
+        raise ImportError(f"This needs the package {error.name}: {commands}", name=error.name) from error

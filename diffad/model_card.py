@@ -98,7 +98,7 @@ def render_model_card(
         results=results,
         data_set=report["data"] if report else None,
         resolution=report.get("resolution") if report else None,
-        pro_fpr_limit=report.get("pro_fpr_limit") if report and "PRO" in results["header"] else None,
+        pro_fpr_limit=report.get("pro_fpr_limit") if report and results and "PRO" in results["header"] else None,
         command=_command(report, repo_id) if report else None,
         setting=_setting(report) if report else None,
         license_note=_license_note(license, bound),
@@ -123,7 +123,7 @@ def copy_records(
         ValueError: a record is no JSON.
     """
     folder, destination = Path(folder), Path(destination)
-    records = []
+    records: list[dict[str, Any] | None] = []
     for name in (TRAINING_NAME, REPORT_NAME):
         if not (folder / name).is_file():
             records.append(None)
@@ -137,7 +137,8 @@ def copy_records(
     for name in [*pictures, CARD_NAME]:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, destination / name)
-    return *records, pictures
+    training, report = records
+    return training, report, pictures
 
 
 def remove_reports(folder: str | os.PathLike) -> None:

@@ -171,8 +171,8 @@ def save_most_anomalous(scores: Path, output_dir: Path, root: Path) -> None:
     if tiles:
         unfinished = output_dir / f".unfinished.{SHEET_NAME}"
         starts = range(0, len(tiles), SHEET_COLUMNS)
-        in_rows = [[list(items[i : i + SHEET_COLUMNS]) for i in starts] for items in (tiles, captions)]
-        save_rows(in_rows[0], unfinished, captions=in_rows[1])
+        rows = [tiles[i : i + SHEET_COLUMNS] for i in starts]
+        save_rows(rows, unfinished, captions=[captions[i : i + SHEET_COLUMNS] for i in starts])
         unfinished.replace(output_dir / SHEET_NAME)
 
 

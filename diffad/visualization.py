@@ -122,7 +122,7 @@ def save_rows(
     sheet.save(path)
 
 
-def _end_that_fits(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _end_that_fits(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     if font.getlength(line) <= width:
         return line
     while line and font.getlength(f"..{line}") > width:

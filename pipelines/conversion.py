@@ -22,8 +22,8 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
+from diffad.installation import needs_extra
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
@@ -269,17 +269,22 @@ def _empty_prompt_embeds(
         content = _read_file("prompt_embeds", Path(prompt_embeds))
         if not isinstance(content, Mapping) or len(content) != 1:
             raise ValueError(f"`prompt_embeds`: {prompt_embeds} must hold one tensor, the empty prompt's embedding.")
-        (prompt_embeds,) = content.values()
-    if prompt_embeds.ndim != 3 or prompt_embeds.shape[0] != 1 or prompt_embeds.shape[2] != width:
+        (embeds,) = content.values()
+    else:
+        embeds = prompt_embeds
+    if embeds.ndim != 3 or embeds.shape[0] != 1 or embeds.shape[2] != width:
         raise ValueError(
             f"`prompt_embeds` must have shape (1, 77, {width}), as the denoiser's attention is {width} wide, but has "
-            f"shape {tuple(prompt_embeds.shape)}."
+            f"shape {tuple(embeds.shape)}."
         )
-    return prompt_embeds.detach().to(torch.float32, copy=True)
+    return embeds.detach().to(torch.float32, copy=True)
 
 
 def _embed_empty_prompt(weights: dict[str, torch.Tensor], origin: str) -> torch.Tensor:
     """CLIP's last hidden state for the empty prompt, (1, 77, D): its start token, then end tokens to the last."""
+    with needs_extra("train"):
+        from transformers import CLIPTextConfig, CLIPTextModel
+
     try:
         vocabulary, width = weights["embeddings.token_embedding.weight"].shape
         length = weights["embeddings.position_embedding.weight"].shape[0]

@@ -11,7 +11,7 @@ import pytest
 from conftest import generator, textures, tiny_pipeline, write_mvtec
 from huggingface_hub import ModelCard
 from scipy import stats
-from test_hub import tiny_diad
+from tiny_diad import tiny_diad
 
 from diffad.evaluation.metric_names import COUNTS, METRICS
 from diffad.model_card import copy_records, render_model_card, shareable

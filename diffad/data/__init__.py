@@ -20,12 +20,15 @@ Layouts, by the name that forces one:
 A folder may be a category itself (with train/ and test/ in it): the category's name is then the folder's.
 """
 
-from diffad.data.checks import check_images
-from diffad.data.layouts import FEATURES
-from diffad.data.loading import load_anomaly_dataset
-from diffad.data.masks import mask_to_array, resize_image_and_mask
-from diffad.data.parts import check_part_pattern, halve_parts, part_index
 from diffad.images import image_to_rgb
+from diffad.installation import needs_extra
+
+with needs_extra("train", "evaluate"):
+    from diffad.data.checks import check_images
+    from diffad.data.layouts import FEATURES
+    from diffad.data.loading import load_anomaly_dataset
+    from diffad.data.masks import mask_to_array, resize_image_and_mask
+    from diffad.data.parts import check_part_pattern, halve_parts, part_index
 
 __all__ = [
     "FEATURES",

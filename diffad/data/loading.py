@@ -30,7 +30,7 @@ def load_anomaly_dataset(
     dataset: str | None = None,
     on_bad_image: str = "error",
     streaming: bool = False,
-    **load_dataset_kwargs,
+    **load_dataset_kwargs: Any,
 ) -> Dataset | IterableDataset:
     """Loads one split of an anomaly detection data set.
 
@@ -72,7 +72,7 @@ def load_anomaly_dataset(
         raise FileNotFoundError(
             f"`path_or_hub_id`: there is no folder at {root}. For a Hub data set pass dataset='hub'."
         )
-    if dataset is None and root.is_dir():
+    if dataset is None:
         dataset, found = _find_layout(root)
     elif dataset != "hub":
         found = LAYOUTS[dataset].find(root)

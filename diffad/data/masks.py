@@ -12,8 +12,8 @@ def mask_to_array(mask: PIL.Image.Image) -> np.ndarray:
     """A mask of any mode as (H, W) bool: above 0 in any colour is a defect; transparency does not count."""
     mask = turn_upright(mask)
     if mask.mode == "P" or len(mask.getbands()) > 1:
-        return (np.asarray(mask.convert("RGB")) > 0).any(axis=2)
-    return np.asarray(mask) > 0
+        return np.greater(np.asarray(mask.convert("RGB")), 0).any(axis=2)
+    return np.greater(np.asarray(mask), 0)
 
 
 def resize_image_and_mask(

@@ -145,14 +145,14 @@ def evaluate_detectors(
             indices = list(range(start, min(start + batch_size, len(images))))
             rows = [images[i] for i in indices]
             masks = [_mask(row, resolution) for row in rows]
-            known = [j for j, mask in enumerate(masks) if mask is not None]
+            known = {j: mask for j, mask in enumerate(masks) if mask is not None}
             outputs = detect([row["image"] for row in rows], indices)
             for number, output in enumerate(outputs):
                 maps = resize_images(output.anomaly_map.float()[:, None], (resolution, resolution))[:, 0].cpu()
                 scores = output.anomaly_score.cpu()
                 metrics[number].update(anomaly_score=scores, label=torch.tensor([row["label"] for row in rows]))
                 if known:
-                    metrics[number].update(anomaly_map=maps[known], mask=np.stack([masks[j] for j in known]))
+                    metrics[number].update(anomaly_map=maps[list(known)], mask=np.stack(list(known.values())))
                 records[number] += [_record(output, j, float(scores[j]), indices[j], row) for j, row in enumerate(rows)]
                 if save_maps is not None and number == 0:
                     _save_maps(maps, rows, indices, Path(save_maps, category, "test"))

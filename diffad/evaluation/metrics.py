@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import ndimage
-from torchmetrics import Metric
 
 from diffad.evaluation.score_histogram import (
     EMPTY,
@@ -31,6 +30,10 @@ from diffad.evaluation.score_histogram import (
     unpack,
     up_to,
 )
+from diffad.installation import needs_extra
+
+with needs_extra("evaluate"):
+    from torchmetrics import Metric
 
 # The pixel buffer is folded into the histogram when it holds this many pixels per bin. Fewer, larger folds
 # spend less time on merging the bins.
@@ -153,7 +156,7 @@ class AnomalyMetrics(Metric):
                     f"{wrong.tolist()} of this update. Correct one of them."
                 )
 
-        if scores is not None:
+        if scores is not None and labels is not None:
             self.image_scores.append(self._to_state(scores))
             self.image_labels.append(self._to_state(labels))
         if maps is None:
@@ -161,7 +164,7 @@ class AnomalyMetrics(Metric):
         for i, scores_at in enumerate(maps):  # (H, W)
             if masks is not None:
                 self._add_pixels(scores_at, masks[i])
-            elif not labels[i]:
+            elif labels is not None and not labels[i]:
                 self._add_pixels(scores_at, np.zeros(scores_at.shape, bool))
 
     def compute(self) -> dict[str, float]:
@@ -180,7 +183,7 @@ class AnomalyMetrics(Metric):
         image, pixel = self._image_histogram(), self._pixel_histogram()
         if not image.keys.size and not pixel.keys.size:
             raise ValueError("There are no images to compute metrics of: call `update` first.")
-        result = {}
+        result: dict[str, float] = {}
         for level, histogram in (("image", image), ("pixel", pixel)):
             auroc, ap, f1max = ranking_metrics(histogram)
             result |= {f"{level}_auroc": auroc, f"{level}_ap": ap, f"{level}_f1max": f1max}

@@ -39,7 +39,9 @@ def render_report_page(
         ValueError: a picture is not (H, W, 3) uint8.
     """
     results = {name: result for name, result in report["results"].items() if name != MEAN}
-    rows = [(name, f"category-{i}", result) for i, (name, result) in enumerate(results.items(), 1)]
+    rows: list[tuple[str, str | None, Any]] = [
+        (name, f"category-{i}", result) for i, (name, result) in enumerate(results.items(), 1)
+    ]
     if len(results) > 1 and MEAN in report["results"]:
         rows.append((MEAN, None, report["results"][MEAN]))
     baselines = {

@@ -40,8 +40,9 @@ def describe_machine() -> dict[str, Any]:
 
 def mean_over_categories(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Metrics averaged over categories; a metric that one category lacks is left out."""
-    columns = {name: [result.get(name) for result in results.values()] for name in METRIC_TITLES}
-    return {name: round(float(np.mean(column)), 6) for name, column in columns.items() if column and None not in column}
+    values = list(results.values())
+    shared = [name for name in METRIC_TITLES if values and all(result.get(name) is not None for result in values)]
+    return {name: round(float(np.mean([result[name] for result in values])), 6) for name in shared}
 
 
 def with_mean(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

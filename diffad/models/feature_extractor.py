@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -117,8 +118,9 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
             A list of (N, layer_channels[i], H / layer_strides[i], W / layer_strides[i]), neither resized nor
             standardised, with the image's own H and W or, in turn, the configured sizes.
         """
-        layers = []
-        for side in self.image_sizes or [None]:
+        sides: list[int | None] = [*self.image_sizes] or [None]
+        layers: list[torch.Tensor] = []
+        for side in sides:
             images = pixel_values
             if side is not None and images.shape[-2:] != (side, side):
                 images = F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
@@ -180,9 +182,10 @@ def concatenate_layers(layers: Sequence[torch.Tensor], size: tuple[int, int]) ->
     return torch.cat(resized, dim=1)
 
 
-def _create_backbone(backbone: str, strides: Sequence[int], pretrained: bool, **kwargs) -> torch.nn.Module:
+def _create_backbone(backbone: str, strides: Sequence[int], pretrained: bool, **kwargs: Any) -> Any:
     with torch.device("meta"):  # only to read which strides there are
-        available = timm.create_model(backbone, pretrained=False, features_only=True).feature_info.reduction()
+        skeleton: Any = timm.create_model(backbone, pretrained=False, features_only=True)
+        available = skeleton.feature_info.reduction()
     if not strides or any(s not in available for s in strides) or list(strides) != sorted(set(strides)):
         raise ValueError(
             f"`strides` must be increasing and taken from {available}, those of {backbone!r}, but is {list(strides)}."

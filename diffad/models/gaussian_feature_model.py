@@ -170,7 +170,7 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: fewer than two images.
         """
-        moments = FeatureMoments(*self.mean.shape[1:], device=self.device)
+        moments = FeatureMoments(self.mean.shape[1], self.mean.shape[2], self.device)
         for pixel_values in batches:
             moments.update(self.features(pixel_values.to(self.device)))
         if accelerator is not None:
@@ -203,13 +203,13 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: the model is not fitted, or `category` is missing.
         """
-        category = self._category(category, len(pixel_values))
+        indices = self._category(category, len(pixel_values))
         features = self.features(pixel_values).permute(2, 1, 0)  # (P, C, N)
         squared = features.new_zeros(len(pixel_values), features.shape[0])  # (N, P)
         with torch.autocast(pixel_values.device.type, enabled=False):
-            for index in sorted(set(category)):
-                chosen = [i for i, one in enumerate(category) if one == index]
-                of_category = features if len(chosen) == len(category) else features[..., chosen]
+            for index in sorted(set(indices)):
+                chosen = [i for i, one in enumerate(indices) if one == index]
+                of_category = features if len(chosen) == len(indices) else features[..., chosen]
                 whitened = self.whitening[index] @ (of_category - self.mean[index][..., None])  # (P, C, N')
                 squared[chosen] = whitened.square().sum(dim=1).mT
         return squared.unflatten(1, (self.config.feature_size,) * 2)
@@ -256,7 +256,8 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
     def forward(self, pixel_values: torch.Tensor, category: torch.Tensor | int | None = None) -> GaussianFeatureOutput:
         """Maps, at the size of `pixel_values`, and scores. Arguments and errors as in `squared_distance`."""
         maps = self.mahalanobis_map(pixel_values, category)
-        resized = resize_images(maps[:, None], tuple(pixel_values.shape[-2:]))[:, 0]
+        height, width = pixel_values.shape[-2:]
+        resized = resize_images(maps[:, None], (height, width))[:, 0]
         return GaussianFeatureOutput(anomaly_map=resized, anomaly_score=max_score(maps))
 
     @torch.no_grad()
@@ -283,8 +284,8 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive integer, but is {batch_size!r}.")
         images = images_to_tensors(image)
-        side = (self.config.image_size,) * 2
-        sizes = {tuple(one.shape[-2:]) for one in images} if match_input_resolution else {side}
+        side = (self.config.image_size, self.config.image_size)
+        sizes = {(one.shape[-2], one.shape[-1]) for one in images} if match_input_resolution else {side}
         if len(sizes) > 1:
             raise ValueError(
                 f"`image` holds images of different sizes ({', '.join(f'{h}x{w}' for h, w in sorted(sizes))}, height x "

@@ -179,13 +179,14 @@ class SemanticGuidedNetwork(ControlNetModel):
         self.num_skips = len(skip_channels)
         lowest = range(self.num_skips - per_level, self.num_skips)
         above = range(lowest.start - per_level, lowest.start)
-        fuses = fusion is not None and "sgdb4" in guidance_outputs
 
         self.output_skips = [*(above if "sgdb3" in guidance_outputs else ())]
         self.output_skips += [*(lowest if "sgdb4" in guidance_outputs else ())]
-        self.fusion_sources, self.fusion_targets = ([*above], [*lowest]) if fuses else ([], [])
+        self.fusion_sources: list[int] = []
+        self.fusion_targets: list[int] = []
         self.feature_fusion = None
-        if fuses:
+        if fusion is not None and "sgdb4" in guidance_outputs:
+            self.fusion_sources, self.fusion_targets = [*above], [*lowest]
             self.feature_fusion = SpatialAwareFeatureFusion(
                 [skip_channels[skip] for skip in above], [skip_channels[skip] for skip in lowest], fusion
             )
