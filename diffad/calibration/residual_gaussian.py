@@ -28,7 +28,8 @@ def residual_grid(size: tuple[int, int], num_channels: int, num_categories: int 
     """
     cells = COVARIANCE_NUMBERS // (num_categories * num_channels * (num_channels + 1) // 2)
     most = max(1, math.isqrt(cells))
-    return tuple(max(d for d in range(1, most + 1) if side % d == 0) for side in size)
+    rows, columns = (max(d for d in range(1, most + 1) if side % d == 0) for side in size)
+    return rows, columns
 
 
 def residual_size(size: tuple[int, int], grid: tuple[int, int], num_channels: int) -> tuple[int, int]:
@@ -39,10 +40,11 @@ def residual_size(size: tuple[int, int], grid: tuple[int, int], num_channels: in
     cells.
     """
     most = math.isqrt(RESIDUAL_NUMBERS // num_channels)
-    return tuple(
+    rows, columns = (
         max(d for d in range(cells, max(most, cells) + 1) if side % d == 0 and d % cells == 0)
         for side, cells in zip(size, grid, strict=True)
     )
+    return rows, columns
 
 
 def by_cell(residual: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -97,7 +99,7 @@ def residual_gaussian(
         return covariance(cells) / (deviation[cells, :, None] * deviation[cells, None, :])
 
     identity = torch.eye(num_channels, dtype=torch.float64, device=raw_mean.device)
-    average = sum(correlation(part).sum(dim=0) for part in parts) / num_cells  # (C, C)
+    average = torch.stack([correlation(part).sum(dim=0) for part in parts]).sum(dim=0) / num_cells  # (C, C)
     average = average.where(identity == 0, 1.0)
     lower = identity.new_ones(num_channels, num_channels).tril().bool()
     whitening = []

@@ -59,6 +59,14 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         "pixel_threshold",
     ]
 
+    map_mean: torch.Tensor
+    map_std: torch.Tensor
+    residual_mean: torch.Tensor  # None, as is the whitening, for methods without a residual
+    residual_whitening: torch.Tensor
+    normal_scores: torch.Tensor
+    image_threshold: torch.Tensor
+    pixel_threshold: torch.Tensor
+
     @register_to_config
     def __init__(
         self,
@@ -80,7 +88,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             self.register_buffer("residual_mean", torch.zeros(num_categories, math.prod(size), num_channels))
             self.register_buffer("residual_whitening", identity.repeat(num_categories, math.prod(self.grid), 1))
         else:
-            self.residual_mean = self.residual_whitening = None
+            for name in ("residual_mean", "residual_whitening"):
+                self.register_buffer(name, None)
         self._dense_whitening: dict[int, torch.Tensor] = {}
         self.register_buffer("normal_scores", torch.full((num_categories, num_scores), float("nan")))
         self.register_buffer("image_threshold", torch.full((num_categories,), float("inf")))
