@@ -33,6 +33,8 @@ PAPERS = {
     "Lu_Removing_Anomalies_as_Noises_for_Industrial_Defect_Localization_ICCV_2023_paper.html",
     "DiAD": "https://arxiv.org/abs/2312.06607",
 }
+# what shares AnomalyDenoise's networks, by the class's name
+SHARED_NETWORKS = {"GradientDenoisingPipeline": "AnomalyDenoise", "DDPMReconstructionPipeline": "AnomalyDenoise"}
 
 # Data whose licence binds what is made from it: identifier: (name, licence on the Hub, its name).
 SHARE_ALIKE = {"elpv": ("ELPV (Deitsch et al., Solar Energy 2019)", "cc-by-nc-sa-4.0", "CC BY-NC-SA 4.0")}
@@ -65,7 +67,9 @@ def render_model_card(
     """
     training = None if training is None else shareable(training)
     report = None if report is None else shareable(report)
-    method = next(name for parent in type(pipeline).__mro__ for name in PAPERS if parent.__name__ == f"{name}Pipeline")
+    names = [parent.__name__ for parent in type(pipeline).__mro__]
+    known = {**{f"{name}Pipeline": name for name in PAPERS}, **SHARED_NETWORKS}
+    method = next(known[name] for name in names if name in known)
     class_name = type(pipeline).__name__
     categories = pipeline.categories
     arguments = (training or {}).get("arguments", {})
@@ -102,7 +106,7 @@ def render_model_card(
         command=_command(report, repo_id) if report else None,
         setting=_setting(report) if report else None,
         license_note=_license_note(license, bound),
-        **_thresholds(pipeline.calibration, categories),
+        **_thresholds(getattr(pipeline, "calibration", None), categories),
     )
 
 

@@ -28,7 +28,7 @@ class AnomalyPipeline(DiffusionPipeline):
     @property
     def categories(self) -> list[str]:
         """Names of a unified model's categories, in the order of their indices; empty for a model of one."""
-        return list((self.config.categories or {}).values())
+        return category_names(self.config.categories)
 
     def category_index(self, category: str | int | None) -> int:
         """A category's index; a model of one category asks for nothing.
@@ -40,7 +40,8 @@ class AnomalyPipeline(DiffusionPipeline):
 
     def share_components(self, pipeline_class: type[Pipeline]) -> Pipeline:
         """Another pipeline of the same components and settings. Unlike `from_pipe` it casts nothing."""
-        values = {**self.config, **self.components}
+        private = {name[1:]: value for name, value in self.config.items() if name.startswith("_")}  # `from_pipe` keeps
+        values = {**private, **self.config, **self.components}  # there what a pipeline has no use for
         shared = {name: values[name] for name in inspect.signature(pipeline_class).parameters if name in values}
         pipeline = pipeline_class(**shared)
         pipeline.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
@@ -147,5 +148,17 @@ class AnomalyPipeline(DiffusionPipeline):
 
 def register_categories(categories: Sequence[str] | Mapping[str, str] | None) -> dict[str, str] | None:
     """Names of categories in the form that a configuration holds, `{"0": "bottle"}`, as `DiTPipeline`'s `id2label`."""
-    names = list(categories.values() if isinstance(categories, Mapping) else categories or ())
-    return {str(i): name for i, name in enumerate(names)} or None
+    return {str(i): name for i, name in enumerate(category_names(categories))} or None
+
+
+def category_names(categories: Sequence[str] | Mapping[str, str] | None) -> list[str]:
+    """Names in the order of their indices. A saved configuration has its keys sorted as text: "0", "1", "10", "2".
+
+    Raises:
+        ValueError: the keys are not 0 to K - 1.
+    """
+    if not isinstance(categories, Mapping):
+        return list(categories or ())
+    if sorted(categories) != sorted(map(str, range(len(categories)))):
+        raise ValueError(f"`categories` must be numbered from 0 on, but its keys are {list(categories)}.")
+    return [categories[str(i)] for i in range(len(categories))]

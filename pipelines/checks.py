@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.utils import logging
 
@@ -74,6 +75,8 @@ def category_indices(
         ValueError: a wrong or missing name; the message lists the right ones.
     """
     names = list(names or ["default"])
+    if isinstance(category, np.integer):
+        category = int(category)
     if category is None:
         if len(names) > 1:
             raise ValueError(f"`category` is needed: this model knows {', '.join(names)}. Pass one of them.")
@@ -121,10 +124,22 @@ def check_callback_inputs(names: Sequence[str], allowed: Sequence[str]) -> None:
         )
 
 
-def warn_of_calibration(calibration: ScoreCalibration | None, precision: str) -> None:
-    """Warns, once, where there is no calibration, or one in another precision than the networks run in."""
+def check_calibration(
+    calibration: ScoreCalibration | None,
+    category: torch.Tensor,
+    names: Sequence[str],
+    precision: str,
+    settings: dict[str, Any],
+) -> None:
+    """Warns, once, where there is no calibration, or one of another precision or of other settings.
+
+    Raises:
+        ValueError: a category of the images is not calibrated.
+    """
     if calibration is not None:
+        calibration.check_category(category, names)
         calibration.warn_of_precision(precision)
+        calibration.warn_of_settings(settings)
         return
     logger.warning_once(
         "This pipeline is not calibrated: maps and scores are raw, and anomaly_mask, is_anomalous and p_value "

@@ -27,6 +27,11 @@ class DetectionPipeline(AnomalyPipeline):
     learns from them what good images show.
     """
 
+    @property
+    def measuring_networks(self) -> tuple[Any, ...]:
+        """The networks that `measure_images` runs, None where an optional one is missing."""
+        raise NotImplementedError
+
     def measure_images(
         self, images: Sequence[torch.Tensor], category: torch.Tensor, generators: Sequence[torch.Generator | None]
     ) -> Measurement:
@@ -127,7 +132,7 @@ class DetectionPipeline(AnomalyPipeline):
             num_categories=max(1, len(self.categories)),
             position_prior_images=self.config.position_prior_images,
             accelerator=accelerator,
-            precision=running_precision(self.unet, self._execution_device),
+            precision=running_precision(self.measuring_networks, self._execution_device),
             settings=settings,
         )
 

@@ -23,7 +23,7 @@ def load_pipeline(pretrained_model_name_or_path: str | os.PathLike, **kwargs: An
         ValueError: the class is none of this package's.
     """
     class_name = AnomalyPipeline.load_config(pretrained_model_name_or_path, **kwargs)["_class_name"]
-    if class_name not in PIPELINES:
+    if not isinstance(class_name, str) or class_name not in PIPELINES:
         raise ValueError(
             f"{pretrained_model_name_or_path} holds a {class_name}, which is none of diffad's pipelines "
             f"({', '.join(PIPELINES)}). Load it by its own class."

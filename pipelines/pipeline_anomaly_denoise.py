@@ -16,7 +16,7 @@ from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.gaussian_feature_model import GaussianFeatureModel
 from diffad.moments import PRIOR_IMAGES
 from diffad.pipelines.base import register_categories
-from diffad.pipelines.checks import category_indices, check_call, check_map_settings, scored_layers, warn_of_calibration
+from diffad.pipelines.checks import category_indices, check_calibration, check_call, check_map_settings, scored_layers
 from diffad.pipelines.detection import DetectionPipeline
 from diffad.pipelines.output import AnomalyOutput, ReconstructionOutput, convert_output, threshold_output
 from diffad.pipelines.pipeline_ddpm_reconstruction import DDPMReconstructionPipeline
@@ -74,7 +74,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         categories: names of the categories of a unified model, in the order of its class labels.
     """
 
-    model_cpu_offload_seq = "feature_extractor->unet"
+    model_cpu_offload_seq = "unet->feature_extractor"
     _optional_components = ["calibration", "gaussian"]  # noqa: RUF012 (diffusers' own form)
     # the Gaussian and the denoiser take turns: each would be moved away for the other
     _exclude_from_cpu_offload = ["calibration", "gaussian"]  # noqa: RUF012
@@ -180,7 +180,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * len(images)
         size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
         side = self.feature_extractor.input_resolution(resolution)
-        warn_of_calibration(calibration, running_precision(self.unet, device))
+        precision = running_precision(self.measuring_networks, device)
+        check_calibration(calibration, categories, self.categories, precision, self.config)
 
         anomaly_maps, anomaly_scores = [], []
         starts: Any = range(0, len(images), batch_size)
@@ -262,6 +263,11 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         residual = torch.cat([of_layers[i] for i in (self.scored_layers if layers is None else layers)], dim=2)
         return Measurement(maps=kl, residual=residual)
 
+    @property
+    def measuring_networks(self) -> tuple[Any, ...]:
+        """What `measure` runs."""
+        return self.unet, self.feature_extractor
+
     def measure_images(
         self, images: Sequence[torch.Tensor], category: torch.Tensor, generators: Sequence[torch.Generator | None]
     ) -> Measurement:
@@ -318,11 +324,15 @@ class AnomalyDenoisePipeline(DetectionPipeline):
 
     def reconstruct(self, image: ImageInput, **options: Any) -> ReconstructionOutput | tuple:
         """The image as it would be without its defect: a call of [`GradientDenoisingPipeline`]."""
-        return self.share_components(GradientDenoisingPipeline)(image, **options)
+        output = self.share_components(GradientDenoisingPipeline)(image, **options)
+        self.maybe_free_model_hooks()
+        return output
 
     def denoise(self, image: ImageInput, **options: Any) -> AnomalyOutput | tuple:
         """The reverse process from the noised image: a call of [`DDPMReconstructionPipeline`]."""
-        return self.share_components(DDPMReconstructionPipeline)(image, **options)
+        output = self.share_components(DDPMReconstructionPipeline)(image, **options)
+        self.maybe_free_model_hooks()
+        return output
 
     def fit_gaussian(self, images: Sequence[Any], **options: Any) -> AnomalyDenoisePipeline:
         """Gives the pipeline the `gaussian` that `reconstruct` needs: `GradientDenoisingPipeline.fit_gaussian`."""

@@ -41,7 +41,7 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
         categories: names of the categories of a unified model, in the order of its class labels.
     """
 
-    model_cpu_offload_seq = "feature_extractor->unet"
+    model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["sample"]  # noqa: RUF012 (diffusers' own form)
 
     def __init__(
@@ -76,7 +76,7 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """A callback that sets `pipe._interrupt = True` ends the steps; the call returns what they came to."""
+        """A callback that sets `pipe._interrupt = True` ends the call, which returns the batches so far."""
         return self._interrupt
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
         generators = image_generators(generator, len(images))
         size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
         side = self.feature_extractor.input_resolution(resolution)
-        self._num_timesteps, self._interrupt = num_inference_steps, False
+        self._interrupt = False
 
         # 2. Of as many steps as would go all the way down, the last `num_inference_steps` are taken
         total_steps = round(num_inference_steps * last / timestep)
@@ -168,6 +168,7 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
                 # 4. x_t of the first timestep (DDPM eq. 4)
                 scheduler.set_timesteps(total_steps, device=device)
                 timesteps = scheduler.timesteps[begin:]
+                self._num_timesteps = len(timesteps)
                 if hasattr(scheduler, "set_begin_index"):
                     scheduler.set_begin_index(begin)
                 noise = draw_noise(clean.shape[1:], generators[batch], device)
@@ -184,7 +185,7 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
                     sample = scheduler.step(prediction, t, sample, **options).prev_sample
                     if callback_on_step_end is not None:
                         tensors = {name: {"sample": sample}[name] for name in callback_on_step_end_tensor_inputs}
-                        sample = callback_on_step_end(self, step, t, tensors).get("sample", sample)
+                        sample = (callback_on_step_end(self, step, t, tensors) or {}).get("sample", sample)
                     progress.update(1.0 / scheduler.order)
 
                 # 6. What has changed: map (B, R, R), score (B,); all at the images' own size
@@ -194,6 +195,8 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
                 scores.append((top_fraction_score(changed, fraction) if fraction else max_score(changed)).cpu())
                 maps.append(resize_images(changed[:, None], size)[:, 0].cpu())
                 reconstructions.append(resize_images(restored / 2.0 + 0.5, size).clamp(0.0, 1.0).cpu())
+                if self.interrupt:
+                    break
         self.maybe_free_model_hooks()
 
         # 7. As arrays or pictures

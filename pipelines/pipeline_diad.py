@@ -32,11 +32,11 @@ from diffad.moments import PRIOR_IMAGES
 from diffad.pipelines.base import register_categories
 from diffad.pipelines.checks import (
     category_indices,
+    check_calibration,
     check_call,
     check_callback_inputs,
     check_map_settings,
     scored_layers,
-    warn_of_calibration,
 )
 from diffad.pipelines.detection import DetectionPipeline
 from diffad.pipelines.diad_checks import (
@@ -186,7 +186,7 @@ class DiADPipeline(DetectionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """A callback that sets `pipe._interrupt = True` ends the steps; the call returns what they came to."""
+        """A callback that sets `pipe._interrupt = True` ends the call, which returns the batches so far."""
         return self._interrupt
 
     @torch.no_grad()
@@ -251,7 +251,8 @@ class DiADPipeline(DetectionPipeline):
         steps = num_inference_steps - skipped_steps(num_inference_steps, strength)
         size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
         statistics = (self.config.image_mean, self.config.image_std)
-        warn_of_calibration(calibration, running_precision(self.unet, device))
+        precision = running_precision(self.measuring_networks, device)
+        check_calibration(calibration, categories, self.categories, precision, self.config)
 
         anomaly_maps, anomaly_scores, reconstructions = [], [], []
         with self.progress_bar(total=math.ceil(len(images) / batch_size) * steps) as progress:
@@ -291,11 +292,13 @@ class DiADPipeline(DetectionPipeline):
                 # 9. At the images' own size: (B, H, W) and (B, 3, H, W) in [0, 1]
                 anomaly_maps.append(resize_images(anomaly_map[:, None], size)[:, 0].cpu())
                 reconstructions.append(resize_images(reconstruction / 2.0 + 0.5, size).clamp(0.0, 1.0).cpu())
+                if self.interrupt:
+                    break
         self.maybe_free_model_hooks()
 
         # 10. Alarms, masks and p-values, where thresholds are
         output = AnomalyOutput(torch.cat(anomaly_maps), torch.cat(anomaly_scores), torch.cat(reconstructions))
-        output = threshold_output(output, categories.cpu(), calibration)
+        output = threshold_output(output, categories[: len(output.anomaly_score)].cpu(), calibration)
 
         # 11. As arrays or pictures
         return convert_output(output, output_type, return_dict)
@@ -409,7 +412,7 @@ class DiADPipeline(DetectionPipeline):
             latents = self.scheduler.step(prediction.float(), timestep, latents, return_dict=False, **options)[0]
             if callback_on_step_end is not None:
                 tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
-                latents = callback_on_step_end(self, step, timestep, tensors).pop("latents", latents)
+                latents = (callback_on_step_end(self, step, timestep, tensors) or {}).pop("latents", latents)
             if (step + 1) % self.scheduler.order == 0:
                 report_step()
         return latents
@@ -448,6 +451,11 @@ class DiADPipeline(DetectionPipeline):
         image, other = features.chunk(2)
         no_maps = pixel_values.new_zeros(len(pixel_values), 0, *size)
         return Measurement(maps=no_maps, residual=(image - other)[:, None])
+
+    @property
+    def measuring_networks(self) -> tuple[Any, ...]:
+        """What `reconstruct` and `compare` run."""
+        return self.vae, self.unet, self.sg_network, self.feature_extractor
 
     def measure_images(
         self, images: Sequence[torch.Tensor], category: torch.Tensor, generators: Sequence[torch.Generator | None]

@@ -51,7 +51,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         categories: names of the categories of a unified model, in the order of its class labels.
     """
 
-    model_cpu_offload_seq = "feature_extractor->unet"
+    model_cpu_offload_seq = "unet"
     _optional_components = ["gaussian"]  # noqa: RUF012 (diffusers' own form)
     # the Gaussian and the denoiser take turns: each would be moved away for the other
     _exclude_from_cpu_offload = ["gaussian"]  # noqa: RUF012
@@ -85,7 +85,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """A callback that sets `pipe._interrupt = True` ends the iterations; the call returns what they came to."""
+        """A callback that sets `pipe._interrupt = True` ends the call, which returns the batches so far."""
         return self._interrupt
 
     @torch.no_grad()
@@ -186,7 +186,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
                     if callback_on_step_end is not None:
                         tensors = {"sample": sample, "timesteps": timesteps}
                         tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                        sample = callback_on_step_end(self, i, timesteps, tensors).get("sample", sample)
+                        sample = (callback_on_step_end(self, i, timesteps, tensors) or {}).get("sample", sample)
                     if denoises:
                         previous, steps = sample, 0
                     if return_trajectory and (denoises or i == num_iterations - 1):
@@ -203,11 +203,17 @@ class GradientDenoisingPipeline(AnomalyPipeline):
                 if return_trajectory:
                     frames = [resize_images(state / 2.0 + 0.5, size).clamp(0.0, 1.0).cpu() for state in states]
                     trajectories.append(torch.stack(frames, dim=1))  # (B, K, 3, H, W)
+                if self.interrupt:
+                    break
         self.maybe_free_model_hooks()
 
         # 8. As arrays or pictures
         output = ReconstructionOutput(torch.cat(maps), torch.cat(scores), torch.cat(reconstructions))
-        output.trajectory = torch.cat(trajectories) if return_trajectory else None
+        if return_trajectory:  # of batches that an interruption cut short, the last image stays
+            longest = max(states.shape[1] for states in trajectories)
+            output.trajectory = torch.cat(
+                [torch.cat([s, s[:, -1:].expand(-1, longest - s.shape[1], -1, -1, -1)], dim=1) for s in trajectories]
+            )
         return convert_output(output, output_type, return_dict)
 
     @torch.no_grad()
@@ -249,6 +255,8 @@ class GradientDenoisingPipeline(AnomalyPipeline):
                 fitted before.
         """
         index = self.category_index(category)
+        if not 0.0 < learning_rate < 1.0:
+            raise ValueError(f"`learning_rate` must lie in (0, 1), but is {learning_rate!r}.")
         if not isinstance(denoise_every, int) or denoise_every < 1:
             raise ValueError(f"`denoise_every` must be a positive integer, but is {denoise_every!r}.")
         gaussian = self._unfitted_gaussian(index, config)

@@ -21,7 +21,8 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, step: in
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
-        for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit or None]:
+        earlier = [path for path in list_checkpoints(args.output_dir) if step_of(path) <= step]  # not another run's
+        for old in earlier[: -args.checkpoints_total_limit or None]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
@@ -29,7 +30,12 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, step: in
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step at which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
@@ -47,6 +53,6 @@ def resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
         if not folder.is_dir():
             raise FileNotFoundError(f"--resume_from_checkpoint: no folder at {folder}. Give one, or 'latest'.")
     accelerator.load_state(str(folder))
-    step = int(folder.name.removeprefix("checkpoint-"))
+    step = step_of(folder)
     accelerator.print(f"Resuming from {folder}, step {step}.")
     return step

@@ -114,7 +114,7 @@ class ResizedImages(TorchDataset):
 
         self.table = shared_map(
             dataset, resize, remove_columns=dataset.column_names, desc="Reading images", writer_batch_size=64
-        ).with_format("numpy")
+        )  # not as numpy: it would cut zeros off the end of a black image's bytes
         self.category_index = np.asarray(self.table["index"][:])
 
     def __len__(self) -> int:

@@ -58,10 +58,10 @@ def finish(
         pipeline.save_pretrained(args.output_dir)
         save_examples(pipeline, held_out, args)
         save_record(args, {"categories": list(categories), **record})
-        if args.push_to_hub:
-            repo_id = args.hub_model_id or Path(args.output_dir).name
-            pipeline.push_to_hub(repo_id, token=args.hub_token, folder=args.output_dir)
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # for what is saved; an upload takes longer than a collective may
+    if args.push_to_hub and accelerator.is_main_process:
+        repo_id = args.hub_model_id or Path(args.output_dir).name
+        pipeline.push_to_hub(repo_id, token=args.hub_token, folder=args.output_dir)
 
 
 def save_examples(pipeline: Any, held_out: Dataset, args: argparse.Namespace) -> None:

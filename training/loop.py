@@ -146,7 +146,7 @@ def train(
     check_replicas(model, accelerator)
     if ema is not None:
         ema.copy_to(trained)
-    model.eval()
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()  # its forward is float32's again
     return {"steps": step, "training_seconds": round(time.time() - started, 1)}
 
 

@@ -155,6 +155,11 @@ class CalibrationFit:
         if len(anomaly_map):
             self.scores += self.functions.image_scores(anomaly_map).tolist()
             self.maxima += anomaly_map.flatten(1).amax(dim=1).tolist()
+        if not math.isfinite(sum(self.scores) + sum(self.maxima)):
+            raise ValueError(
+                "The map of a good image holds NaN or infinity, so it can set no threshold. Run the networks in "
+                "float32, and look at the image."
+            )
 
     def finish(self) -> ScoreCalibration:
         """The calibration with thresholds, and maps of deviation 1.
@@ -169,6 +174,8 @@ class CalibrationFit:
         self.held_out_moments.reduce(self.accelerator)
         if self.accelerator is not None and self.accelerator.num_processes > 1:
             scores, maxima = gather_object(scores), gather_object(maxima)
+        if not scores:
+            raise ValueError("There are no scores to set thresholds by. Call `add_scores` with measurements first.")
         num_statistics, num_scores = self.map_moments.count, len(scores)
         squares = num_statistics * self.joined_moments.variance() + num_scores * self.held_out_moments.variance()
         scale = max(float(squares / (num_statistics - 1 + num_scores)) ** 0.5, 1e-6)
@@ -219,14 +226,21 @@ class CalibrationFit:
         self, previous: ScoreCalibration, num_maps: int, residual_shape: tuple[int, int, int] | None
     ) -> None:
         config = previous.config
+        others = previous.image_threshold.isfinite()
+        others[self.category] = False
+        for name in ("precision", "settings") if others.any() else ():
+            if config.get(name) not in (None, self.record.get(name)):
+                raise ValueError(
+                    f"The other categories were calibrated with {name} {config[name]}, and this is "
+                    f"{self.record.get(name)}. Use the same, or load the pipeline with `calibration=None` and "
+                    "calibrate every category."
+                )
         found = (num_maps, residual_shape and list(residual_shape))
         if found != (config.map_shape[0], config.residual_shape and list(config.residual_shape)):
             raise ValueError(
                 "`calibration` holds other categories' statistics of other scores than this pipeline's settings give, "
                 "or an earlier version's. Load the pipeline with `calibration=None` and calibrate every category."
             )
-        others = previous.image_threshold.isfinite()
-        others[self.category] = False
         if others.any() and config.false_alarm_rate != self.false_alarm_rate:
             raise ValueError(
                 f"`false_alarm_rate` is {self.false_alarm_rate:g}, but the other categories' thresholds are for "

@@ -19,6 +19,10 @@ from diffad.scoring import Measurement, resize_maps
 
 logger = logging.get_logger(__name__)
 
+# Share by which one image's score may differ from call to call, by the order of float32 sums. Thresholds stand above
+# their score by as much, so that the image which set them raises no alarm.
+ROUNDING = 2e-6
+
 
 class ScoreCalibration(ModelMixin, ConfigMixin):
     r"""Statistics of good images' scores, saved with a pipeline in safetensors.
@@ -191,6 +195,25 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 "distance). Load the pipeline with `calibration=None` and call `calibrate` with good images."
             )
 
+    def check_category(self, category: torch.Tensor, names: Sequence[str]) -> None:
+        """Raises a ValueError where one of images (N,) is of a category without thresholds: it would never alarm."""
+        for index in sorted(set(category.tolist())):
+            if not self.image_threshold[index].isfinite():
+                name = names[index] if names else "default"
+                raise ValueError(
+                    f"Category {name!r} is not calibrated. Call `pipe.calibrate(good_images, category={name!r})` first."
+                )
+
+    def warn_of_settings(self, settings: dict[str, Any]) -> None:
+        """Warns, once, where a pipeline's settings are not those that the statistics were taken with."""
+        recorded = self.config.settings or {}
+        changed = [name for name, value in recorded.items() if name in settings and settings[name] != value]
+        if changed:
+            logger.warning_once(
+                f"This pipeline was calibrated with other settings ({', '.join(changed)}), which moves scores. The "
+                "stated false-alarm rate then holds no longer. Calibrate it again."
+            )
+
     def warn_of_precision(self, precision: str) -> None:
         """Warns, once, where the networks run in another precision than when the statistics were taken."""
         if self.config.precision not in (None, precision):
@@ -246,7 +269,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     def p_value(self, scores: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Conformal p-value, (1 + #{normal >= score}) / (1 + #normal), (N,) -> (N,) float32."""
         normal = self.normal_scores[category]  # (N, n)
-        at_least = (normal >= scores[:, None]).sum(dim=1)  # NaN padding compares False
+        lowest = scores - ROUNDING * scores.abs()  # an equal score counts, however its last digits were rounded
+        at_least = (normal >= lowest[:, None]).sum(dim=1)  # NaN padding compares False
         return (1.0 + at_least) / (1.0 + (~normal.isnan()).sum(dim=1))
 
     def set_thresholds(
@@ -266,8 +290,12 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         ordered = torch.as_tensor(scores, dtype=torch.float32).sort().values
         self.normal_scores[category] = float("nan")
         self.normal_scores[category, : len(ordered)] = ordered
-        self.image_threshold[category] = conformal_threshold(ordered, rate)
+        self.image_threshold[category] = _rounded_up(conformal_threshold(ordered, rate))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said once already, for the same number of images
             maxima = torch.as_tensor(map_maxima, dtype=torch.float32).sort().values
-            self.pixel_threshold[category] = conformal_threshold(maxima, rate)
+            self.pixel_threshold[category] = _rounded_up(conformal_threshold(maxima, rate))
+
+
+def _rounded_up(threshold: float) -> float:
+    return threshold + ROUNDING * abs(threshold)

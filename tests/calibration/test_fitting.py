@@ -5,16 +5,22 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from conftest import generator, launch, texture, textures, tiny_pipeline
 
 from diffad import AnomalyDenoisePipeline
+from diffad.calibration.conformal import threshold_rank
+from diffad.seeding import image_generators
 
 SCRIPT = """
 import sys
 import logging
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from accelerate import Accelerator
 from conftest import textures
@@ -106,3 +112,41 @@ def test_another_precision_at_use_warns(caplog):
     with caplog.at_level(logging.WARNING):
         pipe.calibrate(textures(12), false_alarm_rate=0.3, generator=generator())(texture(0))
     assert "calibrated in" not in caplog.text
+
+
+def test_an_image_whose_map_is_not_finite_sets_no_threshold(monkeypatch):
+    pipe = tiny_pipeline()
+    join_maps = pipe.join_maps
+
+    def broken(maps: torch.Tensor, *rest: object) -> torch.Tensor:
+        joined = join_maps(maps, *rest)
+        joined[0, 0, 0] = float("nan")
+        return joined
+
+    pipe.join_maps = broken
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        pipe.calibrate(textures(12), false_alarm_rate=0.3, generator=generator())
+    assert pipe.calibration is None
+
+
+def test_images_of_the_thresholds_are_as_good_as_their_scores_say():
+    good = textures(40)
+    pipe = tiny_pipeline().calibrate(good[::2], good[1::2], false_alarm_rate=0.1, generator=generator())
+    drawn = generator()
+    image_generators(drawn, 20)  # of the statistics' images
+    output = pipe(good[::2], generator=image_generators(drawn, 20), batch_size=3)
+    assert output.is_anomalous.sum() == 20 - threshold_rank(20, 0.1)  # the one that set the threshold does not alarm
+    expected = [(1 + (output.anomaly_score >= score).sum()) / 21 for score in output.anomaly_score]
+    assert np.allclose(output.p_value, expected)
+
+
+def test_other_settings_at_use_warn(caplog, tmp_path):
+    tiny_pipeline(alpha=0.25).calibrate(textures(12), false_alarm_rate=0.3, generator=generator()).save_pretrained(
+        tmp_path
+    )
+    logging.Logger.warning_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        AnomalyDenoisePipeline.from_pretrained(tmp_path)(texture(0))
+        assert "other settings" not in caplog.text
+        AnomalyDenoisePipeline.from_pretrained(tmp_path, alpha=0.75)(texture(0))
+    assert "calibrated with other settings (alpha)" in caplog.text

@@ -12,6 +12,7 @@ from conftest import generator, texture, textures, tiny_extractor, tiny_pipeline
 from test_pipeline_diad import make_pipeline
 
 from diffad import AnomalyDenoisePipeline, DDPMReconstructionPipeline, DiADPipeline, GradientDenoisingPipeline
+from diffad.model_card import render_model_card
 
 GAUSSIAN = {"image_size": 16, "feature_size": 4, "num_channels": 8}
 STEPS = {
@@ -202,3 +203,39 @@ def test_offloading_on_a_gpu(any_pipeline, offload):
     expected = call(any_pipeline).anomaly_map
     getattr(any_pipeline, offload)()
     torch.testing.assert_close(call(any_pipeline).anomaly_map, expected, rtol=1e-3, atol=1e-3)
+
+
+# -- names of many categories, and a call of several batches -----------------------------------------------------
+
+
+def test_twelve_categories_keep_their_order(tmp_path):
+    names = [f"c{i}" for i in range(12)]
+    tiny_pipeline(categories=names).save_pretrained(tmp_path)
+    loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path)
+    assert loaded.categories == names
+    assert [loaded.category_index(name) for name in names] == list(range(12))
+    with pytest.raises(ValueError, match="`categories` must be numbered from 0 on"):
+        tiny_pipeline(categories={"0": "a", "2": "b"})
+
+
+def test_an_interrupted_call_returns_the_batches_so_far(stepping):
+    def stop(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        pipe._interrupt = step == 1
+
+    more = {"return_trajectory": True} if isinstance(stepping, GradientDenoisingPipeline) else {}
+    output = call(stepping, images=textures(5), batch_size=2, callback_on_step_end=stop, **more)
+    assert len(output.anomaly_map) == len(output.anomaly_score) == len(output.reconstruction) == 2
+    assert torch.isfinite(output.reconstruction).all()
+
+
+def test_a_category_without_thresholds_is_an_error():
+    pipeline = tiny_pipeline(categories=["a", "b"])
+    pipeline.calibrate(textures(12), category="a", false_alarm_rate=0.3, generator=generator())
+    assert pipeline(texture(0), category="a").p_value is not None
+    with pytest.raises(ValueError, match="Category 'b' is not calibrated"):
+        pipeline(textures(2), category=["a", "b"])
+
+
+def test_gradient_denoising_and_the_plain_ddpm_have_cards():
+    for pipeline_class in (GradientDenoisingPipeline, DDPMReconstructionPipeline):
+        assert pipeline_class.__name__ in str(render_model_card(make(pipeline_class)))
