@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import traceback
@@ -35,7 +36,7 @@ def callback(debug: Annotated[bool, typer.Option("--debug", help="Show an error'
     """Finds and outlines defects in images, having seen only good ones."""
 
 
-def load_pipeline(model: str, device: str | None = None, dtype: str = "float32") -> Any:
+def load_pipeline(model: str | os.PathLike, device: str | None = None, dtype: str = "float32") -> Any:
     """A saved pipeline of either method, on its device, without a progress bar of its own."""
     import torch
 
@@ -47,7 +48,7 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "float32")
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`device` is {device}, but torch finds no GPU here. Leave it out to run on what there is.")
     folder = Path(model)
-    if (folder.exists() or model.count("/") != 1) and not (folder / "model_index.json").is_file():
+    if (folder.exists() or os.fspath(model).count("/") != 1) and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
             f"{model} holds no pipeline (no model_index.json there). Give the folder that training or `diffad demo` "
             "has saved one in, or its id on the Hub, org/name."

@@ -158,14 +158,14 @@ def _array_to_tensor(array: np.ndarray, name: str) -> torch.Tensor:
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable))
 
 
-def resize_images(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_images(images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Bilinear with antialiasing, (N, C, H, W) -> (N, C, *size): the one resize of training and inference."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images
     return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
-def images_to_pixel_values(images: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+def images_to_pixel_values(images: Sequence[torch.Tensor], size: Sequence[int]) -> torch.Tensor:
     """(3, H_i, W_i) tensors in [0, 1] -> one batch (N, 3, *size) in [-1, 1], the networks' range."""
     return torch.cat([resize_images(image[None], size) for image in images]) * 2.0 - 1.0
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import Subset
 
 from diffad.calibration.fitting import CalibrationFit, ScoreFunctions
 from diffad.calibration.score_calibration import ScoreCalibration
@@ -98,21 +97,25 @@ class DetectionPipeline(AnomalyPipeline):
         """
         if not 0.0 < false_alarm_rate < 1.0:
             raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate}.")
-        num_images = len(images)
         if statistics_images is None:
-            # in turn, as images often come in order of their time or kind; views that read one image at a time, where
-            # a slice of a data set's column would decode all of it
-            statistics_images = Subset(images, range(1, num_images, 2))
-            images = Subset(images, range(0, num_images, 2))
-        if min(len(images), len(statistics_images)) < 1:
+            # in turn, as images often come in order of their time or kind; indices, as a slice of a data set's column
+            # would decode all of it
+            statistics_images = images
+            for_statistics, for_scores = range(1, len(images), 2), range(0, len(images), 2)
+        else:
+            for_statistics, for_scores = range(len(statistics_images)), range(len(images))
+        if min(len(for_statistics), len(for_scores)) < 1:
             raise ValueError(
-                f"`images` holds {num_images} good images and `statistics_images` {len(statistics_images)}, too few to "
+                f"`images` holds {len(images)} good images and `statistics_images` {len(for_statistics)}, too few to "
                 "calibrate: it takes 1 of each, or 2 `images`, and deserves 100."
             )
-        fit = self.calibration_fit(self.category_index(category), len(images), false_alarm_rate, accelerator)
-        for learn, part in ((fit.add_statistics, statistics_images), (fit.add_scores, images)):
-            generators = image_generators(generator, len(part))
-            for measurement in self._measurements(part, fit.category, batch_size, generators, accelerator):
+        fit = self.calibration_fit(self.category_index(category), len(for_scores), false_alarm_rate, accelerator)
+        for learn, part, indices in (
+            (fit.add_statistics, statistics_images, for_statistics),
+            (fit.add_scores, images, for_scores),
+        ):
+            generators = image_generators(generator, len(indices))
+            for measurement in self._measurements(part, indices, fit.category, batch_size, generators, accelerator):
                 learn(measurement)
         self.maybe_free_model_hooks()
         self.register_modules(calibration=fit.finish())
@@ -139,22 +142,25 @@ class DetectionPipeline(AnomalyPipeline):
     def _measurements(
         self,
         images: Sequence[Any],
+        indices: Sequence[int],
         category: int,
         batch_size: int,
         generators: Sequence[torch.Generator],
         accelerator: Accelerator | None,
     ) -> Iterator[Measurement]:
-        """Measurements of this process's share of the images, batch by batch; of no images where it has no share."""
+        """Measurements of this process's share of the images at `indices`, batch by batch.
+
+        Each index has a generator. Where the process has no share, measurements of no images.
+        """
         rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-        mine = range(rank, len(images), processes)
+        mine = range(rank, len(indices), processes)
         chosen = mine or range(1)  # whose measurement tells the shapes
         starts: Any = range(0, len(chosen), batch_size)
         for start in self.progress_bar(starts) if len(starts) > 1 else starts:
             batch = chosen[start : start + batch_size]
-            indices = torch.full((len(batch),), category, device=self._execution_device)
-            measurement = self.measure_images(
-                images_to_tensors([images[i] for i in batch]), indices, [generators[i] for i in batch]
-            )
+            tensors = images_to_tensors([images[indices[i]] for i in batch])
+            of_category = torch.full((len(batch),), category, device=self._execution_device)
+            measurement = self.measure_images(tensors, of_category, [generators[i] for i in batch])
             yield measurement if mine else empty_measurement(measurement)
 
 

@@ -291,7 +291,9 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         `ScoreCalibration.log_distances`'.
         """
         kl, residual = measurement.maps, measurement.residual
-        size = tuple(kl.shape[-2:])
+        if residual is None:
+            raise ValueError("`measurement` has no feature residual, which this method scores. Take it from `measure`.")
+        size = kl.shape[-2], kl.shape[-1]
         if calibration is None:
             layer_channels = [self.feature_extractor.layer_channels[i] for i in self.scored_layers]
             errors = resize_maps(feature_error(residual, layer_channels), size)

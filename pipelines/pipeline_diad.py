@@ -365,7 +365,7 @@ class DiADPipeline(DetectionPipeline):
         count, device = len(pixel_values), self._execution_device
         latents = check_latents(latents, self.vae, (count, height, width))
         skipped = skipped_steps(num_inference_steps, strength)
-        generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * count
+        generators = list(generator) if isinstance(generator, Sequence) else [generator] * count
         if len(generators) != count:
             raise ValueError(
                 f"`generator` lists {len(generators)} generators for {count} images. Pass one, or one each."
@@ -443,7 +443,7 @@ class DiADPipeline(DetectionPipeline):
         both = torch.cat([pixel_values, reconstruction]).to(extractor.dtype)  # (2N, 3, R, R), one pass
         layers = extractor.layers(both)
         layers = [layers[i].float() for i in scored_layers(self.config.score_strides, extractor)]
-        size = tuple(pixel_values.shape[-2:])
+        size = pixel_values.shape[-2], pixel_values.shape[-1]
         if self.config.distance == "cosine":
             maps = [cosine_distance_map([a], [b], size) for a, b in (layer.chunk(2) for layer in layers)]
             return Measurement(maps=torch.stack(maps, dim=1))
@@ -478,7 +478,7 @@ class DiADPipeline(DetectionPipeline):
         `ScoreCalibration.log_distances`'.
         """
         maps, residual = measurement.maps, measurement.residual
-        size = tuple(maps.shape[-2:])
+        size = maps.shape[-2], maps.shape[-1]
         if calibration is not None:
             calibration.check_measurement(measurement)
         if residual is not None and calibration is not None:

@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from torch.utils.data import Subset
 
 from diffad.images import ImageInput, images_to_pixel_values, images_to_tensors, resize_images
 from diffad.likelihood import predicted_clean_sample, predicted_mean_log_variance
@@ -268,7 +267,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         def batches() -> Iterator[torch.Tensor]:
             for start in range(0, len(mine), batch_size):
                 batch = mine[start : start + batch_size]
-                pictures = images_to_tensors(list(Subset(images, batch)))
+                pictures = images_to_tensors([images[i] for i in batch])
                 clean = self.prepare_images(pictures, self.processing_resolution)
                 yield clean
                 noise = draw_noise(

@@ -6,7 +6,7 @@ import argparse
 import math
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import fsspec
@@ -25,6 +25,9 @@ from diffad.data.parts import part_index
 from diffad.images import images_to_tensors, resize_images
 from diffad.training.shared_map import shared_map
 from diffad.training.stop_signals import ignore_stop_signals
+
+if TYPE_CHECKING:
+    from diffad.training.cached_encodings import CachedEncodings
 
 
 def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str]]:
@@ -61,7 +64,7 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
             if num_photographs[one] <= left:
                 chosen.append(one)
                 left -= num_photographs[one]
-        is_held_out = np.isin(part[images], parts[chosen or [num_photographs.argmin()]])
+        is_held_out = np.isin(part[images], parts[chosen or [int(num_photographs.argmin())]])
         if (~is_held_out).sum() < 2:
             of_parts = "" if args.part_pattern is None else f", and of parts by --part_pattern {len(parts)}"
             raise ValueError(
@@ -166,7 +169,7 @@ class BalancedSampler(Sampler[int]):
         yield from order.permuted(np.stack(drawn, axis=1), axis=1).flatten().tolist()  # (rounds, categories)
 
 
-def create_data_loader(images: ResizedImages, args: argparse.Namespace) -> DataLoader:
+def create_data_loader(images: ResizedImages | CachedEncodings, args: argparse.Namespace) -> DataLoader:
     """Shuffled batches of `train_batch_size`, or of as many images as there are for each process.
 
     `images` may be any data set with a `category_index`.

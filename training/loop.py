@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -151,7 +152,7 @@ def train(
 
 
 def training_batches(
-    data_loader: DataLoader, accelerator: Accelerator, first: int, last: int
+    data_loader: DataLoaderShard, accelerator: Accelerator, first: int, last: int
 ) -> Iterator[tuple[int, Any]]:
     """Numbered batches [first, last), epoch after epoch; a resumed run skips without reading images."""
     number = first
@@ -231,7 +232,8 @@ def check_replicas(model: nn.Module, accelerator: Accelerator) -> None:
         RuntimeError: they differ, so gradients were not exchanged.
     """
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
-    checksum = sum(p.detach().abs().sum(dtype=dtype) for p in model.parameters()).reshape(1)
+    sums = (p.detach().abs().sum(dtype=dtype) for p in model.parameters())
+    checksum = sum(sums, torch.zeros(1, dtype=dtype, device=accelerator.device))
     gathered = accelerator.gather(checksum)
     if not torch.equal(gathered, gathered[:1].expand_as(gathered)):
         raise RuntimeError(f"Processes ended with different weights (sums {gathered.tolist()}).")

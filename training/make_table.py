@@ -29,6 +29,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from diffad import AnomalyDenoisePipeline, DiADPipeline, TimmFeatureExtractor
+from diffad.calibration.fitting import CalibrationFit
 from diffad.cli import load_pipeline
 from diffad.data import load_anomaly_dataset
 from diffad.evaluation.baselines import evaluate_baseline, load_training_images
@@ -43,7 +44,7 @@ from diffad.seeding import draw_noise, image_generator
 from diffad.training.evaluate import add_evaluation_arguments
 
 TABLES = files("diffad.training") / "configs" / "tables"
-METHODS = {"AnomalyDenoise": AnomalyDenoisePipeline, "DiAD": DiADPipeline}
+METHODS: dict[str, type[DetectionPipeline]] = {"AnomalyDenoise": AnomalyDenoisePipeline, "DiAD": DiADPipeline}
 SCRIPTS = {"AnomalyDenoise": "train_ddpm", "DiAD": "train_diad"}
 # what a row may say beside the pipeline's own settings
 ROW_KEYS = ("name", "calibrated", "backbone", "backbone_weights", "train", "each_category", "all_steps", "baseline")
@@ -185,7 +186,7 @@ def calibrate_rows(
     seed: int,
 ) -> None:
     """Gives each row's pipeline a calibration, without thresholds; all processes share the images."""
-    fits = {}
+    fits: dict[tuple[Any, ...], tuple[DetectionPipeline, CalibrationFit]] = {}
     for pipeline in pipelines:
         fits.setdefault(calibration_key(pipeline), (pipeline, pipeline.calibration_fit(category, 1, 0.5, accelerator)))
     fitted = [pipeline for pipeline, _ in fits.values()]

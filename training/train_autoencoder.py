@@ -154,7 +154,7 @@ def latent_scale(vae: AutoencoderKL, batches: Iterable[torch.Tensor]) -> float:
 
     Every process brings its own batches and gets the same result.
     """
-    count, total, total_of_squares = 0, 0.0, 0.0
+    count, total, total_of_squares = 0.0, 0.0, 0.0
     for pixel_values in batches:
         # on the CPU, as not every device has float64
         latents = encode_latents(vae, pixel_values).cpu().double() / vae.config.scaling_factor

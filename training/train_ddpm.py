@@ -261,14 +261,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     pairs = flip_pairs(args)
     flips = torch.tensor(pairs, device=accelerator.device)  # (F, 2)
+    examples: ResizedImages | CachedEncodings = images
     if args.cache_features:
-        images = CachedEncodings(images, encode, pairs, (extractor.num_channels, *feature_size), torch.float16)
+        examples = CachedEncodings(images, encode, pairs, (extractor.num_channels, *feature_size), torch.float16)
 
     # 3. Train
     def batch_loss(model: torch.nn.Module, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
         pixels, *cached, class_index = batch  # (N, 3, R, R) uint8, features of each flip (N, F, C, h, w), (N,)
         if args.cache_features:
-            pixel_values, features = choose_flips(pixels, *cached, flips, generator)
+            pixel_values, features = choose_flips(pixels, cached[0], flips, generator)
         else:
             pixel_values = augment(pixels, args, generator)
             features = encode(pixel_values)
@@ -283,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     pictures = load_pictures(held_out, 4) if args.validation_steps and accelerator.is_main_process else []
-    record = train(unet, batch_loss, create_data_loader(images, args), args, accelerator, save_pictures)
+    record = train(unet, batch_loss, create_data_loader(examples, args), args, accelerator, save_pictures)
 
     # 4. Calibrate on good images and save the pipeline
     pipeline = create_pipeline(unet, scheduler, extractor, categories, args)

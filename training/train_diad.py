@@ -309,8 +309,9 @@ def save_validation_pictures(pipeline: DiADPipeline, images: list[torch.Tensor],
     )
     generators = [torch.Generator().manual_seed(i) for i in range(len(images))]
     restored = pipeline.reconstruct(originals, generators)
-    maps = pipeline.score_maps(pipeline.compare(originals, restored), None, None)
-    maps = pipeline.join_maps(maps, None, None)
+    category = torch.zeros(len(images), dtype=torch.long, device=device)  # without a calibration, any
+    maps = pipeline.score_maps(pipeline.compare(originals, restored), category, None)
+    maps = pipeline.join_maps(maps, category, None)
     rows = [
         [to_uint8(originals[i]), to_uint8(decoded[i]), to_uint8(restored[i]), heat_map(maps[i])]
         for i in range(len(images))
@@ -351,9 +352,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = ResizedImages(training, args.resolution, categories)
     pairs = flip_pairs(args)
     flips = torch.tensor(pairs, device=accelerator.device)  # (F, 2)
+    examples: ResizedImages | CachedEncodings = images
     if args.cache_latents:
         side = args.resolution // pipeline.size_multiple
-        images = CachedEncodings(images, encode, pairs, (pipeline.vae.config.latent_channels, side, side))
+        examples = CachedEncodings(images, encode, pairs, (pipeline.vae.config.latent_channels, side, side))
 
     # 3. Train
     prompt_embeds = pipeline.prompt_embedding()
@@ -361,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def batch_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
         pixels, *cached, _ = batch  # (N, 3, R, R) uint8, latents of each flip (N, F, C, h, w), (N,)
         if args.cache_latents:
-            augmented, latents = choose_flips(pixels, *cached, flips, generator)
+            augmented, latents = choose_flips(pixels, cached[0], flips, generator)
         else:
             augmented = augment(pixels, args, generator)
             latents = encode(augmented)
@@ -373,10 +375,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_validation_pictures(pipeline, pictures, path)
 
     if args.gradient_checkpointing:
-        for network in model.children():
-            network.enable_gradient_checkpointing()
+        model.unet.enable_gradient_checkpointing()
+        if model.sg_network is not None:
+            model.sg_network.enable_gradient_checkpointing()
     pictures = load_pictures(held_out, 4) if args.validation_steps and accelerator.is_main_process else []
-    record = train(model, batch_loss, create_data_loader(images, args), args, accelerator, save_pictures)
+    record = train(model, batch_loss, create_data_loader(examples, args), args, accelerator, save_pictures)
 
     # 4. Calibrate on good images and save the pipeline
     finish(pipeline, training, held_out, categories, args, record, accelerator)
