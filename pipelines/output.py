@@ -73,7 +73,7 @@ def threshold_output(output: Output, category: torch.Tensor, calibration: ScoreC
     indices = category.to(calibration.map_mean.device)
     scores = torch.as_tensor(output.anomaly_score, device=indices.device)
     output.is_anomalous = (scores > calibration.image_threshold[indices]).cpu()  # (N,)
-    above = output.anomaly_map > calibration.pixel_threshold[indices].cpu()[:, None, None]  # (N, H, W)
+    above = torch.as_tensor(output.anomaly_map) > calibration.pixel_threshold[indices].cpu()[:, None, None]  # (N, H, W)
     output.anomaly_mask = above & output.is_anomalous[:, None, None]
     output.p_value = calibration.p_value(scores, indices).cpu()
     return output
