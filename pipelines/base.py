@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,6 +64,12 @@ class AnomalyPipeline(DiffusionPipeline):
             if isinstance(error.__cause__, HfHubHTTPError):
                 raise error.__cause__ from None
             raise
+
+    def to_json_string(self) -> str:
+        """`model_index.json`, without the path that the pipeline was loaded from: it tells another reader nothing."""
+        index = json.loads(super().to_json_string())
+        index.pop("_name_or_path", None)
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    pass
-
 
 # What the shapes do not tell: `num_heads` of the published configuration, and its latents' scale.
 NUM_ATTENTION_HEADS = 8
