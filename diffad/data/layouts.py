@@ -21,6 +21,8 @@ import datasets
 import numpy as np
 from datasets import Dataset, Features, Value
 
+from diffad.inputs import describe_suffixes, images_below, subfolders
+
 FEATURES = Features(
     {
         "image": datasets.Image(),
@@ -31,7 +33,6 @@ FEATURES = Features(
         "path": Value("string"),
     }
 )
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 SPLITS = ("train", "validation", "test")
 
 
@@ -47,24 +48,9 @@ def _record(image: Path, category: str, defect: str, mask: Path | None) -> dict[
     }
 
 
-def _images(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted, without hidden ones; none if there is no such folder."""
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in IMAGE_EXTENSIONS
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and file.is_file()
-    )
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-
-
 def no_images(folder: Path) -> ValueError:
     reason = "is empty" if folder.is_dir() and not any(folder.iterdir()) else "holds no images"
-    return ValueError(f"{folder} {reason}: expected {', '.join(IMAGE_EXTENSIONS)} files.")
+    return ValueError(f"{folder} {reason}: expected {describe_suffixes()} files.")
 
 
 def choose_categories(category: str | Sequence[str] | None, found: Iterable[str], where: Path | str) -> list[str]:
@@ -99,7 +85,7 @@ def _split_folder(folder: Path, split: str) -> Path:
 
 def _find_categories(root: Path, markers: Sequence[str]) -> dict[str, Path]:
     """`root`, if one of the folders `markers` is in it; otherwise those of its subfolders that have one."""
-    for candidates in ([root], _subfolders(root)):
+    for candidates in ([root], subfolders(root)):
         found = {f.name: f for f in candidates if any((f / marker).is_dir() for marker in markers)}
         if found:
             return found
@@ -108,7 +94,7 @@ def _find_categories(root: Path, markers: Sequence[str]) -> dict[str, Path]:
 
 def _masks_by_name(images: list[Path], image_folder: Path, mask_folder: Path) -> list[Path]:
     """Masks named as their images, or with `_mask` behind the name; the extensions may differ."""
-    masks = {mask.relative_to(mask_folder).with_suffix(""): mask for mask in _images(mask_folder)}
+    masks = {mask.relative_to(mask_folder).with_suffix(""): mask for mask in images_below(mask_folder)}
     paired = []
     for image in images:
         stem = image.relative_to(image_folder).with_suffix("")
@@ -122,7 +108,7 @@ def _masks_by_name(images: list[Path], image_folder: Path, mask_folder: Path) ->
 
 
 def _masks_by_order(images: list[Path], image_folder: Path, mask_folder: Path) -> list[Path]:
-    masks = _images(mask_folder)
+    masks = images_below(mask_folder)
     if len(masks) != len(images):
         raise FileNotFoundError(
             f"{mask_folder} holds {len(masks)} masks, but {image_folder} {len(images)} images: there must be "
@@ -138,7 +124,7 @@ def _read_class(
     mask_folder: Path | None,
     pair: Callable = _masks_by_name,
 ) -> Iterator[dict]:
-    images = _images(image_folder)
+    images = images_below(image_folder)
     if not images:
         raise no_images(image_folder)
     masks = [None] * len(images)
@@ -153,7 +139,7 @@ def _read_tree(
 ) -> Iterator[dict]:
     """A folder for each class, in a folder for each split; masks in `ground_truth`: MVTec-AD and the like."""
     base, ground_truth = _split_folder(folder, split), folder / "ground_truth"
-    defects = [f for f in _subfolders(base) if f.name not in (good, "ground_truth")]
+    defects = [f for f in subfolders(base) if f.name not in (good, "ground_truth")]
     if (base / good).is_dir():
         yield from _read_class(category, "good", base / good, None)
     elif split != "test" or base == folder or not defects:
@@ -174,10 +160,10 @@ def _read_tree(
 
 def _read_unsorted(category: str, base: Path, split: str, good: str, defects: list[Path]) -> Iterator[dict]:
     """Images right in a folder, with no folder of good ones beside them: all good."""
-    if any(_images(f) for f in defects):  # they may be defects, so nothing here is known to be good
+    if any(images_below(f) for f in defects):  # they may be defects, so nothing here is known to be good
         others = ", ".join(f.name for f in defects)
         raise ValueError(f"{base} has no good images: expected {base / good}, but there are only {others}.")
-    images = [image for image in _images(base) if image.parent == base]
+    images = [image for image in images_below(base) if image.parent == base]
     if not images:
         raise no_images(base)
     if split == "test":
@@ -190,12 +176,12 @@ def _read_unsorted(category: str, base: Path, split: str, good: str, defects: li
 
 
 def _find_folder(root: Path) -> dict[str, Path]:
-    return (_find_categories(root, ["good"]) or {root.name: root}) if _images(root) else {}
+    return (_find_categories(root, ["good"]) or {root.name: root}) if images_below(root) else {}
 
 
 def _read_mvtec_3d(category: str, folder: Path, split: str) -> Iterator[dict]:
     base = _split_folder(folder, split)
-    classes = _subfolders(base) if split == "test" else [base / "good"]
+    classes = subfolders(base) if split == "test" else [base / "good"]
     has_ground_truth = any((f / "gt").is_dir() for f in classes)
     for f in classes:
         yield from _read_class(category, f.name, f / "rgb", f / "gt" if has_ground_truth else None)

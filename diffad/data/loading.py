@@ -12,8 +12,15 @@ from datasets import Dataset, IterableDataset
 
 from diffad.data.checks import check_images
 from diffad.data.hub import is_loadable, load_hub_dataset
-from diffad.data.layouts import FEATURES, LAYOUTS, SPLITS, choose_categories, installed_elpv, require_good_images
-from diffad.scoring import no_images
+from diffad.data.layouts import (
+    FEATURES,
+    LAYOUTS,
+    SPLITS,
+    choose_categories,
+    installed_elpv,
+    no_images,
+    require_good_images,
+)
 
 
 def load_anomaly_dataset(
