@@ -41,6 +41,7 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "float32")
     import torch
 
     from diffad.pipelines import loading
+    from diffad.pipelines.saving import finish_saving
     from diffad.precision import warn_of_emulation
 
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -48,6 +49,8 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "float32")
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`device` is {device}, but torch finds no GPU here. Leave it out to run on what there is.")
     folder = Path(model)
+    if folder.is_dir():
+        finish_saving(folder)
     if (folder.exists() or model.count("/") != 1) and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
             f"{model} holds no pipeline (no model_index.json there). Give the folder that training or `diffad demo` "

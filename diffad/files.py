@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, names that every file system takes, and locks that the kernel keeps."""
+"""Files that are whole or not there, names that every file system takes, and locks that the kernel keeps."""
 
 from __future__ import annotations
 

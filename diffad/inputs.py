@@ -171,7 +171,7 @@ def images_below(folder: str | Path) -> list[Path]:
 
 
 def subfolders(folder: str | Path) -> list[Path]:
-    """The folders in a folder that may hold inputs, sorted; without those in which diffad has left its own files only."""
+    """The folders in a folder that may hold inputs, sorted; not those that hold nothing but files of diffad's."""
     found = [Path(folder, entry.name) for entry in list_folder(folder).folders]
     return [one for one in found if not _is_output(one)]
 

@@ -145,7 +145,7 @@ def test_an_output_above_the_inputs_hides_none(tmp_path):
     today = write_folder(tmp_path / "line" / "today", 2)
     for skipped in (0, 2):
         assert score(find_images([today], tmp_path / "line"), tmp_path / "line")["skipped"] == skipped
-    with pytest.raises(ValueError, match="no images.*earlier run does not count"):
+    with pytest.raises(ValueError, match=r"no images.*earlier run does not count"):
         find_images([tmp_path / "line" / "overlays"], tmp_path / "line")
 
 
@@ -386,7 +386,8 @@ def test_in_any_tree_every_image_counts_once_and_nothing_else_changes(steps, out
                 assert sum(counts.values()) - counts["skipped"] == len(expected)
                 assert not again or counts["skipped"] == len(expected) - counts["unreadable"]
         except ValueError as error:  # the user's own folder `maps` stands where pictures would go
-            assert output == "tree", error
+            if output != "tree":
+                raise error
             assert contents(base) == before
             return
         rows = read_scores(Path(output))

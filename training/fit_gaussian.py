@@ -9,7 +9,6 @@ Any number of processes share the images, and the result does not depend on it.
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from accelerate import Accelerator
 
 from diffad import AnomalyDenoisePipeline
 from diffad.data import load_anomaly_dataset
+from diffad.pipelines.saving import save_whole
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,14 +51,9 @@ def save(pipeline: AnomalyDenoisePipeline, args: argparse.Namespace) -> None:
     if args.output_dir is not None:
         pipeline.save_pretrained(args.output_dir)
         return
-    # written under another name and renamed: what was loaded may still be read from the files there
-    folder = Path(args.model, "gaussian")
-    unfinished = folder.with_name("unfinished-gaussian")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    pipeline.gaussian.save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
-    pipeline.save_config(args.model)  # model_index.json
+    with save_whole(args.model) as unfinished:
+        pipeline.gaussian.save_pretrained(unfinished / "gaussian")
+        pipeline.save_config(unfinished)  # model_index.json
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -27,6 +27,7 @@ from torch import nn
 from diffad import TimmFeatureExtractor
 from diffad.images import denormalize_images, images_to_pixel_values, images_to_tensors, normalize_images
 from diffad.latents import encode_latents
+from diffad.pipelines.saving import finish_saving, save_whole
 from diffad.training.arguments import add_diad_arguments, add_shared_arguments, parse_arguments
 from diffad.training.data import (
     ResizedImages,
@@ -86,6 +87,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load_autoencoder(name_or_path: str) -> AutoencoderKL:
     """An `AutoencoderKL`, or the one in the `vae` folder of a pipeline."""
+    if Path(name_or_path).is_dir():
+        finish_saving(name_or_path)
     try:
         AutoencoderKL.load_config(name_or_path)
     except OSError:  # no config.json at the top: a pipeline
@@ -265,7 +268,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             vae.register_to_config(scaling_factor=latent_scale(vae, normalized))
         error = held_out_error(vae, held_out, args, accelerator.device)
     if accelerator.is_main_process:
-        vae.save_pretrained(args.output_dir)
+        with save_whole(args.output_dir) as unfinished:
+            vae.save_pretrained(unfinished)
         save_record(args, {"categories": categories, **record, "held_out_l1": round(error, 6)})
         if args.push_to_hub:
             vae.push_to_hub(args.hub_model_id or Path(args.output_dir).name, token=args.hub_token)
