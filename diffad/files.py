@@ -18,12 +18,9 @@ def digest(name: str) -> str:
     return hashlib.sha256(os.fsencode(name)).hexdigest()[:10]
 
 
-def bounded_name(name: str, suffix: str = "", mark: bool = False) -> str:
-    """`name` and `suffix`, as one part of a path, in at most 200 bytes; what was cut tells itself apart by a digest.
-
-    `mark` adds the digest also where nothing is cut.
-    """
-    if not mark and len(os.fsencode(name + suffix)) <= NAME_BYTES:
+def bounded_name(name: str, suffix: str = "") -> str:
+    """`name` and `suffix`, as one part of a path, in at most 200 bytes; what was cut tells itself apart by a digest."""
+    if len(os.fsencode(name + suffix)) <= NAME_BYTES:
         return name + suffix
     tail = f"-{digest(name)}{suffix}"
     while len(os.fsencode(name + tail)) > NAME_BYTES:

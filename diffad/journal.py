@@ -160,15 +160,16 @@ def picture_key(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def name_pictures(places: Iterable[tuple[str, Path]], taken: dict[str, str]) -> dict[str, str]:
+def name_pictures(places: Iterable[tuple[str, Path]], taken: dict[str, str], suffix: str = ".png") -> dict[str, str]:
     """A name for each file's pictures, with `/`, below a folder; no two files share one.
 
     Args:
         places: of each file, by `Input.file`, its place below the common folder.
         taken: what names are another file's, as `Done.pictures`.
+        suffix: of all names.
 
     Returns:
-        By file: its place, in names of bounded length that end in `.png`. Where that is another's, a digest is added.
+        By file: its place, in names of bounded length that end in `suffix`. Where that is another's, a digest is added.
     """
     places = list(places)
     taken = dict(taken)
@@ -177,10 +178,10 @@ def name_pictures(places: Iterable[tuple[str, Path]], taken: dict[str, str]) -> 
     names = {}
     for file, place in places:
         parts = [bounded_name(part) for part in place.parts[:-1]]
-        stem, suffix = (place.name[:-4], ".png") if place.name.endswith(".png") else (place.name, ".png")
+        stem = place.name.removesuffix(suffix)
         plain = "/".join([*parts, bounded_name(stem, suffix)])
-        marked = "/".join([*parts, bounded_name(place.name, suffix, mark=True)])
-        for name in (plain, marked, f"{digest(file)}.png", f"{digest(file + os.sep)}.png"):
+        marked = "/".join([*parts, bounded_name(f"{stem}-{digest(file)}", suffix)])
+        for name in (plain, marked, f"{digest(file)}{suffix}", f"{digest(file + os.sep)}{suffix}"):
             key = picture_key(name)
             above = ("/".join(key.split("/")[:i]) for i in range(1, key.count("/") + 1))
             if taken.get(key, file) == file and key not in folders and not any(one in taken for one in above):

@@ -28,7 +28,13 @@ from diffad import TimmFeatureExtractor
 from diffad.images import denormalize_images, images_to_pixel_values, images_to_tensors, normalize_images
 from diffad.latents import encode_latents
 from diffad.pipelines.saving import finish_saving, save_whole
-from diffad.training.arguments import add_diad_arguments, add_shared_arguments, parse_arguments
+from diffad.training.arguments import (
+    NOT_NEGATIVE,
+    FlagParser,
+    add_diad_arguments,
+    add_shared_arguments,
+    parse_arguments,
+)
 from diffad.training.data import (
     ResizedImages,
     augment,
@@ -57,7 +63,7 @@ AUTOENCODER_PRESETS: dict[str, dict[str, Any]] = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Trains DiAD's autoencoder on good images.")
+    parser = FlagParser(description="Trains DiAD's autoencoder on good images.")
     add_shared_arguments(parser)
     add_diad_arguments(parser)
     parser.set_defaults(output_dir="runs/autoencoder")
@@ -71,8 +77,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     loss = parser.add_argument_group("loss")
     loss.add_argument("--reconstruction_loss", choices=("l1", "l2"), default="l1", help="of normalised pixels (l1)")
-    loss.add_argument("--kl_weight", type=float, default=1e-6, help="of the latents' KL, per value of the image (1e-6)")
-    loss.add_argument("--perceptual_weight", type=float, default=0.0, help="of the features' distance (0)")
+    loss.add_argument(
+        "--kl_weight", type=NOT_NEGATIVE, default=1e-6, help="of the latents' KL, per value of the image (1e-6)"
+    )
+    loss.add_argument("--perceptual_weight", type=NOT_NEGATIVE, default=0.0, help="of the features' distance (0)")
     loss.add_argument(
         "--perceptual_loss",
         choices=("cosine", "l2"),
