@@ -195,7 +195,8 @@ def find_images(paths: Sequence[str | Path], output_dir: str | Path | None = Non
         ValueError: there are no images.
     """
     left_out = None if output_dir is None else os.path.realpath(output_dir)
-    walk, found = _Walk(left_out), []
+    walk = _Walk(left_out)
+    found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             found += walk.images(path)
