@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from importlib.resources import files
@@ -162,7 +163,19 @@ def shareable(record: Any) -> Any:
         return record
     if _is_absolute(record):
         return _last_part(record)
-    return re.sub(r"\S+", lambda word: _last_part(word[0]) if _is_absolute(word[0]) else word[0], record)
+    # words as a shell reads them, so that '/home/alice/my parts' is one
+    return re.sub(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+|['"]""", lambda word: _without_path(word[0]), record)
+
+
+def _without_path(word: str) -> str:
+    """A word of a command or a sentence; of `--data=/home/alice/parts` the flag stays."""
+    flag, equals, value = word.rpartition("=")
+    bare = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+    if _is_absolute(bare):
+        last = _last_part(bare)
+        return f"{flag}{equals}{last if bare == value else shlex.quote(last)}"
+    # an apostrophe is no quotation mark
+    return re.sub(r"[^\s'\"=]+", lambda one: _last_part(one[0]) if _is_absolute(one[0]) else one[0], word)
 
 
 def _is_absolute(path: str) -> bool:
@@ -251,6 +264,7 @@ def _command(report: dict[str, Any], repo_id: str | None) -> str | None:
     """The report's command, with the repository in the place of the folder that was measured."""
     command = report.get("command")
     if command and repo_id and report.get("model"):
+        command = command.replace(f" {shlex.quote(report['model'])} ", f" {repo_id} ")
         words = [repo_id if word == report["model"] else word for word in command.split(" ")]
         command = " ".join(words)
     return command

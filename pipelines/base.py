@@ -16,6 +16,7 @@ from huggingface_hub import CommitInfo, create_repo
 from huggingface_hub.errors import HfHubHTTPError
 
 from diffad.pipelines.checks import category_indices
+from diffad.pipelines.saving import finish_saving, save_whole
 from diffad.pipelines.sharing import add_records_and_card, records_folder, remove_local_paths
 from diffad.pipelines.version_0_1 import remove_code, upgrade_index
 
@@ -57,6 +58,8 @@ class AnomalyPipeline(DiffusionPipeline):
         Raises:
             HfHubHTTPError: what the Hub says when it refuses, such as `RepositoryNotFoundError`.
         """
+        if os.path.isdir(pretrained_model_name_or_path):
+            finish_saving(pretrained_model_name_or_path)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
         except OSError as error:
@@ -85,7 +88,9 @@ class AnomalyPipeline(DiffusionPipeline):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Saves a folder that `from_pretrained` loads.
+        """Saves a folder that `from_pretrained` loads. A model that is there stays until the new one is complete.
+
+        Other files there stay, too (see `diffad.pipelines.saving`).
 
         Args:
             save_directory: the folder.
@@ -97,7 +102,8 @@ class AnomalyPipeline(DiffusionPipeline):
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization=False` would write pickles, which can run code. Leave it out.")
-        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
+        with save_whole(save_directory, variant) as unfinished:
+            super().save_pretrained(unfinished, variant=variant, max_shard_size=max_shard_size)
         remove_code(save_directory)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)

@@ -257,3 +257,19 @@ def test_binding_data_binds_every_shipped_card():
     for path in CARDS.glob("*/README.md"):
         of_solar_cells = any(name in path.parent.name for name in ("elpv", "three-categories"))
         assert ModelCard(path.read_text()).data.license == ("cc-by-nc-sa-4.0" if of_solar_cells else None)
+
+
+@pytest.mark.parametrize(
+    ("command", "shared"),
+    [
+        ("run --data '/home/alice/my parts' --seed 3", "run --data 'my parts' --seed 3"),
+        ("run --data=/home/alice/parts", "run --data=parts"),
+        ("run --data='/home/alice/my parts'", "run --data='my parts'"),
+        ('run --data "/home/alice/my parts"', "run --data 'my parts'"),
+        ("run '--data=/home/alice/parts'", "run '--data=parts'"),
+        ("alice's parts, in /home/alice/parts; it's hers", "alice's parts, in parts; it's hers"),
+        ("run --data org/name --output runs/a.json", "run --data org/name --output runs/a.json"),
+    ],
+)
+def test_no_private_path_stays_in_a_command(command, shared):
+    assert shareable({"command": command}) == {"command": shared}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, step: in
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
         earlier = [path for path in list_checkpoints(args.output_dir) if step_of(path) <= step]  # not another run's
-        for old in earlier[: -args.checkpoints_total_limit or None]:
+        for old in earlier[: -max(1, args.checkpoints_total_limit)]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
@@ -52,7 +53,27 @@ def resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
         folder = Path(args.resume_from_checkpoint)
         if not folder.is_dir():
             raise FileNotFoundError(f"--resume_from_checkpoint: no folder at {folder}. Give one, or 'latest'.")
-    accelerator.load_state(str(folder))
-    step = step_of(folder)
+    named = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
+    if named is None:
+        raise ValueError(
+            f"--resume_from_checkpoint: {folder} is not named checkpoint-STEP, and no file in it tells the step. Give "
+            "it its name again."
+        )
+    averaged = any(folder.glob("custom_checkpoint_*.pkl"))  # the moving average is all that is registered
+    if averaged != bool(args.use_ema):
+        raise ValueError(
+            f"--use_ema: {folder} was saved {'with' if averaged else 'without'} a moving average of the weights. "
+            f"{'Add' if averaged else 'Leave out'} --use_ema, or start anew in another --output_dir."
+        )
+    try:
+        accelerator.load_state(str(folder))
+    except Exception as error:  # each file has a format, and errors, of its own
+        others = [one.name for one in list_checkpoints(folder.parent) if one.resolve() != folder.resolve()]
+        advice = f"Give another one ({', '.join(others)})" if others else "Start anew"
+        raise RuntimeError(
+            f"--resume_from_checkpoint: {folder} cannot be loaded: it is damaged, or of another model or --preset "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). {advice}."
+        ) from error
+    step = int(named[1])
     accelerator.print(f"Resuming from {folder}, step {step}.")
     return step

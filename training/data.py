@@ -44,6 +44,7 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
         args.train_data_dir or args.dataset_name,
         split="train",
         category=args.category,
+        dataset=args.dataset,
         on_bad_image=args.on_bad_image,
         streaming=args.streaming,
     )

@@ -32,10 +32,11 @@ from diffad.evaluation.report import (
     with_mean,
 )
 from diffad.precision import PRECISIONS, resolve_precision
+from diffad.training.arguments import POSITIVE, SEED, SHARE, FlagParser, whole_number
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Evaluates a saved pipeline.")
+    parser = FlagParser(description="Evaluates a saved pipeline.")
     parser.add_argument("--model", required=True, help="folder or Hub id of a pipeline")
     add_evaluation_arguments(parser)
     parser.add_argument("--output", default="report.json", help="the report (report.json)")
@@ -56,13 +57,15 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="data set's folder or Hub id, 'elpv' or 'elpv/mono'")
     parser.add_argument("--dataset", help="force a layout (mvtec_ad, visa, ...)")
     parser.add_argument("--category", nargs="+", help="only these categories")
-    parser.add_argument("--resolution", type=int, default=256, help="pixels a side at which maps meet masks (256)")
-    parser.add_argument("--pro_fpr_limit", type=float, default=0.3, help="of PRO (0.3)")
-    parser.add_argument("--batch_size", type=int, default=16, help="images a batch (16)")
+    parser.add_argument(
+        "--resolution", type=whole_number(8), default=256, help="pixels a side at which maps meet masks (256)"
+    )
+    parser.add_argument("--pro_fpr_limit", type=SHARE, default=0.3, help="of PRO (0.3)")
+    parser.add_argument("--batch_size", type=POSITIVE, default=16, help="images a batch (16)")
     parser.add_argument(
         "--mixed_precision", choices=PRECISIONS, help="auto is bf16 where that is fast, else no (accelerate's setting)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the noise (0)")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
 
+from diffad.files import write_text_whole
 from diffad.images import image_to_rgb
 from diffad.model_card import SECRETS, TRAINING_NAME, remove_reports
 from diffad.visualization import beside_overlay
@@ -79,4 +80,4 @@ def save_record(args: argparse.Namespace, record: dict[str, Any]) -> None:
     """Writes `training.json` beside the model: the arguments, and what came of them."""
     arguments = {name: value for name, value in vars(args).items() if name not in SECRETS}
     record = {"arguments": arguments, **record}
-    Path(args.output_dir, TRAINING_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n")
+    write_text_whole(Path(args.output_dir, TRAINING_NAME), json.dumps(record, indent=2, default=str) + "\n")

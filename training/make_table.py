@@ -41,6 +41,7 @@ from diffad.pipelines.detection import DetectionPipeline, setting_names
 from diffad.precision import resolve_precision
 from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import draw_noise, image_generator
+from diffad.training.arguments import POSITIVE, FlagParser
 from diffad.training.evaluate import add_evaluation_arguments
 
 TABLES = files("diffad.training") / "configs" / "tables"
@@ -59,7 +60,7 @@ PADIM = {"name": "PaDiM", "baseline": "padim"}
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Makes a table of the papers for a model and a data set.")
+    parser = FlagParser(description="Makes a table of the papers for a model and a data set.")
     parser.add_argument("--table", required=True, help=f"a table's file, or one of {table_names()}")
     parser.add_argument("--model", help="folder or Hub id of a pipeline (not for tables whose rows are trained)")
     parser.add_argument(
@@ -69,7 +70,9 @@ def create_parser() -> argparse.ArgumentParser:
     )
     add_evaluation_arguments(parser)
     parser.add_argument("--output", default="table.json", help="gets the table, and .md beside it (table.json)")
-    parser.add_argument("--max_statistics_images", type=int, default=512, help="good images of a calibration (512)")
+    parser.add_argument(
+        "--max_statistics_images", type=POSITIVE, default=512, help="good images of a calibration (512)"
+    )
     return parser
 
 

@@ -27,7 +27,14 @@ from torch import nn
 from diffad import TimmFeatureExtractor
 from diffad.images import denormalize_images, images_to_pixel_values, images_to_tensors, normalize_images
 from diffad.latents import encode_latents
-from diffad.training.arguments import add_diad_arguments, add_shared_arguments, parse_arguments
+from diffad.pipelines.saving import finish_saving, save_whole
+from diffad.training.arguments import (
+    NOT_NEGATIVE,
+    FlagParser,
+    add_diad_arguments,
+    add_shared_arguments,
+    parse_arguments,
+)
 from diffad.training.data import (
     ResizedImages,
     augment,
@@ -56,7 +63,7 @@ AUTOENCODER_PRESETS: dict[str, dict[str, Any]] = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Trains DiAD's autoencoder on good images.")
+    parser = FlagParser(description="Trains DiAD's autoencoder on good images.")
     add_shared_arguments(parser)
     add_diad_arguments(parser)
     parser.set_defaults(output_dir="runs/autoencoder")
@@ -70,8 +77,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     loss = parser.add_argument_group("loss")
     loss.add_argument("--reconstruction_loss", choices=("l1", "l2"), default="l1", help="of normalised pixels (l1)")
-    loss.add_argument("--kl_weight", type=float, default=1e-6, help="of the latents' KL, per value of the image (1e-6)")
-    loss.add_argument("--perceptual_weight", type=float, default=0.0, help="of the features' distance (0)")
+    loss.add_argument(
+        "--kl_weight", type=NOT_NEGATIVE, default=1e-6, help="of the latents' KL, per value of the image (1e-6)"
+    )
+    loss.add_argument("--perceptual_weight", type=NOT_NEGATIVE, default=0.0, help="of the features' distance (0)")
     loss.add_argument(
         "--perceptual_loss",
         choices=("cosine", "l2"),
@@ -86,6 +95,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load_autoencoder(name_or_path: str) -> AutoencoderKL:
     """An `AutoencoderKL`, or the one in the `vae` folder of a pipeline."""
+    if Path(name_or_path).is_dir():
+        finish_saving(name_or_path)
     try:
         AutoencoderKL.load_config(name_or_path)
     except OSError:  # no config.json at the top: a pipeline
@@ -265,7 +276,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             vae.register_to_config(scaling_factor=latent_scale(vae, normalized))
         error = held_out_error(vae, held_out, args, accelerator.device)
     if accelerator.is_main_process:
-        vae.save_pretrained(args.output_dir)
+        with save_whole(args.output_dir) as unfinished:
+            vae.save_pretrained(unfinished)
         save_record(args, {"categories": categories, **record, "held_out_l1": round(error, 6)})
         if args.push_to_hub:
             vae.push_to_hub(args.hub_model_id or Path(args.output_dir).name, token=args.hub_token)

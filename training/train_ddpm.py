@@ -24,7 +24,16 @@ from diffad.images import images_to_pixel_values, resize_images
 from diffad.likelihood import kl_divergence_map, predicted_clean_sample, variational_bound
 from diffad.models.denoising_unet_2d import DENOISING_UNET_PRESETS
 from diffad.moments import PRIOR_IMAGES
-from diffad.training.arguments import add_shared_arguments, parse_arguments
+from diffad.training.arguments import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    FlagParser,
+    add_shared_arguments,
+    number,
+    parse_arguments,
+    whole_number,
+)
 from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
 from diffad.training.data import (
     ResizedImages,
@@ -40,7 +49,7 @@ from diffad.visualization import heat_map, save_rows, to_uint8
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Trains AnomalyDenoise on good images.")
+    parser = FlagParser(description="Trains AnomalyDenoise on good images.")
     add_shared_arguments(parser)
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -52,10 +61,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument("--pretrained_model_name_or_path", metavar="DIR", help="start from this pipeline's weights")
     model.add_argument("--backbone", default="tf_efficientnet_lite0", help="timm model of the features")
     model.add_argument("--backbone_weights", help="'timm', 'random' or a file (default: installed package, then timm)")
-    model.add_argument("--feature_strides", type=int, nargs="+", default=[2, 4, 8, 16], help="(2 4 8 16)")
+    model.add_argument("--feature_strides", type=POSITIVE, nargs="+", default=[2, 4, 8, 16], help="(2 4 8 16)")
     model.add_argument(
         "--feature_image_size",
-        type=int,
+        type=whole_number(8),
         nargs="+",
         help="pixels the backbone sees; several, increasing, for its features of each (default: the resolution)",
     )
@@ -66,31 +75,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="compute the features of every image, and of each of its flips, once and keep them on disk: 2 bytes a "
         "channel and position, 0.2 MB an image for cpu-64 and two sizes",
     )
-    model.add_argument("--feature_resolution", type=int, help="side of the predicted features (default: the preset's)")
+    model.add_argument(
+        "--feature_resolution", type=POSITIVE, help="side of the predicted features (default: the preset's)"
+    )
     model.add_argument("--beta_schedule", default="linear", help="diffusers' name (linear)")
 
     loss = parser.add_argument_group("loss")
-    loss.add_argument("--feature_loss_weight", type=float, default=1.0, help="of eq. 10 (1)")
+    loss.add_argument("--feature_loss_weight", type=NOT_NEGATIVE, default=1.0, help="of eq. 10 (1)")
     loss.add_argument(
         "--timestep_exponent",
-        type=float,
+        type=NOT_NEGATIVE,
         default=1.0,
         help="t = 1000 u^p: above 1, small timesteps come up more (1)",
     )
 
     score = parser.add_argument_group("score")
-    score.add_argument("--timesteps", type=int, nargs="+", default=[5, 50, 100], help="noise levels (5 50 100)")
-    score.add_argument("--alpha", type=float, default=0.5, help="weight of the KL in eq. 11 (0.5)")
-    score.add_argument("--kl_sigma", type=float, default=2.0, help="smoothing of the KL maps, pixels (2)")
-    score.add_argument("--feature_sigma", type=float, default=4.0, help="of the feature error, pixels (4)")
-    score.add_argument("--score_strides", type=int, nargs="+", help="strides whose feature error counts (all)")
+    score.add_argument("--timesteps", type=COUNT, nargs="+", default=[5, 50, 100], help="noise levels (5 50 100)")
+    score.add_argument("--alpha", type=number(), default=0.5, help="weight of the KL in eq. 11 (0.5)")
+    score.add_argument("--kl_sigma", type=NOT_NEGATIVE, default=2.0, help="smoothing of the KL maps, pixels (2)")
+    score.add_argument("--feature_sigma", type=NOT_NEGATIVE, default=4.0, help="of the feature error, pixels (4)")
+    score.add_argument("--score_strides", type=POSITIVE, nargs="+", help="strides whose feature error counts (all)")
     score.add_argument(
-        "--score_fraction", type=float, default=0.0, help="share of top pixels averaged (0: the maximum)"
+        "--score_fraction", type=number(), default=0.0, help="share of top pixels averaged (0: the maximum)"
     )
-    score.add_argument("--suppression", type=float, default=0.0, help="share of peak less mean taken off a map (0)")
+    score.add_argument("--suppression", type=number(), default=0.0, help="share of peak less mean taken off a map (0)")
     score.add_argument(
         "--position_prior_images",
-        type=float,
+        type=number(),
         default=PRIOR_IMAGES,
         help=f"images that the average deviation counts for where positions share a cell ({PRIOR_IMAGES:g})",
     )

@@ -30,7 +30,16 @@ from diffad.latents import encode_latents
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import FUSIONS, GUIDANCE_OUTPUTS
 from diffad.moments import PRIOR_IMAGES
-from diffad.training.arguments import add_diad_arguments, add_shared_arguments, parse_arguments
+from diffad.training.arguments import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    FlagParser,
+    add_diad_arguments,
+    add_shared_arguments,
+    number,
+    parse_arguments,
+)
 from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
 from diffad.training.data import ResizedImages, augment, create_data_loader, load_good_images, load_pictures
 from diffad.training.finish import finish
@@ -79,7 +88,7 @@ SCHEDULER = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Trains DiAD on good images.")
+    parser = FlagParser(description="Trains DiAD on good images.")
     add_shared_arguments(parser)
     add_diad_arguments(parser)
     parser.set_defaults(  # the paper's, for MVTec-AD
@@ -124,22 +133,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
 
     score = parser.add_argument_group("score")
-    score.add_argument("--num_inference_steps", type=int, default=10, help="of the reverse process (10)")
-    score.add_argument("--strength", type=float, default=1.0, help="below 1, start from the noised image (1)")
+    score.add_argument("--num_inference_steps", type=POSITIVE, default=10, help="of the reverse process (10)")
+    score.add_argument("--strength", type=number(), default=1.0, help="below 1, start from the noised image (1)")
     score.add_argument(
         "--distance",
         choices=("cosine", "mahalanobis"),
         default="cosine",
         help="of image and reconstruction: the paper's, or one that knows how good images vary (cosine)",
     )
-    score.add_argument("--score_strides", type=int, nargs="+", help="strides that are compared (all)")
-    score.add_argument("--sigma", type=float, default=5.0, help="smoothing of the map, pixels (5)")
-    score.add_argument("--pooling_size", type=int, default=8, help="window of the score's average pooling, pixels (8)")
-    score.add_argument("--pooling_rounds", type=int, default=8, help="how often the score pools (8)")
-    score.add_argument("--suppression", type=float, default=0.0, help="share of peak less mean taken off a map (0)")
+    score.add_argument("--score_strides", type=POSITIVE, nargs="+", help="strides that are compared (all)")
+    score.add_argument("--sigma", type=NOT_NEGATIVE, default=5.0, help="smoothing of the map, pixels (5)")
+    score.add_argument(
+        "--pooling_size", type=POSITIVE, default=8, help="window of the score's average pooling, pixels (8)"
+    )
+    score.add_argument("--pooling_rounds", type=COUNT, default=8, help="how often the score pools (8)")
+    score.add_argument("--suppression", type=number(), default=0.0, help="share of peak less mean taken off a map (0)")
     score.add_argument(
         "--position_prior_images",
-        type=float,
+        type=number(),
         default=PRIOR_IMAGES,
         help=f"images that the average deviation counts for where positions share a cell ({PRIOR_IMAGES:g})",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,8 +19,11 @@ from tqdm.auto import tqdm
 
 from diffad import AnomalyOutput
 from diffad.data.masks import resize_image_and_mask
+from diffad.evaluation.metric_names import MEAN
 from diffad.evaluation.metrics import AnomalyMetrics
+from diffad.files import bounded_name, write_whole
 from diffad.images import resize_images
+from diffad.journal import name_pictures
 from diffad.seeding import image_generator
 
 
@@ -131,13 +136,14 @@ def evaluate_detectors(
         resolution: side in pixels at which maps meet masks.
         pro_fpr_limit: of PRO.
         batch_size: images a batch.
-        save_maps: folder for the first detector's maps.
+        save_maps: folder for the first detector's maps, named by `name_maps`.
 
     Returns:
         One evaluation for each detector. Seconds are those of all detectors together.
     """
     metrics = [AnomalyMetrics(pro_fpr_limit=pro_fpr_limit) for _ in range(num_detectors)]
     records: list[list[dict[str, Any]]] = [[] for _ in range(num_detectors)]
+    map_names = [] if save_maps is None else name_maps(images["path"], images["defect"], category)
     started = time.time()
     # this process's share, without the padding that would count images twice
     with accelerator.split_between_processes(list(range(0, len(images), batch_size))) as starts:
@@ -155,7 +161,8 @@ def evaluate_detectors(
                     metrics[number].update(anomaly_map=maps[list(known)], mask=np.stack(list(known.values())))
                 records[number] += [_record(output, j, float(scores[j]), indices[j], row) for j, row in enumerate(rows)]
                 if save_maps is not None and number == 0:
-                    _save_maps(maps, rows, indices, Path(save_maps, category, "test"))
+                    for one, index in zip(maps, indices, strict=True):
+                        save_map(one, Path(save_maps), map_names[index])
     if accelerator.num_processes > 1:  # states are exchanged where they lie, and NCCL knows GPUs only
         metrics = [one.to(accelerator.device) for one in metrics]
     measured = [(one.compute(), one.curves()) for one in metrics]
@@ -187,12 +194,35 @@ def _record(output: Any, j: int, score: float, index: int, row: dict[str, Any]) 
     }
 
 
-def _save_maps(maps: torch.Tensor, rows: list[dict[str, Any]], indices: list[int], folder: Path) -> None:
-    for one, row, index in zip(maps, rows, indices, strict=True):
-        name = Path(row["path"]).stem or f"{index:06d}"
-        path = folder / row["defect"] / f"{name}.tiff"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(one.numpy()).save(path)
+def name_maps(paths: Sequence[str], defects: Sequence[str], category: str) -> list[str]:
+    """Where the map of each image goes, as MVTec's evaluation expects it: CATEGORY/test/DEFECT/NAME.tiff.
+
+    NAME is the image's path below DEFECT or, where that is no folder of it, below the images' common one. No two
+    images share one, labels are one folder each, and nothing leads upwards.
+    """
+    split = [[part for part in re.split(r"[\\/]", path) if part not in ("", ".", "..")] for path in paths]
+    common = len(Path(os.path.commonpath(["/".join(["root", *parts[:-1]]) for parts in split])).parts) - 1
+    places = []
+    for index, (parts, defect) in enumerate(zip(split, defects, strict=True)):
+        folders, name = parts[:-1], os.path.splitext(parts[-1])[0] if parts else f"{index:06d}"
+        start = len(folders) - folders[::-1].index(defect) if defect in folders else common
+        inside = folders[start:]
+        places.append((str(index), Path(_one_folder(defect), *inside, name)))
+    names = name_pictures(places, {}, ".tiff")
+    return [f"{_one_folder(category)}/test/{names[str(index)]}" for index in range(len(places))]
+
+
+def _one_folder(label: str) -> str:
+    label = re.sub(r"[\\/\0]", "_", label)
+    return "_" if label in ("", ".", "..") else bounded_name(label)
+
+
+def save_map(anomaly_map: torch.Tensor, folder: Path, name: str) -> None:
+    """Writes a map (H, W) below a folder, as float32 TIFF."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_whole(path) as unfinished:
+        Image.fromarray(anomaly_map.numpy()).save(unfinished, format="TIFF")
 
 
 def _complete(result: dict[str, float], records: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
@@ -218,4 +248,8 @@ def split_by_category(dataset: Dataset | None) -> dict[str, Dataset]:
     if dataset is None:
         return {}
     of_image = np.asarray(dataset["category"])
+    if MEAN in of_image:
+        raise ValueError(
+            f"A category is named {MEAN!r}, as the mean over all is in reports. Rename it in the data set."
+        )
     return {str(name): dataset.select(np.flatnonzero(of_image == name)) for name in np.unique(of_image)}

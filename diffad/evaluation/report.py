@@ -22,6 +22,7 @@ import diffad
 from diffad.evaluation.cases import draw_cases, save_sheets
 from diffad.evaluation.metric_names import BASELINE_TITLES, MEAN, METRIC_TITLES
 from diffad.evaluation.page import render_report_page
+from diffad.files import write_text_whole
 
 # what a report must agree in with the one that it goes on with
 SETTINGS = ("model", "model_files", "data", "seed", "resolution", "pro_fpr_limit", "mixed_precision")
@@ -116,9 +117,7 @@ def write_files(path: Path, texts: dict[str, str]) -> None:
     """Writes texts to `path` with other suffixes, each under another name first and then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix, text in texts.items():
-        unfinished = path.with_name(f".{path.stem}{suffix}.unfinished")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path.with_suffix(suffix))
+        write_text_whole(path.with_suffix(suffix), text)
 
 
 def fingerprint(model: str) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffad.training import train_ddpm
+from diffad.training import evaluate, fit_gaussian, make_table, train_autoencoder, train_ddpm, train_diad
 
 SCRIPT = Path(train_ddpm.__file__)
 DATA = ("--train_data_dir", "parts")
@@ -95,3 +95,37 @@ def test_wrong_arguments_end_in_one_clear_line(arguments, config, words, tmp_pat
 def test_a_configuration_may_say_no_to_mixed_precision(tmp_path):
     (config := tmp_path / "config.yaml").write_text("mixed_precision: no\n")  # False, as YAML reads it
     assert train_ddpm.parse_args(["--config", str(config), *DATA]).mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("parser", "flags", "words"),
+    [
+        (
+            train_ddpm.parse_args,
+            (*DATA, "--checkpoints_total_limit", "0"),
+            "--checkpoints_total_limit must be at least 1",
+        ),
+        (
+            train_ddpm.parse_args,
+            (*DATA, "--checkpoints_total_limit", "-1"),
+            "--checkpoints_total_limit must be at least",
+        ),
+        (train_ddpm.parse_args, (*DATA, "--resolution", "20"), "--resolution must be a multiple of 8, but is 20"),
+        (train_ddpm.parse_args, (*DATA, "--resolution", "-64"), "--resolution must be at least 8"),
+        (train_ddpm.parse_args, (*DATA, "--validation_steps", "-5"), "--validation_steps must be at least 0"),
+        (train_ddpm.parse_args, (*DATA, "--learning_rate", "nan"), "--learning_rate must lie in"),
+        (train_ddpm.parse_args, (*DATA, "--seed", "-1"), "--seed must be at least 0"),
+        (train_ddpm.parse_args, (*DATA, "--output_dir", "./parts"), "--output_dir: ./parts holds the data"),
+        (train_diad.parse_args, (*DATA, "--num_inference_steps", "0"), "--num_inference_steps must be at least 1"),
+        (train_autoencoder.parse_args, (*DATA, "--kl_weight", "-1"), "--kl_weight must lie in"),
+        (fit_gaussian.parse_args, ("--model", "m", *DATA, "--batch_size", "0"), "--batch_size must be at least 1"),
+        (evaluate.main, ("--model", "m", "--data", "d", "--resolution", "0"), "--resolution must be at least 8"),
+        (evaluate.main, ("--model", "m", "--data", "d", "--pro_fpr_limit", "2"), "--pro_fpr_limit must lie in"),
+        (make_table.main, ("--table", "t", "--data", "d", "--batch_size", "-2"), "--batch_size must be at least 1"),
+    ],
+)
+def test_every_script_checks_its_flags_before_work_begins(parser, flags, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parser(list(flags))
+    assert stopped.value.code == 2
+    assert f"error: {words}" in capsys.readouterr().err
