@@ -56,6 +56,8 @@ def main() -> None:
     images = np.random.default_rng(0).integers(0, 256, (8, 20, 24, 3), dtype=np.uint8)
     for pipeline in (denoise_pipeline(), diad_pipeline()):
         pipeline.set_progress_bar_config(disable=True)
+        for network in pipeline.measuring_networks:
+            network.eval()  # as a loaded one is
         pipeline.calibrate(list(images), false_alarm_rate=0.25)
         expected = pipeline(images, generator=torch.Generator().manual_seed(0))
         with tempfile.TemporaryDirectory() as folder:

@@ -19,16 +19,20 @@ if TYPE_CHECKING:
     from diffad.models.semantic_guided_network import SemanticGuidedNetwork
     from diffad.pipelines.output import AnomalyOutput
     from diffad.pipelines.pipeline_anomaly_denoise import AnomalyDenoisePipeline
+    from diffad.pipelines.pipeline_ddpm_reconstruction import DDPMReconstructionPipeline
     from diffad.pipelines.pipeline_diad import DiADPipeline
+    from diffad.pipelines.pipeline_gradient_denoising import GradientDenoisingPipeline
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AnomalyDenoisePipeline",
     "AnomalyOutput",
+    "DDPMReconstructionPipeline",
     "DenoisingUNet2DModel",
     "DiADPipeline",
     "GaussianFeatureModel",
+    "GradientDenoisingPipeline",
     "ScoreCalibration",
     "SemanticGuidedNetwork",
     "TimmFeatureExtractor",

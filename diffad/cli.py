@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 import re
 import sys
 import traceback
@@ -22,7 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(stderr=True)  # standard output is for results
-
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a pipeline.", show_default=False)]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, ... (the fastest there is)")]
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")]
@@ -36,11 +37,12 @@ def callback(debug: Annotated[bool, typer.Option("--debug", help="Show an error'
     """Finds and outlines defects in images, having seen only good ones."""
 
 
-def load_pipeline(model: str, device: str | None = None, dtype: str = "float32") -> Any:
+def load_pipeline(model: str | os.PathLike, device: str | None = None, dtype: str = "float32") -> Any:
     """A saved pipeline of either method, on its device, without a progress bar of its own."""
     import torch
 
     from diffad.pipelines import loading
+    from diffad.pipelines.saving import finish_saving
     from diffad.precision import warn_of_emulation
 
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -48,7 +50,18 @@ def load_pipeline(model: str, device: str | None = None, dtype: str = "float32")
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`device` is {device}, but torch finds no GPU here. Leave it out to run on what there is.")
     folder = Path(model)
-    if (folder.exists() or model.count("/") != 1) and not (folder / "model_index.json").is_file():
+    if folder.is_dir():
+        finish_saving(folder)
+    is_local = folder.exists() or os.fspath(model).count("/") != 1 or folder.parent.is_dir()
+    if is_local and not folder.exists():
+        others = [one.name for one in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        alike = difflib.get_close_matches(folder.name, others, n=1)
+        meant = f" Did you mean {folder.parent / alike[0]}?" if alike else ""
+        raise FileNotFoundError(
+            f"{model} holds no pipeline: there is no such folder.{meant} Give the folder that training or `diffad "
+            "demo` has saved one in, or its id on the Hub, org/name."
+        )
+    if is_local and not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
             f"{model} holds no pipeline (no model_index.json there). Give the folder that training or `diffad demo` "
             "has saved one in, or its id on the Hub, org/name."
@@ -109,7 +122,7 @@ def predict(
     """Overlays, maps, masks, scores.csv, and a sheet of the most anomalous images.
 
     Run again, it skips what is done. A file that cannot be read stands in scores.csv as unreadable, and the rest goes
-    on.
+    on. Exits with 0 if an image was scored, 4 if none could be read.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -137,6 +150,8 @@ def predict(
     )
     if fail_on_anomaly and counts["anomalous"]:
         raise typer.Exit(3)
+    if not any(counts[verdict] for verdict in ("normal", "anomalous", "scored")):
+        raise typer.Exit(4)
 
 
 @app.command(short_help="The field's metrics on a test split, and a page to read.")
@@ -164,12 +179,13 @@ def evaluate(
 @app.command(short_help="Statistics and thresholds from good images.")
 def calibrate(
     model: Model,
-    data: Annotated[str, typer.Option(metavar="DATA", help="Good images: a folder, a data set, elpv/mono.")],
+    data: Annotated[str, typer.Option(metavar="DATA", help="Good images: a folder, data set, elpv.")],
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to save (MODEL, if a folder).")] = None,
-    false_alarm_rate: Annotated[float, typer.Option(metavar="RATE", help="Share of good parts that may alarm.")] = 0.01,
+    false_alarm_rate: Annotated[float, typer.Option(metavar="RATE", help="Of good parts that may alarm.")] = 0.01,
+    dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout.")] = None,
     category: Category = None,
     part_pattern: Annotated[
-        str | None, typer.Option(metavar="REGEX", help="Finds the part in a path, if photographed several times.")
+        str | None, typer.Option(metavar="REGEX", help="Finds the part in a path (several photographs).")
     ] = None,
     batch_size: BatchSize = 16,
     device: Device = None,
@@ -177,8 +193,7 @@ def calibrate(
 ) -> None:
     """Statistics and thresholds from good images that training has not seen.
 
-    Of a data set, the good images of its train split are taken. Half of them, with --part-pattern half of the
-    parts, are left for the thresholds.
+    Of a data set, those of its train split are taken. Half of them, or of the parts, are for the thresholds.
     """
     import numpy as np
     import torch
@@ -191,7 +206,7 @@ def calibrate(
     folder = check_folder(Path(model) if output is None else output)
     if part_pattern is not None:
         check_part_pattern(part_pattern)
-    good = load_anomaly_dataset(data, split="train", category=category)
+    good = load_anomaly_dataset(data, split="train", category=category, dataset=dataset)
     good = good.filter(lambda label: label == 0, input_columns="label")
     images, statistics_images = good["image"], None
     if part_pattern is not None:
@@ -210,7 +225,7 @@ def calibrate(
         images,
         statistics_images,
         false_alarm_rate=false_alarm_rate,
-        category=category if len(pipeline.config.categories or []) > 1 else None,
+        category=category if len(pipeline.categories) > 1 else None,
         batch_size=batch_size,
         generator=torch.Generator().manual_seed(seed),
     )
@@ -218,7 +233,16 @@ def calibrate(
     if (folder / REPORT_NAME).is_file():  # it spoke of the statistics that were here before
         remove_reports(folder)
         console.print(f"Removed {escape(str(folder / REPORT_NAME))}: it was measured with the old calibration.")
-    console.print(f"Calibrated on {len(good)} good images and saved to {escape(str(folder))}.")
+    index = pipeline.category_index(category if len(pipeline.categories) > 1 else None)
+    calibration, count = pipeline.calibration, pipeline.calibration.num_good_images(index)
+    console.print(
+        f"Calibrated on {len(good)} good images and saved to {escape(str(folder))}.\n"
+        f"On average over such sets of images, at most {calibration.stated_false_alarm_rate(index):.2%} of new good "
+        f"parts raise an alarm. With 95% confidence, the {count} images that set this threshold keep it below "
+        f"{calibration.false_alarm_bound(index):.2%}.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

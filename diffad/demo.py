@@ -26,7 +26,7 @@ from diffad.evaluation.metrics import AnomalyMetrics
 from diffad.images import image_to_rgb
 from diffad.seeding import image_generator
 from diffad.training import evaluate, train_ddpm
-from diffad.training.loop import list_checkpoints
+from diffad.training.checkpoints import list_checkpoints
 from diffad.visualization import overlay, save_rows
 
 CATEGORY = "mono"
@@ -71,7 +71,7 @@ def run_demo(output_dir: str | Path = "runs/demo", max_train_steps: int | None =
         "command": f"diffad demo --seed {seed}",
         "seed": seed,
         "max_train_steps": json.loads((output_dir / "training.json").read_text())["steps"],
-        "mixed_precision": accelerator.mixed_precision,
+        "mixed_precision": "no",  # as it was calibrated, whatever the precision of training
         "machine": evaluate.describe_machine(),
         "train_and_calibrate_seconds": round(train_seconds, 1),
         "total_seconds": round(time.time() - started, 1),
@@ -79,7 +79,7 @@ def run_demo(output_dir: str | Path = "runs/demo", max_train_steps: int | None =
         "scores": {CATEGORY: records},
     }
     (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    draw_cells(pipeline, test, records, accelerator, output_dir / "cells.png", seed)
+    draw_cells(pipeline, test, records, output_dir / "cells.png", seed)
     draw_scores(records, float(pipeline.calibration.image_threshold[0]), output_dir / "scores.png")
     for checkpoint in list_checkpoints(output_dir):  # the run is finished: nothing is left to resume
         shutil.rmtree(checkpoint)
@@ -98,9 +98,7 @@ def _resume_flags(output_dir: Path, arguments: list[str]) -> list[str]:
     return ["--resume_from_checkpoint", "latest"]
 
 
-def draw_cells(
-    pipeline: Any, test: Dataset, records: list[dict[str, Any]], accelerator: Accelerator, path: Path, seed: int
-) -> None:
+def draw_cells(pipeline: Any, test: Dataset, records: list[dict[str, Any]], path: Path, seed: int) -> None:
     """Cells above their maps: the highest and the lowest scores of either kind, so that the errors show too."""
     order = np.argsort([record["score"] for record in records])
     labels = np.asarray([record["label"] for record in records])
@@ -116,8 +114,7 @@ def draw_cells(
     for name, indices in groups.items():
         cells = [image_to_rgb(test[int(i)]["image"]) for i in indices]
         generators = [image_generator(seed, int(i)) for i in indices]
-        with accelerator.autocast():
-            output = pipeline(cells, generator=generators)
+        output = pipeline(cells, generator=generators)
         pictures = [np.asarray(cell) for cell in cells]
         rows.append(pictures)
         rows.append(

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 ImageInput: TypeAlias = "Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | Sequence[Any]"
-
 _INTEGER_RANGE = {torch.uint8: 255.0, torch.uint16: 65535.0}
 
 
@@ -172,8 +171,6 @@ def images_to_pixel_values(images: Sequence[torch.Tensor], size: Sequence[int]) 
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
-
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from importlib.resources import files
@@ -21,35 +22,24 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from diffad.evaluation.metric_names import BASELINE_TITLES, COUNTS, MEAN, METRICS
 
 CARD_NAME = "README.md"
-
-
 TRAINING_NAME = "training.json"
-
-
 REPORT_NAME = "report.json"
-
 
 # The Hub has no task for anomaly detection. Of those it has, segmentation is what comes out: a mask for every image.
 PIPELINE_TAG = "image-segmentation"
-
-
 TAGS = ["anomaly-detection", "anomaly-localization", "defect-detection", "industrial-inspection", "diffusion", "diffad"]
-
 
 PAPERS = {
     "AnomalyDenoise": "https://openaccess.thecvf.com/content/ICCV2023/html/"
     "Lu_Removing_Anomalies_as_Noises_for_Industrial_Defect_Localization_ICCV_2023_paper.html",
     "DiAD": "https://arxiv.org/abs/2312.06607",
 }
-
+# what shares AnomalyDenoise's networks, by the class's name
+SHARED_NETWORKS = {"GradientDenoisingPipeline": "AnomalyDenoise", "DDPMReconstructionPipeline": "AnomalyDenoise"}
 
 # Data whose licence binds what is made from it: identifier: (name, licence on the Hub, its name).
 SHARE_ALIKE = {"elpv": ("ELPV (Deitsch et al., Solar Energy 2019)", "cc-by-nc-sa-4.0", "CC BY-NC-SA 4.0")}
-
-
 SECRETS = ("hub_token",)
-
-
 TRAINING_ARGUMENTS = ("train_batch_size", "gradient_accumulation_steps", "learning_rate", "mixed_precision", "seed")
 
 
@@ -78,7 +68,9 @@ def render_model_card(
     """
     training = None if training is None else shareable(training)
     report = None if report is None else shareable(report)
-    method = next(name for parent in type(pipeline).__mro__ for name in PAPERS if parent.__name__ == f"{name}Pipeline")
+    names = [parent.__name__ for parent in type(pipeline).__mro__]
+    known = {**{f"{name}Pipeline": name for name in PAPERS}, **SHARED_NETWORKS}
+    method = next(known[name] for name in names if name in known)
     class_name = type(pipeline).__name__
     categories = pipeline.categories
     arguments = (training or {}).get("arguments", {})
@@ -115,7 +107,7 @@ def render_model_card(
         command=_command(report, repo_id) if report else None,
         setting=_setting(report) if report else None,
         license_note=_license_note(license, bound),
-        **_thresholds(pipeline.calibration, categories),
+        **_thresholds(getattr(pipeline, "calibration", None), categories),
     )
 
 
@@ -171,7 +163,19 @@ def shareable(record: Any) -> Any:
         return record
     if _is_absolute(record):
         return _last_part(record)
-    return re.sub(r"\S+", lambda word: _last_part(word[0]) if _is_absolute(word[0]) else word[0], record)
+    # words as a shell reads them, so that '/home/alice/my parts' is one
+    return re.sub(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+|['"]""", lambda word: _without_path(word[0]), record)
+
+
+def _without_path(word: str) -> str:
+    """A word of a command or a sentence; of `--data=/home/alice/parts` the flag stays."""
+    flag, equals, value = word.rpartition("=")
+    bare = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+    if _is_absolute(bare):
+        last = _last_part(bare)
+        return f"{flag}{equals}{last if bare == value else shlex.quote(last)}"
+    # an apostrophe is no quotation mark
+    return re.sub(r"[^\s'\"=]+", lambda one: _last_part(one[0]) if _is_absolute(one[0]) else one[0], word)
 
 
 def _is_absolute(path: str) -> bool:
@@ -260,6 +264,7 @@ def _command(report: dict[str, Any], repo_id: str | None) -> str | None:
     """The report's command, with the repository in the place of the folder that was measured."""
     command = report.get("command")
     if command and repo_id and report.get("model"):
+        command = command.replace(f" {shlex.quote(report['model'])} ", f" {repo_id} ")
         words = [repo_id if word == report["model"] else word for word in command.split(" ")]
         command = " ".join(words)
     return command
@@ -283,11 +288,17 @@ def _thresholds(calibration: Any, categories: Sequence[str]) -> dict[str, Any]:
         return {"calibrated": False}
     rows = []
     for index, category in enumerate(categories or ["all"]):
-        count = int((~calibration.normal_scores[index].isnan()).sum())
-        if count:
-            rate = max(calibration.config.false_alarm_rate, 1.0 / (count + 1))  # what that many images vouch for
-            values = (calibration.image_threshold[index], calibration.pixel_threshold[index], rate)
-            rows.append([_cell(category), *(f"{float(value):.6g}" for value in values), str(count)])
+        if calibration.num_good_images(index):
+            rows.append(
+                [
+                    _cell(category),
+                    f"{float(calibration.image_threshold[index]):.6g}",
+                    f"{float(calibration.pixel_threshold[index]):.6g}",
+                    f"{calibration.stated_false_alarm_rate(index):.6g}",
+                    str(calibration.num_good_images(index)),
+                    f"{calibration.false_alarm_bound(index):.3f}",
+                ]
+            )
     return {"calibrated": True, "thresholds": rows}
 
 

@@ -12,13 +12,12 @@ PRIOR_IMAGES = 8.0
 class MomentSums:
     """Mean and variance per position from running sums, in one pass and constant memory.
 
-    Sums are float64, and add up across processes: `a + b` holds what both have seen.
+    Sums are float64, and add up across processes (`reduce`).
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self.total: torch.Tensor | float = 0.0
-        self.total_of_squares: torch.Tensor | float = 0.0
+        self.total = self.total_of_squares = torch.zeros((), dtype=torch.float64)
 
     def update(self, values: torch.Tensor) -> None:
         """Adds a batch, (N, ...); the statistics have the shape (...)."""
@@ -27,12 +26,15 @@ class MomentSums:
         self.total = self.total + values.sum(dim=0)
         self.total_of_squares = self.total_of_squares + values.square().sum(dim=0)
 
-    def __add__(self, other: MomentSums) -> MomentSums:
-        both = MomentSums()
-        both.count = self.count + other.count
-        both.total = self.total + other.total
-        both.total_of_squares = self.total_of_squares + other.total_of_squares
-        return both
+    def reduce(self, accelerator: Accelerator | None) -> None:
+        """Makes the sums those of all processes together; None where there is one alone."""
+        if accelerator is None or accelerator.num_processes == 1:
+            return
+        self.count = int(accelerator.reduce(torch.tensor(self.count, device=accelerator.device)))
+        self.total, self.total_of_squares = (
+            accelerator.reduce(sums.to(accelerator.device)).to(sums.device)
+            for sums in (self.total, self.total_of_squares)
+        )
 
     def mean(self) -> torch.Tensor:
         return self.total / self.count
@@ -69,7 +71,7 @@ class FeatureMoments:
     """Sums of features and of their outer products at each position: mean and covariance in one pass.
 
     Sums are float64 and take P C (C + 1) * 8 bytes, however many images there are (251 MB for 56 x 56 positions and
-    100 channels). They add up across processes: `a + b` holds what both have seen.
+    100 channels). They add up across processes (`reduce`).
 
     Args:
         num_positions: P.
@@ -94,16 +96,9 @@ class FeatureMoments:
         # in place: a product of its own would cost another 8 P C^2 bytes and twice the time
         self.total_of_products.baddbmm_(features.mT, features)
 
-    def __add__(self, other: FeatureMoments) -> FeatureMoments:
-        both = FeatureMoments(*self.total.shape, device=self.total.device)
-        both.count = self.count + other.count
-        both.total = self.total + other.total
-        torch.add(self.total_of_products, other.total_of_products, out=both.total_of_products)
-        return both
-
-    def reduce(self, accelerator: Accelerator) -> None:
-        """Makes the sums those of all processes together."""
-        if accelerator.num_processes == 1:
+    def reduce(self, accelerator: Accelerator | None) -> None:
+        """Makes the sums those of all processes together; None where there is one alone."""
+        if accelerator is None or accelerator.num_processes == 1:
             return
         device = accelerator.device
         self.count = int(accelerator.reduce(torch.tensor(self.count, device=device)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -46,3 +47,13 @@ def resolve_precision(name: str | None) -> str | None:
     if name == "bf16":
         warn_of_emulation(training_device(), "Give --mixed_precision auto, or no.")
     return name
+
+
+def running_precision(networks: Iterable[torch.nn.Module | None], device: torch.device) -> str:
+    """The precision in which networks run on a device: autocast's, or that of their weights, such as "float32".
+
+    Where they differ, all of them: "bfloat16, float32". None stands for a network that is missing.
+    """
+    if torch.is_autocast_enabled(device.type):
+        return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
+    return ", ".join(sorted({str(network.dtype).removeprefix("torch.") for network in networks if network is not None}))

@@ -1,70 +1,56 @@
 """Runs a pipeline over image files of any number, in constant memory, and writes what it finds.
 
 Every file is written under another name and renamed, and `scores.csv` appears only when every input is accounted for:
-a killed run leaves no half-written file, and the next one goes on where it stopped.
+a killed run leaves no half-written file, and the next one goes on where it stopped. Nothing is written outside the
+output folder, and no input is written to.
 """
 
 from __future__ import annotations
 
 import csv
+import errno
 import heapq
 import json
 import os
+import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 
+from diffad.files import locked_folder, write_text_whole, write_whole
 from diffad.images import image_to_rgb, images_to_tensors, read_image, resize_images
+from diffad.inputs import LOCK_NAME, PICTURE_FOLDERS, SHEET_NAME, find_images
+from diffad.journal import (
+    COLUMNS,
+    ENCODING,
+    JOURNAL_NAME,
+    SCORES_NAME,
+    VERDICTS,
+    Input,
+    check_scores,
+    common_folder,
+    distinct_inputs,
+    name_pictures,
+    place_below,
+    read_rows,
+    take_up,
+)
 from diffad.seeding import image_generator
 from diffad.visualization import overlay, save_rows
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-
-
-COLUMNS = ("path", "score", "p_value", "verdict", "map_low", "map_high", "message")
-
-
-VERDICTS = ("normal", "anomalous", "unreadable", "scored")
-
-
-SCORES_NAME, JOURNAL_NAME = "scores.csv", "scores.partial.csv"
-
+__all__ = ["find_images", "predict_files", "score_files"]
 
 SETTINGS_NAME = "settings.json"
+SHEET_COLUMNS, SHEET_ROWS = 6, 4
 
-
-SHEET_NAME, SHEET_COLUMNS, SHEET_ROWS = "most_anomalous.png", 6, 4
-
-
-def find_images(paths: Sequence[str | Path], output_dir: str | Path | None = None) -> list[Path]:
-    """Image files among `paths` and below the folders in it, in order, each once.
-
-    What lies below `output_dir` is left out: an earlier run's pictures are no inputs of the next.
-
-    Raises:
-        FileNotFoundError: a path does not exist.
-        ValueError: there are no images.
-    """
-    found: dict[Path, None] = {}
-    written = None if output_dir is None else Path(output_dir).absolute()
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            shown = (p for p in inside if not p.name.startswith("."))
-            found.update(dict.fromkeys(p for p in shown if written is None or written not in p.absolute().parents))
-        elif path.is_file():
-            found[path] = None
-        else:
-            raise FileNotFoundError(f"There is no file or folder at {path}.")
-    if not found:
-        raise ValueError(f"There are no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {', '.join(map(str, paths))}.")
-    return list(found)
+# (network inputs, each (3, R, R) in [0, 1]; places of the images among all) -> an `AnomalyOutput` of tensors
+Detect: TypeAlias = Callable[[list[torch.Tensor], list[int]], Any]
 
 
 class Decoded(NamedTuple):
@@ -88,11 +74,12 @@ def predict_files(
 
     Args:
         pipeline: an anomaly pipeline; uncalibrated, it gives no masks and no verdicts.
-        paths: image files, as from `find_images`. The outputs keep their folders below the common one.
+        paths: image files, as from `find_images`; a file of several names counts once. The outputs keep their folders
+            below the common one.
         output_dir: gets `overlays/`, `maps/` (16-bit PNG: map_low at 0, map_high at 65535, both in scores.csv),
             `masks/` (0 or 255), `most_anomalous.png`, `scores.csv` (in order of `paths`, below what earlier runs have
             scored) and `settings.json`. The pictures of `part.png` are named so too, those of `part.jpg`
-            `part.jpg.png`.
+            `part.jpg.png`; `picture` in scores.csv says how where a name is too long or another's.
         batch_size: images in one pass of the networks.
         category: of a unified model.
         seed: the noise of an image follows from this and its place in `paths`.
@@ -101,137 +88,197 @@ def predict_files(
 
     Returns:
         Counts of "normal", "anomalous", "unreadable" and, uncalibrated, "scored" images, and of those "skipped"
-        because an earlier run had done them. What could not be read then is tried again.
+        because an earlier run had done them. What could not be read or written then, and what has been replaced since,
+        is done again.
 
     Raises:
-        ValueError: `output_dir` holds results of another calibration, category or seed, or of images elsewhere; or the
-            category is unknown.
+        ValueError: `output_dir` holds results of another calibration, category or seed, or of images elsewhere, or
+            files of another program's that would be replaced; or the category is unknown.
+        RuntimeError: another process writes to `output_dir`.
+    """
+    index = pipeline.category_index(category)
+    settings: dict[str, Any] = {"category": category, "seed": seed, "calibration": None}
+    threshold = None
+    if pipeline.calibration is not None:
+        thresholds = (pipeline.calibration.image_threshold, pipeline.calibration.pixel_threshold)
+        settings["calibration"] = [float(threshold[index]) for threshold in thresholds]
+        threshold = settings["calibration"][1]
+
+    def detect(network_inputs: list[torch.Tensor], places: list[int]) -> Any:
+        return pipeline(
+            network_inputs,
+            batch_size=batch_size,
+            match_input_resolution=False,
+            generator=[image_generator(seed, place) for place in places],
+            output_type="pt",
+            **({"category": category} if category is not None else {}),
+        )
+
+    side = pipeline.input_resolution
+    return score_files(detect, side, threshold, settings, paths, output_dir, batch_size, num_workers, report)
+
+
+def score_files(
+    detect: Detect,
+    side: int,
+    threshold: float | None,
+    settings: dict[str, Any],
+    paths: Sequence[Path],
+    output_dir: str | Path,
+    batch_size: int = 16,
+    num_workers: int = 2,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, int]:
+    """`predict_files`, of anything that detects.
+
+    Args:
+        detect: from a batch of images (3, side, side) in [0, 1] and their places in `paths` to an output with
+            `anomaly_map` (N, side, side) and `anomaly_score` (N,) and, unless `threshold` is None, `anomaly_mask`,
+            `p_value` and `is_anomalous`.
+        side: of the networks' images, in pixels.
+        threshold: of a map's pixels; None gives no masks and no verdicts.
+        settings: what later runs into the same folder must agree in.
+        paths: as in `predict_files`, with all that follows.
+        output_dir: as there.
+        batch_size: as there.
+        num_workers: as there.
+        report: as there.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"`output_dir` must be a folder, but {output_dir} is a file.")
-    index = int(pipeline.category_index(category, 1)[0])
+    _check_output(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    root = _check_settings(pipeline, index, paths, output_dir, category, seed)
-    done = _take_up(output_dir, set(map(str, paths)))
-    todo = [(i, path) for i, path in enumerate(paths) if str(path) not in done]
-    counts = dict.fromkeys(VERDICTS, 0) | {"skipped": len(paths) - len(todo)}
-    for path in paths:
-        if str(path) in done:
-            counts[done[str(path)]] += 1
-    threshold = None if pipeline.calibration is None else float(pipeline.calibration.pixel_threshold[index])
-    side = pipeline.input_resolution(pipeline.processing_resolution)
-    journal = output_dir / JOURNAL_NAME
-    with open(journal, "a", newline="", encoding="utf-8") as file, ThreadPoolExecutor(num_workers) as pool:
-        writer = csv.DictWriter(file, COLUMNS)
+    with locked_folder(output_dir, LOCK_NAME):
+        inputs = distinct_inputs([Path(path) for path in paths])
+        root = _check_settings(settings, inputs, output_dir)
+        done = take_up(output_dir, inputs, root)
+        todo = [(i, one) for i, one in enumerate(inputs) if one.file not in done.verdicts]
+        pictures = name_pictures(_places(todo, root, output_dir), done.pictures)
+        counts = dict.fromkeys(VERDICTS, 0) | {"skipped": len(inputs) - len(todo)}
+        for one in inputs:
+            if one.file in done.verdicts:
+                counts[done.verdicts[one.file]] += 1
+        journal = output_dir / JOURNAL_NAME
+        with open(journal, "a", **ENCODING) as file, ThreadPoolExecutor(num_workers) as pool:
+            writer = csv.DictWriter(file, COLUMNS)
 
-        def enter(rows: Iterable[dict[str, Any] | Future]) -> None:
-            """Into the journal, once their files are written."""
-            for row in rows:
-                row = row.result() if isinstance(row, Future) else row
-                writer.writerow(row)
-                counts[row["verdict"]] += 1
-                report({column: row.get(column) for column in COLUMNS})
-            file.flush()
+            def enter(rows: Iterable[dict[str, Any] | Future]) -> None:
+                """Into the journal, once their files are written."""
+                for row in rows:
+                    row = row.result() if isinstance(row, Future) else row
+                    writer.writerow(row)
+                    counts[row["verdict"]] += 1
+                    report({column: row.get(column) for column in COLUMNS})
+                file.flush()
 
-        being_written: list[dict[str, Any] | Future] = []
-        for batch in _decoded_batches(todo, side, batch_size, pool):
-            good = [(i, decoded) for i, _, decoded in batch if isinstance(decoded, Decoded)]
-            if good:
-                output = pipeline(
-                    [decoded.network_input for _, decoded in good],
-                    batch_size=batch_size,
-                    match_input_resolution=False,
-                    generator=[image_generator(seed, i) for i, _ in good],
-                    output_type="pt",
-                    **({"category": category} if category is not None else {}),
-                )
+            being_written: list[dict[str, Any] | Future] = []
+            for batch in _decoded_batches(todo, side, batch_size, pool):
+                good = [(i, decoded) for i, _, decoded in batch if isinstance(decoded, Decoded)]
+                if good:
+                    output = detect([decoded.network_input for _, decoded in good], [i for i, _ in good])
+                enter(being_written)
+                being_written, j = [], 0
+                for _, one, decoded in batch:
+                    row = {"path": str(one.path), "file": one.file, "size": one.size, "modified": one.modified}
+                    if isinstance(decoded, Decoded):
+                        row["picture"] = pictures[one.file]
+                        being_written.append(
+                            pool.submit(_write_outputs, row, output, j, decoded.pixels, output_dir, threshold)
+                        )
+                        j += 1
+                    else:
+                        being_written.append({**row, "verdict": "unreadable", "message": str(decoded)})
             enter(being_written)
-            being_written, j = [], 0
-            for _, path, decoded in batch:
-                if isinstance(decoded, Decoded):
-                    name = _output_name(path, root)
-                    arguments = (output, j, decoded.pixels, output_dir, name, threshold)
-                    being_written.append(pool.submit(_write_outputs, path, *arguments))
-                    j += 1
-                else:
-                    being_written.append({"path": str(path), "verdict": "unreadable", "message": str(decoded)})
-        enter(being_written)
-    save_most_anomalous(journal, output_dir, root)
-    journal.replace(output_dir / SCORES_NAME)
+        try:
+            save_most_anomalous(journal, output_dir)
+        except OSError as error:
+            warnings.warn(f"{output_dir / SHEET_NAME} cannot be written: {error}", stacklevel=2)
+        journal.replace(output_dir / SCORES_NAME)
     return counts
 
 
-def save_most_anomalous(scores: Path, output_dir: Path, root: Path) -> None:
+def save_most_anomalous(scores: Path, output_dir: Path) -> None:
     """A contact sheet of the overlays with the highest scores, from a table like scores.csv."""
-    scored = (row for row in _read_rows(scores) if row["score"])
+    scored = (row for row in read_rows(scores) if row["score"])
     highest = heapq.nlargest(SHEET_COLUMNS * SHEET_ROWS, scored, key=lambda row: float(row["score"]))
     tiles, captions = [], []
     for row in highest:
-        path = Path(row["path"])
-        if not path.absolute().is_relative_to(root):
-            continue  # an earlier run's, by a path from another working folder
-        overlay_path = output_dir / "overlays" / _output_name(path, root)
-        if overlay_path.is_file():  # an earlier run's may have been taken away
+        overlay_path = output_dir / "overlays" / row["picture"]
+        if row["picture"] and overlay_path.is_file():  # an earlier run's may have been taken away
             with Image.open(overlay_path) as picture:
                 picture.thumbnail((320, 320))
                 tiles.append(np.asarray(picture))
             p_value = f", p = {float(row['p_value']):.2g}" if row["p_value"] else ""
-            captions.append(f"{path.name}\n{float(row['score']):.4g}{p_value}")
+            name = os.fsencode(Path(row["path"]).name).decode("utf-8", "replace")  # fonts know no halves of letters
+            name = "".join(letter if letter.isprintable() else "?" for letter in name)[:80]
+            captions.append(f"{name}\n{float(row['score']):.4g}{p_value}")
     if tiles:
-        unfinished = output_dir / f".unfinished.{SHEET_NAME}"
         starts = range(0, len(tiles), SHEET_COLUMNS)
         rows = [tiles[i : i + SHEET_COLUMNS] for i in starts]
-        save_rows(rows, unfinished, captions=[captions[i : i + SHEET_COLUMNS] for i in starts])
-        unfinished.replace(output_dir / SHEET_NAME)
+        with write_whole(output_dir / SHEET_NAME) as unfinished:
+            save_rows(rows, unfinished, captions=[captions[i : i + SHEET_COLUMNS] for i in starts])
 
 
-def _check_settings(
-    pipeline: Any, index: int, paths: Sequence[Path], output_dir: Path, category: str | None, seed: int
-) -> Path:
+def _check_output(output_dir: Path) -> None:
+    """Raises where pictures would go into links, or between or over files of another program's."""
+    is_ours = any((output_dir / name).is_file() for name in (LOCK_NAME, SETTINGS_NAME, JOURNAL_NAME))
+    for name in (*PICTURE_FOLDERS, SHEET_NAME):
+        path = output_dir / name
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link, and nothing is written outside the output. Give another `output_dir`.")
+        if not is_ours and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
+            raise ValueError(
+                f"{path} exists, but {output_dir} holds no results of diffad's: it would be written to. Give another "
+                "`output_dir`."
+            )
+    check_scores(output_dir)
+
+
+def _check_settings(settings: dict[str, Any], inputs: Sequence[Input], output_dir: Path) -> str:
     """The folder that the outputs' names start from: the inputs' common one, or that of an earlier run.
 
     Raises:
         ValueError: the earlier run's results and new ones would not fit together.
     """
-    folders = {path.absolute().parent for path in paths}
-    settings: dict[str, Any] = {"root": os.path.commonpath(folders), "category": category, "seed": seed}
-    if pipeline.calibration is not None:
-        thresholds = (pipeline.calibration.image_threshold, pipeline.calibration.pixel_threshold)
-        settings["calibration"] = [float(threshold[index]) for threshold in thresholds]
-    else:
-        settings["calibration"] = None
     path = output_dir / SETTINGS_NAME
     if path.is_file():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in settings if name != "root" and settings[name] != earlier[name]]
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+            root = earlier["root"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no file of diffad's, and would be replaced. Give another `output_dir`."
+            ) from error
+        changed = [name for name in settings if settings[name] != earlier.get(name)]
         if changed:
             raise ValueError(
                 f"{output_dir} holds results of another {' and '.join(changed)}. Give another `output_dir`, or remove "
                 "that one."
             )
-        elsewhere = next((folder for folder in folders if not folder.is_relative_to(earlier["root"])), None)
-        if elsewhere is not None:
+        return root
+    root = common_folder(inputs)
+    write_text_whole(path, json.dumps({"root": root, **settings}, indent=2) + "\n")
+    return root
+
+
+def _places(todo: Sequence[tuple[int, Input]], root: str, output_dir: Path) -> list[tuple[str, Path]]:
+    """Where each file lies below `root`."""
+    places = []
+    for _, one in todo:
+        place = place_below(root, one.path)
+        if place is None:
             raise ValueError(
-                f"{output_dir} holds results of images in {earlier['root']}, and {elsewhere} lies elsewhere. Give "
-                "another `output_dir`."
+                f"{output_dir} holds results of images in {root}, and {one.path.parent} lies elsewhere. Give another "
+                "`output_dir`."
             )
-        return Path(earlier["root"])
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-    return Path(settings["root"])
-
-
-def _output_name(path: Path, root: Path) -> Path:
-    """Of an input's pictures; no two inputs share one."""
-    name = path.absolute().relative_to(root)
-    return name if name.suffix == ".png" else name.with_name(f"{name.name}.png")
+        places.append((one.file, place))
+    return places
 
 
 def _decoded_batches(
-    todo: Sequence[tuple[int, Path]], side: int, batch_size: int, pool: ThreadPoolExecutor
-) -> Iterator[list[tuple[int, Path, Decoded | Exception]]]:
+    todo: Sequence[tuple[int, Input]], side: int, batch_size: int, pool: ThreadPoolExecutor
+) -> Iterator[list[tuple[int, Input, Decoded | Exception]]]:
     """Decoded images, or the error of reading them, with one batch decoded ahead."""
 
     def decode(path: Path) -> Decoded | Exception:
@@ -244,15 +291,15 @@ def _decoded_batches(
         return Decoded(pixels, resized.clamp(0.0, 1.0))  # rounding may have left the range
 
     entries = iter(todo)
-    waiting: deque[tuple[int, Path, Future]] = deque()
-    batch: list[tuple[int, Path, Decoded | Exception]] = []
+    waiting: deque[tuple[int, Input, Future]] = deque()
+    batch: list[tuple[int, Input, Decoded | Exception]] = []
     while True:
         while len(waiting) <= batch_size and (entry := next(entries, None)) is not None:
-            waiting.append((*entry, pool.submit(decode, entry[1])))
+            waiting.append((*entry, pool.submit(decode, entry[1].path)))
         if not waiting:
             break
-        i, path, future = waiting.popleft()
-        batch.append((i, path, future.result()))
+        i, one, future = waiting.popleft()
+        batch.append((i, one, future.result()))
         if len(batch) == batch_size:
             yield batch
             batch = []
@@ -261,63 +308,50 @@ def _decoded_batches(
 
 
 def _write_outputs(
-    path: Path, output: Any, j: int, pixels: np.ndarray, output_dir: Path, name: Path, threshold: float | None
+    row: dict[str, Any], output: Any, j: int, pixels: np.ndarray, output_dir: Path, threshold: float | None
 ) -> dict[str, Any]:
-    """Writes one image's pictures and returns its row."""
+    """Writes one image's pictures and completes its row.
+
+    Raises:
+        OSError: the disk is full: no picture of any other could be written.
+    """
     size = pixels.shape[:2]
     anomaly_map = resize_images(output.anomaly_map[j][None, None], size)[0, 0].numpy()  # (H, W)
     low, high = float(anomaly_map.min()), float(anomaly_map.max())
     scaled = (anomaly_map - low) / max(high - low, 1e-12) * 65535.0
-    row = {
-        "path": str(path),
+    row |= {
         "score": f"{float(output.anomaly_score[j]):.6g}",
         "map_low": f"{low:.6g}",
         "map_high": f"{high:.6g}",
         "verdict": "scored",
     }
-    _save(Image.fromarray((scaled + 0.5).astype(np.uint16)), output_dir / "maps" / name)
+    images = {"maps": Image.fromarray((scaled + 0.5).astype(np.uint16))}
     mask = None
     if threshold is not None:
         mask = resize_images(output.anomaly_mask[j][None, None].float(), size)[0, 0].numpy() > 0.5
-        _save(Image.fromarray(mask.astype(np.uint8) * 255), output_dir / "masks" / name)
+        images["masks"] = Image.fromarray(mask.astype(np.uint8) * 255)
         row["p_value"] = f"{float(output.p_value[j]):.6g}"
         row["verdict"] = "anomalous" if bool(output.is_anomalous[j]) else "normal"
-    _save(Image.fromarray(overlay(pixels, anomaly_map, mask, threshold)), output_dir / "overlays" / name)
+    images["overlays"] = Image.fromarray(overlay(pixels, anomaly_map, mask, threshold))
+    try:
+        for folder, image in images.items():
+            _save(image, output_dir, f"{folder}/{row['picture']}")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        row["message"] = f"Scored, but its pictures cannot be written: {error}"
     return row
 
 
-def _save(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    # the default, 6, makes files a fifth smaller in three times the time: more than a small network takes for the image
-    image.save(unfinished, format="PNG", compress_level=2)
-    unfinished.replace(path)
-
-
-def _take_up(output_dir: Path, wanted: Collection[str]) -> dict[str, str]:
-    """Begins the journal with what earlier runs have done; returns the verdict of each of their paths.
-
-    Left out are what a killed run left of a line, and those `wanted` files that could not be read: they may have been
-    mended.
-    """
-    done: dict[str, str] = {}
-    journal = output_dir / JOURNAL_NAME
-    unfinished = journal.with_name(f".{journal.name}.unfinished")
-    with open(unfinished, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for name in (SCORES_NAME, JOURNAL_NAME):
-            for row in _read_rows(output_dir / name):
-                again = row["verdict"] == "unreadable" and row["path"] in wanted
-                if row["path"] not in done and not again:
-                    writer.writerow(row)
-                    done[row["path"]] = VERDICTS[VERDICTS.index(row["verdict"])]  # the one string for all rows
-    unfinished.replace(journal)
-    return done
-
-
-def _read_rows(path: Path) -> Iterator[dict[str, str]]:
-    """Rows of a table that is whole or, killed, broken off in its last line."""
-    if path.is_file():
-        with open(path, newline="", encoding="utf-8") as file:
-            yield from (row for row in csv.DictReader(file) if None not in row.values())
+def _save(image: Image.Image, output_dir: Path, name: str) -> None:
+    """Writes a PNG below the output folder; its own folders are made, and none of them may be a link elsewhere."""
+    *folders, _ = name.split("/")
+    folder = output_dir
+    for part in folders:
+        folder = folder / part
+        if folder.is_symlink():
+            raise NotADirectoryError(errno.ENOTDIR, "a link stands in the place of a folder", str(folder))
+        folder.mkdir(exist_ok=True)
+    with write_whole(output_dir / name) as unfinished:
+        # the default, 6, makes files a fifth smaller in three times the time: more than a small network takes for one
+        image.save(unfinished, format="PNG", compress_level=2)

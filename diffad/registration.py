@@ -18,7 +18,9 @@ from types import ModuleType
 # Every pipeline and every component that is saved with one, by name with its module; `diffad` has them as attributes.
 PIPELINES = {
     "AnomalyDenoisePipeline": "diffad.pipelines.pipeline_anomaly_denoise",
+    "DDPMReconstructionPipeline": "diffad.pipelines.pipeline_ddpm_reconstruction",
     "DiADPipeline": "diffad.pipelines.pipeline_diad",
+    "GradientDenoisingPipeline": "diffad.pipelines.pipeline_gradient_denoising",
 }
 COMPONENTS = {
     "DenoisingUNet2DModel": "diffad.models.denoising_unet_2d",

@@ -1,4 +1,4 @@
-"""From residuals, KL and features to one anomaly map and one score per image.
+"""From measurements to one anomaly map and one score per image.
 
 Plain functions over tensors. Lu et al. (ICCV 2023) is the source of `feature_error` and `joint_map` (eqs. 9-11),
 He et al. (AAAI 2024) of `cosine_distance_map` (eqs. 9-10) and of the pooled image score.
@@ -8,9 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+
+class Measurement(NamedTuple):
+    """What the networks say of N images, before any statistic of good ones.
+
+    maps: (N, S, H, W) float32 score maps at the processing resolution, not smoothed; S may be 0.
+    residual: (N, T, C, h, w) float32, the true less the predicted or reconstructed features; None without one.
+    """
+
+    maps: torch.Tensor
+    residual: torch.Tensor | None = None
+
+
+def empty_measurement(measurement: Measurement) -> Measurement:
+    """A measurement of the same shapes and of no images: what a process adds that has no image to look at."""
+    residual = measurement.residual
+    return Measurement(measurement.maps[:0], None if residual is None else residual[:0])
 
 
 def gaussian_smooth(maps: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -78,6 +96,21 @@ def joint_map(kl_maps: torch.Tensor, feature_maps: torch.Tensor, alpha: float) -
     return alpha * kl_maps.mean(dim=1) + (1.0 - alpha) * feature_maps.mean(dim=1)
 
 
+def outline_by_positions(of_cells: torch.Tensor, of_positions: torch.Tensor) -> torch.Tensor:
+    """A map as high as that of cells, which falls away from its peak as that of positions does.
+
+    Cells of several positions say whether something is there, their positions where it ends.
+
+    Args:
+        of_cells, of_positions: anomaly maps, (N, H, W) each.
+
+    Returns:
+        (N, H, W).
+    """
+    peak, own_peak = (maps.amax(dim=(1, 2), keepdim=True) for maps in (of_cells, of_positions))  # (N, 1, 1)
+    return of_positions + (peak - own_peak)
+
+
 def suppress_surroundings(maps: torch.Tensor, suppression: float) -> torch.Tensor:
     """Lowers each map by a share of how far its peak stands above its mean.
 
@@ -94,6 +127,24 @@ def suppress_surroundings(maps: torch.Tensor, suppression: float) -> torch.Tenso
         return maps
     prominence = maps.amax(dim=(1, 2), keepdim=True) - maps.mean(dim=(1, 2), keepdim=True)
     return maps - suppression * prominence
+
+
+def difference_map(images: torch.Tensor, other_images: torch.Tensor, sigma: float) -> torch.Tensor:
+    """How far two images' colours are apart: absolute difference, averaged over the colours and smoothed.
+
+    Args:
+        images, other_images: (N, 3, H, W) in [-1, 1].
+        sigma: of the smoothing, in pixels.
+
+    Returns:
+        (N, H, W) in [0, 1].
+    """
+    return gaussian_smooth((images - other_images).abs().mean(dim=1) / 2.0, sigma)
+
+
+def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Maps of features, (N, E, h, w), interpolated bilinearly to (N, E, *size)."""
+    return F.interpolate(maps, size, mode="bilinear")
 
 
 def cosine_distance_map(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers.utils.torch_utils import randn_tensor
 
 
 def step_generator(seed: int, batch_number: int, accelerator: Accelerator) -> torch.Generator:
@@ -36,3 +37,14 @@ def image_generators(
     given = generator if isinstance(generator, (list, tuple)) else [None] * num_images
     seeds = image_seeds(generator if isinstance(generator, torch.Generator) else None, num_images)
     return [g or torch.Generator().manual_seed(seed) for g, seed in zip(given, seeds, strict=True)]
+
+
+def draw_noise(
+    shape: Sequence[int], generators: Sequence[torch.Generator | None], device: torch.device | str
+) -> torch.Tensor:
+    """Standard normal noise (N, *shape) float32 on `device`: each image's from its own generator, in their order.
+
+    Nothing but an image's generator decides its noise: neither the batch nor, where generators lie on the CPU, the
+    device.
+    """
+    return torch.stack([randn_tensor(tuple(shape), generator=g, device=torch.device(device)) for g in generators])

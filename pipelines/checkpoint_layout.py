@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    pass
-
-
 # What the shapes do not tell: `num_heads` of the published configuration, and its latents' scale.
 NUM_ATTENTION_HEADS = 8
-
-
 SCALING_FACTOR = 0.18215
-
-
 UNET, CONTROL, AUTOENCODER = "model.diffusion_model.", "control_model.", "first_stage_model."
-
-
 TEXT_ENCODER = "cond_stage_model.transformer.text_model."
-
-
 FEATURE_EXTRACTOR = "pretrained_model."
 
 
@@ -120,7 +108,6 @@ _RESNET = {
     "conv_shortcut": "skip_connection",
 }
 
-
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -128,7 +115,6 @@ _UNET_ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-
 
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import diffad
 from diffad.pipelines.base import AnomalyPipeline
+from diffad.pipelines.saving import finish_saving
 from diffad.registration import PIPELINES
 
 
@@ -22,8 +23,10 @@ def load_pipeline(pretrained_model_name_or_path: str | os.PathLike, **kwargs: An
     Raises:
         ValueError: the class is none of this package's.
     """
+    if os.path.isdir(pretrained_model_name_or_path):
+        finish_saving(pretrained_model_name_or_path)
     class_name = AnomalyPipeline.load_config(pretrained_model_name_or_path, **kwargs)["_class_name"]
-    if class_name not in PIPELINES:
+    if not isinstance(class_name, str) or class_name not in PIPELINES:
         raise ValueError(
             f"{pretrained_model_name_or_path} holds a {class_name}, which is none of diffad's pipelines "
             f"({', '.join(PIPELINES)}). Load it by its own class."

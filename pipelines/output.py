@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from diffusers.utils import BaseOutput
 from PIL import Image
+
+from diffad.calibration.score_calibration import ScoreCalibration
+
+OUTPUT_TYPES = ("np", "pt", "pil")
+Images = np.ndarray | torch.Tensor | list[Image.Image]
 
 
 @dataclass
@@ -17,38 +23,83 @@ class AnomalyOutput(BaseOutput):
 
     Args:
         anomaly_map: (N, H, W) float32, higher is more anomalous. Calibrated: in standard deviations above what good
-            images show at that place, less what the pipeline's `suppression` takes off; where positions share a place's
+            images show at that pixel, less what the pipeline's `suppression` takes off; where positions share a cell's
             covariance, so its peak. With `output_type="pil"` a list of mode "F" images.
         anomaly_score: (N,) float32, higher is more anomalous.
         reconstruction: (N, H, W, 3) in [0, 1] ((N, 3, H, W) as tensors; PIL images), or None where the method makes
             none.
-        anomaly_mask: (N, H, W) bool, the map above its threshold; None until the pipeline is calibrated.
+        anomaly_mask: (N, H, W) bool, where the map of an anomalous image is above its threshold. An image that raises
+            no alarm has an empty mask: alarm and mask share one false-alarm rate. None until the pipeline is
+            calibrated.
         is_anomalous: (N,) bool, the score above its threshold; None until the pipeline is calibrated.
         p_value: (N,) float32 in (0, 1]: the share of good images at least as anomalous, (1 + #{normal >= score}) /
             (1 + #normal); None until the pipeline is calibrated.
     """
 
-    anomaly_map: np.ndarray | torch.Tensor | list[Image.Image]
+    anomaly_map: Images
     anomaly_score: np.ndarray | torch.Tensor
-    reconstruction: np.ndarray | torch.Tensor | list[Image.Image] | None = None
-    anomaly_mask: np.ndarray | torch.Tensor | list[Image.Image] | None = None
+    reconstruction: Images | None = None
+    anomaly_mask: Images | None = None
     is_anomalous: np.ndarray | torch.Tensor | None = None
     p_value: np.ndarray | torch.Tensor | None = None
 
 
-def convert_output(output: AnomalyOutput, output_type: str) -> AnomalyOutput:
-    if output_type == "pt":
+@dataclass
+class ReconstructionOutput(AnomalyOutput):
+    """
+    `AnomalyOutput` of a pipeline that turns images into normal ones, and how that came about.
+
+    Args:
+        trajectory: (N, K, H, W, 3) in [0, 1] ((N, K, 3, H, W) as tensors; a list of PIL images for each image): the
+            image as the process began, and after each denoising step; None unless asked for.
+    """
+
+    trajectory: np.ndarray | torch.Tensor | list[list[Image.Image]] | None = None
+
+
+Output = TypeVar("Output", bound=AnomalyOutput)
+
+
+def threshold_output(output: Output, category: torch.Tensor, calibration: ScoreCalibration | None) -> Output:
+    """Adds masks, alarms and p-values to an output of tensors; as it is where there is no calibration.
+
+    Args:
+        output: its maps (N, H, W) and scores (N,), on the CPU.
+        category: (N,) indices of the images' categories.
+        calibration: of the pipeline.
+    """
+    if calibration is None:
         return output
-    converted = {
-        field.name: value.numpy() for field in fields(output) if (value := getattr(output, field.name)) is not None
-    }
-    if output.reconstruction is not None:
-        converted["reconstruction"] = converted["reconstruction"].transpose(0, 2, 3, 1)  # (N, H, W, 3)
+    indices = category.to(calibration.map_mean.device)
+    scores = torch.as_tensor(output.anomaly_score, device=indices.device)
+    output.is_anomalous = (scores > calibration.image_threshold[indices]).cpu()  # (N,)
+    above = torch.as_tensor(output.anomaly_map) > calibration.pixel_threshold[indices].cpu()[:, None, None]  # (N, H, W)
+    output.anomaly_mask = above & output.is_anomalous[:, None, None]
+    output.p_value = calibration.p_value(scores, indices).cpu()
+    return output
+
+
+def convert_output(output: Output, output_type: str, return_dict: bool = True) -> Output | tuple[Any, ...]:
+    """An output of tensors as arrays ("np") or PIL images ("pil"); "pt" leaves it as it is.
+
+    Without `return_dict`, a tuple of its fields, None where they are.
+    """
+    values: dict[str, Any] = {field.name: getattr(output, field.name) for field in fields(output)}
+    if output_type != "pt":
+        for name in ("reconstruction", "trajectory"):
+            if values.get(name) is not None:
+                values[name] = values[name].movedim(-3, -1)  # (N, [K,] H, W, 3)
+        values = {name: None if value is None else value.numpy() for name, value in values.items()}
     if output_type == "pil":
-        converted["anomaly_map"] = [Image.fromarray(one) for one in converted["anomaly_map"]]
-        if "anomaly_mask" in converted:
-            converted["anomaly_mask"] = [Image.fromarray(one) for one in converted["anomaly_mask"]]
-        if "reconstruction" in converted:
-            pixels = (converted["reconstruction"] * 255.0).round().astype(np.uint8)
-            converted["reconstruction"] = [Image.fromarray(one) for one in pixels]
-    return AnomalyOutput(**converted)
+        for name in ("anomaly_map", "anomaly_mask"):
+            if values[name] is not None:
+                values[name] = [Image.fromarray(one) for one in values[name]]
+        if values["reconstruction"] is not None:
+            values["reconstruction"] = _to_pictures(values["reconstruction"])
+        if values.get("trajectory") is not None:
+            values["trajectory"] = [_to_pictures(frames) for frames in values["trajectory"]]
+    return type(output)(**values) if return_dict else tuple(values.values())
+
+
+def _to_pictures(images: np.ndarray) -> list[Image.Image]:
+    return [Image.fromarray(one) for one in (images * 255.0).round().astype(np.uint8)]

@@ -1,14 +1,17 @@
-"""He et al., "A Diffusion-based Framework for Multi-class Anomaly Detection" (DiAD, AAAI 2024)."""
+"""DiAD (He et al., "A Diffusion-based Framework for Multi-class Anomaly Detection", AAAI 2024).
+
+This file is long so that a call stands in one place: from the image over the reverse process to maps and scores.
+"""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
-from diffusers.utils.torch_utils import randn_tensor
 
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.images import (
@@ -16,25 +19,63 @@ from diffad.images import (
     IMAGENET_STD,
     ImageInput,
     denormalize_images,
+    images_to_pixel_values,
     images_to_tensors,
     normalize_images,
+    resize_images,
 )
+from diffad.latents import decode_latents, encode_latents, latent_factor
 from diffad.models.feature_extractor import TimmFeatureExtractor, concatenate_layers
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
 from diffad.moments import PRIOR_IMAGES
-from diffad.pipelines.base import AnomalyPipeline, Measurement, check_map_settings, check_score_strides
-from diffad.pipelines.output import AnomalyOutput
-from diffad.scoring import cosine_distance_map, gaussian_smooth, max_score
+from diffad.pipelines.base import register_categories
+from diffad.pipelines.checks import (
+    category_indices,
+    check_calibration,
+    check_call,
+    check_callback_inputs,
+    check_map_settings,
+    scored_layers,
+)
+from diffad.pipelines.detection import DetectionPipeline
+from diffad.pipelines.diad_checks import (
+    check_components,
+    check_latents,
+    check_pixel_values,
+    check_settings,
+    skipped_steps,
+)
+from diffad.pipelines.output import AnomalyOutput, convert_output, threshold_output
+from diffad.precision import running_precision
+from diffad.scoring import (
+    Measurement,
+    cosine_distance_map,
+    feature_error,
+    gaussian_smooth,
+    max_score,
+    outline_by_positions,
+    resize_maps,
+    suppress_surroundings,
+)
+from diffad.seeding import draw_noise
+
+StepCallback = Callable[["DiADPipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
-class DiADPipeline(AnomalyPipeline):
+class DiADPipeline(DetectionPipeline):
     r"""Finds defects by comparing an image with its reconstruction as a good one.
 
     The reverse process starts from noise. At each step the semantic-guided network sees the input image and tells the
     denoiser what it shows, but not where a defect is: what it tells is too coarse. The input's and the
     reconstruction's pretrained features are compared (eqs. 9-10). One model serves many categories and is not told
     which it sees.
+
+    ```python
+    pipe = DiADPipeline.from_pretrained("runs/diad")
+    out = pipe("part.png")
+    out.anomaly_map, out.reconstruction
+    ```
 
     Args:
         vae: the autoencoder between images and latents.
@@ -55,7 +96,7 @@ class DiADPipeline(AnomalyPipeline):
         pooling_rounds: how often it is pooled. Each round takes `pooling_size - 1` pixels off the map's sides.
         suppression: in [0, 1): the share of how far its peak stands above its mean that is taken off each calibrated
             map, see `diffad.scoring.suppress_surroundings`. Scores move with it: calibrate again after a change.
-        position_prior_images: where a place of the residual's covariance holds several positions, how many images the
+        position_prior_images: where a cell of the residual's covariance holds several positions, how many images the
             average over all positions counts for in their map's deviation, from 0 (`MomentSums.standard_deviation`).
             Good images vary more along a part's edges, so that defects there would end too early; the more images, the
             less so. Calibrate again after a change.
@@ -70,6 +111,7 @@ class DiADPipeline(AnomalyPipeline):
     model_cpu_offload_seq = "unet->vae->feature_extractor"
     _optional_components = ["sg_network", "feature_extractor", "calibration"]  # noqa: RUF012 (diffusers' own form)
     _exclude_from_cpu_offload = ["prompt_embedding", "calibration"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -90,48 +132,23 @@ class DiADPipeline(AnomalyPipeline):
         suppression: float = 0.0,
         position_prior_images: float = PRIOR_IMAGES,
         processing_resolution: int = 256,
-        categories: list[str] | None = None,
+        categories: list[str] | dict[str, str] | None = None,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
     ):
         super().__init__()
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        if unet.config.in_channels != vae.config.latent_channels:
-            raise ValueError(
-                f"`unet` takes latents of {unet.config.in_channels} channels, but `vae` makes them with "
-                f"{vae.config.latent_channels}. Use the autoencoder that the denoiser was trained with."
-            )
-        if unet.config.cross_attention_dim != prompt_embedding.config.width:
-            raise ValueError(
-                f"`prompt_embedding` is {prompt_embedding.config.width} wide, but `unet` attends to a prompt of "
-                f"width {unet.config.cross_attention_dim}. Embed it with the denoiser's own text encoder."
-            )
-        if sg_network is not None:
-            stack_factor = 2 ** (len(sg_network.config.conditioning_embedding_out_channels) - 1)
-            if stack_factor != factor:
-                raise ValueError(
-                    f"`sg_network` makes the image {stack_factor} times smaller and `vae` {factor} times. Give the "
-                    "network's `conditioning_embedding_out_channels` as many widths as the autoencoder has levels."
-                )
-        if distance not in ("cosine", "mahalanobis"):
-            raise ValueError(f'`distance` must be "cosine" or "mahalanobis", but is {distance!r}.')
-        if score_strides is not None and feature_extractor is not None:
-            check_score_strides(score_strides, feature_extractor)
-        if sigma < 0:
-            raise ValueError(f"`sigma` must not be negative, but is {sigma}.")
-        if pooling_size < 1 or pooling_rounds < 0:
-            raise ValueError(
-                "`pooling_size` must be at least 1 and `pooling_rounds` at least 0, but they are "
-                f"{pooling_size} and {pooling_rounds}."
-            )
+        check_components(vae, unet, prompt_embedding, sg_network)
+        check_settings(distance, sigma, pooling_size, pooling_rounds)
+        if feature_extractor is not None:
+            scored_layers(score_strides, feature_extractor)
         check_map_settings(suppression, position_prior_images)
-        _skipped_steps(num_inference_steps, strength)
+        skipped_steps(num_inference_steps, strength)
         self.register_modules(
-            vae=vae.eval(),
-            unet=unet.eval(),
+            vae=vae,
+            unet=unet,
             prompt_embedding=prompt_embedding,
             scheduler=scheduler,
-            sg_network=None if sg_network is None else sg_network.eval(),
+            sg_network=sg_network,
             feature_extractor=feature_extractor,
             calibration=calibration,
         )
@@ -146,10 +163,11 @@ class DiADPipeline(AnomalyPipeline):
             suppression=suppression,
             position_prior_images=position_prior_images,
             processing_resolution=processing_resolution,
-            categories=list(categories) if categories else None,
+            categories=register_categories(categories),
             image_mean=list(image_mean or IMAGENET_MEAN),
             image_std=list(image_std or IMAGENET_STD),
         )
+        self.size_multiple = latent_factor(vae)  # how many times smaller latents are than images
 
     @property
     def processing_resolution(self) -> int:
@@ -157,13 +175,19 @@ class DiADPipeline(AnomalyPipeline):
         return self.config.processing_resolution
 
     @property
-    def size_multiple(self) -> int:
-        """The autoencoder's factor: how many times smaller latents are than images."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    def input_resolution(self, resolution: int) -> int:
+    def input_resolution(self) -> int:
         """The networks' own: a closer look at the input would find detail that no reconstruction can have."""
-        return resolution
+        return self.processing_resolution
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the last reverse process."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """A callback that sets `pipe._interrupt = True` ends the call, which returns the batches so far."""
+        return self._interrupt
 
     @torch.no_grad()
     def __call__(
@@ -179,7 +203,8 @@ class DiADPipeline(AnomalyPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "np",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[DiADPipeline, int, int, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> AnomalyOutput | tuple:
         """Maps, scores and reconstructions of one image or many.
 
@@ -200,8 +225,9 @@ class DiADPipeline(AnomalyPipeline):
                 images after it. (A scheduler that draws noise at each step needs a list, one for each image.)
             output_type: "np", "pt" or "pil".
             return_dict: False returns a tuple of the output's fields.
-            callback_on_step_end: called after each step of each batch as `callback(pipeline, step, timestep,
-                {"latents": latents})`; may return other latents in such a dict.
+            callback_on_step_end: called after each step of each batch as `callback(pipeline, step, timestep, tensors)`.
+                What it returns under "latents" is gone on with.
+            callback_on_step_end_tensor_inputs: which tensors it gets: "latents", (B, latent channels, R / f, R / f).
 
         Returns:
             [`AnomalyOutput`].
@@ -209,28 +235,73 @@ class DiADPipeline(AnomalyPipeline):
         Raises:
             ValueError, FileNotFoundError: an argument is wrong; the message names it and what to do.
         """
-        # 1. Check inputs
+        # 1. Check the inputs: N images (3, H_i, W_i) in [0, 1], a category (N,), a generator and noise for each
         images = images_to_tensors(image)
         resolution = self.processing_resolution if processing_resolution is None else processing_resolution
-        self.check_call(images, batch_size, resolution, match_input_resolution, generator, output_type)
-        if category is None and self.calibration is None:  # nothing is chosen by it
+        check_call(images, batch_size, resolution, self.size_multiple, match_input_resolution, generator, output_type)
+        check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        device, calibration = self._execution_device, self.calibration
+        if category is None and calibration is None:  # nothing is chosen by it
             category = 0
-        indices = self.category_index(category, len(images))
-        # 2. Measure, score and put the output together
-        return self.detect(
-            images,
-            indices,
-            batch_size,
-            resolution,
-            match_input_resolution,
-            generator,
-            output_type,
-            return_dict,
-            num_inference_steps=num_inference_steps,
-            strength=strength,
-            latents=self._check_latents(latents, (len(images), resolution, resolution)),
-            callback_on_step_end=callback_on_step_end,
-        )
+        categories = category_indices(category, self.categories, len(images)).to(device)
+        generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * len(images)
+        latents = check_latents(latents, self.vae, (len(images), resolution, resolution))
+        num_inference_steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        strength = self.config.strength if strength is None else strength
+        steps = num_inference_steps - skipped_steps(num_inference_steps, strength)
+        size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
+        statistics = (self.config.image_mean, self.config.image_std)
+        precision = running_precision(self.measuring_networks, device)
+        check_calibration(calibration, categories, self.categories, precision, self.config)
+
+        anomaly_maps, anomaly_scores, reconstructions = [], [], []
+        with self.progress_bar(total=math.ceil(len(images) / batch_size) * steps) as progress:
+            for start in range(0, len(images), batch_size):
+                batch = slice(start, start + batch_size)
+
+                # 2. Pixels: (B, 3, R, R) in [-1, 1]
+                pixel_values = images_to_pixel_values(images[batch], (resolution, resolution)).to(device)
+
+                # 3. The reverse process from noise, guided by the images (eqs. 6-8): latents (B, C, R / f, R / f)
+                restored = self.denoise(
+                    normalize_images(pixel_values, *statistics),
+                    None if latents is None else latents[batch],
+                    num_inference_steps,
+                    strength,
+                    generators[batch],
+                    callback_on_step_end,
+                    callback_on_step_end_tensor_inputs,
+                    progress.update,
+                )
+
+                # 4. The parts as they should be: (B, 3, R, R), about [-1, 1]
+                reconstruction = denormalize_images(self.decode(restored), *statistics)
+
+                # 5. Both in the features' eyes: cosine maps (B, L, R, R) of eq. 9, or the residual (B, 1, C, h, w)
+                measurement = self.compare(pixel_values, reconstruction)
+
+                # 6. Smoothed maps, a residual's by what good images show: (B, S, R, R)
+                maps = self.score_maps(measurement, categories[batch], calibration)
+
+                # 7. In standard deviations above good images, and joined (eq. 10): (B, R, R)
+                anomaly_map = self.join_maps(maps, categories[batch], calibration)
+
+                # 8. The image's score: (B,)
+                anomaly_scores.append(self.image_scores(anomaly_map).cpu())
+
+                # 9. At the images' own size: (B, H, W) and (B, 3, H, W) in [0, 1]
+                anomaly_maps.append(resize_images(anomaly_map[:, None], size)[:, 0].cpu())
+                reconstructions.append(resize_images(reconstruction / 2.0 + 0.5, size).clamp(0.0, 1.0).cpu())
+                if self.interrupt:
+                    break
+        self.maybe_free_model_hooks()
+
+        # 10. Alarms, masks and p-values, where thresholds are
+        output = AnomalyOutput(torch.cat(anomaly_maps), torch.cat(anomaly_scores), torch.cat(reconstructions))
+        output = threshold_output(output, categories[: len(output.anomaly_score)].cpu(), calibration)
+
+        # 11. As arrays or pictures
+        return convert_output(output, output_type, return_dict)
 
     @torch.no_grad()
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -243,7 +314,7 @@ class DiADPipeline(AnomalyPipeline):
         Returns:
             (N, latent channels, H / f, W / f) float32: the mode of the encoder's Gaussian, scaled to unit variance.
         """
-        self._check_pixel_values(pixel_values)
+        check_pixel_values(pixel_values, self.vae)
         return encode_latents(self.vae, pixel_values.to(self._execution_device))
 
     @torch.no_grad()
@@ -256,9 +327,7 @@ class DiADPipeline(AnomalyPipeline):
         Returns:
             (N, 3, f h, f w) float32, f the autoencoder's factor.
         """
-        config = self.vae.config
-        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        return self.vae.decode(latents.to(self._execution_device, self.vae.dtype), return_dict=False)[0].float()
+        return decode_latents(self.vae, latents.to(self._execution_device))
 
     @torch.no_grad()
     def denoise(
@@ -268,7 +337,9 @@ class DiADPipeline(AnomalyPipeline):
         num_inference_steps: int = 10,
         strength: float = 1.0,
         generator: torch.Generator | Sequence[torch.Generator | None] | None = None,
-        callback_on_step_end: Callable[[DiADPipeline, int, int, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        report_step: Callable[[], Any] = lambda: None,
     ) -> torch.Tensor:
         """The reverse process, guided by images: one pass of the denoiser and one of the semantic-guided network a
         step. There is no guidance by a prompt, as both prompts would be empty.
@@ -280,7 +351,8 @@ class DiADPipeline(AnomalyPipeline):
             num_inference_steps: steps from noise; `strength` below 1 leaves the first ones out.
             strength: in (0, 1]; 1 starts from `latents` alone, less from the encoded images with `latents` for noise.
             generator: one, or one for each image.
-            callback_on_step_end: as in a call.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: as in a call.
+            report_step: called after each step, for a bar.
 
         Returns:
             (N, latent channels, H / f, W / f) float32.
@@ -288,42 +360,47 @@ class DiADPipeline(AnomalyPipeline):
         Raises:
             ValueError: an argument is wrong; the message names it.
         """
-        # 1. Check inputs
-        height, width = self._check_pixel_values(pixel_values)
+        # a. Check the inputs
+        height, width = check_pixel_values(pixel_values, self.vae)
         count, device = len(pixel_values), self._execution_device
-        latents = self._check_latents(latents, (count, height, width))
-        skipped = _skipped_steps(num_inference_steps, strength)
-        generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * count
+        latents = check_latents(latents, self.vae, (count, height, width))
+        skipped = skipped_steps(num_inference_steps, strength)
+        generators = list(generator) if isinstance(generator, Sequence) else [generator] * count
         if len(generators) != count:
             raise ValueError(
                 f"`generator` lists {len(generators)} generators for {count} images. Pass one, or one each."
             )
 
-        # 2. Timesteps, and the latents at the first of them
+        # b. Timesteps, and x_T or the noised image: (N, C, h, w)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps[skipped * self.scheduler.order :]
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(skipped * self.scheduler.order)
+        self._num_timesteps, self._interrupt = len(timesteps), False
         if latents is None:
-            shape = (self.vae.config.latent_channels, height // self.size_multiple, width // self.size_multiple)
-            latents = torch.stack([randn_tensor(shape, generator=g, device=device) for g in generators])
-        latents = latents.to(device, torch.float32)  # (N, C, h, w)
+            factor = self.size_multiple
+            latents = draw_noise(
+                (self.vae.config.latent_channels, height // factor, width // factor), generators, device
+            )
+        latents = latents.to(device, torch.float32)
         if skipped:
             latents = self.scheduler.add_noise(self.encode(pixel_values), latents, timesteps[:1])
         else:
             latents = latents * self.scheduler.init_noise_sigma
 
-        # 3. What no step changes: the prompt's embedding and the image's (eq. 7)
+        # c. What no step changes: the prompt's embedding (N, L, D), and the image's (N, D', h, w) (eq. 7)
         prompt_embeds = self.prompt_embedding().to(device, self.unet.dtype).expand(count, -1, -1)
         condition = None
         if self.sg_network is not None:
             condition = self.sg_network.embed_condition(pixel_values.to(device, self.sg_network.dtype))
 
-        # 4. Reverse process
+        # d. Reverse process: x_{t-1} of x_t
         options = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters and None not in generators:
             options["generator"] = generators
         for step, timestep in enumerate(timesteps):
+            if self.interrupt:
+                continue
             sample = self.scheduler.scale_model_input(latents, timestep).to(self.unet.dtype)
             residuals = {}
             if self.sg_network is not None:
@@ -334,42 +411,20 @@ class DiADPipeline(AnomalyPipeline):
             prediction = self.unet(sample, timestep, prompt_embeds, return_dict=False, **residuals)[0]
             latents = self.scheduler.step(prediction.float(), timestep, latents, return_dict=False, **options)[0]
             if callback_on_step_end is not None:
-                latents = callback_on_step_end(self, step, timestep, {"latents": latents}).pop("latents", latents)
+                tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
+                latents = (callback_on_step_end(self, step, timestep, tensors) or {}).pop("latents", latents)
+            if (step + 1) % self.scheduler.order == 0:
+                report_step()
         return latents
 
-    def measure(
-        self,
-        pixel_values: torch.Tensor,
-        category: torch.Tensor,
-        resolution: int,
-        generator: Sequence[torch.Generator | None],
-        num_inference_steps: int | None = None,
-        strength: float | None = None,
-        latents: torch.Tensor | None = None,
-        callback_on_step_end: Callable | None = None,
-    ) -> Measurement:
-        """What the features see between images and their reconstructions; arguments as in a call."""
-        options = (num_inference_steps, strength, latents, callback_on_step_end)
-        return self.compare(pixel_values, self.reconstruct(pixel_values, generator, *options))
-
-    def reconstruct(
-        self,
-        pixel_values: torch.Tensor,
-        generator: Sequence[torch.Generator | None],
-        num_inference_steps: int | None = None,
-        strength: float | None = None,
-        latents: torch.Tensor | None = None,
-        callback_on_step_end: Callable | None = None,
-    ) -> torch.Tensor:
-        """Images as the model expects them to be, both (N, 3, R, R) in [-1, 1]; the result is not clamped."""
+    def reconstruct(self, pixel_values: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
+        """The parts as they should be, both (N, 3, R, R) in [-1, 1]; the result is not clamped. Steps 3 and 4."""
         statistics = (self.config.image_mean, self.config.image_std)
         latents = self.denoise(
             normalize_images(pixel_values, *statistics),
-            latents,
-            self.config.num_inference_steps if num_inference_steps is None else num_inference_steps,
-            self.config.strength if strength is None else strength,
-            generator,
-            callback_on_step_end,
+            num_inference_steps=self.config.num_inference_steps,
+            strength=self.config.strength,
+            generator=generators,
         )
         return denormalize_images(self.decode(latents), *statistics)
 
@@ -378,94 +433,76 @@ class DiADPipeline(AnomalyPipeline):
 
         Cosine maps (N, L, R, R) of the L scored strides, or the residual (N, 1, C, h, w) of their features.
         """
-        if self.feature_extractor is None:
+        extractor = self.feature_extractor
+        if extractor is None:
             raise ValueError(
                 "`feature_extractor` is None: this pipeline denoises, but has no features to score with. Give it the "
                 "paper's: pipe.register_modules(feature_extractor="
                 "TimmFeatureExtractor.from_backbone('resnet50', (4, 8, 16)).to(pipe.device))"
             )
-        both = torch.cat([pixel_values, reconstruction]).to(self.feature_extractor.dtype)  # (2N, 3, R, R), one pass
-        layers = self.feature_extractor.layers(both)
-        layers = [layers[i].float() for i in self.scored_layers]
-        size = pixel_values.shape[-2:]
-        restored = reconstruction / 2.0 + 0.5
+        both = torch.cat([pixel_values, reconstruction]).to(extractor.dtype)  # (2N, 3, R, R), one pass
+        layers = extractor.layers(both)
+        layers = [layers[i].float() for i in scored_layers(self.config.score_strides, extractor)]
+        size = pixel_values.shape[-2], pixel_values.shape[-1]
         if self.config.distance == "cosine":
             maps = [cosine_distance_map([a], [b], size) for a, b in (layer.chunk(2) for layer in layers)]
-            return Measurement(maps=torch.stack(maps, dim=1), reconstruction=restored)
+            return Measurement(maps=torch.stack(maps, dim=1))
         features = concatenate_layers(layers, max(layer.shape[-2:] for layer in layers))  # (2N, C, h, w)
         image, other = features.chunk(2)
         no_maps = pixel_values.new_zeros(len(pixel_values), 0, *size)
-        return Measurement(maps=no_maps, residual=(image - other)[:, None], reconstruction=restored)
+        return Measurement(maps=no_maps, residual=(image - other)[:, None])
+
+    @property
+    def measuring_networks(self) -> tuple[Any, ...]:
+        """What `reconstruct` and `compare` run."""
+        return self.vae, self.unet, self.sg_network, self.feature_extractor
+
+    def measure_images(
+        self, images: Sequence[torch.Tensor], category: torch.Tensor, generators: Sequence[torch.Generator | None]
+    ) -> Measurement:
+        """Steps 2 to 5 of a call, at the pipeline's own settings; the networks are not told the category."""
+        size = (self.processing_resolution,) * 2
+        pixel_values = images_to_pixel_values(images, size).to(self._execution_device)
+        return self.compare(pixel_values, self.reconstruct(pixel_values, generators))
 
     def score_maps(
         self,
         measurement: Measurement,
-        category: torch.Tensor | None,
+        category: torch.Tensor,
         calibration: ScoreCalibration | None,
         num_seen: int = 0,
     ) -> torch.Tensor:
-        """(N, L, H, W): each scored layer's smoothed map; L = 1 or 2 for calibrated log distances."""
-        maps = measurement.maps
-        if measurement.residual is not None:
-            maps = self.feature_error_maps(measurement, category, calibration, num_seen)
+        """Smoothed maps (N, S, H, W), one for each scored layer (S = L).
+
+        Of a calibrated residual, the one or two maps of its log Mahalanobis distance. `num_seen` is
+        `ScoreCalibration.log_distances`'.
+        """
+        maps, residual = measurement.maps, measurement.residual
+        size = maps.shape[-2], maps.shape[-1]
+        if calibration is not None:
+            calibration.check_measurement(measurement)
+        if residual is not None and calibration is not None:
+            maps = calibration.distance_maps(residual.mean(dim=1), category, size, num_seen)
+        elif residual is not None:
+            layers = scored_layers(self.config.score_strides, self.feature_extractor)
+            layer_channels = [self.feature_extractor.layer_channels[i] for i in layers]
+            maps = resize_maps(feature_error(residual, layer_channels), size)
         if calibration is None:
-            maps = maps * maps.shape[1]  # the paper's sum over layers, where `join_maps` takes the mean
+            maps = maps * maps.shape[1]  # the paper's sum over layers (eq. 10), where `join_maps` takes the mean
         return gaussian_smooth(maps, self.config.sigma)
 
-    def join_maps(self, maps: torch.Tensor) -> torch.Tensor:
-        """(N, L, H, W) to (N, H, W): the mean, as normalised maps are of one scale."""
-        return maps.mean(dim=1)
+    def join_maps(
+        self, maps: torch.Tensor, category: torch.Tensor, calibration: ScoreCalibration | None
+    ) -> torch.Tensor:
+        """Eq. 10: maps (N, S, H, W) to the anomaly map (N, H, W), normalised where there is a calibration."""
+        if calibration is None:
+            return maps.mean(dim=1)
+        maps = calibration.normalize(maps, category)
+        anomaly_map = (
+            outline_by_positions(maps[:, 0], maps[:, 1]) if calibration.num_distances == 2 else maps.mean(dim=1)
+        )
+        return suppress_surroundings(anomaly_map, self.config.suppression)
 
     def image_scores(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         """(N, H, W) to (N,): the maximum after rounds of average pooling (section 4.1)."""
         return max_score(anomaly_map, self.config.pooling_size, self.config.pooling_rounds)
-
-    def _check_pixel_values(self, pixel_values: torch.Tensor) -> tuple[int, int]:
-        """Height and width of images that the networks take."""
-        multiple = self.size_multiple
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.vae.config.in_channels:
-            raise ValueError(
-                f"`pixel_values` must have shape (N, {self.vae.config.in_channels}, H, W), but has "
-                f"{tuple(pixel_values.shape)}."
-            )
-        height, width = pixel_values.shape[-2:]
-        if height % multiple or width % multiple:
-            raise ValueError(
-                f"`pixel_values` of {height} x {width}: both sides must be multiples of {multiple}, the autoencoder's "
-                "factor. Resize or pad the images."
-            )
-        return height, width
-
-    def _check_latents(self, latents: torch.Tensor | None, sizes: tuple[int, int, int]) -> torch.Tensor | None:
-        """`latents` as they are, if they fit images of `sizes` (N, H, W)."""
-        count, height, width = sizes
-        factor = self.size_multiple
-        shape = (count, self.vae.config.latent_channels, height // factor, width // factor)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(
-                f"`latents` must have shape {shape} for {count} images of {height} x {width}, but has "
-                f"{tuple(latents.shape)}."
-            )
-        return latents
-
-
-def _skipped_steps(num_inference_steps: int, strength: float) -> int:
-    """How many of the first steps a strength leaves out; both are checked."""
-    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-        raise ValueError(f"`num_inference_steps` must be a positive integer, but is {num_inference_steps!r}.")
-    if not 0.0 < strength <= 1.0:
-        raise ValueError(f"`strength` must lie in (0, 1], but is {strength}.")
-    steps = round(num_inference_steps * strength)
-    if steps == 0:
-        raise ValueError(
-            f"`strength` of {strength} leaves none of {num_inference_steps} steps. Use at least "
-            f"{1.0 / num_inference_steps:.2g}, or more `num_inference_steps`."
-        )
-    return num_inference_steps - steps
-
-
-def encode_latents(vae: AutoencoderKL | AutoencoderTiny, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Latents of about unit variance, (N, 3, H, W) to (N, C, H / f, W / f) float32; the mode of a Gaussian's."""
-    encoded = vae.encode(pixel_values.to(vae.dtype))
-    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-    return (latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor

@@ -97,7 +97,7 @@ def tiny_unet(sample_size: int = 16, feature_channels: int = 64, **config) -> De
             "attention_head_dim": 8,
             **config,
         }
-    )
+    ).eval()
 
 
 def tiny_scheduler(**config) -> DDPMScheduler:

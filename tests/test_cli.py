@@ -137,6 +137,24 @@ def test_benchmark_says_where_the_time_goes(model):
     assert result["peak_memory_mib"] > 0
 
 
+def test_predict_exits_with_4_where_nothing_could_be_read(model, tmp_path):
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    (parts / "broken.png").write_bytes(b"no image")
+    for flags in ((), ("--fail-on-anomaly",)):
+        run("predict", model, parts, "--output", tmp_path / "out", *flags, code=4)
+    write_folder(parts, 1)
+    run("predict", model, parts, "--output", tmp_path / "out")  # one was scored, the other has its row
+    assert "4 if none" in " ".join(run("predict", "--help").split())
+
+
+def test_a_mistyped_folder_is_no_id_of_the_hub(tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs" / "parts").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    message = fail(monkeypatch, capsys, "benchmark", "runs/prts")
+    assert "runs/prts holds no pipeline: there is no such folder. Did you mean runs/parts?" in message
+
+
 def fail(monkeypatch, capsys, *arguments: object) -> str:
     """What the command says on standard error, having failed."""
     monkeypatch.setattr(sys, "argv", ["diffad", *map(str, arguments)])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 from conftest import generator, textures, tiny_pipeline, write_mvtec
 from huggingface_hub import ModelCard
+from scipy import stats
 from tiny_diad import tiny_diad
 
+from diffad.evaluation.metric_names import COUNTS, METRICS
 from diffad.model_card import copy_records, render_model_card, shareable
 from diffad.training import evaluate
 
@@ -191,3 +194,82 @@ def test_records_are_shared_without_secrets_and_paths_of_this_machine(tmp_path):
 def test_a_shipped_record_names_no_folder_of_a_machine(record):
     shipped = json.loads(record.read_text())
     assert shareable(shipped) == shipped
+
+
+# -- the cards that come with the project ------------------------------------------------------------------------
+
+SHIPPED = pytest.mark.parametrize("folder", sorted(p.parent for p in CARDS.glob("*/README.md")), ids=lambda f: f.name)
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The rows of a table by their first cell, which is left out."""
+    lines = [line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return {name.strip(): [cell.strip() for cell in others] for name, *others in lines}
+
+
+@SHIPPED
+def test_a_shipped_card_has_the_figures_of_its_records(folder):
+    card = ModelCard((folder / "README.md").read_text())
+    report, training = (json.loads((folder / f"{name}.json").read_text()) for name in ("report", "training"))
+    listed = {(r.dataset_config, r.metric_name): r.metric_value for r in card.data.eval_results}
+    table = rows(section(card, "Results"))
+    names = {title: name for name, title in {**COUNTS, **{n: title for n, (*_, title) in METRICS.items()}}.items()}
+    for category, values in report["results"].items():
+        of_card = {metric: value for (name, metric), value in listed.items() if name == category}
+        assert of_card == {METRICS[name][2]: values[name] for name in METRICS if values.get(name) is not None}
+        if category in table:
+            expected = [values.get(names[column]) for column in table["category"]]
+            assert table[category] == ["" if value is None else str(value) for value in expected]
+    assert set(training["categories"]) < set(table)
+    of_training = rows(section(card, "Training"))
+    assert of_training["steps"] == [str(training["steps"])]
+    assert of_training["training seconds"] == [str(training["training_seconds"])]
+
+
+@SHIPPED
+def test_a_shipped_card_states_the_rate_that_holds_with_confidence(folder):
+    table = rows(section(ModelCard((folder / "README.md").read_text()), "Thresholds"))
+    categories = json.loads((folder / "training.json").read_text())["categories"]
+    for category in categories:
+        *_, rate, count, bound = table[category]
+        rank = math.ceil((int(count) + 1) * (1 - float(rate)) - 1e-9)  # of the score that is the threshold
+        assert bound == f"{stats.beta(int(count) + 1 - rank, rank).ppf(0.95):.3f}"
+
+
+@SHIPPED
+def test_a_shipped_card_is_what_the_template_makes_and_how_to_make_the_model_again(folder):
+    """The template's sections in its order, and one more; its fixed sentences as they stand there."""
+    text = (folder / "README.md").read_text()
+    template = (CARDS / "TEMPLATE.md").read_text()
+    sections = re.findall(r"^## (.*)$", template, flags=re.MULTILINE)
+    sections.insert(sections.index("Results") + 1, "Make it again")
+    assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == sections
+    made_again = section(ModelCard(text), "Make it again")
+    assert "```bash\naccelerate launch training/" in made_again
+    assert len(made_again.splitlines()) < 40
+    fixed = re.findall(r"^[^{}\n]{60,}$", template.split("## Limits")[1].split("## Citation")[0], flags=re.MULTILINE)
+    assert len(fixed) > 4
+    for line in fixed:
+        assert line in text
+
+
+def test_binding_data_binds_every_shipped_card():
+    for path in CARDS.glob("*/README.md"):
+        of_solar_cells = any(name in path.parent.name for name in ("elpv", "three-categories"))
+        assert ModelCard(path.read_text()).data.license == ("cc-by-nc-sa-4.0" if of_solar_cells else None)
+
+
+@pytest.mark.parametrize(
+    ("command", "shared"),
+    [
+        ("run --data '/home/alice/my parts' --seed 3", "run --data 'my parts' --seed 3"),
+        ("run --data=/home/alice/parts", "run --data=parts"),
+        ("run --data='/home/alice/my parts'", "run --data='my parts'"),
+        ('run --data "/home/alice/my parts"', "run --data 'my parts'"),
+        ("run '--data=/home/alice/parts'", "run '--data=parts'"),
+        ("alice's parts, in /home/alice/parts; it's hers", "alice's parts, in parts; it's hers"),
+        ("run --data org/name --output runs/a.json", "run --data org/name --output runs/a.json"),
+    ],
+)
+def test_no_private_path_stays_in_a_command(command, shared):
+    assert shareable({"command": command}) == {"command": shared}

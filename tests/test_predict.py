@@ -18,6 +18,7 @@ from conftest import textures, tiny_pipeline, write_folder, write_png
 from PIL import Image
 
 from diffad.images import image_to_rgb
+from diffad.journal import distinct_inputs
 from diffad.predict import _decoded_batches, find_images, predict_files
 from diffad.seeding import image_generator
 
@@ -209,8 +210,9 @@ def test_inputs_of_every_kind_and_depth_keep_memory_in_bytes(calibrated, tmp_pat
     Image.open(parts / "large.png").convert("L").save(parts / "grey.bmp")
     paths = find_images([parts])
     with ThreadPoolExecutor(1) as pool:
-        (batch,) = _decoded_batches(list(enumerate(paths)), 16, 4, pool)
-    for (_, path, decoded), expected in zip(batch, paths, strict=True):
+        (batch,) = _decoded_batches(list(enumerate(distinct_inputs(paths))), 16, 4, pool)
+    for (_, one, decoded), expected in zip(batch, paths, strict=True):
+        path = one.path
         assert path == expected
         assert decoded.pixels.dtype == np.uint8
         assert np.array_equal(decoded.pixels, np.asarray(image_to_rgb(Image.open(path))))

@@ -1,9 +1,10 @@
-"""Every example of the README runs, on a tiny model under the names that the README uses."""
+"""README and docs: examples run, on a tiny model under the names that they use; figures are those of the records."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ import pytest
 from conftest import BACKBONE, textures, tiny_pipeline, write_folder, write_mvtec, write_png
 from diffusers import AutoencoderKL
 from hub_server import running_hub
+from scipy import stats
 from test_pipeline_diad import make_pipeline
 from typer.testing import CliRunner
 
@@ -23,21 +25,27 @@ from diffad.training.train_autoencoder import AUTOENCODER_PRESETS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "docs" / "results.md").read_text()
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(ROOT.glob("docs/*.md"))]
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    """The code blocks of README and docs, each once."""
+    texts = [page.read_text() for page in PAGES]
+    found = [re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL) for text in texts]
+    return list(dict.fromkeys(code for of_page in found for code in of_page))
 
 
 def commands() -> list[list[str]]:
-    """Each command line of the shell blocks, as words."""
+    """Each command line of the shell blocks, as words, once."""
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [shlex.split(part) for line in lines for part in line.split("&&") if part.strip()]
+    split = [tuple(shlex.split(part, comments=True)) for line in lines for part in line.split("&&") if part.strip()]
+    return [list(words) for words in dict.fromkeys(split) if words]
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, stable_diffusion) -> Path:
-    """A folder with what the README's reader has by then: models, parts, a data set, the training scripts."""
+    """A folder with what the reader has by then: models, parts, a data set, the training scripts."""
     monkeypatch.chdir(tmp_path)
     pipeline = tiny_pipeline()
     pipeline.calibrate(textures(12), false_alarm_rate=0.25)
@@ -52,6 +60,7 @@ def workplace(tmp_path, monkeypatch, stable_diffusion) -> Path:
     (tmp_path / "stable-diffusion-v1-5" / "stable-diffusion-v1-5").symlink_to(stable_diffusion)
     write_png(tmp_path / "part.png", textures(1)[0])
     write_folder(tmp_path / "good_parts", 12)
+    write_folder(tmp_path / "new_good_parts", 12, first_seed=12)
     write_folder(tmp_path / "new_parts", 3)
     write_mvtec(tmp_path / "data")
     return tmp_path
@@ -59,7 +68,7 @@ def workplace(tmp_path, monkeypatch, stable_diffusion) -> Path:
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_examples_run(code, workplace):
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "example", "exec"), {})
 
 
 @pytest.mark.parametrize(
@@ -103,18 +112,43 @@ def test_accelerate_examples_run(words, workplace, fresh_accelerate):
 
 
 def test_the_two_set_up_commands_stand_in_the_readme():
-    lines = "".join(blocks("bash")).splitlines()
+    lines = "".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)).splitlines()
     assert 'pip install -e ".[demo]" && diffad demo' in lines
     assert 'pip install -e ".[demo,test]" && pytest' in lines
 
 
-def test_every_file_that_the_readme_links_exists():
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "model_cards").glob("*/README.md"))], ids=str)
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_of_the_project_that_a_page_names_is_there(page):
+    folders = r"(?:diffad|pipelines|training|tests|model_cards|docs|\.ci|\.github)"
+    named = set(re.findall(rf"`({folders}/[\w./-]*)`", page.read_text()))
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+# -- figures -----------------------------------------------------------------------------------------------------
+
+IMAGE = ["image_auroc", "image_ap", "image_f1max"]
+PIXEL = ["pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_pro"]
 PARTS = {"mono": "elpv-mono", "poly": "elpv-poly", "magnetic_tile": "magnetic-tile"}
-# each row of the README's table: where its parts' metrics stand
+# each row of the table of solar cells and tiles: where its parts' metrics stand
 RECORDS = {
     "AnomalyDenoise": ("anomaly-denoise-{}/report.json", "results"),
     "AnomalyDenoise, one model for all three": ("anomaly-denoise-three-categories/report.json", "results"),
@@ -126,10 +160,10 @@ RECORDS = {
 }
 
 
-def recorded(title: str, part: str, metrics: list[str]) -> str:
-    """A cell of the README's tables as the shipped record has it; empty where the model does not know the part."""
+def recorded(title: str, part: str, metrics: list[str], report: str = "report") -> str:
+    """A cell of a table as the shipped record has it; empty where the model does not know the part."""
     path, *keys = RECORDS[title]
-    results = json.loads((ROOT / "model_cards" / path.format(PARTS[part])).read_text())
+    results = json.loads((ROOT / "model_cards" / path.format(PARTS[part]).replace("report.", f"{report}.")).read_text())
     for key in keys:
         results = results[key]
     return " / ".join(f"{100 * results[part][name]:.1f}" for name in metrics) if part in results else ""
@@ -139,20 +173,18 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def tables() -> list[list[list[str]]]:
-    """The two tables under "What it reaches", each a list of rows, the header first."""
-    section = README.split("## What it reaches")[1].split("\n## ")[0]
+def tables(text: str, heading: str) -> list[list[list[str]]]:
+    """The tables of a section, each a list of rows, the header first."""
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     found = re.findall(r"(?:^\|.*\n)+", section, flags=re.MULTILINE)
     return [[cells(line) for line in table.splitlines() if "---" not in line] for table in found]
 
 
 def test_the_tables_say_what_the_records_say():
-    of_images, of_pixels = tables()
+    of_images, of_pixels, _ = tables(RESULTS, "Solar cells and magnetic tiles")
     assert of_images[0] == ["method", "mono cells", "poly cells", "magnetic tiles"]
-    metrics = ["image_auroc", "image_ap", "image_f1max"]
-    assert of_images[1:] == [[title, *(recorded(title, part, metrics) for part in PARTS)] for title in RECORDS]
+    assert of_images[1:] == [[title, *(recorded(title, part, IMAGE) for part in PARTS)] for title in RECORDS]
 
-    metrics = ["pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_pro"]
     methods = [
         "AnomalyDenoise",
         "one model for all three",
@@ -161,5 +193,93 @@ def test_the_tables_say_what_the_records_say():
         "PaDiM, anomalib's",
         "PatchCore, anomalib's",
     ]
-    values = [recorded(title, "magnetic_tile", metrics) for title in RECORDS]
+    values = [recorded(title, "magnetic_tile", PIXEL) for title in RECORDS]
     assert of_pixels == [methods, [value for value in values if value]]
+
+
+def test_the_readmes_table_says_what_the_records_say():
+    [[head, *rows], _] = tables(README, "What it reaches")
+    assert head == ["part", "measured", "AnomalyDenoise", "DiAD", "PaDiM", "PatchCore"]
+    columns = ["AnomalyDenoise", "DiAD", "PaDiM, ours, all 176 channels", "PatchCore, anomalib's, 1%"]
+    names = {"mono solar cells": "mono", "poly solar cells": "poly", "magnetic tiles": "magnetic_tile"}
+    kinds = {"image AUROC / AP / F1-max": IMAGE, "pixel AUROC / AP / F1-max / PRO": PIXEL}
+    of_images, of_pixels = kinds
+    chosen = [(name, of_images) for name in names] + [("magnetic tiles", of_pixels)]
+    assert rows == [
+        [name, kind, *(recorded(title, names[name], kinds[kind]) for title in columns)] for name, kind in chosen
+    ]
+
+
+def test_the_readme_has_the_figures_of_the_other_parts_from_the_results():
+    [_, [head, *shown]] = tables(README, "What it reaches")
+    assert head == ["part", "measured", "AnomalyDenoise", "DiAD", "PaDiM", "PatchCore"]
+    overview, bottle, _ = tables(RESULTS, "Parts for which no setting was chosen")
+    expected: dict[tuple[str, str], list[str]] = {}
+    part = ""
+    for name, method, *values in overview[1:]:  # a part's rows after the first leave out its name
+        part = re.split(r"[ ,]", name)[0] or part
+        expected[part, method] = values
+    of_bottle = {row[0]: row[1:3] for row in bottle[1:]}
+    assert of_bottle["AnomalyDenoise, README's training command"] == expected["bottle", "AnomalyDenoise"]
+    assert of_bottle["PaDiM, ours, strides 2 to 16"] == expected["bottle", "PaDiM, ours"]
+    expected["bottle", "DiAD"] = next(row for name, row in of_bottle.items() if name.startswith("DiAD"))
+    expected["bottle", "PatchCore"] = of_bottle["PatchCore, anomalib's, 1%"]
+    assert [row[0].split(" ")[0] for row in shown] == [p for p in ("bottle", "transistor", "capsule") for _ in range(2)]
+    for row, column in zip(shown, [0, 1] * 3, strict=True):  # image AUROC, then pixel metrics
+        part = row[0].split(" ")[0]
+        methods = ("AnomalyDenoise", "DiAD", "PaDiM, ours", "PatchCore")
+        assert row[2:] == [expected.get((part, method), ["", ""])[column] for method in methods]
+    assert [row[1] for row in shown] == ["image AUROC", "pixel AUROC / AP / F1-max / PRO"] * 3
+    assert any("12 of its 23 good test images" in row[0] for row in shown)
+
+
+def test_the_demos_table_says_what_the_records_say():
+    [rows] = tables(RESULTS, "The demo")
+    for seed, report in enumerate(("report", "report-seed-1", "report-seed-2")):
+        alarms = recorded("AnomalyDenoise", "mono", ["defects_found", "false_alarms"], report).split(" / ")
+        metrics = recorded("AnomalyDenoise", "mono", IMAGE, report).split(" / ")
+        assert rows[1 + seed] == [str(seed), *metrics, *(f"{share}%" for share in alarms)]
+
+
+def test_the_table_of_seeds_says_what_the_records_say():
+    [[_, *rows]] = tables(RESULTS, "Other seeds")
+    metrics = {"": IMAGE, "pixel AUROC": ["pixel_auroc"], "PRO": ["pixel_pro"]}
+    for title, what, *values in rows:
+        part, _, metric = what.partition(", ")
+        part = "magnetic_tile" if part == "tiles" else part
+        reports = ("report", "report-seed-1", "report-seed-2")
+        assert values == [recorded(title, part, metrics[metric], report) for report in reports], (title, what)
+    assert len(rows) == 12
+
+
+def test_the_table_of_float32_says_what_the_records_say():
+    [[_, *rows]] = tables(RESULTS, "In float32")
+    title = ""
+    for first, what, image, pixel, *_ in rows:  # a model's rows after the first leave out its title
+        title, part = first or title, "magnetic_tile" if what == "tiles" else what
+        assert image == recorded(title, part, IMAGE, "report-float32"), (title, part)
+        of_pixels = recorded(title, part, ["pixel_auroc", "pixel_pro"], "report-float32") if what == "tiles" else ""
+        assert pixel == of_pixels, (title, part)
+    assert len(rows) == 11
+
+
+def test_the_rates_that_hold_with_confidence_are_beta_quantiles():
+    text = (ROOT / "docs" / "method.md").read_text()
+    [[_, *rows]] = tables(text, "3. What the thresholds promise")
+    assert len(rows) == 6
+    for images, stated, *shown in rows:
+        count, rate = int(images), float(stated.rstrip("%")) / 100
+        rank = math.ceil((count + 1) * (1 - rate) - 1e-9)  # of the score that is the threshold
+        true_rate = stats.beta(count + 1 - rank, rank)
+        mean, low, high, bound = (f"{100 * x:.1f}%" for x in (true_rate.mean(), *true_rate.ppf([0.025, 0.975, 0.95])))
+        assert shown == [mean, f"{low} and {high}", bound]
+    promises = {
+        README: "with 62 calibration images at 5%, "
+        "the rate of your one model lies between 1.0% and 11.2% in 95 of 100 cases",
+        text: "With 62 images at a stated 5%, 95% of models lie between 1.0% and 11.2%",
+    }
+    for page, promise in promises.items():  # in words
+        words = " ".join(page.split())
+        assert "holds on average over calibration sets" in words
+        assert promise in words
+        assert "9.8%" in words

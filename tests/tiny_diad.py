@@ -36,4 +36,6 @@ def tiny_diad() -> DiADPipeline:
         processing_resolution=16,
     )
     pipeline.set_progress_bar_config(disable=True)
+    for network in pipeline.measuring_networks:
+        network.eval()  # as a loaded one is
     return pipeline.calibrate(textures(6), false_alarm_rate=0.25, generator=torch.Generator().manual_seed(0))

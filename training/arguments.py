@@ -3,16 +3,69 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from diffad.data.parts import check_part_pattern
 from diffad.images import IMAGENET_MEAN, IMAGENET_STD
 from diffad.precision import PRECISIONS
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Names a flag and what it must be in one sentence: `--seed must be at least 0, but is -1`."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(re.sub(r"^argument (--\w+): must", r"\1 must", message))
+
+
+def whole_number(smallest: int = 0, multiple_of: int = 1) -> Callable[[str], int]:
+    """Type of a flag: an integer that is not below `smallest`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, but is {text!r}") from None
+        if value < smallest:
+            raise argparse.ArgumentTypeError(f"must be at least {smallest}, but is {value}")
+        if value % multiple_of:
+            raise argparse.ArgumentTypeError(f"must be a multiple of {multiple_of}, but is {value}")
+        return value
+
+    return parse
+
+
+def number(
+    smallest: float = -math.inf, largest: float = math.inf, without_ends: bool = False
+) -> Callable[[str], float]:
+    """Type of a flag: a finite number in [`smallest`, `largest`], or strictly between."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, but is {text!r}") from None
+        outside = value <= smallest or value >= largest if without_ends else value < smallest or value > largest
+        if outside or not math.isfinite(value):
+            ends = f"({smallest:g}, {largest:g})" if without_ends else f"[{smallest:g}, {largest:g}]"
+            raise argparse.ArgumentTypeError(f"must lie in {ends}, but is {text}")
+        return value
+
+    return parse
+
+
+COUNT, POSITIVE = whole_number(0), whole_number(1)
+PIXELS = whole_number(8, multiple_of=8)  # networks halve their input, up to three times and more
+SEED = whole_number(0)
+SHARE, RATE = number(0.0, 1.0), number(0.0, 1.0, without_ends=True)
+NOT_NEGATIVE, ABOVE_ZERO = number(0.0), number(0.0, without_ends=True)
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +75,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--config", metavar="FILE", help="YAML of any of these flags; the command line overrides it")
     data.add_argument("--train_data_dir", metavar="DIR", help="MVTec-AD style tree or folder of good images, or 'elpv'")
     data.add_argument("--dataset_name", metavar="ID", help="data set on the Hub, instead of --train_data_dir")
+    data.add_argument("--dataset", metavar="NAME", help="force a layout (mvtec_ad, visa, folder, ...)")
     data.add_argument("--category", nargs="+", help="train on these categories only (default: all that there are)")
     data.add_argument(
         "--balance_categories",
@@ -34,7 +88,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable files (error)")
     data.add_argument(
         "--calibration_fraction",
-        type=float,
+        type=RATE,
         default=0.15,
         help="share of good images held out for thresholds (0.15)",
     )
@@ -44,59 +98,72 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         help="finds the part in an image's path, at its first match: the groups in parentheses, or else all of it; all "
         "photographs of a part in a category are then held out, or none (default: every image is of another part)",
     )
-    data.add_argument("--resolution", type=int, help="side of the training images in pixels (default: the preset's)")
+    data.add_argument("--resolution", type=PIXELS, help="side of the training images in pixels (default: the preset's)")
     data.add_argument(
-        "--rotation_degrees", type=float, default=5.0, help="rotate by up to this many degrees (%(default)s)"
+        "--rotation_degrees",
+        type=number(0.0, 180.0),
+        default=5.0,
+        help="rotate by up to this many degrees (%(default)s)",
     )
     data.add_argument("--random_flip", **switch, help="flip left-right")
     data.add_argument("--random_vertical_flip", **switch, help="flip upside down")
-    data.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read images (0)")
+    data.add_argument("--dataloader_num_workers", type=COUNT, default=0, help="processes that read images (0)")
 
     run = parser.add_argument_group("run")
     run.add_argument("--output_dir", default="runs/model", help="where the pipeline and checkpoints go (%(default)s)")
-    run.add_argument("--seed", type=int, default=0, help="of weights, data order, noise and augmentation (0)")
-    run.add_argument("--checkpointing_steps", type=int, default=500, help="steps between checkpoints (500)")
-    run.add_argument("--checkpoints_total_limit", type=int, default=2, help="checkpoints kept (2)")
+    run.add_argument("--seed", type=SEED, default=0, help="of weights, data order, noise and augmentation (0)")
+    run.add_argument("--checkpointing_steps", type=POSITIVE, default=500, help="steps between checkpoints (500)")
+    run.add_argument("--checkpoints_total_limit", type=POSITIVE, default=2, help="checkpoints kept (2)")
     run.add_argument("--resume_from_checkpoint", metavar="DIR", help="a checkpoint folder, or 'latest'")
-    run.add_argument("--validation_steps", type=int, default=0, help="steps between validation pictures (0: none)")
+    run.add_argument("--validation_steps", type=COUNT, default=0, help="steps between validation pictures (0: none)")
     run.add_argument("--report_to", default=None, help="tracker: tensorboard, wandb, ... (none)")
     run.add_argument("--push_to_hub", **switch, help="upload the pipeline, its card and pictures at the end")
     run.add_argument(
-        "--num_example_images", type=int, default=2, help="held-out good images saved as pictures, and pushed (2)"
+        "--num_example_images", type=COUNT, default=2, help="held-out good images saved as pictures, and pushed (2)"
     )
     run.add_argument("--hub_model_id", help="repository to push to (default: the name of --output_dir)")
     run.add_argument("--hub_token", help="Hub token (default: the one you logged in with)")
 
     optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--train_batch_size", type=int, default=8, help="images a step and process (%(default)s)")
-    optimization.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches a step (%(default)s)")
-    optimization.add_argument("--max_train_steps", type=int, default=10_000, help="optimizer steps (%(default)s)")
-    optimization.add_argument("--learning_rate", type=float, default=1e-4, help="(%(default)s)")
+    optimization.add_argument(
+        "--train_batch_size", type=POSITIVE, default=8, help="images a step and process (%(default)s)"
+    )
+    optimization.add_argument(
+        "--gradient_accumulation_steps", type=POSITIVE, default=1, help="batches a step (%(default)s)"
+    )
+    optimization.add_argument("--max_train_steps", type=POSITIVE, default=10_000, help="optimizer steps (%(default)s)")
+    optimization.add_argument("--learning_rate", type=ABOVE_ZERO, default=1e-4, help="(%(default)s)")
     optimization.add_argument("--lr_scheduler", default="cosine", help="diffusers' name of it (%(default)s)")
-    optimization.add_argument("--lr_warmup_steps", type=int, default=100, help="(%(default)s)")
-    optimization.add_argument("--adam_weight_decay", type=float, default=1e-4, help="(%(default)s)")
-    optimization.add_argument("--max_grad_norm", type=float, default=1.0, help="(1.0)")
+    optimization.add_argument("--lr_warmup_steps", type=COUNT, default=100, help="(%(default)s)")
+    optimization.add_argument("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-4, help="(%(default)s)")
+    optimization.add_argument("--max_grad_norm", type=ABOVE_ZERO, default=1.0, help="(1.0)")
     optimization.add_argument("--use_ema", **switch, help="keep and save the weights' moving average")
-    optimization.add_argument("--ema_decay", type=float, default=0.9999, help="its largest decay (0.9999)")
+    optimization.add_argument("--ema_decay", type=SHARE, default=0.9999, help="its largest decay (0.9999)")
     optimization.add_argument(
         "--mixed_precision", choices=PRECISIONS, help="auto is bf16 where that is fast, else no (accelerate's setting)"
     )
     optimization.add_argument("--gradient_checkpointing", **switch, help="less memory for more time")
-    optimization.add_argument("--false_alarm_rate", type=float, default=0.01, help="of good parts, at the end (0.01)")
+    optimization.add_argument("--false_alarm_rate", type=RATE, default=0.01, help="of good parts, at the end (0.01)")
 
 
 def add_diad_arguments(parser: argparse.ArgumentParser) -> None:
     """What the autoencoder's training and the denoiser's agree on: the images, and the features that judge them."""
     images = parser.add_argument_group("images")
-    images.add_argument("--image_mean", type=float, nargs=3, default=[*IMAGENET_MEAN], help="of colours (ImageNet's)")
-    images.add_argument("--image_std", type=float, nargs=3, default=[*IMAGENET_STD], help="of colours (ImageNet's)")
+    images.add_argument(
+        "--image_mean", type=number(), nargs=3, default=[*IMAGENET_MEAN], help="of colours (ImageNet's)"
+    )
+    images.add_argument(
+        "--image_std", type=ABOVE_ZERO, nargs=3, default=[*IMAGENET_STD], help="of colours (ImageNet's)"
+    )
     features = parser.add_argument_group("features")
     features.add_argument("--backbone", default="resnet50", help="timm model (resnet50)")
     features.add_argument(
         "--backbone_weights", help="'timm', 'random' or a file (default: installed package, then timm)"
     )
-    features.add_argument("--feature_strides", type=int, nargs="+", default=[4, 8, 16], help="(4 8 16)")
-    features.add_argument("--feature_image_size", type=int, help="pixels the backbone sees (default: the resolution)")
+    features.add_argument("--feature_strides", type=POSITIVE, nargs="+", default=[4, 8, 16], help="(4 8 16)")
+    features.add_argument(
+        "--feature_image_size", type=whole_number(8), help="pixels the backbone sees (default: the resolution)"
+    )
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -132,18 +199,11 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     args = parser.parse_args(argv)
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("give one of --train_data_dir and --dataset_name")
-    if not 0.0 < args.calibration_fraction < 1.0:
-        parser.error(
-            "--calibration_fraction must lie in (0, 1): thresholds need good images that training has not seen"
-        )
     if args.part_pattern is not None:
         try:
             check_part_pattern(args.part_pattern, "--part_pattern")
         except ValueError as error:
             parser.error(str(error))
-    if not 0.0 < args.false_alarm_rate < 1.0:
-        parser.error("--false_alarm_rate must lie in (0, 1)")
-    for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    if args.train_data_dir is not None and os.path.realpath(args.train_data_dir) == os.path.realpath(args.output_dir):
+        parser.error(f"--output_dir: {args.output_dir} holds the data: a model's pictures would lie between them")
     return args

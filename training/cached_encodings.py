@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
-from diffad.training.data import ResizedImages, temporary_table
+from diffad.training.data import ResizedImages
+from diffad.training.shared_map import shared_map
 
 
 def flip_pairs(args: argparse.Namespace) -> list[tuple[bool, bool]]:
@@ -22,7 +23,7 @@ def flip_pairs(args: argparse.Namespace) -> list[tuple[bool, bool]]:
 
 
 class CachedEncodings(TorchDataset):
-    """`ResizedImages`, and encodings of each image and its flips, computed once and read from a memory-mapped table.
+    """`ResizedImages`, and encodings of each image and its flips, computed once a machine and kept on disk.
 
     An item is (uint8 tensor (3, R, R), encodings (F, *shape) of `dtype`, category index) for F flips.
 
@@ -51,14 +52,14 @@ class CachedEncodings(TorchDataset):
             encodings = torch.stack([encode(flip(scaled, [pair] * len(scaled))) for pair in flips], dim=1)
             return {"encodings": [one.tobytes() for one in encodings.to(dtype).cpu().numpy()]}
 
-        self.table = Dataset.from_dict({"index": range(len(images))}).map(
+        self.table = shared_map(
+            Dataset.from_dict({"index": range(len(images))}),
             encode_flips,
             input_columns="index",
             remove_columns="index",
             batched=True,
             batch_size=16,
             desc="Encoding images",
-            cache_file_name=temporary_table(),
             new_fingerprint=uuid.uuid4().hex,  # its own would hash the network
         )
 

@@ -6,8 +6,7 @@ import argparse
 import math
 import uuid
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import fsspec
@@ -17,13 +16,18 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import get_temporary_cache_files_directory
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, Subset
 from torch.utils.data import Dataset as TorchDataset
 
 from diffad.data import load_anomaly_dataset
 from diffad.data.layouts import FEATURES
 from diffad.data.parts import part_index
 from diffad.images import images_to_tensors, resize_images
+from diffad.training.shared_map import shared_map
+from diffad.training.stop_signals import ignore_stop_signals
+
+if TYPE_CHECKING:
+    from diffad.training.cached_encodings import CachedEncodings
 
 
 def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str]]:
@@ -40,6 +44,7 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
         args.train_data_dir or args.dataset_name,
         split="train",
         category=args.category,
+        dataset=args.dataset,
         on_bad_image=args.on_bad_image,
         streaming=args.streaming,
     )
@@ -60,7 +65,7 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
             if num_photographs[one] <= left:
                 chosen.append(one)
                 left -= num_photographs[one]
-        is_held_out = np.isin(part[images], parts[chosen or [num_photographs.argmin()]])
+        is_held_out = np.isin(part[images], parts[chosen or [int(num_photographs.argmin())]])
         if (~is_held_out).sum() < 2:
             of_parts = "" if args.part_pattern is None else f", and of parts by --part_pattern {len(parts)}"
             raise ValueError(
@@ -93,13 +98,8 @@ def keep_good_images(stream: IterableDataset) -> Dataset:
     )
 
 
-def temporary_table() -> str:
-    """Path for a table of a `datasets.Dataset`, removed when the process ends."""
-    return str(Path(get_temporary_cache_files_directory(), f"{uuid.uuid4().hex}.arrow"))
-
-
 class ResizedImages(TorchDataset):
-    """Images of a data set, decoded and resized once and then read from a memory-mapped table.
+    """Images of a data set, decoded and resized once a machine and then read from a memory-mapped table.
 
     An item is (uint8 tensor (3, R, R), category index), and `category_index` holds the latter of all images. Decoding
     again in every epoch would cost more than a small network's step; keeping tensors in memory would grow with the
@@ -116,14 +116,9 @@ class ResizedImages(TorchDataset):
             pixels = (resized * 255.0).round().to(torch.uint8)  # (3, R, R)
             return {"pixels": pixels.numpy().tobytes(), "index": index[record["category"]]}
 
-        self.table = dataset.map(
-            resize,
-            remove_columns=dataset.column_names,
-            desc="Reading images",
-            writer_batch_size=64,
-            # a data set in memory would keep this one there too; one on disk has a place for it, and finds it again
-            cache_file_name=None if dataset.cache_files else temporary_table(),
-        ).with_format("numpy")
+        self.table = shared_map(
+            dataset, resize, remove_columns=dataset.column_names, desc="Reading images", writer_batch_size=64
+        )  # not as numpy: it would cut zeros off the end of a black image's bytes
         self.category_index = np.asarray(self.table["index"][:])
 
     def __len__(self) -> int:
@@ -175,26 +170,32 @@ class BalancedSampler(Sampler[int]):
         yield from order.permuted(np.stack(drawn, axis=1), axis=1).flatten().tolist()  # (rounds, categories)
 
 
-def create_data_loader(images: ResizedImages, args: argparse.Namespace) -> DataLoader:
+def create_data_loader(images: ResizedImages | CachedEncodings, args: argparse.Namespace) -> DataLoader:
     """Shuffled batches of `train_batch_size`, or of as many images as there are for each process.
 
     `images` may be any data set with a `category_index`.
-
-    Raises:
-        ValueError: there are fewer images than processes.
     """
-    images_a_process = len(images) // PartialState().num_processes
-    if not images_a_process:
-        raise ValueError(f"{len(images)} training images are too few for {PartialState().num_processes} processes.")
     return DataLoader(
         images,
-        batch_size=min(args.train_batch_size, images_a_process),
+        batch_size=min(args.train_batch_size, len(images) // PartialState().num_processes),
         shuffle=not args.balance_categories,
         sampler=BalancedSampler(images.category_index, args.seed) if args.balance_categories else None,
         drop_last=True,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def spread_batches(
+    images: ResizedImages, count: int, device: torch.device, shared: bool = False
+) -> Iterator[torch.Tensor]:
+    """About `count` images, evenly spread, in batches (16, 3, R, R) in [-1, 1]; `shared`: this process's share."""
+    chosen = range(0, len(images), max(1, len(images) // count))
+    if shared:
+        chosen = chosen[PartialState().process_index :: PartialState().num_processes]
+    for pixels, _ in DataLoader(Subset(images, chosen), 16):
+        yield pixels.to(device).float() / 127.5 - 1.0
 
 
 def augment(pixels: torch.Tensor, args: argparse.Namespace, generator: torch.Generator) -> torch.Tensor:

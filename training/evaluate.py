@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 
+from diffad.cli import load_pipeline
 from diffad.data import load_anomaly_dataset
 from diffad.evaluation.baselines import evaluate_baseline, load_training_images
-from diffad.evaluation.cases import thresholds
-from diffad.evaluation.detectors import evaluate_category, split_by_category
+from diffad.evaluation.detectors import evaluate_category, promise, split_by_category
 from diffad.evaluation.metric_names import BASELINE_TITLES
 from diffad.evaluation.report import (
     command_line,
@@ -33,10 +32,11 @@ from diffad.evaluation.report import (
     with_mean,
 )
 from diffad.precision import PRECISIONS, resolve_precision
+from diffad.training.arguments import POSITIVE, SEED, SHARE, FlagParser, whole_number
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Evaluates a saved pipeline.")
+    parser = FlagParser(description="Evaluates a saved pipeline.")
     parser.add_argument("--model", required=True, help="folder or Hub id of a pipeline")
     add_evaluation_arguments(parser)
     parser.add_argument("--output", default="report.json", help="the report (report.json)")
@@ -57,13 +57,15 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="data set's folder or Hub id, 'elpv' or 'elpv/mono'")
     parser.add_argument("--dataset", help="force a layout (mvtec_ad, visa, ...)")
     parser.add_argument("--category", nargs="+", help="only these categories")
-    parser.add_argument("--resolution", type=int, default=256, help="pixels a side at which maps meet masks (256)")
-    parser.add_argument("--pro_fpr_limit", type=float, default=0.3, help="of PRO (0.3)")
-    parser.add_argument("--batch_size", type=int, default=16, help="images a batch (16)")
+    parser.add_argument(
+        "--resolution", type=whole_number(8), default=256, help="pixels a side at which maps meet masks (256)"
+    )
+    parser.add_argument("--pro_fpr_limit", type=SHARE, default=0.3, help="of PRO (0.3)")
+    parser.add_argument("--batch_size", type=POSITIVE, default=16, help="images a batch (16)")
     parser.add_argument(
         "--mixed_precision", choices=PRECISIONS, help="auto is bf16 where that is fast, else no (accelerate's setting)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the noise (0)")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # 1. Data and detectors
     dataset = load_anomaly_dataset(args.data, split="test", category=args.category, dataset=args.dataset)
-    pipeline = DiffusionPipeline.from_pretrained(args.model).to(accelerator.device)
+    pipeline = load_pipeline(args.model).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     baselines = [name for name in args.baselines if name != "none"]
     if "ddpm" in baselines and not hasattr(pipeline.unet.config, "feature_channels"):
@@ -115,11 +117,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     limits = (args.resolution, args.pro_fpr_limit, args.batch_size, args.seed)
     for category in [name for name in tests if name not in report["results"]]:
         images, good = tests[category], goods.get(category)
-        ours = evaluate_category(pipeline, images, category, accelerator, *limits, args.save_maps)
-        for name in baselines:
-            result = evaluate_baseline(name, pipeline, good, images, category, accelerator, *limits)
+        with accelerator.autocast():
+            ours = evaluate_category(pipeline, images, category, accelerator, *limits, args.save_maps)
+            others = {
+                n: evaluate_baseline(n, pipeline, good, images, category, accelerator, *limits) for n in baselines
+            }
+        for name, result in others.items():
             report["baselines"][name] = with_mean({**report["baselines"][name], category: result})
-        ours.result["image_threshold"] = thresholds(pipeline, category)[0]
+        ours.result.update(promise(pipeline, category))
         report["results"] = with_mean({**report["results"], category: ours.result})
         report["scores"][category] = ours.records
         report["curves"][category] = {
@@ -130,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # 4. The page
     if accelerator.is_main_process:
-        save_page(report, pipeline, tests, accelerator, path)
+        with accelerator.autocast():
+            save_page(report, pipeline, tests, path)
         print(report_markdown(report) + f"Report: {path} and {path.with_suffix('.html')}")
     accelerator.wait_for_everyone()
     accelerator.end_training()  # a process that exits with its group still open may abort

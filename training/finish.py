@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
 
+from diffad.files import write_text_whole
 from diffad.images import image_to_rgb
 from diffad.model_card import SECRETS, TRAINING_NAME, remove_reports
 from diffad.visualization import beside_overlay
@@ -25,12 +27,15 @@ def finish(
     categories: Sequence[str],
     args: argparse.Namespace,
     record: dict[str, Any],
+    accelerator: Accelerator,
     max_statistics_images: int = 512,
 ) -> None:
-    """Calibrates a pipeline on good images, saves it and, where asked, pushes it; on the main process.
+    """Calibrates a pipeline on good images, saves it and, where asked, pushes it.
 
-    Per-position statistics come from up to `max_statistics_images` images of training, which are many; thresholds and
-    p-values from the held-out ones, which no network has seen. `record` goes into `training.json`.
+    Every process calls this: all share the calibration's images, and the main one saves what came of them. Per-position
+    statistics come from up to `max_statistics_images` images of training, which are many; thresholds and p-values from
+    the held-out ones, which no network has seen. It calibrates in float32, as the saved weights are loaded, whatever
+    the precision of training was. `record` goes into `training.json`.
     """
     generator = torch.Generator().manual_seed(args.seed)
     for category in categories:
@@ -47,12 +52,15 @@ def finish(
             false_alarm_rate=args.false_alarm_rate,
             category=category if len(categories) > 1 else None,
             generator=generator,
+            accelerator=accelerator,
         )
-    remove_reports(args.output_dir)  # they speak of the weights that were here before
-    pipeline.save_pretrained(args.output_dir)
-    save_examples(pipeline, held_out, args)
-    save_record(args, {"categories": list(categories), **record})
-    if args.push_to_hub:
+    if accelerator.is_main_process:
+        remove_reports(args.output_dir)  # they speak of the weights that were here before
+        pipeline.save_pretrained(args.output_dir)
+        save_examples(pipeline, held_out, args)
+        save_record(args, {"categories": list(categories), **record})
+    accelerator.wait_for_everyone()  # for what is saved; an upload takes longer than a collective may
+    if args.push_to_hub and accelerator.is_main_process:
         repo_id = args.hub_model_id or Path(args.output_dir).name
         pipeline.push_to_hub(repo_id, token=args.hub_token, folder=args.output_dir)
 
@@ -61,9 +69,9 @@ def save_examples(pipeline: Any, held_out: Dataset, args: argparse.Namespace) ->
     """Held-out images beside their overlays, for the model's card: on good ones nothing should light up."""
     for i in range(min(args.num_example_images, len(held_out))):
         picture = np.asarray(image_to_rgb(held_out[i]["image"]))
-        category = held_out[i]["category"] if len(pipeline.config.categories or []) > 1 else None
+        category = held_out[i]["category"] if len(pipeline.categories) > 1 else None
         output = pipeline(picture, category=category, generator=torch.Generator().manual_seed(args.seed))
-        threshold = float(pipeline.calibration.pixel_threshold[pipeline.category_index(category, 1)[0]])
+        threshold = float(pipeline.calibration.pixel_threshold[pipeline.category_index(category)])
         sheet = beside_overlay(picture, output.anomaly_map[0], output.anomaly_mask[0], threshold)
         Image.fromarray(sheet).save(Path(args.output_dir, f"good-{i + 1}.png"))
 
@@ -72,4 +80,4 @@ def save_record(args: argparse.Namespace, record: dict[str, Any]) -> None:
     """Writes `training.json` beside the model: the arguments, and what came of them."""
     arguments = {name: value for name, value in vars(args).items() if name not in SECRETS}
     record = {"arguments": arguments, **record}
-    Path(args.output_dir, TRAINING_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n")
+    write_text_whole(Path(args.output_dir, TRAINING_NAME), json.dumps(record, indent=2, default=str) + "\n")

@@ -9,7 +9,6 @@ Any number of processes share the images, and the result does not depend on it.
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,24 +19,31 @@ from accelerate import Accelerator
 
 from diffad import AnomalyDenoisePipeline
 from diffad.data import load_anomaly_dataset
+from diffad.pipelines.saving import save_whole
+from diffad.training.arguments import NOT_NEGATIVE, POSITIVE, SEED, FlagParser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Fits the Gaussian of good images' features.")
+    parser = FlagParser(description="Fits the Gaussian of good images' features.")
     parser.add_argument("--model", required=True, help="folder or Hub id of an AnomalyDenoise pipeline")
     parser.add_argument("--output_dir", help="save the whole pipeline here (default: add to --model's folder)")
     data = parser.add_argument_group("data")
     data.add_argument("--train_data_dir", metavar="DIR", help="MVTec-AD style tree or folder of good images, or 'elpv'")
     data.add_argument("--dataset_name", metavar="ID", help="data set on the Hub, instead of --train_data_dir")
+    data.add_argument("--dataset", metavar="NAME", help="force a layout (mvtec_ad, visa, folder, ...)")
     data.add_argument("--category", nargs="+", help="only these categories (default: all that there are)")
     data.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable files (error)")
     model = parser.add_argument_group("model")
-    model.add_argument("--image_size", type=int, help="pixels the backbone sees (default: as the pipeline's extractor)")
-    model.add_argument("--feature_size", type=int, help="side of the grid of positions (default: --image_size / 4)")
-    model.add_argument("--num_channels", type=int, help="channels drawn at random (default: 100)")
-    model.add_argument("--epsilon", type=float, help="regularisation, as a share of the features' variance")
-    parser.add_argument("--batch_size", type=int, default=32, help="images in one pass (32)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    model.add_argument(
+        "--image_size", type=POSITIVE, help="pixels the backbone sees (default: as the pipeline's extractor)"
+    )
+    model.add_argument(
+        "--feature_size", type=POSITIVE, help="side of the grid of positions (default: --image_size / 4)"
+    )
+    model.add_argument("--num_channels", type=POSITIVE, help="channels drawn at random (default: 100)")
+    model.add_argument("--epsilon", type=NOT_NEGATIVE, help="regularisation, as a share of the features' variance")
+    parser.add_argument("--batch_size", type=POSITIVE, default=32, help="images in one pass (32)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of the noise (0)")
     args = parser.parse_args(argv)
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("give one of --train_data_dir and --dataset_name")
@@ -51,14 +57,9 @@ def save(pipeline: AnomalyDenoisePipeline, args: argparse.Namespace) -> None:
     if args.output_dir is not None:
         pipeline.save_pretrained(args.output_dir)
         return
-    # written under another name and renamed: what was loaded may still be read from the files there
-    folder = Path(args.model, "gaussian")
-    unfinished = folder.with_name("unfinished-gaussian")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    pipeline.gaussian.save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
-    pipeline.save_config(args.model)  # model_index.json
+    with save_whole(args.model) as unfinished:
+        pipeline.gaussian.save_pretrained(unfinished / "gaussian")
+        pipeline.save_config(unfinished)  # model_index.json
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,9 +70,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # 1. The pipeline, and good images of its categories
     pipeline = AnomalyDenoisePipeline.from_pretrained(args.model).to(accelerator.device)
     data = args.train_data_dir or args.dataset_name
-    good = load_anomaly_dataset(data, split="train", category=args.category, on_bad_image=args.on_bad_image)
+    good = load_anomaly_dataset(
+        data, split="train", category=args.category, dataset=args.dataset, on_bad_image=args.on_bad_image
+    )
     labels, of_image = np.asarray(good["label"]), np.asarray(good["category"])
-    known = pipeline.config.categories or []
+    known = pipeline.categories
     if len(known) > 1:
         unknown = sorted(set(of_image.tolist()) - set(known))
         if unknown:

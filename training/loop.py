@@ -1,26 +1,33 @@
-"""What the training scripts do alike: accelerator, optimizer, checkpoints that resume."""
+"""The one training loop: each script brings a model, the loss of a batch and what to show."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
+from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch import nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from diffad.model_card import SECRETS
 from diffad.precision import resolve_precision
+from diffad.seeding import step_generator
+from diffad.training.checkpoints import list_checkpoints, resume, save_checkpoint
+from diffad.training.stop_signals import catch_stop_signals, received_anywhere
 
-logger = get_logger(__name__)
+# (model, batch, generator) -> the loss, a scalar, and the parts of it that the log names
+BatchLoss: TypeAlias = Callable[[nn.Module, Any, torch.Generator], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -47,8 +54,105 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+def train(
+    model: nn.Module,
+    batch_loss: BatchLoss,
+    data_loader: DataLoader,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    save_pictures: Callable[[Path], None] | None = None,
+) -> dict[str, Any]:
+    """Trains a model, which ends in evaluation mode, with the averaged weights where `args.use_ema`.
+
+    Every process calls this. Ctrl-C and SIGTERM are looked at between steps: a checkpoint is written, from which
+    `--resume_from_checkpoint latest` comes to the same weights to the bit.
+
+    Args:
+        model: its parameters that require gradients are trained.
+        batch_loss: the loss of a batch, as a scalar, and its named parts for the log. It is given `model` as accelerate
+            wraps it, a batch of `data_loader` on the process's device, and the batch's own generator.
+        data_loader: not yet accelerate's.
+        args: the shared flags.
+        accelerator: of `create_accelerator`.
+        save_pictures: writes a sheet of validation pictures to a path, called every `args.validation_steps` on the main
+            process, with the model in evaluation mode.
+
+    Returns:
+        For `training.json`: `steps`, and `training_seconds` of this call.
+
+    Raises:
+        RuntimeError: the loss or its gradient is not finite, or the processes' weights differ at the end.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    # 1. Optimizer, averages, and what accelerate makes of them; where a checkpoint left off
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    accumulation = args.gradient_accumulation_steps
+    images_a_step = accumulation * data_loader.batch_size * accelerator.num_processes
+    optimizer, schedule = create_optimizer(trained, args, accelerator)
+    model, optimizer, data_loader, schedule = accelerator.prepare(model, optimizer, data_loader, schedule)
+    ema = create_ema(trained, args, accelerator)
+    step = first_step = resume(accelerator, args)
+    first, last = step * accumulation, args.max_train_steps * accumulation  # batches
+    progress = tqdm(
+        total=args.max_train_steps, initial=step, desc="Training", disable=not accelerator.is_local_main_process
+    )
+    exchange_is_cheap = accelerator.num_processes == 1 or accelerator.device.type == "cpu"
+    model.train()
+    started = time.time()
+
+    with catch_stop_signals() as received, progress:
+        for number, batch in training_batches(data_loader, accelerator, first, last):
+            # 2. A step, of `accumulation` batches
+            with accelerator.accumulate(model):
+                loss, parts = batch_loss(model, batch, step_generator(args.seed, number, accelerator))
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    gradient_norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            step += 1
+            if ema is not None:
+                ema.step(trained)
+            progress.update()
+
+            # 3. Looks at the loss and for signals, seldom where that waits for a GPU
+            is_last, is_tenth = step == args.max_train_steps, step % 10 == 0
+            stop = received_anywhere(received, accelerator) if exchange_is_cheap or is_last or is_tenth else 0
+            is_saved = bool(stop) or is_last or step % args.checkpointing_steps == 0
+            if is_saved or is_tenth:
+                values = read_loss(loss, parts, gradient_norm, step, args, accelerator)
+            if is_last or is_tenth:
+                rate = (step - first_step) * images_a_step / (time.time() - started)
+                progress.set_postfix({**{k: f"{v:.3f}" for k, v in values.items()}, "images/s": f"{rate:.0f}"})
+                accelerator.log({**values, "lr": schedule.get_last_lr()[0], "images_per_s": rate}, step=step)
+
+            # 4. Pictures and checkpoints
+            is_shown = bool(args.validation_steps) and step % args.validation_steps == 0
+            if save_pictures is not None and is_shown and accelerator.is_main_process:
+                model.eval()
+                with torch.no_grad(), accelerator.autocast():
+                    save_pictures(Path(args.output_dir, "validation", f"step-{step}.png"))
+                model.train()
+            if is_saved:
+                save_checkpoint(accelerator, args, step)
+            if stop:
+                progress.close()
+                accelerator.print(f"Stopped at step {step}. Add --resume_from_checkpoint latest to go on.")
+                accelerator.end_training()
+                raise SystemExit(128 + stop)
+
+    check_replicas(model, accelerator)
+    if ema is not None:
+        ema.copy_to(trained)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()  # its forward is float32's again
+    return {"steps": step, "training_seconds": round(time.time() - started, 1)}
+
+
 def training_batches(
-    data_loader: DataLoader, accelerator: Accelerator, first: int, last: int
+    data_loader: DataLoaderShard, accelerator: Accelerator, first: int, last: int
 ) -> Iterator[tuple[int, Any]]:
     """Numbered batches [first, last), epoch after epoch; a resumed run skips without reading images."""
     number = first
@@ -64,7 +168,7 @@ def training_batches(
 
 
 def create_optimizer(
-    parameters: Sequence[torch.nn.Parameter], args: argparse.Namespace, accelerator: Accelerator
+    parameters: Sequence[nn.Parameter], args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[torch.optim.Optimizer, Any]:
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay, fused=True)
     # accelerate steps the schedule once for every process
@@ -77,63 +181,59 @@ def create_optimizer(
     return optimizer, schedule
 
 
-def create_ema(parameters: Sequence[torch.nn.Parameter], args: argparse.Namespace) -> EMAModel | None:
-    """Diffusers' EMA; the warm-up's power suits runs of a thousand steps as well as of a million."""
+def create_ema(
+    parameters: Sequence[nn.Parameter], args: argparse.Namespace, accelerator: Accelerator
+) -> EMAModel | None:
+    """Diffusers' EMA, in the checkpoints; the warm-up's power suits runs of a thousand steps as well as of a million.
+
+    It starts from the weights as they are, so before a checkpoint is loaded.
+    """
     if not args.use_ema:
         return None
-    return EMAModel(parameters, decay=args.ema_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
+    ema = EMAModel(parameters, decay=args.ema_decay, use_ema_warmup=True, power=3 / 4, foreach=True)
+    ema.to(accelerator.device)
+    accelerator.register_for_checkpointing(ema)
+    return ema
 
 
-def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, step: int) -> None:
-    """Saves `checkpoint-STEP`: written under another name and renamed, so a killed run leaves no half checkpoint."""
-    folder = Path(args.output_dir, f"checkpoint-{step}")
-    unfinished = folder.with_name(f"unfinished-{folder.name}")
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-        for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit or None]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+def read_loss(
+    loss: torch.Tensor,
+    parts: dict[str, torch.Tensor],
+    gradient_norm: torch.Tensor,
+    step: int,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """The loss's parts, averaged over the processes, as numbers.
+
+    Raises:
+        RuntimeError: loss or gradient is not finite on some process; on all of them, so that none waits for it.
+    """
+    tensors = {**parts, "loss": loss, "gradient's norm": gradient_norm}
+    if accelerator.optimizer_step_was_skipped:  # fp16's scaler has seen the gradient, and goes on with a smaller scale
+        del tensors["gradient's norm"]
+    row = torch.stack([tensor.detach().float() for tensor in tensors.values()])  # (K,)
+    values = dict(zip(tensors, accelerator.gather(row[None]).mean(dim=0).tolist(), strict=True))
+    wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    if wrong:
+        kept = list_checkpoints(args.output_dir)
+        raise RuntimeError(
+            f"Training has diverged: at step {step}, {', '.join(wrong)}. Start again with a lower --learning_rate than "
+            f"{args.learning_rate:g} or more --lr_warmup_steps than {args.lr_warmup_steps}. This state was not saved; "
+            + (f"{kept[-1]} is the last good checkpoint." if kept else "there is no earlier checkpoint.")
+        )
+    return {name: values[name] for name in parts}
 
 
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
-
-
-def resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
-    """Loads the checkpoint asked for and returns its step; 0 where there is none yet."""
-    if not args.resume_from_checkpoint:
-        return 0
-    if args.resume_from_checkpoint == "latest":
-        checkpoints = list_checkpoints(args.output_dir)
-        if not checkpoints:
-            accelerator.print(f"No checkpoint in {args.output_dir} yet: starting anew.")
-            return 0
-        folder = checkpoints[-1]
-    else:
-        folder = Path(args.resume_from_checkpoint)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"--resume_from_checkpoint: no folder at {folder}. Give one, or 'latest'.")
-    accelerator.load_state(str(folder))
-    step = int(folder.name.removeprefix("checkpoint-"))
-    accelerator.print(f"Resuming from {folder}, step {step}.")
-    return step
-
-
-def check_replicas(model: torch.nn.Module, accelerator: Accelerator) -> None:
+def check_replicas(model: nn.Module, accelerator: Accelerator) -> None:
     """Every process must have come to the same weights.
 
     Raises:
         RuntimeError: they differ, so gradients were not exchanged.
     """
-    checksum = sum(p.detach().double().abs().sum() for p in model.parameters()).reshape(1)
-    gathered = accelerator.gather(checksum.float() if checksum.device.type == "mps" else checksum)
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
+    sums = (p.detach().abs().sum(dtype=dtype) for p in model.parameters())
+    checksum = sum(sums, torch.zeros(1, dtype=dtype, device=accelerator.device))
+    gathered = accelerator.gather(checksum)
     if not torch.equal(gathered, gathered[:1].expand_as(gathered)):
         raise RuntimeError(f"Processes ended with different weights (sums {gathered.tolist()}).")

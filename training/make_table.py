@@ -12,7 +12,6 @@ first, with `--train_config` and the row's changes to it; a model that is there 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import re
@@ -28,23 +27,25 @@ import torch
 import yaml
 from accelerate import Accelerator
 from datasets import Dataset
-from diffusers import DiffusionPipeline
 
 from diffad import AnomalyDenoisePipeline, DiADPipeline, TimmFeatureExtractor
 from diffad.calibration.fitting import CalibrationFit
+from diffad.cli import load_pipeline
 from diffad.data import load_anomaly_dataset
 from diffad.evaluation.baselines import evaluate_baseline, load_training_images
 from diffad.evaluation.detectors import category_index, evaluate_detectors, split_by_category
 from diffad.evaluation.metric_names import MEAN
 from diffad.evaluation.report import command_line, describe_machine, markdown_table, with_mean, write_files
 from diffad.images import images_to_pixel_values, images_to_tensors
-from diffad.pipelines.base import AnomalyPipeline, Measurement
+from diffad.pipelines.detection import DetectionPipeline, setting_names
 from diffad.precision import resolve_precision
-from diffad.seeding import image_generator
+from diffad.scoring import Measurement, empty_measurement
+from diffad.seeding import draw_noise, image_generator
+from diffad.training.arguments import POSITIVE, FlagParser
 from diffad.training.evaluate import add_evaluation_arguments
 
 TABLES = files("diffad.training") / "configs" / "tables"
-METHODS = {"AnomalyDenoise": AnomalyDenoisePipeline, "DiAD": DiADPipeline}
+METHODS: dict[str, type[DetectionPipeline]] = {"AnomalyDenoise": AnomalyDenoisePipeline, "DiAD": DiADPipeline}
 SCRIPTS = {"AnomalyDenoise": "train_ddpm", "DiAD": "train_diad"}
 # what a row may say beside the pipeline's own settings
 ROW_KEYS = ("name", "calibrated", "backbone", "backbone_weights", "train", "each_category", "all_steps", "baseline")
@@ -59,7 +60,7 @@ PADIM = {"name": "PaDiM", "baseline": "padim"}
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Makes a table of the papers for a model and a data set.")
+    parser = FlagParser(description="Makes a table of the papers for a model and a data set.")
     parser.add_argument("--table", required=True, help=f"a table's file, or one of {table_names()}")
     parser.add_argument("--model", help="folder or Hub id of a pipeline (not for tables whose rows are trained)")
     parser.add_argument(
@@ -69,7 +70,9 @@ def create_parser() -> argparse.ArgumentParser:
     )
     add_evaluation_arguments(parser)
     parser.add_argument("--output", default="table.json", help="gets the table, and .md beside it (table.json)")
-    parser.add_argument("--max_statistics_images", type=int, default=512, help="good images of a calibration (512)")
+    parser.add_argument(
+        "--max_statistics_images", type=POSITIVE, default=512, help="good images of a calibration (512)"
+    )
     return parser
 
 
@@ -93,7 +96,7 @@ def load_table(name: str) -> dict[str, Any]:
         raise ValueError(f"--table: {path} must set title, method and rows.")
     if table["method"] not in METHODS:
         raise ValueError(f"--table: method must be one of {', '.join(METHODS)} in {path}, not {table['method']!r}.")
-    known = {*ROW_KEYS, *settings_of(METHODS[table["method"]])} - set(FIXED)
+    known = {*ROW_KEYS, *setting_names(METHODS[table["method"]])} - set(FIXED)
     if table["method"] == "AnomalyDenoise":
         known -= {"backbone", "backbone_weights"}  # its denoiser predicts the features of one backbone
     baselines = ["padim", "ddpm"] if table["method"] == "AnomalyDenoise" else ["padim"]
@@ -128,17 +131,10 @@ def load_yaml(path: Path | Any) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
 
 
-def settings_of(pipeline_class: type[AnomalyPipeline]) -> list[str]:
-    """The configuration values of a pipeline class: its arguments with a default that are no components."""
-    parameters = inspect.signature(pipeline_class.__init__).parameters.values()
-    settings = [p.name for p in parameters if p.default is not inspect.Parameter.empty]
-    return [name for name in settings if name not in pipeline_class._optional_components]
-
-
 # -- rows --------------------------------------------------------------------------------------------------------
 
 
-def row_pipeline(model: AnomalyPipeline, row: dict[str, Any], device: torch.device) -> AnomalyPipeline:
+def row_pipeline(model: DetectionPipeline, row: dict[str, Any], device: torch.device) -> DetectionPipeline:
     """A pipeline of the model's own networks with a row's settings, not calibrated."""
     components = {**model.components, "calibration": None}
     if "backbone" in row:
@@ -146,7 +142,7 @@ def row_pipeline(model: AnomalyPipeline, row: dict[str, Any], device: torch.devi
         components["feature_extractor"] = TimmFeatureExtractor.from_backbone(
             row["backbone"], strides, model.feature_extractor.config.image_size, row.get("backbone_weights")
         ).to(device)
-    kept = {name: model.config[name] for name in settings_of(type(model))}
+    kept = {name: model.config[name] for name in setting_names(type(model))}
     changed = {name: value for name, value in row.items() if name in kept}
     pipeline = type(model)(**components, **{**kept, **changed})
     pipeline.set_progress_bar_config(disable=True)
@@ -154,69 +150,72 @@ def row_pipeline(model: AnomalyPipeline, row: dict[str, Any], device: torch.devi
 
 
 def measure_rows(
-    pipelines: Sequence[AnomalyPipeline],
+    pipelines: Sequence[DetectionPipeline],
     pixel_values: torch.Tensor,
     category: torch.Tensor,
     generators: Sequence[torch.Generator],
 ) -> Iterator[Measurement]:
     """Each row's measurement of a batch, from one pass of the networks they share."""
     first = pipelines[0]
-    resolution = first.processing_resolution
     if isinstance(first, DiADPipeline):
         reconstruction = first.reconstruct(pixel_values, generators)
         for pipeline in pipelines:
             yield pipeline.compare(pixel_values, reconstruction)
-    else:
-        noise_levels = sorted({timestep for pipeline in pipelines for timestep in pipeline.config.timesteps})
-        measurement = first.measure_at(noise_levels, pixel_values, category, resolution, generators)
-        for pipeline in pipelines:
-            yield pipeline.select(measurement, noise_levels)
+        return
+    resolution = first.processing_resolution
+    noise_levels = sorted({timestep for pipeline in pipelines for timestep in pipeline.config.timesteps})
+    noise = draw_noise((len(noise_levels), 3, resolution, resolution), generators, pixel_values.device)
+    layer_channels = first.feature_extractor.layer_channels
+    everything = first.measure(pixel_values, noise, category, noise_levels, range(len(layer_channels)))
+    layers = everything.residual.split(layer_channels, dim=2)  # L of (N, T, C_i, h, w)
+    for pipeline in pipelines:
+        chosen = [noise_levels.index(timestep) for timestep in pipeline.config.timesteps]
+        residual = torch.cat([layers[i][:, chosen] for i in pipeline.scored_layers], dim=2)
+        yield Measurement(everything.maps[:, chosen], residual)
 
 
-def to_pixel_values(images: Iterable[Any], pipeline: AnomalyPipeline, device: torch.device) -> torch.Tensor:
+def to_pixel_values(images: Iterable[Any], pipeline: DetectionPipeline, device: torch.device) -> torch.Tensor:
     """Images as the networks of `pipeline` take them, (N, 3, R, R) in [-1, 1]."""
-    side = pipeline.input_resolution(pipeline.processing_resolution)
-    return images_to_pixel_values(images_to_tensors(list(images)), (side, side)).to(device)
+    return images_to_pixel_values(images_to_tensors(list(images)), (pipeline.input_resolution,) * 2).to(device)
 
 
 @torch.no_grad()
 def calibrate_rows(
-    pipelines: Sequence[AnomalyPipeline],
+    pipelines: Sequence[DetectionPipeline],
     good: Dataset,
     category: int,
     accelerator: Accelerator,
     batch_size: int,
     seed: int,
 ) -> None:
-    """Gives each row's pipeline a calibration, without thresholds.
+    """Gives each row's pipeline a calibration, without thresholds; all processes share the images."""
+    fits: dict[tuple[Any, ...], tuple[DetectionPipeline, CalibrationFit]] = {}
+    for pipeline in pipelines:
+        fits.setdefault(calibration_key(pipeline), (pipeline, pipeline.calibration_fit(category, 1, 0.5, accelerator)))
+    fitted = [pipeline for pipeline, _ in fits.values()]
+    mine = range(accelerator.process_index, len(good), accelerator.num_processes)
+    chosen = mine or range(1)  # whose measurement tells the shapes
+    for start in range(0, len(chosen), batch_size):
+        batch = chosen[start : start + batch_size]
+        pixel_values = to_pixel_values((good[i]["image"] for i in batch), fitted[0], accelerator.device)
+        of_category = torch.full((len(batch),), category, device=accelerator.device)
+        generators = [image_generator(seed, i) for i in batch]
+        measurements = measure_rows(fitted, pixel_values, of_category, generators)
+        for (_, fit), measurement in zip(fits.values(), measurements, strict=True):
+            fit.add_statistics(measurement if mine else empty_measurement(measurement))
+    calibrations = {key: fit.set_statistics() for key, (_, fit) in fits.items()}
+    for pipeline in pipelines:
+        pipeline.register_modules(calibration=calibrations[calibration_key(pipeline)])
 
-    Every process takes all images, so that no number depends on how many there are.
-    """
-    keys = [calibration_key(pipeline) for pipeline in pipelines]
-    fits = {key: CalibrationFit(pipeline, category, 1, 0.5) for key, pipeline in zip(keys, pipelines, strict=True)}
-    fitted = [fit.pipeline for fit in fits.values()]
-    for start in range(0, len(good), batch_size):
-        chosen = range(start, min(start + batch_size, len(good)))
-        pixel_values = to_pixel_values((good[i]["image"] for i in chosen), fitted[0], accelerator.device)
-        of_category = torch.full((len(chosen),), category, device=accelerator.device)
-        generators = [image_generator(seed, i) for i in chosen]
-        with accelerator.autocast():
-            measurements = measure_rows(fitted, pixel_values, of_category, generators)
-            for fit, measurement in zip(fits.values(), measurements, strict=True):
-                fit.add_statistics(measurement)
-    calibrations = {key: fit.set_statistics() for key, fit in fits.items()}
-    for key, pipeline in zip(keys, pipelines, strict=True):
-        pipeline.register_modules(calibration=calibrations[key])
 
-
-def calibration_key(pipeline: AnomalyPipeline) -> tuple[Any, ...]:
+def calibration_key(pipeline: DetectionPipeline) -> tuple[Any, ...]:
     """What a row's calibration depends on: its features and settings."""
-    settings = [name for name in settings_of(type(pipeline)) if name not in AFTER_CALIBRATION]
+    settings = [name for name in setting_names(type(pipeline)) if name not in AFTER_CALIBRATION]
     return id(pipeline.feature_extractor), *(str(pipeline.config[name]) for name in settings)
 
 
 def evaluate_rows(
-    model: AnomalyPipeline,
+    model: DetectionPipeline,
     rows: Sequence[dict[str, Any]],
     good: Dataset | None,
     images: Dataset,
@@ -253,7 +252,8 @@ def evaluate_rows(
         outputs = []
         measurements = measure_rows(pipelines, pixel_values, indices, generators)
         for pipeline, measurement in zip(pipelines, measurements, strict=True):
-            anomaly_map = pipeline.anomaly_maps(measurement, indices, pipeline.calibration)
+            maps = pipeline.score_maps(measurement, indices, pipeline.calibration)
+            anomaly_map = pipeline.join_maps(maps, indices, pipeline.calibration)
             outputs.append(SimpleNamespace(anomaly_map=anomaly_map, anomaly_score=pipeline.image_scores(anomaly_map)))
         return outputs
 
@@ -322,13 +322,13 @@ def markdown(table: dict[str, Any]) -> str:
     return heading + markdown_table({row["name"]: row["results"][MEAN] for row in table["rows"]}, "row")
 
 
-def load_model(path: str | Path, method: str, device: torch.device) -> AnomalyPipeline:
+def load_model(path: str | Path, method: str, device: torch.device) -> DetectionPipeline:
     """A saved pipeline on its device.
 
     Raises:
         ValueError: it is not of `method`, or has no features to score with.
     """
-    pipeline = DiffusionPipeline.from_pretrained(path)
+    pipeline = load_pipeline(path)
     if not isinstance(pipeline, METHODS[method]):
         raise ValueError(f"--model: this table is about {method}, but {path} holds a {type(pipeline).__name__}.")
     if pipeline.feature_extractor is None:
@@ -371,7 +371,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                     groups.setdefault(tuple(row.get(name) for name in SHARED), []).append(i)
             for group in groups.values():
                 of_group = [rows[i] for i in group]
-                evaluated = evaluate_rows(model, of_group, goods.get(category), test, category, accelerator, args)
+                with accelerator.autocast():
+                    evaluated = evaluate_rows(model, of_group, goods.get(category), test, category, accelerator, args)
                 for i, result in zip(group, evaluated, strict=True):
                     results[i][category] = result
 

@@ -12,34 +12,39 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import reduce
 from datasets import Dataset
 from diffusers import AutoencoderKL
 from torch import nn
-from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
 
 from diffad import TimmFeatureExtractor
 from diffad.images import denormalize_images, images_to_pixel_values, images_to_tensors, normalize_images
-from diffad.pipelines.pipeline_diad import encode_latents
-from diffad.seeding import step_generator
-from diffad.training.arguments import add_diad_arguments, add_shared_arguments, parse_arguments
-from diffad.training.data import ResizedImages, augment, create_data_loader, load_good_images, load_pictures
-from diffad.training.finish import save_record
-from diffad.training.loop import (
-    check_replicas,
-    create_accelerator,
-    create_ema,
-    create_optimizer,
-    resume,
-    save_checkpoint,
-    training_batches,
+from diffad.latents import encode_latents
+from diffad.pipelines.saving import finish_saving, save_whole
+from diffad.training.arguments import (
+    NOT_NEGATIVE,
+    FlagParser,
+    add_diad_arguments,
+    add_shared_arguments,
+    parse_arguments,
 )
+from diffad.training.data import (
+    ResizedImages,
+    augment,
+    create_data_loader,
+    load_good_images,
+    load_pictures,
+    spread_batches,
+)
+from diffad.training.finish import save_record
+from diffad.training.loop import create_accelerator, train
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 AUTOENCODER_PRESETS: dict[str, dict[str, Any]] = {
@@ -58,7 +63,7 @@ AUTOENCODER_PRESETS: dict[str, dict[str, Any]] = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Trains DiAD's autoencoder on good images.")
+    parser = FlagParser(description="Trains DiAD's autoencoder on good images.")
     add_shared_arguments(parser)
     add_diad_arguments(parser)
     parser.set_defaults(output_dir="runs/autoencoder")
@@ -72,8 +77,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     loss = parser.add_argument_group("loss")
     loss.add_argument("--reconstruction_loss", choices=("l1", "l2"), default="l1", help="of normalised pixels (l1)")
-    loss.add_argument("--kl_weight", type=float, default=1e-6, help="of the latents' KL, per value of the image (1e-6)")
-    loss.add_argument("--perceptual_weight", type=float, default=0.0, help="of the features' distance (0)")
+    loss.add_argument(
+        "--kl_weight", type=NOT_NEGATIVE, default=1e-6, help="of the latents' KL, per value of the image (1e-6)"
+    )
+    loss.add_argument("--perceptual_weight", type=NOT_NEGATIVE, default=0.0, help="of the features' distance (0)")
     loss.add_argument(
         "--perceptual_loss",
         choices=("cosine", "l2"),
@@ -88,6 +95,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load_autoencoder(name_or_path: str) -> AutoencoderKL:
     """An `AutoencoderKL`, or the one in the `vae` folder of a pipeline."""
+    if Path(name_or_path).is_dir():
+        finish_saving(name_or_path)
     try:
         AutoencoderKL.load_config(name_or_path)
     except OSError:  # no config.json at the top: a pipeline
@@ -151,22 +160,27 @@ def reconstruction_losses(
 
 
 @torch.no_grad()
-def latent_scale(vae: AutoencoderKL, batches: Any) -> float:
-    """What makes the latents' standard deviation 1, from batches of normalised images, in one pass."""
-    count, total, total_of_squares = 0, 0.0, 0.0
+def latent_scale(vae: AutoencoderKL, batches: Iterable[torch.Tensor]) -> float:
+    """What makes the latents' standard deviation 1, in one pass over batches of normalised images (N, 3, R, R).
+
+    Every process brings its own batches and gets the same result.
+    """
+    count, total, total_of_squares = 0.0, 0.0, 0.0
     for pixel_values in batches:
-        latents = encode_latents(vae, pixel_values).double() / vae.config.scaling_factor
+        # on the CPU, as not every device has float64
+        latents = encode_latents(vae, pixel_values).cpu().double() / vae.config.scaling_factor
         count += latents.numel()
         total += float(latents.sum())
         total_of_squares += float(latents.square().sum())
+    count, total, total_of_squares = sum_over_processes([count, total, total_of_squares])
     return (total_of_squares / count - (total / count) ** 2) ** -0.5
 
 
 @torch.no_grad()
-def reconstruct(
+def autoencode(
     vae: AutoencoderKL, images: list[torch.Tensor], args: argparse.Namespace, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images at the training's resolution and their reconstructions, each (N, 3, R, R), [-1, 1]."""
+    """Images at the training's resolution, and as they come back from the latents' means, (N, 3, R, R), [-1, 1]."""
     originals = images_to_pixel_values(images, (args.resolution, args.resolution)).to(device)
     pixel_values = normalize_images(originals, args.image_mean, args.image_std)
     decoded = vae.decode(vae.encode(pixel_values).latent_dist.mode()).sample.float()
@@ -174,20 +188,28 @@ def reconstruct(
 
 
 def held_out_error(vae: AutoencoderKL, held_out: Dataset, args: argparse.Namespace, device: torch.device) -> float:
-    """Mean absolute error over held-out images; 1 is from black to white."""
-    total = 0.0
-    for start in range(0, len(held_out), 16):
+    """Mean absolute error over held-out images; 1 is from black to white. The processes share the batches."""
+    state, total = PartialState(), 0.0
+    for start in range(0, len(held_out), 16)[state.process_index :: state.num_processes]:
         rows = [held_out[i]["image"] for i in range(start, min(start + 16, len(held_out)))]
-        originals, restored = reconstruct(vae, images_to_tensors(rows), args, device)
+        originals, restored = autoencode(vae, images_to_tensors(rows), args, device)
         total += float((originals - restored).abs().mean()) * len(rows) / 2.0
-    return total / len(held_out)
+    return sum_over_processes([total])[0] / len(held_out)
+
+
+def sum_over_processes(values: list[float]) -> list[float]:
+    """Each value's sum over all processes, in float64."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return values
+    return reduce(torch.tensor(values, dtype=torch.float64, device=state.device), "sum").tolist()
 
 
 def save_validation_pictures(
     vae: AutoencoderKL, images: list[torch.Tensor], args: argparse.Namespace, device: torch.device, path: Path
 ) -> None:
     """One row an image: itself, its reconstruction, and the distance between them."""
-    originals, restored = reconstruct(vae, images, args, device)
+    originals, restored = autoencode(vae, images, args, device)
     rows = [
         [to_uint8(original), to_uint8(one), heat_map((original - one).abs().mean(dim=0))]
         for original, one in zip(originals, restored, strict=True)
@@ -212,17 +234,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--resolution must be a multiple of {factor} for this autoencoder, but is {args.resolution}.")
     training, held_out, categories = load_good_images(args)
     images = ResizedImages(training, args.resolution, categories)
-    data_loader = create_data_loader(images, args)
     accelerator.print(
         f"{len(training)} good images of {', '.join(categories)} for training, {len(held_out)} held out; "
         f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f}M parameters, {args.resolution} px"
     )
-
-    def batches(count: int) -> Any:
-        """About `count` training images, evenly spread, in [-1, 1]."""
-        chosen = Subset(images, range(0, len(images), max(1, len(images) // count)))
-        for pixels, _ in DataLoader(chosen, 16):
-            yield pixels.to(accelerator.device).float() / 127.5 - 1.0
 
     # 2. The features of the perceptual loss
     extractor = None
@@ -231,98 +246,46 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.backbone, args.feature_strides, args.feature_image_size, args.backbone_weights
         ).to(accelerator.device)
         if args.perceptual_loss == "l2":
-            extractor.fit_standardization(batches(256), (args.resolution // args.feature_strides[0],) * 2)
+            feature_size = (args.resolution // args.feature_strides[0],) * 2
+            extractor.fit_standardization(spread_batches(images, 256, accelerator.device), feature_size)
 
-    # 3. Optimizer, EMA, and what accelerate makes of them
+    # 3. Train
+    weights = {"reconstruction": 1.0, "kl": args.kl_weight, "perceptual": args.perceptual_weight}
+
+    def batch_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
+        pixels, _ = batch  # (N, 3, R, R) uint8, (N,)
+        augmented = augment(pixels, args, generator)
+        with accelerator.autocast():
+            parts = reconstruction_losses(model, extractor, augmented, generator, args)
+        return sum(weights[name] * value for name, value in parts.items()), parts
+
+    def save_pictures(path: Path) -> None:
+        save_validation_pictures(vae, pictures, args, accelerator.device, path)
+
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    model = Autoencoding(vae)
-    optimizer, schedule = create_optimizer(list(model.parameters()), args, accelerator)
-    model, optimizer, data_loader, schedule = accelerator.prepare(model, optimizer, data_loader, schedule)
-    ema = create_ema(list(vae.parameters()), args)
-    if ema is not None:
-        ema.to(accelerator.device)
-        accelerator.register_for_checkpointing(ema)
-    step = resume(accelerator, args)
-
-    # 4. Train
-    weights = {"reconstruction": 1.0, "kl": args.kl_weight, "perceptual": args.perceptual_weight}
-    accumulation = args.gradient_accumulation_steps
-    progress = tqdm(
-        total=args.max_train_steps,
-        initial=step,
-        desc="Training",
-        disable=not accelerator.is_local_main_process,
-    )
     pictures = load_pictures(held_out, 4) if args.validation_steps and accelerator.is_main_process else []
-    model.train()
-    train_started, first_step = time.time(), step
-    try:
-        for number, (pixels, _) in training_batches(
-            data_loader, accelerator, step * accumulation, args.max_train_steps * accumulation
-        ):
-            generator = step_generator(args.seed, number, accelerator)
-            with accelerator.accumulate(model):
-                augmented = augment(pixels, args, generator)
-                with accelerator.autocast():
-                    losses = reconstruction_losses(model, extractor, augmented, generator, args)
-                accelerator.backward(sum(weights[name] * value for name, value in losses.items()))
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            if not accelerator.sync_gradients:
-                continue
-            step += 1
-            if ema is not None:
-                ema.step(vae.parameters())
-            progress.update()
-            if step % 10 == 0 or step == args.max_train_steps:  # reading a loss waits for the device
-                parts = {name: value.item() for name, value in losses.items()}
-                images_seen = (step - first_step) * accumulation * args.train_batch_size * accelerator.num_processes
-                rate = images_seen / (time.time() - train_started)
-                progress.set_postfix({**{k: f"{v:.3f}" for k, v in parts.items()}, "images/s": f"{rate:.0f}"})
-                accelerator.log({**parts, "lr": schedule.get_last_lr()[0], "images_per_s": rate}, step=step)
-            if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
-                path = Path(args.output_dir, "validation", f"step-{step}.png")
-                with accelerator.autocast():
-                    save_validation_pictures(vae, pictures, args, accelerator.device, path)
-            if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-                save_checkpoint(accelerator, args, step)
-    except KeyboardInterrupt:
-        if accelerator.num_processes == 1 and step > first_step:
-            save_checkpoint(accelerator, args, step)
-        accelerator.print(f"\nStopped at step {step}. Add --resume_from_checkpoint latest to go on.")
-        raise SystemExit(130) from None
-    progress.close()
-    check_replicas(model, accelerator)
+    data_loader = create_data_loader(images, args)
+    record = train(Autoencoding(vae), batch_loss, data_loader, args, accelerator, save_pictures)
 
-    # 5. Scale the latents of a new autoencoder, and save it
+    # 4. Scale the latents of a new autoencoder, and save it
+    with accelerator.autocast():
+        if args.preset:
+            batches = spread_batches(images, 512, accelerator.device, shared=True)
+            normalized = (normalize_images(batch, args.image_mean, args.image_std) for batch in batches)
+            vae.register_to_config(scaling_factor=latent_scale(vae, normalized))
+        error = held_out_error(vae, held_out, args, accelerator.device)
     if accelerator.is_main_process:
-        vae.eval()
-        if ema is not None:
-            ema.copy_to(vae.parameters())
-        with accelerator.autocast():
-            if args.preset:
-                normalized = (normalize_images(batch, args.image_mean, args.image_std) for batch in batches(512))
-                vae.register_to_config(scaling_factor=latent_scale(vae, normalized))
-            error = held_out_error(vae, held_out, args, accelerator.device)
-        vae.save_pretrained(args.output_dir)
-        record = {
-            "categories": categories,
-            "steps": step,
-            "training_seconds": round(time.time() - train_started, 1),
-            "held_out_l1": round(error, 6),
-        }
-        save_record(args, record)
+        with save_whole(args.output_dir) as unfinished:
+            vae.save_pretrained(unfinished)
+        save_record(args, {"categories": categories, **record, "held_out_l1": round(error, 6)})
         if args.push_to_hub:
             vae.push_to_hub(args.hub_model_id or Path(args.output_dir).name, token=args.hub_token)
-        print(
-            f"Saved an autoencoder to {args.output_dir} after {time.time() - started:.0f} s; on held-out images its "
-            f"reconstructions are off by {error:.4f} of the range from black to white."
-        )
     accelerator.wait_for_everyone()
+    accelerator.print(
+        f"Saved an autoencoder to {args.output_dir} after {time.time() - started:.0f} s; on held-out images its "
+        f"reconstructions are off by {error:.4f} of the range from black to white."
+    )
     accelerator.end_training()
 
 

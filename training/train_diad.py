@@ -22,29 +22,28 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffad import DiADPipeline, SemanticGuidedNetwork, TimmFeatureExtractor
 from diffad.images import denormalize_images, images_to_pixel_values, normalize_images
+from diffad.latents import encode_latents
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import FUSIONS, GUIDANCE_OUTPUTS
 from diffad.moments import PRIOR_IMAGES
-from diffad.pipelines.pipeline_diad import encode_latents
-from diffad.seeding import step_generator
-from diffad.training.arguments import add_diad_arguments, add_shared_arguments, parse_arguments
+from diffad.training.arguments import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    FlagParser,
+    add_diad_arguments,
+    add_shared_arguments,
+    number,
+    parse_arguments,
+)
 from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
 from diffad.training.data import ResizedImages, augment, create_data_loader, load_good_images, load_pictures
 from diffad.training.finish import finish
-from diffad.training.loop import (
-    check_replicas,
-    create_accelerator,
-    create_ema,
-    create_optimizer,
-    resume,
-    save_checkpoint,
-    training_batches,
-)
+from diffad.training.loop import create_accelerator, train
 from diffad.training.train_autoencoder import load_autoencoder
 from diffad.visualization import heat_map, save_rows, to_uint8
 
@@ -89,7 +88,7 @@ SCHEDULER = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Trains DiAD on good images.")
+    parser = FlagParser(description="Trains DiAD on good images.")
     add_shared_arguments(parser)
     add_diad_arguments(parser)
     parser.set_defaults(  # the paper's, for MVTec-AD
@@ -134,24 +133,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
 
     score = parser.add_argument_group("score")
-    score.add_argument("--num_inference_steps", type=int, default=10, help="of the reverse process (10)")
-    score.add_argument("--strength", type=float, default=1.0, help="below 1, start from the noised image (1)")
+    score.add_argument("--num_inference_steps", type=POSITIVE, default=10, help="of the reverse process (10)")
+    score.add_argument("--strength", type=number(), default=1.0, help="below 1, start from the noised image (1)")
     score.add_argument(
         "--distance",
         choices=("cosine", "mahalanobis"),
         default="cosine",
         help="of image and reconstruction: the paper's, or one that knows how good images vary (cosine)",
     )
-    score.add_argument("--score_strides", type=int, nargs="+", help="strides that are compared (all)")
-    score.add_argument("--sigma", type=float, default=5.0, help="smoothing of the map, pixels (5)")
-    score.add_argument("--pooling_size", type=int, default=8, help="window of the score's average pooling, pixels (8)")
-    score.add_argument("--pooling_rounds", type=int, default=8, help="how often the score pools (8)")
-    score.add_argument("--suppression", type=float, default=0.0, help="share of peak less mean taken off a map (0)")
+    score.add_argument("--score_strides", type=POSITIVE, nargs="+", help="strides that are compared (all)")
+    score.add_argument("--sigma", type=NOT_NEGATIVE, default=5.0, help="smoothing of the map, pixels (5)")
+    score.add_argument(
+        "--pooling_size", type=POSITIVE, default=8, help="window of the score's average pooling, pixels (8)"
+    )
+    score.add_argument("--pooling_rounds", type=COUNT, default=8, help="how often the score pools (8)")
+    score.add_argument("--suppression", type=number(), default=0.0, help="share of peak less mean taken off a map (0)")
     score.add_argument(
         "--position_prior_images",
-        type=float,
+        type=number(),
         default=PRIOR_IMAGES,
-        help=f"images that the average deviation counts for where positions share a place ({PRIOR_IMAGES:g})",
+        help=f"images that the average deviation counts for where positions share a cell ({PRIOR_IMAGES:g})",
     )
     args = parse_arguments(parser, argv)
     if (args.preset is None) == (args.pretrained_model_name_or_path is None):
@@ -213,6 +214,37 @@ def create_components(args: argparse.Namespace) -> dict[str, Any]:
             args.backbone, args.feature_strides, args.feature_image_size, args.backbone_weights
         )
     return components
+
+
+def create_pipeline(components: dict[str, Any], categories: list[str], args: argparse.Namespace) -> DiADPipeline:
+    """The pipeline, not yet trained, with the frozen networks frozen.
+
+    Raises:
+        ValueError: `--resolution` does not fit the autoencoder, or other flags the networks.
+    """
+    pipeline = DiADPipeline(
+        **components,
+        num_inference_steps=args.num_inference_steps,
+        strength=args.strength,
+        distance=args.distance,
+        score_strides=args.score_strides,
+        sigma=args.sigma,
+        pooling_size=args.pooling_size,
+        pooling_rounds=args.pooling_rounds,
+        suppression=args.suppression,
+        position_prior_images=args.position_prior_images,
+        processing_resolution=args.resolution,
+        categories=categories,
+        image_mean=args.image_mean,
+        image_std=args.image_std,
+    )
+    multiple = pipeline.size_multiple
+    if args.resolution % multiple:
+        raise ValueError(f"--resolution must be a multiple of {multiple} for this autoencoder, not {args.resolution}.")
+    pipeline.set_progress_bar_config(disable=True)
+    for frozen in (pipeline.vae, pipeline.prompt_embedding, pipeline.feature_extractor):
+        frozen.requires_grad_(False).eval()
+    return pipeline
 
 
 class GuidedDenoiser(nn.Module):
@@ -278,7 +310,6 @@ def noise_loss(
     return F.mse_loss(prediction.float(), target)
 
 
-@torch.no_grad()
 def save_validation_pictures(pipeline: DiADPipeline, images: list[torch.Tensor], path: Path) -> None:
     """One row an image: itself, what the autoencoder alone makes of it, its reconstruction, the map that is raw yet."""
     resolution, device = pipeline.processing_resolution, pipeline.device
@@ -288,9 +319,10 @@ def save_validation_pictures(pipeline: DiADPipeline, images: list[torch.Tensor],
         pipeline.decode(pipeline.encode(normalize_images(originals, *statistics))), *statistics
     )
     generators = [torch.Generator().manual_seed(i) for i in range(len(images))]
-    measurement = pipeline.measure(originals, None, resolution, generators)
-    restored = measurement.reconstruction * 2.0 - 1.0
-    maps = pipeline.anomaly_maps(measurement, None, None)
+    restored = pipeline.reconstruct(originals, generators)
+    category = torch.zeros(len(images), dtype=torch.long, device=device)  # without a calibration, any
+    maps = pipeline.score_maps(pipeline.compare(originals, restored), category, None)
+    maps = pipeline.join_maps(maps, category, None)
     rows = [
         [to_uint8(originals[i]), to_uint8(decoded[i]), to_uint8(restored[i]), heat_map(maps[i])]
         for i in range(len(images))
@@ -308,28 +340,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.resolution is None:
         args.resolution = DIAD_PRESETS[args.preset]["resolution"] if args.preset else 256
     training, held_out, categories = load_good_images(args)
-    pipeline = DiADPipeline(
-        **components,
-        num_inference_steps=args.num_inference_steps,
-        strength=args.strength,
-        distance=args.distance,
-        score_strides=args.score_strides,
-        sigma=args.sigma,
-        pooling_size=args.pooling_size,
-        pooling_rounds=args.pooling_rounds,
-        suppression=args.suppression,
-        position_prior_images=args.position_prior_images,
-        processing_resolution=args.resolution,
-        categories=categories,
-        image_mean=args.image_mean,
-        image_std=args.image_std,
-    )
-    multiple = pipeline.size_multiple
-    if args.resolution % multiple:
-        raise ValueError(f"--resolution must be a multiple of {multiple} for this autoencoder, not {args.resolution}.")
-    pipeline.set_progress_bar_config(disable=True)
-    for frozen in (pipeline.vae, pipeline.prompt_embedding, pipeline.feature_extractor):
-        frozen.requires_grad_(False).eval().to(accelerator.device)
+    pipeline = create_pipeline(components, categories, args)
+    pipeline.to(accelerator.device)
     choose_trained(pipeline.unet, pipeline.sg_network, args.train_whole_unet)
     # channels last: convolutions over latents as small as these take two thirds of the time, on CPUs as on tensor cores
     model = GuidedDenoiser(pipeline.unet, pipeline.sg_network).to(memory_format=torch.channels_last)
@@ -341,102 +353,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     # 2. Images, and their latents where they do not change
+    @torch.no_grad()
     def encode(images: torch.Tensor) -> torch.Tensor:
-        """Latents of images in [-1, 1]."""
-        with torch.no_grad(), accelerator.autocast():
+        """Latents (N, C, h, w) of images in [-1, 1]."""
+        with accelerator.autocast():
             pixel_values = normalize_images(images.to(accelerator.device), args.image_mean, args.image_std)
             return encode_latents(pipeline.vae, pixel_values)
 
     images = ResizedImages(training, args.resolution, categories)
-    flips = flip_pairs(args)
+    pairs = flip_pairs(args)
+    flips = torch.tensor(pairs, device=accelerator.device)  # (F, 2)
+    examples: ResizedImages | CachedEncodings = images
     if args.cache_latents:
         side = args.resolution // pipeline.size_multiple
-        images = CachedEncodings(images, encode, flips, (pipeline.vae.config.latent_channels, side, side))
-    data_loader = create_data_loader(images, args)
+        examples = CachedEncodings(images, encode, pairs, (pipeline.vae.config.latent_channels, side, side))
 
-    # 3. Optimizer, EMA, and what accelerate makes of them
-    if args.gradient_checkpointing:
-        for network in model.children():
-            network.enable_gradient_checkpointing()
-    optimizer, schedule = create_optimizer(trained, args, accelerator)
-    model, optimizer, data_loader, schedule = accelerator.prepare(model, optimizer, data_loader, schedule)
-    ema = create_ema(trained, args)
-    if ema is not None:
-        ema.to(accelerator.device)
-        accelerator.register_for_checkpointing(ema)
-    step = resume(accelerator, args)
-
-    # 4. Train
+    # 3. Train
     prompt_embeds = pipeline.prompt_embedding()
-    flips = torch.tensor(flips, device=accelerator.device)
-    accumulation = args.gradient_accumulation_steps
-    progress = tqdm(
-        total=args.max_train_steps,
-        initial=step,
-        desc="Training",
-        disable=not accelerator.is_local_main_process,
-    )
-    pictures = load_pictures(held_out, 4) if args.validation_steps and accelerator.is_main_process else []
-    model.train()
-    train_started, first_step = time.time(), step
-    try:
-        for number, (pixels, *latents, _) in training_batches(
-            data_loader, accelerator, step * accumulation, args.max_train_steps * accumulation
-        ):
-            generator = step_generator(args.seed, number, accelerator)
-            with accelerator.accumulate(model):
-                if args.cache_latents:
-                    augmented, clean = choose_flips(pixels, *latents, flips, generator)
-                else:
-                    augmented = augment(pixels, args, generator)
-                    clean = encode(augmented)
-                pixel_values = normalize_images(augmented, args.image_mean, args.image_std)
-                loss = noise_loss(model, pipeline.scheduler, clean, pixel_values, prompt_embeds, generator)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(trained, args.max_grad_norm)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            if not accelerator.sync_gradients:
-                continue
-            step += 1
-            if ema is not None:
-                ema.step(trained)
-            progress.update()
-            if step % 10 == 0 or step == args.max_train_steps:  # reading a loss waits for the device
-                images_seen = (step - first_step) * accumulation * len(pixels) * accelerator.num_processes
-                rate = images_seen / (time.time() - train_started)
-                progress.set_postfix(noise=f"{loss.item():.3f}", **{"images/s": f"{rate:.0f}"})
-                values = {"noise": loss.item(), "lr": schedule.get_last_lr()[0], "images_per_s": rate}
-                accelerator.log(values, step=step)
-            if args.validation_steps and step % args.validation_steps == 0 and accelerator.is_main_process:
-                model.eval()
-                with accelerator.autocast():
-                    save_validation_pictures(
-                        pipeline, pictures, Path(args.output_dir, "validation", f"step-{step}.png")
-                    )
-                model.train()
-            if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-                save_checkpoint(accelerator, args, step)
-    except KeyboardInterrupt:
-        if accelerator.num_processes == 1 and step > first_step:
-            save_checkpoint(accelerator, args, step)
-        accelerator.print(f"\nStopped at step {step}. Add --resume_from_checkpoint latest to go on.")
-        raise SystemExit(130) from None
-    progress.close()
-    check_replicas(model, accelerator)
 
-    # 5. Calibrate on good images and save the pipeline
-    if accelerator.is_main_process:
-        if ema is not None:
-            ema.copy_to(trained)
-        model.eval()
-        record = {"steps": step, "training_seconds": round(time.time() - train_started, 1)}
-        with accelerator.autocast():
-            finish(pipeline, training, held_out, categories, args, record)
-        print(f"Saved a calibrated pipeline to {args.output_dir} after {time.time() - started:.0f} s.")
-    accelerator.wait_for_everyone()
+    def batch_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
+        pixels, *cached, _ = batch  # (N, 3, R, R) uint8, latents of each flip (N, F, C, h, w), (N,)
+        if args.cache_latents:
+            augmented, latents = choose_flips(pixels, cached[0], flips, generator)
+        else:
+            augmented = augment(pixels, args, generator)
+            latents = encode(augmented)
+        pixel_values = normalize_images(augmented, args.image_mean, args.image_std)
+        loss = noise_loss(model, pipeline.scheduler, latents, pixel_values, prompt_embeds, generator)
+        return loss, {"noise": loss}
+
+    def save_pictures(path: Path) -> None:
+        save_validation_pictures(pipeline, pictures, path)
+
+    if args.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        if model.sg_network is not None:
+            model.sg_network.enable_gradient_checkpointing()
+    pictures = load_pictures(held_out, 4) if args.validation_steps and accelerator.is_main_process else []
+    record = train(model, batch_loss, create_data_loader(examples, args), args, accelerator, save_pictures)
+
+    # 4. Calibrate on good images and save the pipeline
+    finish(pipeline, training, held_out, categories, args, record, accelerator)
+    accelerator.print(f"Saved a calibrated pipeline to {args.output_dir} after {time.time() - started:.0f} s.")
     accelerator.end_training()
 
 

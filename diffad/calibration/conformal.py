@@ -6,6 +6,7 @@ import math
 import warnings
 
 import torch
+from scipy.special import betaincinv
 
 
 def conformal_threshold(sorted_scores: torch.Tensor, false_alarm_rate: float) -> float:
@@ -21,13 +22,41 @@ def conformal_threshold(sorted_scores: torch.Tensor, false_alarm_rate: float) ->
     if not 0.0 < false_alarm_rate < 1.0:
         raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate}.")
     count = sorted_scores.numel()
-    rank = math.ceil((count + 1) * (1.0 - false_alarm_rate) - 1e-9)
-    if rank > count:
+    if threshold_rank(count, false_alarm_rate) > count:
         warnings.warn(
             f"{count} good images cannot vouch for a false-alarm rate of {false_alarm_rate:g}: the threshold is their "
             f"largest score, which holds {1.0 / (count + 1):.2g}. Calibrate with at least "
             f"{math.ceil(1.0 / false_alarm_rate) - 1} held-out good images.",
             stacklevel=2,
         )
-        rank = count
+    rank = min(threshold_rank(count, false_alarm_rate), count)
     return float(sorted_scores[rank - 1])
+
+
+def threshold_rank(num_scores: int, false_alarm_rate: float) -> int:
+    """Which of n ascending scores is the threshold: k = ceil((n + 1)(1 - rate)), n + 1 where n cannot vouch for it."""
+    return math.ceil((num_scores + 1) * (1.0 - false_alarm_rate) - 1e-9)
+
+
+def false_alarm_bound(num_scores: int, false_alarm_rate: float, confidence: float = 0.95) -> float:
+    """The false-alarm rate that a model of n calibration images keeps with a given confidence.
+
+    The stated rate holds on average over calibration sets. One set's own rate, the share of all good images above its
+    k-th smallest of n scores, is distributed as Beta(n + 1 - k, k) where no two scores are equal (Vovk, "Conditional
+    validity of inductive conformal predictors", 2012), and lies below where some are.
+
+    Args:
+        num_scores: n, the good images that the threshold comes from.
+        false_alarm_rate: as the threshold was set, in (0, 1).
+        confidence: in (0, 1).
+
+    Returns:
+        The quantile of that distribution: 0.098 for 62 images, a rate of 0.05 and a confidence of 0.95.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    if num_scores < 1:
+        raise ValueError("`num_scores` must be at least 1: without good images there is no threshold.")
+    rank = min(threshold_rank(num_scores, false_alarm_rate), num_scores)
+    return float(betaincinv(num_scores + 1 - rank, rank, confidence))

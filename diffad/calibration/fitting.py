@@ -1,130 +1,221 @@
-"""Fitting a calibration to good images, in one pass over them and constant memory."""
+"""Fitting a calibration to good images: one pass over them, in constant memory, over any number of processes."""
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable, Iterator
 from tempfile import TemporaryFile
-from typing import IO, TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from diffad.calibration.residual_gaussian import residual_gaussian, residual_grid, residual_size
 from diffad.calibration.score_calibration import ScoreCalibration
-from diffad.moments import FeatureMoments, MomentSums
+from diffad.moments import PRIOR_IMAGES, FeatureMoments, MomentSums
+from diffad.scoring import Measurement
 
-if TYPE_CHECKING:
-    from diffad.pipelines.base import AnomalyPipeline, Measurement
+
+class ScoreFunctions(NamedTuple):
+    """How a method comes from measurements to scores: three functions over tensors.
+
+    score_maps: `(measurement, category, calibration, num_seen)` to smoothed maps (N, S, H, W), those of the residual's
+        distances last; `num_seen` is `ScoreCalibration.log_distances`'.
+    join_maps: `(maps, category, calibration)` to anomaly maps (N, H, W), normalised by the calibration.
+    image_scores: anomaly maps to scores (N,). Twice the map gives twice the score.
+    """
+
+    score_maps: Callable[[Measurement, torch.Tensor, ScoreCalibration | None, int], torch.Tensor]
+    join_maps: Callable[[torch.Tensor, torch.Tensor, ScoreCalibration | None], torch.Tensor]
+    image_scores: Callable[[torch.Tensor], torch.Tensor]
 
 
 class CalibrationFit:
-    """What one category's good images say, measurement by measurement, in constant memory.
+    """What one category's good images say, measurement by measurement.
 
     First `add_statistics` takes the measurements that mean, covariance and deviations come from, then `add_scores`
-    those that thresholds come from. Pipelines that share their networks' work can learn from a measurement side by
-    side.
+    those that thresholds come from. Methods that share their networks' work can learn from a measurement side by side.
 
     Args:
-        pipeline: whose maps and scores these are.
+        functions: how measurements become maps and scores.
         category: index of the images' category.
-        num_scores: images of `add_scores`.
+        num_scores: images of `add_scores`, of all processes.
         false_alarm_rate: of the thresholds, in (0, 1).
+        previous: the pipeline's calibration so far, whose other categories are kept.
+        num_categories: K.
+        position_prior_images: what the average deviation counts for in the map of positions, see
+            `MomentSums.standard_deviation`.
+        accelerator: adds up what its processes have seen, each its own images; a process without any adds a measurement
+            of no images. Then every process ends with the same calibration.
+        record: what is saved with it, `precision` and `settings` of [`ScoreCalibration`].
     """
 
-    def __init__(self, pipeline: AnomalyPipeline, category: int, num_scores: int, false_alarm_rate: float):
-        self.pipeline, self.category = pipeline, category
-        self.num_scores, self.false_alarm_rate = num_scores, false_alarm_rate
-        self.residual_moments: FeatureMoments | None = None  # at each place
+    def __init__(
+        self,
+        functions: ScoreFunctions,
+        category: int,
+        num_scores: int,
+        false_alarm_rate: float,
+        previous: ScoreCalibration | None = None,
+        num_categories: int = 1,
+        position_prior_images: float = PRIOR_IMAGES,
+        accelerator: Accelerator | None = None,
+        **record: Any,
+    ):
+        self.functions, self.category, self.num_scores = functions, category, num_scores
+        self.false_alarm_rate, self.num_categories = false_alarm_rate, num_categories
+        self.previous = previous if num_categories > 1 else None
+        self.position_prior_images, self.accelerator, self.record = position_prior_images, accelerator, record
+        self.residual_moments: FeatureMoments | None = None  # at each cell
         self.residual_sums = MomentSums()  # at each position
-        self.map_moments = MomentSums()
+        self.map_moments = MomentSums()  # of each score map at each pixel
+        self.joined_moments = MomentSums()  # of the joined maps of the statistics' images, over all pixels
+        self.held_out_moments = MomentSums()  # the same of the thresholds' images
         self.calibration: ScoreCalibration | None = None
-        self.measured: IO[bytes] | None = None  # residuals and maps, which wait for the covariance of all residuals
-        self.scores: list[torch.Tensor] = []
-        self.maxima: list[torch.Tensor] = []
+        self.waiting = TemporaryFile()  # noqa: SIM115 (residuals and maps, read again by `set_statistics`, which closes it)
+        self.scores: list[float] = []
+        self.maxima: list[float] = []
+
+    # -- 1. statistics -------------------------------------------------------------------------------------------
 
     def add_statistics(self, measurement: Measurement) -> None:
-        if self.calibration is None:
-            self.calibration = self._new_calibration(measurement)
-        if measurement.residual is None:
-            self._add_maps(measurement)
-            return
-        calibration = self.calibration
-        residual = F.adaptive_avg_pool2d(measurement.residual.mean(dim=1), calibration.config.residual_shape[1:])
-        if self.residual_moments is None:
-            num_places, num_channels = math.prod(calibration.grid), residual.shape[1]
-            self.residual_moments = FeatureMoments(num_places, num_channels, residual.device)
-            self.measured = TemporaryFile()  # noqa: SIM115 (closed by `set_statistics`)
-        self.residual_sums.update(residual)
-        self.residual_moments.update(F.adaptive_avg_pool2d(residual, calibration.grid).flatten(2))
-        # half precision, as far as it goes, makes up for a place's several positions
-        kept = residual.clamp(-65504.0, 65504.0).half() if calibration.num_distances == 2 else residual
-        for values in (kept[:, None], measurement.maps):
-            np.save(self.measured, values.cpu().numpy())
+        """Learns mean and covariance of the residual; the maps wait for it, in a temporary file."""
+        calibration = self.calibration = self.calibration or self._new_calibration(measurement)
+        residual = measurement.maps.new_zeros(len(measurement.maps), 0)  # in the file, where a method has none
+        if measurement.residual is not None:
+            num_channels, *size = calibration.config.residual_shape
+            residual = F.adaptive_avg_pool2d(measurement.residual.mean(dim=1), size)  # (N, C, h, w)
+            if self.residual_moments is None:
+                self.residual_moments = FeatureMoments(math.prod(calibration.grid), num_channels, residual.device)
+            self.residual_sums.update(residual)
+            self.residual_moments.update(F.adaptive_avg_pool2d(residual, calibration.grid).flatten(2))  # (N, C, P)
+            if calibration.num_distances == 2:  # half precision, as far as it goes, makes up for several positions
+                residual = residual.clamp(-65504.0, 65504.0).half()
+        for values in (residual, measurement.maps):
+            np.save(self.waiting, values.cpu().numpy())
 
     def set_statistics(self) -> ScoreCalibration:
-        """The calibration without thresholds, all that maps need."""
-        if self.residual_moments is not None:
-            num_seen, end = self.residual_moments.count, self.measured.tell()
-            mean = self.residual_sums.mean().flatten(1).mT  # (h * w, C)
-            gaussian = residual_gaussian(self.residual_moments, mean, self.calibration.grid)
-            self.calibration.set_residual_gaussian(self.category, *gaussian)
-            self.residual_moments = None  # larger than all else here
-            self.measured.seek(0)
-            while self.measured.tell() < end:
-                residual, maps = (
-                    torch.from_numpy(np.load(self.measured)).float().to(self.calibration.map_mean.device)
-                    for _ in range(2)
-                )
-                self._add_maps(Measurement(maps, residual), num_seen)
-            self.measured.close()
-        self.calibration.map_mean[self.category] = self.map_moments.mean()
-        map_std = self.map_moments.standard_deviation()  # (S, H, W)
-        if self.calibration.num_distances == 2:  # the positions' distances are the last map
-            prior_images = self.pipeline.config.position_prior_images
-            map_std[-1] = self.map_moments.standard_deviation(prior_images)[-1]
-        self.calibration.map_std[self.category] = map_std
-        return self.calibration
+        """The calibration without thresholds, all that maps need.
 
-    def _add_maps(self, measurement: Measurement, num_seen: int = 0) -> None:
-        indices = self._indices(measurement)
-        self.map_moments.update(self.pipeline.score_maps(measurement, indices, self.calibration, num_seen))
+        Raises:
+            ValueError: `add_statistics` has not been called.
+        """
+        calibration = self._known_calibration()
+        # 1. The residual's Gaussian at each cell
+        num_seen = 0
+        if self.residual_moments is not None:
+            for sums in (self.residual_sums, self.residual_moments):
+                sums.reduce(self.accelerator)
+            mean = self.residual_sums.mean().flatten(1).mT  # (h * w, C)
+            gaussian = residual_gaussian(self.residual_moments, mean, calibration.grid)
+            calibration.set_residual_gaussian(self.category, *gaussian)
+            num_seen = self.residual_moments.count
+            self.residual_moments = None  # larger than all else here
+        # 2. Mean and deviation of each map at each pixel, (S, H, W); an image is measured by the Gaussian of the others
+        for maps in self._waiting_maps(calibration, num_seen):
+            self.map_moments.update(maps)
+        self.map_moments.reduce(self.accelerator)
+        map_std = self.map_moments.standard_deviation()
+        if calibration.num_distances == 2:  # the positions' distances are the last map
+            map_std[-1] = self.map_moments.standard_deviation(self.position_prior_images)[-1]
+        calibration.map_mean[self.category] = self.map_moments.mean()
+        calibration.map_std[self.category] = map_std
+        # 3. Deviation of the joined maps, see `finish`
+        for maps in self._waiting_maps(calibration, num_seen):
+            joined = self.functions.join_maps(maps, self._indices(maps), calibration)
+            self.joined_moments.update(joined.flatten())
+        self.joined_moments.reduce(self.accelerator)
+        self.waiting.close()
+        return calibration
+
+    def _waiting_maps(self, calibration: ScoreCalibration, num_seen: int) -> Iterator[torch.Tensor]:
+        """The score maps of what waits in the file, (N, S, H, W) batch by batch."""
+        end, device = self.waiting.seek(0, os.SEEK_END), calibration.map_mean.device
+        self.waiting.seek(0)
+        while self.waiting.tell() < end:
+            residual, maps = (torch.from_numpy(np.load(self.waiting)).float().to(device) for _ in range(2))
+            measurement = Measurement(maps, residual[:, None] if residual.ndim == 4 else None)
+            yield self.functions.score_maps(measurement, self._indices(maps), calibration, num_seen)
+
+    # -- 2. thresholds -------------------------------------------------------------------------------------------
 
     def add_scores(self, measurement: Measurement) -> None:
-        if not self.scores:
+        """Learns from images that no statistic has seen what new good images score."""
+        if not self.waiting.closed:
             self.set_statistics()
-        anomaly_map = self.pipeline.anomaly_maps(measurement, self._indices(measurement), self.calibration)
-        self.scores.append(self.pipeline.image_scores(anomaly_map))
-        self.maxima.append(anomaly_map.flatten(1).amax(dim=1))
+        calibration = self._known_calibration()
+        indices = self._indices(measurement.maps)
+        maps = self.functions.score_maps(measurement, indices, calibration, 0)
+        anomaly_map = self.functions.join_maps(maps, indices, calibration)  # (N, H, W)
+        self.held_out_moments.update(anomaly_map.flatten())
+        if len(anomaly_map):
+            self.scores += self.functions.image_scores(anomaly_map).tolist()
+            self.maxima += anomaly_map.flatten(1).amax(dim=1).tolist()
+        if not math.isfinite(sum(self.scores) + sum(self.maxima)):
+            raise ValueError(
+                "The map of a good image holds NaN or infinity, so it can set no threshold. Run the networks in "
+                "float32, and look at the image."
+            )
 
     def finish(self) -> ScoreCalibration:
-        self.calibration.set_thresholds(self.category, torch.cat(self.scores), torch.cat(self.maxima))
+        """The calibration with thresholds, and maps of deviation 1.
+
+        A joined map is a mean of maps that each have deviation 1 at every pixel, so its own is smaller: 0.78 for solar
+        cells. One constant a category makes it 1 over all pixels of good images. It comes from the statistics' images,
+        each measured by the Gaussian of the others, which count for one less as the maps' mean is theirs, and from the
+        thresholds' images, of which alone there are often too few: 62 solar cells tell it within 6%, all 411 within 2%.
+        Scores grow with the maps, those of good images and of bad ones alike, so thresholds stay as valid as they are.
+        """
+        scores, maxima = self.scores, self.maxima
+        self.held_out_moments.reduce(self.accelerator)
+        if self.accelerator is not None and self.accelerator.num_processes > 1:
+            scores, maxima = gather_object(scores), gather_object(maxima)
+        if not scores:
+            raise ValueError("There are no scores to set thresholds by. Call `add_scores` with measurements first.")
+        num_statistics, num_scores = self.map_moments.count, len(scores)
+        squares = num_statistics * self.joined_moments.variance() + num_scores * self.held_out_moments.variance()
+        scale = max(float(squares / (num_statistics - 1 + num_scores)) ** 0.5, 1e-6)
+        calibration = self._known_calibration()
+        calibration.map_std[self.category] *= scale
+        calibration.set_thresholds(
+            self.category, [score / scale for score in scores], [maximum / scale for maximum in maxima]
+        )
+        return calibration
+
+    # -- shapes --------------------------------------------------------------------------------------------------
+
+    def _known_calibration(self) -> ScoreCalibration:
+        if self.calibration is None:
+            raise ValueError("There are no statistics yet. Call `add_statistics` with measurements of good images.")
         return self.calibration
 
-    def _indices(self, measurement: Measurement) -> torch.Tensor:
-        return torch.full((len(measurement.maps),), self.category, device=measurement.maps.device)
+    def _indices(self, maps: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(maps),), self.category, device=maps.device)
 
     def _new_calibration(self, measurement: Measurement) -> ScoreCalibration:
         """An empty calibration of the measurement's shapes, with the other categories' statistics kept."""
-        pipeline = self.pipeline
-        num_categories = len(pipeline.config.categories or ["default"])
-        previous = pipeline.calibration if num_categories > 1 else None
         residual_shape = grid = None
         num_maps = measurement.maps.shape[1]
         if measurement.residual is not None:
-            num_channels, *size = measurement.residual.shape[2:]
-            grid = residual_grid(tuple(size), num_channels, num_categories)
-            residual_shape = (num_channels, *residual_size(tuple(size), grid, num_channels))
+            num_channels, height, width = measurement.residual.shape[2:]
+            grid = residual_grid((height, width), num_channels, self.num_categories)
+            residual_shape = (num_channels, *residual_size((height, width), grid, num_channels))
             num_maps += 1 if grid == residual_shape[1:] else 2  # the residual's distances are maps, too
+        previous = self.previous
         if previous is not None:
             self._check_previous(previous, num_maps, residual_shape)
         calibration = ScoreCalibration(
-            num_categories=num_categories,
+            num_categories=self.num_categories,
             map_shape=(num_maps, *measurement.maps.shape[-2:]),
             residual_shape=residual_shape,
             residual_places=grid,
             num_scores=max(self.num_scores, 0 if previous is None else previous.config.num_scores),
             false_alarm_rate=self.false_alarm_rate,
+            **self.record,
         ).to(measurement.maps.device)
         if previous is not None:
             for name, values in previous.named_buffers():
@@ -135,14 +226,21 @@ class CalibrationFit:
         self, previous: ScoreCalibration, num_maps: int, residual_shape: tuple[int, int, int] | None
     ) -> None:
         config = previous.config
+        others = previous.image_threshold.isfinite()
+        others[self.category] = False
+        for name in ("precision", "settings") if others.any() else ():
+            if config.get(name) not in (None, self.record.get(name)):
+                raise ValueError(
+                    f"The other categories were calibrated with {name} {config[name]}, and this is "
+                    f"{self.record.get(name)}. Use the same, or load the pipeline with `calibration=None` and "
+                    "calibrate every category."
+                )
         found = (num_maps, residual_shape and list(residual_shape))
         if found != (config.map_shape[0], config.residual_shape and list(config.residual_shape)):
             raise ValueError(
                 "`calibration` holds other categories' statistics of other scores than this pipeline's settings give, "
                 "or an earlier version's. Load the pipeline with `calibration=None` and calibrate every category."
             )
-        others = previous.image_threshold.isfinite()
-        others[self.category] = False
         if others.any() and config.false_alarm_rate != self.false_alarm_rate:
             raise ValueError(
                 f"`false_alarm_rate` is {self.false_alarm_rate:g}, but the other categories' thresholds are for "

@@ -1,4 +1,4 @@
-"""A Gaussian of the feature residual at each place, as PaDiM (Defard et al., 2021) has of the features themselves."""
+"""A Gaussian of the feature residual at each cell, as PaDiM (Defard et al., 2021) has of the features themselves."""
 
 from __future__ import annotations
 
@@ -11,29 +11,25 @@ from diffad.moments import PRIOR_IMAGES, FeatureMoments, shrink
 # Share of the identity in the correlations of the feature residual.
 RIDGE = 0.05
 
-
 # How many numbers the covariances may take, 64 MB in float32, see `residual_grid`; how many an image's residual, see
-# `residual_size`; and how many places are factorised together, which bounds the memory of float64 copies.
+# `residual_size`; and how many cells are factorised together, which bounds the memory of float64 copies.
 COVARIANCE_NUMBERS = 2**24
-
-
 RESIDUAL_NUMBERS = 2**19
-
-
-PLACES_AT_ONCE = 64
+CELLS_AT_ONCE = 64
 
 
 def residual_grid(size: tuple[int, int], num_channels: int, num_categories: int = 1) -> tuple[int, int]:
-    """Rows and columns of the places that have a covariance of their own, of a residual map of `size`.
+    """Rows and columns of the cells that have a covariance of their own, of a residual map of `size`.
 
-    A covariance takes C (C + 1) / 2 numbers; those of all places and categories together are bounded, whatever the
-    map's size: to 32 x 32 places for 176 channels, to 3 x 3 for ResNet-50's 1,792. The sides are divisors of the map's,
-    so a place is a whole number of positions. The covariance is that of the residual's average over them: on held-out
+    A covariance takes C (C + 1) / 2 numbers; those of all cells and categories together are bounded, whatever the
+    map's size: to 32 x 32 cells for 176 channels, to 3 x 3 for ResNet-50's 1,792. The sides are divisors of the map's,
+    so a cell is a whole number of positions. The covariance is that of the residual's average over them: on held-out
     good images against synthetic defects that was worth more than one of single positions, which share it.
     """
-    places = COVARIANCE_NUMBERS // (num_categories * num_channels * (num_channels + 1) // 2)
-    most = max(1, math.isqrt(places))
-    return tuple(max(d for d in range(1, most + 1) if side % d == 0) for side in size)
+    cells = COVARIANCE_NUMBERS // (num_categories * num_channels * (num_channels + 1) // 2)
+    most = max(1, math.isqrt(cells))
+    rows, columns = (max(d for d in range(1, most + 1) if side % d == 0) for side in size)
+    return rows, columns
 
 
 def residual_size(size: tuple[int, int], grid: tuple[int, int], num_channels: int) -> tuple[int, int]:
@@ -41,24 +37,25 @@ def residual_size(size: tuple[int, int], grid: tuple[int, int], num_channels: in
 
     All of them where its C channels make up to 2^19 numbers, 1 MB in half precision, which is what an image's residual
     may take while it is calibrated; else divisors of `size`, as many as that allows, and never fewer than the `grid`'s
-    places.
+    cells.
     """
     most = math.isqrt(RESIDUAL_NUMBERS // num_channels)
-    return tuple(
-        max(d for d in range(places, max(most, places) + 1) if side % d == 0 and d % places == 0)
-        for side, places in zip(size, grid, strict=True)
+    rows, columns = (
+        max(d for d in range(cells, max(most, cells) + 1) if side % d == 0 and d % cells == 0)
+        for side, cells in zip(size, grid, strict=True)
     )
+    return rows, columns
 
 
-def by_place(residual: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(N, C, h, w) to (P, C, A, N): P places of A positions each, see `from_places`."""
+def by_cell(residual: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(N, C, h, w) to (P, C, A, N): P cells of A positions each, see `from_cells`."""
     rows, columns = grid
     residual = residual.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # (N, C, rows, a, columns, b)
     return residual.permute(2, 4, 1, 3, 5, 0).flatten(3, 4).flatten(0, 1)
 
 
-def from_places(values: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
-    """(P, A, N) to (N, h, w), the inverse of `by_place` for one channel."""
+def from_cells(values: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """(P, A, N) to (N, h, w), the inverse of `by_cell` for one channel."""
     values = values.unflatten(1, (size[0] // grid[0], -1)).unflatten(0, grid)  # (rows, columns, a, b, N)
     return values.permute(4, 0, 2, 1, 3).reshape(-1, *size)
 
@@ -66,43 +63,43 @@ def from_places(values: torch.Tensor, grid: tuple[int, int], size: tuple[int, in
 def residual_gaussian(
     moments: FeatureMoments, mean: torch.Tensor, grid: tuple[int, int], prior_images: float = PRIOR_IMAGES
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A Gaussian of the feature residual at every place, from sums over good images.
+    """A Gaussian of the feature residual at every cell, from sums over good images.
 
     Few images leave most of a covariance to chance, so each statistic is shrunk towards what needs fewer numbers, as if
     `prior_images` images had shown it: means towards 0, where a denoiser's residual should be; variances towards their
-    average over the places; correlations towards theirs. A ridge keeps directions that no image has shown finite.
+    average over the cells; correlations towards theirs. A ridge keeps directions that no image has shown finite.
 
     Args:
-        moments: sums over residuals (N, C, P), averaged over the positions of each place.
+        moments: sums over residuals (N, C, P), averaged over the positions of each cell.
         mean: of the residual at every one of Q positions, (Q, C).
-        grid: rows and columns of the P places.
+        grid: rows and columns of the P cells.
         prior_images: what each prior counts for.
 
     Returns:
         The shrunk means, (Q, C), and the whitening, (P, C (C + 1) / 2): the lower triangle, row by row, of the matrix W
         for which W^T W is the covariance's inverse. Both float64.
     """
-    num_places, num_channels = moments.total.shape
+    num_cells, num_channels = moments.total.shape
     weight = moments.count / (moments.count + prior_images)
     raw_mean = moments.mean()  # (P, C)
 
-    def covariance(places: slice) -> torch.Tensor:  # about the shrunk mean, (P', C, C)
-        raw = raw_mean[places]
+    def covariance(cells: slice) -> torch.Tensor:  # about the shrunk mean, (P', C, C)
+        raw = raw_mean[cells]
         offset = (1.0 - weight) * raw
-        products = moments.total_of_products[places] / moments.count
+        products = moments.total_of_products[cells] / moments.count
         return products - raw[:, :, None] * raw[:, None, :] + offset[:, :, None] * offset[:, None, :]
 
-    parts = [slice(start, start + PLACES_AT_ONCE) for start in range(0, num_places, PLACES_AT_ONCE)]
+    parts = [slice(start, start + CELLS_AT_ONCE) for start in range(0, num_cells, CELLS_AT_ONCE)]
     mean_square = moments.total_of_products.diagonal(dim1=1, dim2=2) / moments.count
     variance = mean_square - raw_mean.square() + ((1.0 - weight) * raw_mean).square()  # (P, C)
     variance = shrink(variance.mT.unflatten(1, grid), moments.count, prior_images).flatten(1).mT
     deviation = variance.sqrt()
 
-    def correlation(places: slice) -> torch.Tensor:
-        return covariance(places) / (deviation[places, :, None] * deviation[places, None, :])
+    def correlation(cells: slice) -> torch.Tensor:
+        return covariance(cells) / (deviation[cells, :, None] * deviation[cells, None, :])
 
     identity = torch.eye(num_channels, dtype=torch.float64, device=raw_mean.device)
-    average = sum(correlation(part).sum(dim=0) for part in parts) / num_places  # (C, C)
+    average = torch.stack([correlation(part).sum(dim=0) for part in parts]).sum(dim=0) / num_cells  # (C, C)
     average = average.where(identity == 0, 1.0)
     lower = identity.new_ones(num_channels, num_channels).tril().bool()
     whitening = []
@@ -117,7 +114,7 @@ def residual_gaussian(
 def leave_one_out(
     distance: torch.Tensor,
     product: torch.Tensor,
-    place_distance: torch.Tensor,
+    cell_distance: torch.Tensor,
     num_channels: int,
     count: int,
     prior_images: float = PRIOR_IMAGES,
@@ -133,8 +130,8 @@ def leave_one_out(
 
     Args:
         distance: |Wy|^2 / C of residuals y of images among those seen; any shape.
-        product: Wy . Wx / C with x, the average over the place's positions that the covariance was computed from.
-        place_distance: |Wx|^2 / C.
+        product: Wy . Wx / C with x, the average over the cell's positions that the covariance was computed from.
+        cell_distance: |Wx|^2 / C.
         num_channels: C.
         count: images seen.
         prior_images: as in `residual_gaussian`.
@@ -143,6 +140,6 @@ def leave_one_out(
         The distances, of the same shape.
     """
     share = (1.0 - RIDGE) * num_channels / (count + prior_images)
-    leverage = share * place_distance  # below 1
+    leverage = share * cell_distance  # below 1
     of_mean = (count + prior_images) / (count + prior_images - 1.0)
     return of_mean**2 * (distance + share * product.square() / (1.0 - leverage).clamp(min=1e-6))

@@ -5,14 +5,23 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils import logging
 
-from diffad.calibration.conformal import conformal_threshold
-from diffad.calibration.residual_gaussian import by_place, from_places, leave_one_out
+from diffad.calibration.conformal import conformal_threshold, false_alarm_bound
+from diffad.calibration.residual_gaussian import by_cell, from_cells, leave_one_out
+from diffad.scoring import Measurement, resize_maps
+
+logger = logging.get_logger(__name__)
+
+# Share by which one image's score may differ from call to call, by the order of float32 sums. Thresholds stand above
+# their score by as much, so that the image which set them raises no alarm.
+ROUNDING = 2e-6
 
 
 class ScoreCalibration(ModelMixin, ConfigMixin):
@@ -26,15 +35,18 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         map_shape: (S, H, W): S score maps (one for each noise level and kind of score) of H x W pixels.
         residual_shape: (C, h, w) of the feature residual as it is measured (`residual_size`), or None for methods
             without one.
-        residual_places: (rows, columns) of the places that have a covariance (`residual_grid`), divisors of h and w;
+        residual_places: (rows, columns) of the cells that have a covariance (`residual_grid`), divisors of h and w;
             None for one at each position.
         num_scores: n, the most held-out good images of any category.
         false_alarm_rate: the rate at which the thresholds were set.
+        precision: in which the networks ran, such as "float32"; None where it is not known.
+        settings: the pipeline's, as they were.
 
     Attributes:
-        map_mean, map_std: (K, S, H, W), of the smoothed maps over good images.
+        map_mean, map_std: (K, S, H, W), of the smoothed maps over good images; the latter times one constant for each
+            category, so that the joined map of new good images has deviation 1 over all its pixels.
         residual_mean: (K, h * w, C), mean of the feature residual over good images at every position.
-        residual_whitening: (K, P, C (C + 1) / 2), lower triangles at P places: with them the residual's channels
+        residual_whitening: (K, P, C (C + 1) / 2), lower triangles at P cells: with them the residual's channels
             become uncorrelated, of variance 1 (`residual_gaussian`).
         normal_scores: (K, n), held-out good images' scores, ascending, padded with NaN.
         image_threshold: (K,): scores above it are anomalous.
@@ -51,6 +63,14 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         "pixel_threshold",
     ]
 
+    map_mean: torch.Tensor
+    map_std: torch.Tensor
+    residual_mean: torch.Tensor  # None, as is the whitening, for methods without a residual
+    residual_whitening: torch.Tensor
+    normal_scores: torch.Tensor
+    image_threshold: torch.Tensor
+    pixel_threshold: torch.Tensor
+
     @register_to_config
     def __init__(
         self,
@@ -60,6 +80,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         num_scores: int = 0,
         false_alarm_rate: float = 0.01,
         residual_places: tuple[int, int] | None = None,
+        precision: str | None = None,
+        settings: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
@@ -70,7 +92,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             self.register_buffer("residual_mean", torch.zeros(num_categories, math.prod(size), num_channels))
             self.register_buffer("residual_whitening", identity.repeat(num_categories, math.prod(self.grid), 1))
         else:
-            self.residual_mean = self.residual_whitening = None
+            for name in ("residual_mean", "residual_whitening"):
+                self.register_buffer(name, None)
         self._dense_whitening: dict[int, torch.Tensor] = {}
         self.register_buffer("normal_scores", torch.full((num_categories, num_scores), float("nan")))
         self.register_buffer("image_threshold", torch.full((num_categories,), float("inf")))
@@ -88,7 +111,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the places that have a covariance."""
+        """Rows and columns of the cells that have a covariance."""
         return tuple(self.config.residual_places or self.config.residual_shape[1:])
 
     @property
@@ -111,7 +134,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
 
         Pretrained channels vary together. A crack that moves many of them a little, against their habit, is nothing to
         a mean of squares and much to this. Distances are skewed: without the logarithm a few far images would decide
-        what deviation is normal at a place.
+        what deviation is normal at a cell.
 
         Args:
             residual: (N, C, H, W), of the calibration's own size or any other, which is then resized.
@@ -120,36 +143,111 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 each is then measured by the Gaussian of the others. 0 for images that it has not seen.
 
         Returns:
-            (N, rows, columns) float32, of the residual's average at each place. Around 0 for a new good image where the
-            Gaussian has seen many more images than it has channels, and above where fewer. Where places are of several
-            positions, also (N, h, w): the mean of each position's own distance, by its place's covariance, and of the
-            places' distances, interpolated there. The first says whether something is there, the second where it ends.
+            (N, rows, columns) float32, of the residual's average at each cell. Around 0 for a new good image where the
+            Gaussian has seen many more images than it has channels, and above where fewer. Where cells are of several
+            positions, also (N, h, w): the mean of each position's own distance, by its cell's covariance, and of the
+            cells' distances, interpolated there. The first says whether something is there, the second where it ends.
         """
         grid, (num_channels, *size) = self.grid, self.config.residual_shape
         has_positions = self.num_distances == 2
         residual = F.adaptive_avg_pool2d(residual.float(), size)  # (N, C, h, w)
-        of_places, of_positions = (residual.new_empty(len(residual), *shape) for shape in (grid, size))
+        of_cells, of_positions = (residual.new_empty(len(residual), *shape) for shape in (grid, size))
         with torch.autocast(residual.device.type, enabled=False):
             for index in set(category.tolist()):
                 chosen = category == index
                 mean = self.residual_mean[index].mT.unflatten(1, size)  # (C, h, w)
-                centered = by_place(residual[chosen] - mean, grid)  # (P, C, A, N')
+                centered = by_cell(residual[chosen] - mean, grid)  # (P, C, A, N')
                 whitened = (self._whitening(index) @ centered.flatten(2)).view_as(centered)
                 average = whitened.mean(dim=2, keepdim=True) if has_positions else whitened  # (P, C, 1, N')
-                place = average.square().mean(dim=1)  # (P, 1, N')
+                cell = average.square().mean(dim=1)  # (P, 1, N')
                 if has_positions:
                     position = whitened.square().mean(dim=1)  # (P, A, N')
                     if num_seen:
                         product = (whitened * average).mean(dim=1)  # (P, A, N')
-                        position = leave_one_out(position, product, place, num_channels, num_seen)
-                    of_positions[chosen] = from_places(position, grid, size)
+                        position = leave_one_out(position, product, cell, num_channels, num_seen)
+                    of_positions[chosen] = from_cells(position, grid, size)
                 if num_seen:
-                    place = leave_one_out(place, place, place, num_channels, num_seen)
-                of_places[chosen] = from_places(place, grid, grid)
+                    cell = leave_one_out(cell, cell, cell, num_channels, num_seen)
+                of_cells[chosen] = from_cells(cell, grid, grid)
         if not has_positions:
-            return (of_places.clamp(min=1e-6).log(),)
-        around = F.interpolate(of_places[:, None], size, mode="bilinear")[:, 0]
-        return tuple(distance.clamp(min=1e-6).log() for distance in (of_places, (of_positions + around) / 2.0))
+            return (of_cells.clamp(min=1e-6).log(),)
+        around = F.interpolate(of_cells[:, None], size, mode="bilinear")[:, 0]
+        return tuple(distance.clamp(min=1e-6).log() for distance in (of_cells, (of_positions + around) / 2.0))
+
+    def distance_maps(
+        self, residual: torch.Tensor, category: torch.Tensor, size: tuple[int, int], num_seen: int = 0
+    ) -> torch.Tensor:
+        """`log_distances` as maps (N, E, *size), E = `num_distances`: of cells, then of positions where they differ.
+
+        Arguments as there; the residual is (N, C, h, w).
+        """
+        distances = self.log_distances(residual, category, num_seen)
+        return torch.cat([resize_maps(distance[:, None], size) for distance in distances], dim=1)
+
+    def check_measurement(self, measurement: Measurement) -> None:
+        """Raises a ValueError where the statistics are of other scores than a pipeline's settings give."""
+        residual, shape = measurement.residual, self.config.residual_shape
+        distances = 0 if residual is None else max(1, self.num_distances)
+        found = (measurement.maps.shape[1] + distances, 0 if residual is None else residual.shape[2])
+        if found != (self.config.map_shape[0], shape[0] if shape else 0):
+            raise ValueError(
+                "`calibration` was made for other scores than this pipeline's settings give (timesteps, strides or "
+                "distance). Load the pipeline with `calibration=None` and call `calibrate` with good images."
+            )
+
+    def check_category(self, category: torch.Tensor, names: Sequence[str]) -> None:
+        """Raises a ValueError where one of images (N,) is of a category without thresholds: it would never alarm."""
+        for index in sorted(set(category.tolist())):
+            if not self.image_threshold[index].isfinite():
+                name = names[index] if names else "default"
+                raise ValueError(
+                    f"Category {name!r} is not calibrated. Call `pipe.calibrate(good_images, category={name!r})` first."
+                )
+
+    def warn_of_settings(self, settings: dict[str, Any]) -> None:
+        """Warns, once, where a pipeline's settings are not those that the statistics were taken with."""
+        recorded = self.config.settings or {}
+        changed = [name for name, value in recorded.items() if name in settings and settings[name] != value]
+        if changed:
+            logger.warning_once(
+                f"This pipeline was calibrated with other settings ({', '.join(changed)}), which moves scores. The "
+                "stated false-alarm rate then holds no longer. Calibrate it again."
+            )
+
+    def warn_of_precision(self, precision: str) -> None:
+        """Warns, once, where the networks run in another precision than when the statistics were taken."""
+        if self.config.precision not in (None, precision):
+            logger.warning_once(
+                f"This pipeline was calibrated in {self.config.precision} and runs in {precision}, which moves scores: "
+                "by about a tenth of their deviation between float32 and bfloat16. The stated false-alarm rate then "
+                f"holds no longer. Run it in {self.config.precision}, or calibrate it in {precision}."
+            )
+
+    def num_good_images(self, category: int) -> int:
+        """How many good images one category's thresholds come from."""
+        return int((~self.normal_scores[category].isnan()).sum())
+
+    def stated_false_alarm_rate(self, category: int) -> float:
+        """The rate that holds on average over sets of good images; n vouch for no less than 1 / (n + 1).
+
+        Raises:
+            ValueError: the category is not calibrated.
+        """
+        return max(self.config.false_alarm_rate, 1.0 / (self._num_scores(category) + 1))
+
+    def false_alarm_bound(self, category: int, confidence: float = 0.95) -> float:
+        """The false-alarm rate that one category's threshold keeps with a given confidence, see `conformal`.
+
+        Raises:
+            ValueError: the category is not calibrated.
+        """
+        return false_alarm_bound(self._num_scores(category), self.config.false_alarm_rate, confidence)
+
+    def _num_scores(self, category: int) -> int:
+        count = self.num_good_images(category)
+        if not count:
+            raise ValueError(f"Category {category} is not calibrated. Call `pipe.calibrate` with its good images.")
+        return count
 
     def _whitening(self, category: int) -> torch.Tensor:
         """One category's triangles as matrices, (P, C, C); made once, as that takes as long as their product."""
@@ -161,7 +259,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         return self._dense_whitening[category]
 
     def normalize(self, maps: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
-        """Smoothed maps (N, S, H, W) in standard deviations above what good images show at that place."""
+        """Smoothed maps (N, S, H, W) in standard deviations above what good images show at that pixel."""
         mean, std = self.map_mean, self.map_std
         if maps.shape[-2:] != mean.shape[-2:]:
             mean = F.interpolate(mean, maps.shape[-2:], mode="bilinear")
@@ -171,7 +269,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     def p_value(self, scores: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Conformal p-value, (1 + #{normal >= score}) / (1 + #normal), (N,) -> (N,) float32."""
         normal = self.normal_scores[category]  # (N, n)
-        at_least = (normal >= scores[:, None]).sum(dim=1)  # NaN padding compares False
+        lowest = scores - ROUNDING * scores.abs()  # an equal score counts, however its last digits were rounded
+        at_least = (normal >= lowest[:, None]).sum(dim=1)  # NaN padding compares False
         return (1.0 + at_least) / (1.0 + (~normal.isnan()).sum(dim=1))
 
     def set_thresholds(
@@ -191,8 +290,12 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         ordered = torch.as_tensor(scores, dtype=torch.float32).sort().values
         self.normal_scores[category] = float("nan")
         self.normal_scores[category, : len(ordered)] = ordered
-        self.image_threshold[category] = conformal_threshold(ordered, rate)
+        self.image_threshold[category] = _rounded_up(conformal_threshold(ordered, rate))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said once already, for the same number of images
             maxima = torch.as_tensor(map_maxima, dtype=torch.float32).sort().values
-            self.pixel_threshold[category] = conformal_threshold(maxima, rate)
+            self.pixel_threshold[category] = _rounded_up(conformal_threshold(maxima, rate))
+
+
+def _rounded_up(threshold: float) -> float:
+    return threshold + ROUNDING * abs(threshold)

@@ -10,7 +10,6 @@ from functools import partial
 import datasets
 import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
 from datasets import Dataset, IterableDataset
 
 

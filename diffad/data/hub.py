@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import operator
 import os
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,8 +25,24 @@ GOOD_NAMES = ("good", "normal", "ok", "0", "0.0", "false")  # values of `label` 
 
 def is_loadable(root: Path) -> bool:
     """Whether a folder holds parquet or arrow files, or the metadata of an image folder."""
-    metadata = ("metadata.csv", "metadata.jsonl")
-    return any(file.suffix in (".parquet", ".arrow") or file.name in metadata for file in root.rglob("*"))
+    for file in root.rglob("*"):
+        if any(part.startswith(".") for part in file.relative_to(root).parts):
+            continue
+        if file.suffix in (".parquet", ".arrow") or _is_image_metadata(file):
+            return True
+    return False
+
+
+def _is_image_metadata(file: Path) -> bool:
+    """Whether a file lists images as `datasets`' image folders do; other tools have a metadata.csv of other columns."""
+    if file.name not in ("metadata.csv", "metadata.jsonl"):
+        return False
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            columns = next(csv.reader(lines), []) if file.suffix == ".csv" else list(json.loads(next(lines, "{}")))
+    except (OSError, ValueError, TypeError, csv.Error):
+        return False
+    return any(re.fullmatch(r"(.+_)?file_names?", str(column)) for column in columns)
 
 
 def load_hub_dataset(

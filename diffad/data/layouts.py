@@ -21,6 +21,8 @@ import datasets
 import numpy as np
 from datasets import Dataset, Features, Value
 
+from diffad.inputs import describe_suffixes, images_below, subfolders
+
 FEATURES = Features(
     {
         "image": datasets.Image(),
@@ -31,8 +33,27 @@ FEATURES = Features(
         "path": Value("string"),
     }
 )
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 SPLITS = ("train", "validation", "test")
+GOOD_NAMES = ("good", "ok", "normal")  # of folders, in any case, in every layout
+
+
+def is_good_name(name: str) -> bool:
+    return name.casefold() in GOOD_NAMES
+
+
+def _child(folder: Path, *names: str) -> Path:
+    """The folder in a folder that has one of these names, in any case; by the first of them where there is none."""
+    exact = next((folder / name for name in names if (folder / name).is_dir()), None)
+    if exact is None and folder.is_dir():
+        exact = next((one for one in subfolders(folder) if one.name.casefold() in names), None)
+    return exact or folder / names[0]
+
+
+def _has_folder(folder: Path, marker: str) -> bool:
+    """Whether a folder has one at `marker`, a path in lower case, whatever its case."""
+    for name in marker.split("/"):
+        folder = _child(folder, name)
+    return folder.is_dir()
 
 
 def _record(image: Path, category: str, defect: str, mask: Path | None) -> dict[str, Any]:
@@ -47,24 +68,9 @@ def _record(image: Path, category: str, defect: str, mask: Path | None) -> dict[
     }
 
 
-def _images(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted, without hidden ones; none if there is no such folder."""
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in IMAGE_EXTENSIONS
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and file.is_file()
-    )
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-
-
 def no_images(folder: Path) -> ValueError:
     reason = "is empty" if folder.is_dir() and not any(folder.iterdir()) else "holds no images"
-    return ValueError(f"{folder} {reason}: expected {', '.join(IMAGE_EXTENSIONS)} files.")
+    return ValueError(f"{folder} {reason}: expected {describe_suffixes()} files.")
 
 
 def choose_categories(category: str | Sequence[str] | None, found: Iterable[str], where: Path | str) -> list[str]:
@@ -92,15 +98,15 @@ def _check_split(split: str, available: Iterable[str], where: Path | str) -> Non
 
 def _split_folder(folder: Path, split: str) -> Path:
     """`folder/split`; where no split has a folder, `folder` itself, which is then both train and test."""
-    available = [name for name in SPLITS if (folder / name).is_dir()]
+    available = [name for name in SPLITS if _child(folder, name).is_dir()]
     _check_split(split, available or ("train", "test"), folder)
-    return folder / split if available else folder
+    return _child(folder, split) if available else folder
 
 
 def _find_categories(root: Path, markers: Sequence[str]) -> dict[str, Path]:
     """`root`, if one of the folders `markers` is in it; otherwise those of its subfolders that have one."""
-    for candidates in ([root], _subfolders(root)):
-        found = {f.name: f for f in candidates if any((f / marker).is_dir() for marker in markers)}
+    for candidates in ([root], subfolders(root)):
+        found = {f.name: f for f in candidates if any(_has_folder(f, marker) for marker in markers)}
         if found:
             return found
     return {}
@@ -108,7 +114,7 @@ def _find_categories(root: Path, markers: Sequence[str]) -> dict[str, Path]:
 
 def _masks_by_name(images: list[Path], image_folder: Path, mask_folder: Path) -> list[Path]:
     """Masks named as their images, or with `_mask` behind the name; the extensions may differ."""
-    masks = {mask.relative_to(mask_folder).with_suffix(""): mask for mask in _images(mask_folder)}
+    masks = {mask.relative_to(mask_folder).with_suffix(""): mask for mask in images_below(mask_folder)}
     paired = []
     for image in images:
         stem = image.relative_to(image_folder).with_suffix("")
@@ -122,7 +128,7 @@ def _masks_by_name(images: list[Path], image_folder: Path, mask_folder: Path) ->
 
 
 def _masks_by_order(images: list[Path], image_folder: Path, mask_folder: Path) -> list[Path]:
-    masks = _images(mask_folder)
+    masks = images_below(mask_folder)
     if len(masks) != len(images):
         raise FileNotFoundError(
             f"{mask_folder} holds {len(masks)} masks, but {image_folder} {len(images)} images: there must be "
@@ -138,7 +144,7 @@ def _read_class(
     mask_folder: Path | None,
     pair: Callable = _masks_by_name,
 ) -> Iterator[dict]:
-    images = _images(image_folder)
+    images = images_below(image_folder)
     if not images:
         raise no_images(image_folder)
     masks = [None] * len(images)
@@ -148,16 +154,15 @@ def _read_class(
         yield _record(image, category, defect, mask)
 
 
-def _read_tree(
-    category: str, folder: Path, split: str, good: str = "good", pair: Callable = _masks_by_name
-) -> Iterator[dict]:
+def _read_tree(category: str, folder: Path, split: str, pair: Callable = _masks_by_name) -> Iterator[dict]:
     """A folder for each class, in a folder for each split; masks in `ground_truth`: MVTec-AD and the like."""
-    base, ground_truth = _split_folder(folder, split), folder / "ground_truth"
-    defects = [f for f in _subfolders(base) if f.name not in (good, "ground_truth")]
-    if (base / good).is_dir():
-        yield from _read_class(category, "good", base / good, None)
-    elif split != "test" or base == folder or not defects:
-        yield from _read_unsorted(category, base, split, good, defects)
+    base, ground_truth = _split_folder(folder, split), _child(folder, "ground_truth")
+    good = [f for f in subfolders(base) if is_good_name(f.name)]
+    defects = [f for f in subfolders(base) if f not in good and f.name.casefold() != "ground_truth"]
+    for one in good:
+        yield from _read_class(category, "good", one, None)
+    if not good and (split != "test" or base == folder or not defects):
+        yield from _read_unsorted(category, base, split, defects)
         return
     if split != "test":
         return
@@ -168,21 +173,21 @@ def _read_tree(
             stacklevel=2,
         )
     for defect in defects:
-        masks = ground_truth / defect.name if ground_truth.is_dir() else None
+        masks = _child(ground_truth, defect.name, defect.name.casefold()) if ground_truth.is_dir() else None
         yield from _read_class(category, defect.name, defect, masks, pair)
 
 
-def _read_unsorted(category: str, base: Path, split: str, good: str, defects: list[Path]) -> Iterator[dict]:
+def _read_unsorted(category: str, base: Path, split: str, defects: list[Path]) -> Iterator[dict]:
     """Images right in a folder, with no folder of good ones beside them: all good."""
-    if any(_images(f) for f in defects):  # they may be defects, so nothing here is known to be good
+    if any(images_below(f) for f in defects):  # they may be defects, so nothing here is known to be good
         others = ", ".join(f.name for f in defects)
-        raise ValueError(f"{base} has no good images: expected {base / good}, but there are only {others}.")
-    images = [image for image in _images(base) if image.parent == base]
+        raise ValueError(f"{base} has no good images: expected {base / 'good'}, but there are only {others}.")
+    images = [image for image in images_below(base) if image.parent == base]
     if not images:
         raise no_images(base)
     if split == "test":
         raise ValueError(
-            f"{base} holds images without labels: for a test sort them into {base / good} and a folder for "
+            f"{base} holds images without labels: for a test sort them into {base / 'good'} and a folder for "
             "each kind of defect."
         )
     for image in images:
@@ -190,15 +195,17 @@ def _read_unsorted(category: str, base: Path, split: str, good: str, defects: li
 
 
 def _find_folder(root: Path) -> dict[str, Path]:
-    return (_find_categories(root, ["good"]) or {root.name: root}) if _images(root) else {}
+    return (_find_categories(root, GOOD_NAMES) or {root.name: root}) if images_below(root) else {}
 
 
 def _read_mvtec_3d(category: str, folder: Path, split: str) -> Iterator[dict]:
     base = _split_folder(folder, split)
-    classes = _subfolders(base) if split == "test" else [base / "good"]
+    good = [f for f in subfolders(base) if is_good_name(f.name)]
+    classes = subfolders(base) if split == "test" else good or [base / "good"]
     has_ground_truth = any((f / "gt").is_dir() for f in classes)
     for f in classes:
-        yield from _read_class(category, f.name, f / "rgb", f / "gt" if has_ground_truth else None)
+        defect = "good" if f in good else f.name
+        yield from _read_class(category, defect, f / "rgb", f / "gt" if has_ground_truth else None)
 
 
 def _read_listed(category: str, listed: dict[str, list[dict]], split: str) -> Iterator[dict]:
@@ -215,7 +222,7 @@ def _read_listed(category: str, listed: dict[str, list[dict]], split: str) -> It
 def _find_visa(root: Path) -> dict[str, Any]:
     path = root / "split_csv" / "1cls.csv"
     if not path.is_file():
-        if _find_categories(root, ["Data/Images"]):
+        if _find_categories(root, ["data/images"]):
             raise FileNotFoundError(
                 f"{root} has the folders of VisA, but there is no {path}. Give the folder that holds "
                 "split_csv/, and one category of it by `category`."
@@ -228,7 +235,7 @@ def _find_visa(root: Path) -> dict[str, Any]:
         if missing:
             raise ValueError(f"{path} lacks the columns {sorted(missing)}.")
         for row in rows:
-            defect = "good" if row["label"] == "normal" else "anomaly"
+            defect = "good" if is_good_name(row["label"]) else "anomaly"
             mask = root / row["mask"] if row["mask"] else None
             record = _record(root / row["image"], row["object"], defect, mask)
             found.setdefault(row["object"], {}).setdefault(row["split"], []).append(record)
@@ -236,7 +243,7 @@ def _find_visa(root: Path) -> dict[str, Any]:
 
 
 def _find_uni_medical(root: Path) -> dict[str, Any]:
-    trees, path = _find_categories(root, ["test/Ungood"]), root / "meta.json"
+    trees, path = _find_categories(root, ["test/ungood"]), root / "meta.json"
     if not path.is_file() or (not trees and _find_categories(root, MVTEC_AD_MARKERS)):
         return trees  # other tools put a meta.json into an MVTec-AD tree, too
     found: dict[str, Any] = {}
@@ -296,7 +303,7 @@ class Layout(NamedTuple):
     expected: str  # what `find` looks for, below the root
 
 
-MVTEC_AD_MARKERS = ("train/good", "test/good")
+MVTEC_AD_MARKERS = ("train/good", "test/good", "train/normal", "test/normal")
 MVTEC_3D_MARKERS = ("train/good/rgb", "test/good/rgb")
 BTAD_MARKERS = ("train/ok", "test/ok")
 
@@ -307,7 +314,7 @@ LAYOUTS = {  # in the order in which they are tried
     ),
     "btad": Layout(
         partial(_find_categories, markers=BTAD_MARKERS),
-        partial(_read_tree, good="ok"),
+        _read_tree,
         "[CATEGORY/]train/ok/",
     ),
     "uni_medical": Layout(_find_uni_medical, _read_uni_medical, "[CATEGORY/]test/Ungood/, or meta.json"),

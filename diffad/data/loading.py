@@ -40,7 +40,7 @@ def load_anomaly_dataset(
             one. A plain folder without train/ and test/ in it shows the same good images in both, with a
             warning in the test split.
         category: a name, several, or None for all.
-        dataset: forces a layout (see the module's list); None finds it from the tree.
+        dataset: forces a layout (see the list in `diffad.data`); None finds it from the tree.
         on_bad_image: `"error"` raises if there are images that cannot be read, `"skip"` drops them with one
             warning that lists them (see `check_images`). A streamed Hub data set is only checked under
             `"skip"`, while it is read.

@@ -1,11 +1,9 @@
-"""Masks of defects, of any mode, that follow their images."""
+"""Reads masks of defects, of any mode, and resizes them with their images."""
 
 from __future__ import annotations
 
 import numpy as np
-import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
 
 from diffad.images import image_to_rgb, turn_upright
 
@@ -22,16 +20,13 @@ def resize_image_and_mask(
     image: PIL.Image.Image,
     mask: PIL.Image.Image | None,
     size: int | tuple[int, int],
-    center_crop: bool = False,
 ) -> tuple[PIL.Image.Image, np.ndarray]:
-    """Resizes an image (bilinear, antialiased) and its mask (nearest) alike.
+    """Stretches an image (bilinear, antialiased) and its mask (nearest) to a size.
 
     Args:
         image: of any mode.
         mask: of the same size; None for a good image.
         size: (height, width), or the side of a square, in pixels.
-        center_crop: False stretches the image to `size`; True keeps its proportions and cuts off evenly what
-            is too long.
 
     Returns:
         The image in RGB, and the mask as (height, width) bool, all False where there was none.
@@ -42,12 +37,11 @@ def resize_image_and_mask(
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
         raise ValueError(f"`size` must be positive, but is {size}.")
-    resize = PIL.ImageOps.fit if center_crop else PIL.Image.Image.resize
     image = image_to_rgb(image)
-    resized = resize(image, (width, height), PIL.Image.Resampling.BILINEAR)
+    resized = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
     if mask is None:
         return resized, np.zeros((height, width), dtype=bool)
     defect = PIL.Image.fromarray(mask_to_array(mask).view(np.uint8))
     if defect.size != image.size:
         raise ValueError(f"`mask` is {defect.size} (width, height), but `image` is {image.size}.")
-    return resized, np.asarray(resize(defect, (width, height), PIL.Image.Resampling.NEAREST)) > 0
+    return resized, np.asarray(defect.resize((width, height), PIL.Image.Resampling.NEAREST)) > 0

@@ -16,17 +16,24 @@ from diffad.data import load_anomaly_dataset
 from diffad.evaluation.detectors import call_arguments, evaluate_detectors
 from diffad.evaluation.metric_names import BASELINE_TITLES
 from diffad.images import images_to_pixel_values, images_to_tensors
+from diffad.pipelines.pipeline_ddpm_reconstruction import DDPMReconstructionPipeline
+
+PADIM_IMAGE_SIZE = 224  # px, PaDiM's own
 
 
 def fit_padim(
-    feature_extractor: TimmFeatureExtractor, good: Dataset, batch_size: int = 16, image_size: int = 224
+    feature_extractor: TimmFeatureExtractor, good: Dataset, batch_size: int, accelerator: Accelerator
 ) -> GaussianFeatureModel:
     """PaDiM over the pipeline's own backbone and strides, at PaDiM's 224 px, fitted to good images.
 
-    The grid is 56 x 56 whatever the finest stride: PaDiM's own, with a ResNet.
+    The grid is 56 x 56 whatever the finest stride: PaDiM's own, with a ResNet. The images are shared among the
+    accelerator's processes, and each ends with the same model.
     """
-    model = GaussianFeatureModel.from_extractor(feature_extractor, image_size=image_size, feature_size=image_size // 4)
-    return model.fit(image_batches(good, batch_size, image_size))
+    model = GaussianFeatureModel.from_extractor(
+        feature_extractor, image_size=PADIM_IMAGE_SIZE, feature_size=PADIM_IMAGE_SIZE // 4
+    )
+    mine = good.select(range(accelerator.process_index, len(good), accelerator.num_processes))
+    return model.fit(image_batches(mine, batch_size, PADIM_IMAGE_SIZE), accelerator=accelerator)
 
 
 def image_batches(images: Dataset, batch_size: int, image_size: int) -> Iterator[torch.Tensor]:
@@ -53,8 +60,7 @@ def evaluate_baseline(
     Args:
         name: "padim", or "ddpm": the plain DDPM of an AnomalyDenoise pipeline, noised to t = 250 and denoised in 50
             DDIM steps.
-        good: training images of the category, for PaDiM. Every process fits all of them, so that the sums, and with
-            them all numbers, are the same on any number of processes.
+        good: training images of the category, for PaDiM.
         pipeline, images, category, accelerator, resolution, pro_fpr_limit, batch_size, seed: as of
             `evaluate_category`.
 
@@ -64,18 +70,17 @@ def evaluate_baseline(
     if name == "padim":
         if good is None or len(good) < 2:
             return {}
-        padim = fit_padim(pipeline.feature_extractor, good, batch_size)
+        padim = fit_padim(pipeline.feature_extractor, good, batch_size, accelerator)
 
         def detect(pictures: list[Any], indices: list[int]) -> list[Any]:
             return [padim.detect(pictures, batch_size=batch_size, match_input_resolution=False)]
 
     else:  # the plain DDPM
-        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        ddpm = pipeline.share_components(DDPMReconstructionPipeline)
+        ddpm.register_modules(scheduler=DDIMScheduler.from_config(pipeline.scheduler.config))
 
         def detect(pictures: list[Any], indices: list[int]) -> list[Any]:
-            return [
-                pipeline.denoise(pictures, scheduler=scheduler, **call_arguments(pipeline, category, indices, seed))
-            ]
+            return [ddpm(pictures, **call_arguments(pipeline, category, indices, seed))]
 
     title = f"{BASELINE_TITLES[name]}: {category}"
     return evaluate_detectors(detect, 1, images, title, accelerator, resolution, pro_fpr_limit, batch_size)[0].result

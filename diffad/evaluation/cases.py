@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
 
 from diffad.data.masks import mask_to_array
-from diffad.evaluation.detectors import call_arguments, category_index
+from diffad.evaluation.detectors import call_arguments, pixel_threshold
 from diffad.images import image_to_rgb, resize_images
 from diffad.visualization import beside_overlay, save_rows
 
+IMAGES_A_GROUP = 4  # at most
 PICTURE_HEIGHT = 256  # pixels of a case's picture; larger ones are scaled down to it
 
 
@@ -36,24 +36,24 @@ class Case:
     picture: np.ndarray
 
 
-def choose_cases(records: Sequence[Mapping[str, Any]], count: int = 4) -> dict[str, list[int]]:
+def choose_cases(records: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
     """Which images to show: the extremes of either kind, so that the errors show too.
 
     Args:
         records: of one category, as in a report's `scores`.
-        count: images a group, at most.
 
     Returns:
         Indices into `records` by title: defective images with the highest and the lowest scores, good ones with the
-        highest and the lowest. The most extreme stands first; no image stands twice; empty groups are left out.
+        highest and the lowest, up to `IMAGES_A_GROUP` each. The most extreme stands first; no image stands twice; empty
+        groups are left out.
     """
     groups = {}
     for label, kind in ((1, "defective"), (0, "good")):
         of_kind = [i for i, record in enumerate(records) if record["label"] == label]
         ordered = sorted(of_kind, key=lambda i: records[i]["score"], reverse=True)
-        highest = ordered[: min(count, (len(ordered) + 1) // 2)]
+        highest = ordered[: min(IMAGES_A_GROUP, (len(ordered) + 1) // 2)]
         groups[f"{kind}, highest score"] = highest
-        groups[f"{kind}, lowest score"] = ordered[len(highest) :][::-1][:count]
+        groups[f"{kind}, lowest score"] = ordered[len(highest) :][::-1][:IMAGES_A_GROUP]
     return {title: indices for title, indices in groups.items() if indices}
 
 
@@ -75,16 +75,14 @@ def draw_cases(
     images: Dataset,
     records: Sequence[dict[str, Any]],
     category: str,
-    accelerator: Accelerator,
     seed: int,
 ) -> list[Case]:
     """The images with the highest and the lowest scores of either kind, beside their maps and the defects' outlines."""
-    threshold = thresholds(pipeline, category)[1]
+    threshold = pixel_threshold(pipeline, category)
     cases = []
     for title, indices in choose_cases(records).items():
         rows = [images[i] for i in indices]
-        with accelerator.autocast():
-            output = pipeline([row["image"] for row in rows], **call_arguments(pipeline, category, indices, seed))
+        output = pipeline([row["image"] for row in rows], **call_arguments(pipeline, category, indices, seed))
         for i, row, anomaly_map in zip(indices, rows, output.anomaly_map, strict=True):
             cases.append(Case(title, case_caption(records[i]), draw_case(row, anomaly_map, threshold)))
     return cases
@@ -100,19 +98,6 @@ def draw_case(row: dict[str, Any], anomaly_map: torch.Tensor, threshold: float |
         mask = None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
     shown = resize_images(anomaly_map[None, None].float(), (picture.height, picture.width))[0, 0].numpy()
     return beside_overlay(np.asarray(picture), shown, None if mask is None else np.asarray(mask), threshold)
-
-
-def thresholds(pipeline: Any, category: str) -> tuple[float | None, float | None]:
-    """Of images and of pixels, of one category; None before it is calibrated."""
-    if pipeline.calibration is None:
-        return None, None
-    index = category_index(pipeline, category)
-    image, pixel = pipeline.calibration.image_threshold[index], pipeline.calibration.pixel_threshold[index]
-    return _finite(image), _finite(pixel)
-
-
-def _finite(threshold: torch.Tensor) -> float | None:
-    return float(threshold) if torch.isfinite(threshold) else None
 
 
 def save_sheets(cases: dict[str, list[Case]], path: Path) -> None:

@@ -1,7 +1,9 @@
-"""Detectors on a test split: metrics and every image's score, on any number of processes."""
+"""Runs detectors over a test split: metrics and every image's score, on any number of processes."""
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,8 +19,11 @@ from tqdm.auto import tqdm
 
 from diffad import AnomalyOutput
 from diffad.data.masks import resize_image_and_mask
+from diffad.evaluation.metric_names import MEAN
 from diffad.evaluation.metrics import AnomalyMetrics
+from diffad.files import bounded_name, write_whole
 from diffad.images import resize_images
+from diffad.journal import name_pictures
 from diffad.seeding import image_generator
 
 
@@ -76,7 +81,34 @@ def category_index(pipeline: Any, category: str) -> int:
     Raises:
         ValueError: a unified model does not know it.
     """
-    return int(pipeline.category_index(category if len(pipeline.config.categories or []) > 1 else None, 1)[0])
+    return pipeline.category_index(category if len(pipeline.categories) > 1 else None)
+
+
+def promise(pipeline: Any, category: str) -> dict[str, float]:
+    """What a pipeline promises of one category, for the report; nothing before it is calibrated.
+
+    `image_threshold`; `allowed_false_alarms`, the rate that holds on average over sets of good images; and
+    `allowed_false_alarms_95`, the rate that this calibration keeps with 95% confidence.
+    """
+    if pipeline.calibration is None:
+        return {}
+    index = category_index(pipeline, category)
+    threshold = pipeline.calibration.image_threshold[index]
+    if not torch.isfinite(threshold):
+        return {}
+    return {
+        "image_threshold": float(threshold),
+        "allowed_false_alarms": pipeline.calibration.stated_false_alarm_rate(index),
+        "allowed_false_alarms_95": round(pipeline.calibration.false_alarm_bound(index), 6),
+    }
+
+
+def pixel_threshold(pipeline: Any, category: str) -> float | None:
+    """Above which the map of an alarmed image is in its mask; None before the category is calibrated."""
+    if pipeline.calibration is None:
+        return None
+    threshold = pipeline.calibration.pixel_threshold[category_index(pipeline, category)]
+    return float(threshold) if torch.isfinite(threshold) else None
 
 
 @torch.no_grad()
@@ -100,17 +132,18 @@ def evaluate_detectors(
         images: as of `load_anomaly_dataset`.
         category: its name.
         accelerator: shares the batches among its processes. A batch is the same on any number of them, and so are
-            its maps to the bit.
+            its maps to the bit. Mixed precision is the caller's to set (`with accelerator.autocast()`).
         resolution: side in pixels at which maps meet masks.
         pro_fpr_limit: of PRO.
         batch_size: images a batch.
-        save_maps: folder for the first detector's maps.
+        save_maps: folder for the first detector's maps, named by `name_maps`.
 
     Returns:
         One evaluation for each detector. Seconds are those of all detectors together.
     """
     metrics = [AnomalyMetrics(pro_fpr_limit=pro_fpr_limit) for _ in range(num_detectors)]
     records: list[list[dict[str, Any]]] = [[] for _ in range(num_detectors)]
+    map_names = [] if save_maps is None else name_maps(images["path"], images["defect"], category)
     started = time.time()
     # this process's share, without the padding that would count images twice
     with accelerator.split_between_processes(list(range(0, len(images), batch_size))) as starts:
@@ -119,8 +152,7 @@ def evaluate_detectors(
             rows = [images[i] for i in indices]
             masks = [_mask(row, resolution) for row in rows]
             known = {j: mask for j, mask in enumerate(masks) if mask is not None}
-            with accelerator.autocast():
-                outputs = detect([row["image"] for row in rows], indices)
+            outputs = detect([row["image"] for row in rows], indices)
             for number, output in enumerate(outputs):
                 maps = resize_images(output.anomaly_map.float()[:, None], (resolution, resolution))[:, 0].cpu()
                 scores = output.anomaly_score.cpu()
@@ -129,7 +161,8 @@ def evaluate_detectors(
                     metrics[number].update(anomaly_map=maps[list(known)], mask=np.stack(list(known.values())))
                 records[number] += [_record(output, j, float(scores[j]), indices[j], row) for j, row in enumerate(rows)]
                 if save_maps is not None and number == 0:
-                    _save_maps(maps, rows, indices, Path(save_maps, category, "test"))
+                    for one, index in zip(maps, indices, strict=True):
+                        save_map(one, Path(save_maps), map_names[index])
     if accelerator.num_processes > 1:  # states are exchanged where they lie, and NCCL knows GPUs only
         metrics = [one.to(accelerator.device) for one in metrics]
     measured = [(one.compute(), one.curves()) for one in metrics]
@@ -161,12 +194,35 @@ def _record(output: Any, j: int, score: float, index: int, row: dict[str, Any]) 
     }
 
 
-def _save_maps(maps: torch.Tensor, rows: list[dict[str, Any]], indices: list[int], folder: Path) -> None:
-    for one, row, index in zip(maps, rows, indices, strict=True):
-        name = Path(row["path"]).stem or f"{index:06d}"
-        path = folder / row["defect"] / f"{name}.tiff"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(one.numpy()).save(path)
+def name_maps(paths: Sequence[str], defects: Sequence[str], category: str) -> list[str]:
+    """Where the map of each image goes, as MVTec's evaluation expects it: CATEGORY/test/DEFECT/NAME.tiff.
+
+    NAME is the image's path below DEFECT or, where that is no folder of it, below the images' common one. No two
+    images share one, labels are one folder each, and nothing leads upwards.
+    """
+    split = [[part for part in re.split(r"[\\/]", path) if part not in ("", ".", "..")] for path in paths]
+    common = len(Path(os.path.commonpath(["/".join(["root", *parts[:-1]]) for parts in split])).parts) - 1
+    places = []
+    for index, (parts, defect) in enumerate(zip(split, defects, strict=True)):
+        folders, name = parts[:-1], os.path.splitext(parts[-1])[0] if parts else f"{index:06d}"
+        start = len(folders) - folders[::-1].index(defect) if defect in folders else common
+        inside = folders[start:]
+        places.append((str(index), Path(_one_folder(defect), *inside, name)))
+    names = name_pictures(places, {}, ".tiff")
+    return [f"{_one_folder(category)}/test/{names[str(index)]}" for index in range(len(places))]
+
+
+def _one_folder(label: str) -> str:
+    label = re.sub(r"[\\/\0]", "_", label)
+    return "_" if label in ("", ".", "..") else bounded_name(label)
+
+
+def save_map(anomaly_map: torch.Tensor, folder: Path, name: str) -> None:
+    """Writes a map (H, W) below a folder, as float32 TIFF."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with write_whole(path) as unfinished:
+        Image.fromarray(anomaly_map.numpy()).save(unfinished, format="TIFF")
 
 
 def _complete(result: dict[str, float], records: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
@@ -192,4 +248,8 @@ def split_by_category(dataset: Dataset | None) -> dict[str, Dataset]:
     if dataset is None:
         return {}
     of_image = np.asarray(dataset["category"])
+    if MEAN in of_image:
+        raise ValueError(
+            f"A category is named {MEAN!r}, as the mean over all is in reports. Rename it in the data set."
+        )
     return {str(name): dataset.select(np.flatnonzero(of_image == name)) for name in np.unique(of_image)}

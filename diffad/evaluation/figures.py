@@ -16,14 +16,9 @@ CURVES = {
     "pro": ("Per-region overlap", "pixel_pro", "PRO", "per-region overlap"),
 }
 
-
 # of a figure, in the units of its view box: size, and where its axes stand
 WIDTH, HEIGHT = 320, 220
-
-
 LEFT, RIGHT, TOP, BOTTOM = 44, 312, 8, 182
-
-
 MOST_BARS = 40
 
 

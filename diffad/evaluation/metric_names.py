@@ -16,18 +16,11 @@ METRICS = {
     "defects_found": ("image-classification", "recall", "defects found"),
 }
 
-
 # what users would take otherwise: a report's name, title in tables
 BASELINE_TITLES = {"padim": "PaDiM", "ddpm": "plain DDPM"}
-
-
 COUNTS = {"good_images": "good", "defective_images": "defective"}
-
-
 MEAN = "mean"
 
 # the order of the papers' tables; DICE and the rates at the threshold are no columns there
 METRIC_TITLES = {name: METRICS[name][2] for name in METRICS if name.split("_")[0] in ("image", "pixel")}
-
-
 del METRIC_TITLES["pixel_dice"]

@@ -3,12 +3,11 @@
 AUROC and average precision (AP) at image and pixel level; F1-max, the best F1 over all thresholds (Zou et
 al., "SPot-the-Difference Self-supervised Pre-training for Anomaly Detection and Segmentation", ECCV 2022);
 PRO, the per-region overlap (Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021, section 5.2);
-DICE.
+DICE at the best threshold.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,11 +63,8 @@ class AnomalyMetrics(Metric):
 
     Args:
         pro_fpr_limit: PRO is integrated over false-positive rates from 0 to this, in (0, 1].
-        exact: keep every pixel and never drop bits of a score. Memory grows with the number of images.
-        pixel_threshold: `pixel_dice` takes pixels with at least this score as defective. None takes the best
-            threshold for all pixels together, as the medical literature does: `pixel_dice` is `pixel_f1max`
-            then.
-        num_bins: how many distinct pixel scores to hold without dropping bits, at least 512.
+        num_bins: how many distinct pixel scores to hold without dropping bits, at least 512. Results are exact
+            until there are more.
         kwargs: torchmetrics' own, such as `process_group`.
 
     Raises:
@@ -88,27 +84,15 @@ class AnomalyMetrics(Metric):
     region_areas: list[torch.Tensor]
     num_buffered_pixels: torch.Tensor
     pixel_histogram: torch.Tensor
-    threshold_counts: torch.Tensor
 
-    def __init__(
-        self,
-        pro_fpr_limit: float = 0.3,
-        exact: bool = False,
-        pixel_threshold: float | None = None,
-        num_bins: int = 2**18,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, pro_fpr_limit: float = 0.3, num_bins: int = 2**18, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 0.0 < pro_fpr_limit <= 1.0:
             raise ValueError(f"`pro_fpr_limit` must lie in (0, 1], but is {pro_fpr_limit}.")
-        if pixel_threshold is not None and math.isnan(pixel_threshold):
-            raise ValueError("`pixel_threshold` must be a number or None, but is NaN.")
         # below 512 bins a float's mantissa may go altogether, and infinity falls in with finite scores
         if num_bins < 512:
             raise ValueError(f"`num_bins` must be at least 512, but is {num_bins}.")
         self.pro_fpr_limit = float(pro_fpr_limit)
-        self.exact = exact
-        self.pixel_threshold = pixel_threshold
         self.num_bins = num_bins
 
         # Lists are float32 throughout: it is what torchmetrics sends for a process that has seen no image.
@@ -119,10 +103,7 @@ class AnomalyMetrics(Metric):
         self.add_state("defective_scores", default=[], dist_reduce_fx="cat")
         self.add_state("region_areas", default=[], dist_reduce_fx="cat")
         self.add_state("num_buffered_pixels", default=torch.tensor(0), dist_reduce_fx="sum")
-        if not exact:
-            self.add_state("pixel_histogram", default=pack(EMPTY, num_bins), dist_reduce_fx=merge_packed)
-        # true positives, false positives, false negatives at `pixel_threshold`
-        self.add_state("threshold_counts", default=torch.zeros(3, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("pixel_histogram", default=pack(EMPTY, num_bins), dist_reduce_fx=merge_packed)
 
     def update(
         self,
@@ -193,7 +174,8 @@ class AnomalyMetrics(Metric):
             `image_auroc`, `image_ap`, `image_f1max`, `pixel_auroc`, `pixel_ap`, `pixel_f1max`, `pixel_pro`,
             `pixel_dice`; always these keys. Without at least one defective and one normal example there is
             nothing to rank, and a level's metrics are NaN: the pixel metrics, say, if no mask was ever given.
-            (`pixel_dice` at a given `pixel_threshold` needs defective pixels only.)
+            `pixel_dice` equals `pixel_f1max`: it is the DICE of all pixels together at the best threshold, as
+            the medical literature gives it.
 
         Raises:
             ValueError: no image has been added.
@@ -207,9 +189,6 @@ class AnomalyMetrics(Metric):
             result |= {f"{level}_auroc": auroc, f"{level}_ap": ap, f"{level}_f1max": f1max}
         result["pixel_pro"] = per_region_overlap(pixel, self.pro_fpr_limit)
         result["pixel_dice"] = result["pixel_f1max"]
-        if self.pixel_threshold is not None:
-            tp, fp, fn = self.threshold_counts.tolist()
-            result["pixel_dice"] = 2 * tp / (2 * tp + fp + fn) if tp + fn else math.nan
         return result
 
     def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -232,12 +211,11 @@ class AnomalyMetrics(Metric):
         return result
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Adds the images of another `AnomalyMetrics` with the same settings."""
-        if isinstance(incoming_state, AnomalyMetrics):
-            for name in ("exact", "pixel_threshold", "num_bins"):
-                mine, other = getattr(self, name), getattr(incoming_state, name)
-                if mine != other:
-                    raise ValueError(f"`incoming_state` has `{name}` {other}, but this metric has {mine}.")
+        """Adds the images of another `AnomalyMetrics` with the same `num_bins`."""
+        if isinstance(incoming_state, AnomalyMetrics) and incoming_state.num_bins != self.num_bins:
+            raise ValueError(
+                f"`incoming_state` has `num_bins` {incoming_state.num_bins}, but this metric has {self.num_bins}."
+            )
         super().merge_state(incoming_state)
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
@@ -260,15 +238,10 @@ class AnomalyMetrics(Metric):
             regions = ndimage.label(mask, structure=np.ones((3, 3)))[0][mask]
             self.defective_scores.append(self._to_state(defective))
             self.region_areas.append(self._to_state(np.bincount(regions)[regions]))
-        if self.pixel_threshold is not None:
-            tp = np.count_nonzero(defective >= self.pixel_threshold)
-            fp = np.count_nonzero(scores >= self.pixel_threshold) - tp
-            counts = torch.tensor([tp, fp, defective.size - tp], device=self.device)
-            self.threshold_counts = self.threshold_counts + counts
         self._fold_if_full()
 
     def _fold_if_full(self) -> None:
-        if self.exact or self.num_buffered_pixels < _BUFFERED_PIXELS_PER_BIN * self.num_bins:
+        if self.num_buffered_pixels < _BUFFERED_PIXELS_PER_BIN * self.num_bins:
             return
         self.pixel_histogram = pack(self._pixel_histogram(), self.num_bins).to(self.device)
         self.pixel_scores, self.defective_scores, self.region_areas = [], [], []
@@ -282,16 +255,15 @@ class AnomalyMetrics(Metric):
         return count_scores(scores, scores[labels > 0], np.ones(np.count_nonzero(labels)))
 
     def _pixel_histogram(self) -> Histogram:
-        num_bins = None if self.exact else self.num_bins
-        folded = EMPTY if self.exact else unpack(self.pixel_histogram)
+        folded = unpack(self.pixel_histogram)
         buffered = count_scores(
             concatenate(self.pixel_scores),
             concatenate(self.defective_scores),
             concatenate(self.region_areas),
             folded.dropped_bits,
-            num_bins,
+            self.num_bins,
         )
-        return merge([folded, buffered], num_bins) if folded.keys.size else buffered
+        return merge([folded, buffered], self.num_bins) if folded.keys.size else buffered
 
 
 def concatenate(state: torch.Tensor | list[torch.Tensor]) -> np.ndarray:

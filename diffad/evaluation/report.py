@@ -1,4 +1,4 @@
-"""The report of an evaluation: JSON, tables and page."""
+"""The report of an evaluation: what it holds, and the JSON, tables and page that it is written to."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 
 import diffad
 from diffad.evaluation.cases import draw_cases, save_sheets
 from diffad.evaluation.metric_names import BASELINE_TITLES, MEAN, METRIC_TITLES
 from diffad.evaluation.page import render_report_page
+from diffad.files import write_text_whole
 
 # what a report must agree in with the one that it goes on with
 SETTINGS = ("model", "model_files", "data", "seed", "resolution", "pro_fpr_limit", "mixed_precision")
@@ -103,12 +103,10 @@ def take_up_report(report: dict[str, Any], path: Path, categories: Collection[st
     report.update({name: earlier[name] for name in ("results", "baselines", "scores", "curves")})
 
 
-def save_page(
-    report: dict[str, Any], pipeline: Any, images: dict[str, Dataset], accelerator: Accelerator, path: Path
-) -> None:
+def save_page(report: dict[str, Any], pipeline: Any, images: dict[str, Dataset], path: Path) -> None:
     """Writes the page (.html), with pictures of the cases that tell most, and their contact sheets beside `path`."""
     cases = {
-        category: draw_cases(pipeline, images[category], records, category, accelerator, report["seed"])
+        category: draw_cases(pipeline, images[category], records, category, report["seed"])
         for category, records in report["scores"].items()
     }
     write_files(path, {".html": render_report_page(report, report["curves"], cases)})
@@ -119,9 +117,7 @@ def write_files(path: Path, texts: dict[str, str]) -> None:
     """Writes texts to `path` with other suffixes, each under another name first and then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix, text in texts.items():
-        unfinished = path.with_name(f".{path.stem}{suffix}.unfinished")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path.with_suffix(suffix))
+        write_text_whole(path.with_suffix(suffix), text)
 
 
 def fingerprint(model: str) -> str | None:

@@ -76,7 +76,7 @@ def count_scores(
     dropped_bits: int = 0,
     num_bins: int | None = None,
 ) -> Histogram:
-    """The histogram of float32 scores; the defective ones stand in `scores` too."""
+    """The histogram of float32 scores; the defective ones stand in `scores` too. No `num_bins`: no bits are dropped."""
     keys = _score_keys(scores)
     keys >>= dropped_bits
     distinct, totals = _distinct(keys)
@@ -92,8 +92,8 @@ def count_scores(
     return Histogram(distinct, np.stack((totals, defective, per_region)), dropped_bits)
 
 
-def merge(histograms: Sequence[Histogram], num_bins: int | None) -> Histogram:
-    """The histogram of all pixels together."""
+def merge(histograms: Sequence[Histogram], num_bins: int) -> Histogram:
+    """The histogram of all pixels together, of at most `num_bins` bins."""
     dropped_bits = max(one.dropped_bits for one in histograms)
     keys = np.concatenate([one.keys >> (dropped_bits - one.dropped_bits) for one in histograms])
     order = np.argsort(keys, kind="stable")  # linear here: it merges runs that are sorted already

@@ -26,9 +26,9 @@ def benchmark_pipeline(pipeline: Any, batch_size: int = 16, repeats: int = 5) ->
         rest), `peak_memory_mib` (of the process, or of the GPU's allocations).
     """
     device = pipeline._execution_device
-    size = pipeline.input_resolution(pipeline.processing_resolution)
+    size = pipeline.input_resolution
     images = np.random.default_rng(0).random((batch_size, size, size, 3), dtype=np.float32)
-    category = {"category": 0} if len(pipeline.config.categories or []) > 1 else {}
+    category = {"category": 0} if len(pipeline.categories) > 1 else {}
     spent: defaultdict[str, float] = defaultdict(float)
     begun: dict[str, float] = {}
 

@@ -51,7 +51,7 @@ def measure_time(batch_size: int, repeats: int = 7) -> None:
     )
 
 
-def measure_memory(num_maps: int, exact: bool) -> None:
+def measure_memory(num_maps: int) -> None:
     import resource
 
     from diffad.metrics import AnomalyMetrics
@@ -63,25 +63,23 @@ def measure_memory(num_maps: int, exact: bool) -> None:
 
     make_maps(0, 1)
     before = peak()
-    metrics = AnomalyMetrics(exact=exact)
+    metrics = AnomalyMetrics()
     for i in range(num_maps):  # made one by one: only the metric could accumulate
         maps, masks = make_maps(i, 1)
         metrics.update(anomaly_map=maps, mask=masks, anomaly_score=maps.max(axis=(1, 2)), label=masks.any(axis=(1, 2)))
     metrics.compute()
-    kind = "exact" if exact else "streaming"
-    print(f"{num_maps} maps, {kind}: peak {peak():.0f} MiB, {peak() - before:.0f} MiB of it the metric's")
+    print(f"{num_maps} maps: peak {peak():.0f} MiB, {peak() - before:.0f} MiB of it the metric's")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch-size", type=int, help="only time, with this many maps an update")
     parser.add_argument("--num-maps", type=int, help="only the peak memory of this many maps")
-    parser.add_argument("--exact", action="store_true", help="with --num-maps: keep every pixel")
     args = parser.parse_args()
     if args.batch_size:
         measure_time(args.batch_size)
     elif args.num_maps:
-        measure_memory(args.num_maps, args.exact)
+        measure_memory(args.num_maps)
     else:
         for arguments in (
             ["--batch-size", "1"],
@@ -89,7 +87,6 @@ def main() -> None:
             ["--num-maps", str(NUM_MAPS)],
             ["--num-maps", "100"],
             ["--num-maps", "2000"],
-            ["--num-maps", str(NUM_MAPS), "--exact"],
         ):
             subprocess.run([sys.executable, __file__, *arguments], check=True)
 

@@ -106,7 +106,7 @@ def main() -> None:
     unseen, seen, rest = hold_out(groups, args.share, args.seed)
     pipeline = DiffusionPipeline.from_pretrained(args.model, calibration=None)
     pipeline.set_progress_bar_config(disable=True)
-    category = args.category if len(pipeline.config.categories or []) > 1 else None
+    category = args.category if len(pipeline.categories) > 1 else None
     generator = torch.Generator().manual_seed(args.seed)
     thresholds, fresh = seen[::2], seen[1::2]
     pipeline.calibrate(

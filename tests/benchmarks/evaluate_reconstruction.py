@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from diffad import AnomalyDenoisePipeline
 from diffad.data import load_anomaly_dataset
 from diffad.images import images_to_tensors, resize_images
+from diffad.pipelines.checks import category_indices
 from diffad.seeding import image_generator
 from diffad.visualization import heat_map, save_rows, to_uint8
 
@@ -55,8 +56,8 @@ def measure(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Numbers of a batch, each (B,), and its pictures."""
     gaussian, device = pipeline.gaussian, pipeline.device
-    category = [row["category"] for row in rows] if len(pipeline.config.categories or []) > 1 else None
-    index = pipeline.category_index(category, len(rows)).to(device)
+    category = [row["category"] for row in rows] if len(pipeline.categories) > 1 else None
+    index = category_indices(category, pipeline.categories, len(rows)).to(device)
     images = images_to_tensors([row["image"] for row in rows])
     common = {
         "category": category,

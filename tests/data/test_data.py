@@ -791,14 +791,13 @@ def test_mask_follows_its_image():
     mask = PIL.Image.new("L", (40, 20))
     for canvas, value in ((image, (255,) * 3), (mask, 1)):
         canvas.paste(value, (16, 4, 24, 8))
-    for center_crop, expected in ((False, (slice(2, 4), slice(4, 6))), (True, (slice(2, 4), slice(3, 7)))):
-        resized, marked = resize_image_and_mask(image, mask, 10, center_crop=center_crop)
-        assert resized.size == (10, 10)
-        assert marked.shape == (10, 10)
-        assert marked.dtype == bool
-        assert marked[expected].all()
-        assert marked.sum() == marked[expected].size
-        assert ((np.asarray(resized)[..., 0] > 127) == marked).all()
+    resized, marked = resize_image_and_mask(image, mask, 10)
+    assert resized.size == (10, 10)
+    assert marked.shape == (10, 10)
+    assert marked.dtype == bool
+    assert marked[2:4, 4:6].all()
+    assert marked.sum() == 4
+    assert ((np.asarray(resized)[..., 0] > 127) == marked).all()
     resized, marked = resize_image_and_mask(image, None, (6, 9))
     assert resized.size == (9, 6)
     assert marked.shape == (6, 9)
@@ -827,3 +826,48 @@ def test_each_part_goes_to_the_smaller_half():
 def test_a_part_pattern_needs_paths():
     with pytest.raises(ValueError, match=r"has none for its images\. Leave it out"):
         part_index(["a.png", ""], "a")
+
+
+# Names and files that other tools and other people use
+
+
+@pytest.mark.parametrize("good", ["Good", "ok", "OK", "normal", "Normal"])
+@pytest.mark.parametrize("place", ["{}", "test/{}", "bottle/{}", "bottle/test/{}"])
+def test_good_images_are_good_by_any_usual_name(tmp_path: Path, good: str, place: str):
+    folder = place.format(good)
+    write_image(tmp_path / folder / "1.png")
+    write_image(tmp_path / Path(folder).with_name("dent") / "2.png")
+    if "test" in place:
+        write_image(tmp_path / folder.replace("test", "train") / "3.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        test = load_anomaly_dataset(tmp_path, "test")
+    assert sorted(zip(test["defect"], test["label"], strict=True)) == [("dent", 1), ("good", 0)]
+    assert load_anomaly_dataset(tmp_path)["defect"] == ["good"]
+
+
+def test_two_spellings_of_good_are_both_good(tmp_path: Path):
+    for name in ("train/good/0.png", "test/good/1.png", "test/Good/2.png", "test/dent/3.png"):
+        write_image(tmp_path / name)
+    assert sorted(load_anomaly_dataset(tmp_path, "test")["label"]) == [0, 0, 1]
+
+
+def test_another_tools_metadata_does_not_change_a_plain_folder(tmp_path: Path):
+    for i in range(6):
+        write_image(tmp_path / f"{'train_' if i % 2 else ''}{i}.png")
+    (tmp_path / "metadata.csv").write_text("station,operator\n1,alice\n")
+    assert len(load_anomaly_dataset(tmp_path)) == 6
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.jsonl").write_text('{"camera": 3}\n')
+    assert len(load_anomaly_dataset(tmp_path)) == 6
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png"}\n')
+    assert len(load_anomaly_dataset(tmp_path, dataset="folder")) == 6  # forced
+
+
+def test_links_and_service_folders_in_a_data_set(tmp_path: Path):
+    for name in ("good/1.png", "good/@eaDir/1.png", "good/.ipynb_checkpoints/1.png", "@eaDir/x.png", "__MACOSX/y.png"):
+        write_image(tmp_path / "line" / name)
+    write_image(tmp_path / "camera2/2.jfif".replace(".jfif", ".gif"))
+    (tmp_path / "line/good/cam2").symlink_to(tmp_path / "camera2")
+    (tmp_path / "line/good/cam2/back").symlink_to(tmp_path / "line/good")
+    assert relative(load_anomaly_dataset(tmp_path / "line"), tmp_path / "line") == ["good/1.png", "good/cam2/2.gif"]

@@ -77,7 +77,7 @@ def two_categories() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         report["results"][name], report["scores"][name] = result, records
         cases[name] = [
             Case(title, case_caption(records[i]), picture(i))
-            for title, indices in choose_cases(records, 2).items()
+            for title, indices in choose_cases(records).items()
             for i in indices
         ]
     report["results"]["mean"] = {"image_auroc": 0.9876, "pixel_pro": 0.1234}
@@ -230,16 +230,19 @@ def test_the_threshold_is_the_results_own_where_it_is_given():
 
 def test_cases_are_the_extremes_of_either_kind():
     records = [{"label": label, "score": score} for label, score in [(0, 1), (1, 9), (0, 4), (1, 2), (1, 7), (0, 3)]]
-    assert choose_cases(records, 1) == {
-        "defective, highest score": [1],
+    assert choose_cases(records) == {
+        "defective, highest score": [1, 4],
         "defective, lowest score": [3],
-        "good, highest score": [2],
+        "good, highest score": [2, 5],
         "good, lowest score": [0],
     }
-    many = choose_cases(records, 4)
-    assert many["defective, highest score"] == [1, 4]
-    assert many["defective, lowest score"] == [3]
-    assert sorted(i for indices in many.values() for i in indices) == list(range(6))  # each once
+    many = [{"label": label, "score": score} for label in (0, 1) for score in range(10)]
+    assert choose_cases(many) == {
+        "defective, highest score": [19, 18, 17, 16],
+        "defective, lowest score": [10, 11, 12, 13],
+        "good, highest score": [9, 8, 7, 6],
+        "good, lowest score": [0, 1, 2, 3],
+    }
     assert choose_cases(records[:1]) == {"good, highest score": [0]}
     assert choose_cases([]) == {}
 

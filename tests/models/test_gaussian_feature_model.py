@@ -75,18 +75,6 @@ def test_a_large_mean_costs_no_precision():
     np.testing.assert_allclose(moments.variance(), expected.diagonal(axis1=1, axis2=2), atol=1e-7)
 
 
-def test_merged_sums_are_those_of_the_whole():
-    features = torch.randn(30, 5, 7, generator=generator())
-    whole, first, second = FeatureMoments(7, 5), FeatureMoments(7, 5), FeatureMoments(7, 5)
-    whole.update(features)
-    first.update(features[:11])
-    second.update(features[11:])
-    both = first + second
-    assert (first.count, second.count, both.count) == (11, 19, 30)
-    torch.testing.assert_close(both.mean(), whole.mean())
-    torch.testing.assert_close(both.covariance(), whole.covariance())
-
-
 def test_whitening_is_of_the_inverse_covariance():
     gaussian = model()
     moments = FeatureMoments(64, 8)

@@ -100,6 +100,7 @@ def finish_training(folder: Path) -> None:
     """The end of a training run with --push_to_hub, into a folder of an earlier one."""
     from argparse import Namespace
 
+    from accelerate import Accelerator
     from conftest import tiny_pipeline, write_mvtec
 
     from diffad.data import load_anomaly_dataset
@@ -120,7 +121,7 @@ def finish_training(folder: Path) -> None:
     )
     good = load_anomaly_dataset(data, split="train")
     training, held_out = good.select(range(5)), good.select(range(5, 8))
-    finish(tiny_pipeline(), training, held_out, ["tile"], arguments, {"steps": 345})
+    finish(tiny_pipeline(), training, held_out, ["tile"], arguments, {"steps": 345}, Accelerator())
 
 
 def pull(folder: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffad import AnomalyDenoisePipeline
 from diffad.images import images_to_pixel_values, images_to_tensors
-from diffad.pipelines.pipeline_anomaly_denoise import noise_timesteps
+from diffad.pipelines.pipeline_gradient_denoising import GradientDenoisingPipeline, noise_timesteps
 
 GAUSSIAN = {"num_channels": 16, "feature_size": 8}
 FAST = {"num_iterations": 7, "denoise_every": 3}
@@ -239,7 +239,7 @@ def test_a_callback_sees_every_iteration_of_every_batch(pipe):
     calls = []
 
     def watch(pipe, iteration, timesteps, tensors):
-        assert isinstance(pipe, AnomalyDenoisePipeline)
+        assert isinstance(pipe, GradientDenoisingPipeline)
         calls.append((iteration, tuple(tensors["sample"].shape), tuple(timesteps.shape)))
         return {}  # nothing to replace
 

@@ -81,13 +81,11 @@ def test_rows_of_one_pass_equal_rows_of_their_own(model, data, tmp_path, capsys)
 
 def test_alphas_share_one_pass_of_the_network(model, data, tmp_path, monkeypatch):
     calls = []
-    forward = make_table.AnomalyDenoisePipeline.measure_at
+    measure = make_table.AnomalyDenoisePipeline.measure
     monkeypatch.setattr(
         make_table.AnomalyDenoisePipeline,
-        "measure_at",
-        lambda self, levels, pixel_values, *rest: (
-            calls.append(len(pixel_values)) or forward(self, levels, pixel_values, *rest)
-        ),
+        "measure",
+        lambda self, pixel_values, *rest: calls.append(len(pixel_values)) or measure(self, pixel_values, *rest),
     )
     run("alpha", model, data, tmp_path / "alpha.json")
     assert sum(calls) == 8 + 7  # every good training image once, every test image once, for eleven rows

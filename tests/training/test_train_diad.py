@@ -1,4 +1,6 @@
-"""Training of DiAD: the autoencoder, then the denoiser and its guidance; killed and resumed, and on two processes."""
+"""Training of DiAD: the denoiser and its guidance; killed and resumed, and on two processes."""
+
+# ruff: noqa: F811 (tests take the imported fixtures by their names)
 
 from __future__ import annotations
 
@@ -12,110 +14,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    BACKBONE,
-    generator,
-    launch,
-    launch_command,
-    texture,
-    textures,
-    tiny_extractor,
-    write_folder,
-    write_mvtec,
+from conftest import generator, launch, launch_command, texture, textures, write_folder, write_mvtec
+from diad_runs import (  # noqa: F401 (fixtures)
+    SG_NETWORK,
+    UNET,
+    VAE,
+    flags,
+    good,
+    load,
+    moved,
+    shared_flags,
+    start_vae,
+    tiny,
+    train,
+    train_vae,
 )
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file
-from stable_diffusion import tiny_conditional_unet
 from transformers import CLIPTextModel
 
-from diffad import DiADPipeline, SemanticGuidedNetwork
+from diffad import DiADPipeline
 from diffad.images import images_to_tensors, normalize_images
-from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.training import train_autoencoder, train_diad
-from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip
-from diffad.training.data import ResizedImages, load_good_images
-from diffad.training.loop import list_checkpoints
+from diffad.training.checkpoints import list_checkpoints
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 SCRIPT = Path(train_diad.__file__)
-UNET = "unet/diffusion_pytorch_model.safetensors"
-SG_NETWORK = "sg_network/diffusion_pytorch_model.safetensors"
-VAE = "diffusion_pytorch_model.safetensors"
-
-
-def tiny_vae() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        sample_size=16,
-        mid_block_add_attention=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    """A DiAD pipeline of ten thousand parameters to start from; its latents are half as large as images."""
-    unet = tiny_conditional_unet()
-    torch.manual_seed(2)
-    DiADPipeline(
-        vae=tiny_vae(),
-        unet=unet,
-        prompt_embedding=PromptEmbedding.from_tensor(torch.randn(1, 5, 12)),
-        scheduler=DDIMScheduler(**train_diad.SCHEDULER),
-        sg_network=SemanticGuidedNetwork.from_unet(unet, conditioning_embedding_out_channels=(4, 8)),
-        feature_extractor=tiny_extractor(),
-    ).save_pretrained(folder := tmp_path_factory.mktemp("tiny"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory) -> Path:
-    """Fifteen good images: 13 to train on, which are three batches of four, and 2 held out."""
-    return write_folder(tmp_path_factory.mktemp("data") / "part", 15)
-
-
-def shared_flags(data: Path, output: Path, steps: int, resolution: int) -> list[object]:
-    return [
-        *("--train_data_dir", data, "--output_dir", output, "--max_train_steps", steps, "--resolution", resolution),
-        *("--train_batch_size", 4, "--gradient_accumulation_steps", 1, "--lr_warmup_steps", 1),
-        *("--learning_rate", 1e-3, "--backbone", BACKBONE, "--backbone_weights", "random", "--feature_strides", 2, 4),
-    ]
-
-
-def flags(data: Path, output: Path, start: Path, *more: object, steps: int = 2, resolution: int = 16) -> list[str]:
-    arguments = [*shared_flags(data, output, steps, resolution), "--pretrained_model_name_or_path", start]
-    arguments += ["--num_inference_steps", 2, "--sigma", 1, "--pooling_rounds", 0, "--false_alarm_rate", 0.4]
-    return [str(argument) for argument in (*arguments, *more)]
-
-
-def train(*args, **kwargs) -> None:
-    train_diad.main(flags(*args, **kwargs))
-
-
-def train_vae(data: Path, output: Path, *more: object, steps: int = 2, resolution: int = 16) -> None:
-    train_autoencoder.main([str(flag) for flag in (*shared_flags(data, output, steps, resolution), *more)])
-
-
-def load(output: Path) -> DiADPipeline:
-    """A finished run's pipeline, checked to be calibrated and to work."""
-    pipeline = DiffusionPipeline.from_pretrained(output)
-    pipeline.set_progress_bar_config(disable=True)
-    category = pipeline.config.categories[0] if len(pipeline.config.categories) > 1 else None
-    result = pipeline(texture(99), category=category)
-    assert np.isfinite(result.anomaly_map).all()
-    assert 0.0 < result.p_value[0] <= 1.0
-    return pipeline
-
-
-def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
-    """Names of the weights that differ."""
-    assert before.keys() == after.keys()
-    return {name for name, value in after.items() if not torch.equal(value, before[name])}
 
 
 # -- end to end --------------------------------------------------------------------------------------------------
@@ -137,7 +63,7 @@ def test_from_a_folder_of_good_images_alone(tmp_path):
     train_diad.main([str(argument) for argument in (*arguments, "--random_flip")])
     pipeline = load(output)
     assert type(pipeline) is DiADPipeline
-    assert pipeline.config.categories == ["part"]
+    assert pipeline.categories == ["part"]
     assert pipeline.processing_resolution == 72
     assert pipeline.config.num_inference_steps == 2
     assert pipeline.config.pooling_size == 4
@@ -187,7 +113,7 @@ def test_two_categories_are_one_model_with_statistics_of_each(tiny, tmp_path):
     data = write_mvtec(tmp_path / "data", {"tile": 14, "cable": 7})
     train(data, tmp_path / "run", tiny, "--false_alarm_rate", 0.5, "--train_whole_unet", "--use_ema")
     pipeline = load(tmp_path / "run")
-    assert pipeline.config.categories == ["cable", "tile"]
+    assert pipeline.categories == ["cable", "tile"]
     # 15% of each is held out: 1 of 7, 2 of 14
     assert (~pipeline.calibration.normal_scores.isnan()).sum(dim=1).tolist() == [1, 2]
     cable, tile = (pipeline(texture(0), name, generator=generator()) for name in ("cable", "tile"))
@@ -275,94 +201,6 @@ def test_other_ways_to_run(good, tiny, tmp_path, more):
     assert "up_blocks.0.resnets.0.conv1.weight" in moved(before, pipeline.unet.state_dict())
 
 
-# -- cached latents ----------------------------------------------------------------------------------------------
-
-
-def test_latents_are_cached_for_each_flip(good, tiny):
-    args = train_diad.parse_args(flags(good, Path("unused"), tiny))
-    training, _, categories = load_good_images(args)
-    images = ResizedImages(training, 16, categories)
-    pipeline = DiADPipeline.from_pretrained(tiny)
-    pairs = [(False, False), (False, True), (True, False), (True, True)]
-    cached = CachedEncodings(images, pipeline.encode, pairs, (4, 8, 8))
-    assert len(cached) == len(images) == 13
-    pixels, latents, index = cached[12]
-    assert torch.equal(pixels, images[12][0])
-    assert latents.shape == (4, 4, 8, 8)
-    assert index == 0
-    assert cached.table.cache_files  # on disk, not in memory
-    assert images.table.cache_files
-    scaled = pixels[None].float() / 127.5 - 1.0
-    for pair, expected in zip(pairs, (scaled, scaled.flip(2), scaled.flip(3), scaled.flip(2, 3)), strict=True):
-        assert torch.equal(flip(scaled, [pair]), expected)
-        torch.testing.assert_close(latents[pairs.index(pair)], pipeline.encode(expected)[0], rtol=1e-4, atol=1e-5)
-
-    batch = [torch.stack(column) for column in zip(*(cached[i][:2] for i in range(13)), strict=True)]
-    flipped, chosen = choose_flips(*batch, torch.tensor(pairs), generator())
-    torch.testing.assert_close(chosen, pipeline.encode(flipped), rtol=1e-4, atol=1e-5)
-    originals = batch[0].float() / 127.5 - 1.0
-    kinds = {tuple(torch.equal(flipped[i], flip(originals[i : i + 1], [p])[0]) for p in pairs) for i in range(13)}
-    assert len(kinds) > 2  # not all flipped alike
-
-
-# -- the autoencoder ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def start_vae(tmp_path_factory) -> Path:
-    tiny_vae().save_pretrained(folder := tmp_path_factory.mktemp("vae"))
-    return folder
-
-
-def test_autoencoder_learns(good, start_vae, tmp_path):
-    more = ("--pretrained_model_name_or_path", start_vae, "--learning_rate", 1e-2, "--use_ema", "--ema_decay", 0.9)
-    train_vae(good, tmp_path, *more, "--rotation_degrees", 0, "--validation_steps", 60, steps=60)
-    args = train_autoencoder.parse_args([str(flag) for flag in (*shared_flags(good, tmp_path, 1, 16), *more)])
-    _, held_out, _ = load_good_images(args)
-    before, after = (
-        train_autoencoder.held_out_error(AutoencoderKL.from_pretrained(path), held_out, args, torch.device("cpu"))
-        for path in (start_vae, tmp_path)
-    )
-    assert after < 0.6 * before
-    record = json.loads((tmp_path / "training.json").read_text())
-    assert record["held_out_l1"] == pytest.approx(after, abs=1e-4)
-    with Image.open(tmp_path / "validation" / "step-60.png") as sheet:
-        assert sheet.width > 3 * 160  # three columns
-
-
-@torch.no_grad()
-def test_latents_of_a_new_autoencoder_are_scaled_to_unit_variance(good):
-    vae = tiny_vae()
-    images = torch.stack(images_to_tensors(textures(8))) * 2.0 - 1.0
-    scale = train_autoencoder.latent_scale(vae, images.split(3))
-    latents = vae.encode(images).latent_dist.mode()
-    assert scale == pytest.approx(1.0 / float(latents.std(correction=0)), rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["cosine", "l2"])
-def test_perceptual_loss(good, start_vae, tmp_path, kind):
-    extractor = tiny_extractor()
-    images = torch.stack(images_to_tensors(textures(2))) * 2.0 - 1.0
-    other = images.roll(3, dims=3).requires_grad_()
-    assert float(train_autoencoder.perceptual_distance(extractor, images, images, kind)) == pytest.approx(0, abs=1e-5)
-    distance = train_autoencoder.perceptual_distance(extractor, images, other, kind)
-    assert distance.item() > 1e-4
-    distance.backward()
-    assert other.grad.any()
-    more = ("--pretrained_model_name_or_path", start_vae, "--perceptual_weight", 1, "--perceptual_loss", kind)
-    train_vae(good, tmp_path, *more, "--reconstruction_loss", "l2", "--kl_weight", 1e-2, "--gradient_checkpointing")
-    assert moved(load_file(start_vae / VAE), load_file(tmp_path / VAE))
-
-
-def test_autoencoder_resumes_to_the_bit(good, start_vae, tmp_path):
-    more = ("--pretrained_model_name_or_path", start_vae, "--checkpointing_steps", 2, "--use_ema", "--random_flip")
-    train_vae(good, tmp_path / "whole", *more, steps=5)
-    (tmp_path / "part").mkdir()
-    (tmp_path / "whole" / "checkpoint-4").rename(tmp_path / "part" / "checkpoint-4")
-    train_vae(good, tmp_path / "part", *more, "--resume_from_checkpoint", "latest", steps=5)
-    assert moved(load_file(tmp_path / "whole" / VAE), load_file(tmp_path / "part" / VAE)) == set()
-
-
 # -- killed and resumed, and on two processes --------------------------------------------------------------------
 
 
@@ -397,16 +235,11 @@ def test_killed_and_resumed_it_ends_with_the_same_weights_to_the_bit(good, tiny,
     assert torch.equal(load(whole).calibration.normal_scores, load(killed).calibration.normal_scores)
 
 
-@pytest.mark.parametrize("script", ["train_autoencoder", "train_diad"])
-def test_two_processes_train_one_model(good, tiny, start_vae, tmp_path, script):
-    if script == "train_diad":
-        arguments = flags(good, tmp_path / "run", tiny, "--gradient_accumulation_steps", 2, "--use_ema", steps=3)
-    else:
-        arguments = [*shared_flags(good, tmp_path / "run", 3, 16), "--pretrained_model_name_or_path", start_vae]
-    output = launch(f"diffad.training.{script}", *arguments, processes=2, cwd=tmp_path)
-    assert output.count("Saved a") == 1  # after the check that both ended with the same weights
-    if script == "train_diad":
-        assert load(tmp_path / "run").calibration.normal_scores.shape == (1, 2)
+def test_two_processes_train_one_model(good, tiny, tmp_path):
+    arguments = flags(good, tmp_path / "run", tiny, "--gradient_accumulation_steps", 2, "--use_ema", steps=3)
+    output = launch("diffad.training.train_diad", *arguments, processes=2, cwd=tmp_path)
+    assert output.count("Saved a calibrated pipeline") == 1  # after the check that both ended with the same weights
+    assert load(tmp_path / "run").calibration.normal_scores.shape == (1, 2)
     assert json.loads((tmp_path / "run" / "training.json").read_text())["steps"] == 3
     states = {path.name for path in (tmp_path / "run" / "checkpoint-3").glob("random_states_*")}
     assert states == {"random_states_0.pkl", "random_states_1.pkl"}

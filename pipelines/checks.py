@@ -1,0 +1,147 @@
+"""What every anomaly pipeline checks of its arguments. Each message names the argument and the fix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils import logging
+
+from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.models.feature_extractor import TimmFeatureExtractor
+from diffad.moments import PRIOR_IMAGES
+from diffad.pipelines.output import OUTPUT_TYPES
+
+logger = logging.get_logger(__name__)
+
+
+def check_call(
+    images: Sequence[torch.Tensor],
+    batch_size: int,
+    resolution: int,
+    size_multiple: int,
+    match_input_resolution: bool,
+    generator: Any,
+    output_type: str,
+) -> None:
+    """Checks the arguments of a call.
+
+    Args:
+        images: as of `images_to_tensors`.
+        batch_size: at least 1.
+        resolution: `processing_resolution`, a positive multiple of `size_multiple`.
+        size_multiple: the networks take images whose sides are multiples of this.
+        match_input_resolution: whether maps come at the images' own size, which then must be one.
+        generator: None, one, or one for each image.
+        output_type: one of `OUTPUT_TYPES`.
+
+    Raises:
+        ValueError: an argument is wrong.
+    """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be a positive integer, but is {batch_size!r}.")
+    if not isinstance(resolution, int) or resolution < size_multiple:
+        raise ValueError(f"`processing_resolution` must be at least {size_multiple}, but is {resolution!r}.")
+    if resolution % size_multiple:
+        raise ValueError(
+            f"`processing_resolution` must be a multiple of {size_multiple} for this network, but is {resolution}. "
+            f"Try {round(resolution / size_multiple) * size_multiple}."
+        )
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f'`output_type` must be "np", "pt" or "pil", but is {output_type!r}.')
+    generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(images)
+    if len(generators) != len(images) or not all(g is None or isinstance(g, torch.Generator) for g in generators):
+        raise ValueError(
+            "`generator` must be a torch.Generator or a list of them, one for each of the "
+            f"{len(images)} images, but is {generator!r}."
+        )
+    sizes = sorted({tuple(image.shape[-2:]) for image in images})
+    if match_input_resolution and len(sizes) > 1:
+        raise ValueError(
+            f"`image` holds images of different sizes ({', '.join(f'{h}x{w}' for h, w in sizes)}, height x width), "
+            "whose maps do not fit one array. Pass `match_input_resolution=False`, or make one call for each size."
+        )
+
+
+def category_indices(
+    category: str | int | Sequence[str | int] | None, names: Sequence[str], num_images: int
+) -> torch.Tensor:
+    """(N,) indices of N images' categories among `names`; a model of one category asks for nothing.
+
+    Raises:
+        ValueError: a wrong or missing name; the message lists the right ones.
+    """
+    names = list(names or ["default"])
+    if isinstance(category, np.integer):
+        category = int(category)
+    if category is None:
+        if len(names) > 1:
+            raise ValueError(f"`category` is needed: this model knows {', '.join(names)}. Pass one of them.")
+        return torch.zeros(num_images, dtype=torch.long)
+    given = [category] * num_images if isinstance(category, (str, int)) else list(category)
+    if len(given) != num_images:
+        raise ValueError(f"`category` lists {len(given)} names for {num_images} images. Pass one, or one each.")
+    for name in given:
+        known = name in names if isinstance(name, str) else name in range(len(names))
+        if not known:
+            raise ValueError(f"`category` {name!r} is unknown: this model knows {', '.join(names)}.")
+    return torch.tensor([names.index(name) if isinstance(name, str) else name for name in given])
+
+
+def scored_layers(score_strides: Sequence[int] | None, feature_extractor: TimmFeatureExtractor) -> list[int]:
+    """Which of the feature extractor's layers are scored, as indices; None takes all.
+
+    Raises:
+        ValueError: a stride is none of the extractor's.
+    """
+    strides = list(feature_extractor.config.strides)
+    if score_strides is not None and (not score_strides or any(stride not in strides for stride in score_strides)):
+        raise ValueError(f"`score_strides` must be taken from {strides}, the extractor's, but is {score_strides}.")
+    of_layers = feature_extractor.layer_strides
+    return [i for i, stride in enumerate(of_layers) if score_strides is None or stride in score_strides]
+
+
+def check_map_settings(suppression: float, position_prior_images: float) -> None:
+    """Raises a ValueError where one is out of its range."""
+    if not 0.0 <= suppression < 1.0:
+        raise ValueError(f"`suppression` must lie in [0, 1), but is {suppression}.")
+    if not 0.0 <= position_prior_images < math.inf:
+        raise ValueError(
+            f"`position_prior_images` must be finite and not negative, but is {position_prior_images}. "
+            f"{PRIOR_IMAGES:g} is what all other maps have."
+        )
+
+
+def check_callback_inputs(names: Sequence[str], allowed: Sequence[str]) -> None:
+    """Raises a ValueError where `callback_on_step_end_tensor_inputs` asks for what a pipeline does not hand out."""
+    unknown = [name for name in names if name not in allowed]
+    if unknown:
+        raise ValueError(
+            f"`callback_on_step_end_tensor_inputs` holds {unknown}, but may be taken from {list(allowed)} only."
+        )
+
+
+def check_calibration(
+    calibration: ScoreCalibration | None,
+    category: torch.Tensor,
+    names: Sequence[str],
+    precision: str,
+    settings: dict[str, Any],
+) -> None:
+    """Warns, once, where there is no calibration, or one of another precision or of other settings.
+
+    Raises:
+        ValueError: a category of the images is not calibrated.
+    """
+    if calibration is not None:
+        calibration.check_category(category, names)
+        calibration.warn_of_precision(precision)
+        calibration.warn_of_settings(settings)
+        return
+    logger.warning_once(
+        "This pipeline is not calibrated: maps and scores are raw, and anomaly_mask, is_anomalous and p_value "
+        "are None. Call `pipe.calibrate(good_images)` once and save the pipeline again."
+    )

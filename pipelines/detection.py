@@ -1,0 +1,171 @@
+"""What the pipelines that detect anomalies share: calibration to good images."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from diffad.calibration.fitting import CalibrationFit, ScoreFunctions
+from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.images import images_to_tensors
+from diffad.pipelines.base import AnomalyPipeline
+from diffad.precision import running_precision
+from diffad.scoring import Measurement, empty_measurement
+from diffad.seeding import image_generators
+
+
+class DetectionPipeline(AnomalyPipeline):
+    """Base of the pipelines that detect anomalies: calibration. A call does not pass through here.
+
+    A subclass says what its networks measure of images (`measure_images`), how that becomes smoothed maps
+    (`score_maps`), how these become one map (`join_maps`), and how a map becomes a score (`image_scores`). Calibration
+    learns from them what good images show.
+    """
+
+    @property
+    def measuring_networks(self) -> tuple[Any, ...]:
+        """The networks that `measure_images` runs, None where an optional one is missing."""
+        raise NotImplementedError
+
+    def measure_images(
+        self, images: Sequence[torch.Tensor], category: torch.Tensor, generators: Sequence[torch.Generator | None]
+    ) -> Measurement:
+        """What the networks say of images (3, H_i, W_i) in [0, 1], whose noise comes from a generator each."""
+        raise NotImplementedError
+
+    def score_maps(
+        self,
+        measurement: Measurement,
+        category: torch.Tensor,
+        calibration: ScoreCalibration | None,
+        num_seen: int = 0,
+    ) -> torch.Tensor:
+        """As of `ScoreFunctions`."""
+        raise NotImplementedError
+
+    def join_maps(
+        self, maps: torch.Tensor, category: torch.Tensor, calibration: ScoreCalibration | None
+    ) -> torch.Tensor:
+        """As of `ScoreFunctions`."""
+        raise NotImplementedError
+
+    def image_scores(self, anomaly_map: torch.Tensor) -> torch.Tensor:
+        """As of `ScoreFunctions`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        images: Sequence[Any],
+        statistics_images: Sequence[Any] | None = None,
+        false_alarm_rate: float = 0.01,
+        category: str | int | None = None,
+        batch_size: int = 16,
+        generator: torch.Generator | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> DetectionPipeline:
+        """Learns what normal looks like from good images, in one pass over them and constant memory.
+
+        Three things stand on each other: mean and covariance of the feature residual, mean and deviation of the maps,
+        its Mahalanobis distances among them, and the scores of normalised maps. The first two are taken from the same
+        images, each measured by the covariance of the others; the scores from images that neither has seen, so
+        thresholds and p-values hold for new images.
+
+        Args:
+            images: good images that no network was trained on, of parts of which neither training nor
+                `statistics_images` show other photographs: PIL images, paths, arrays, or a column of a
+                `datasets.Dataset`. Thresholds and p-values come from them.
+            statistics_images: more good images, for the per-position statistics; those of training may serve. Their
+                measurements wait in a temporary file, 1 to 3 MB an image. Without them, every other of
+                `images` does, and the rest is left for the thresholds.
+            false_alarm_rate: share of good parts that may raise an alarm, on average over sets of good images, in
+                (0, 1); `diffad.calibration.conformal.false_alarm_bound` says what one set keeps with a confidence.
+            category: which category the images are of, in a unified model; the others keep what they have.
+            batch_size: images in a batch.
+            generator: makes the calibration repeatable. Each image has noise of its own, whatever the batch.
+            accelerator: shares the images among its processes; each ends with the same calibration.
+
+        Returns:
+            The pipeline, calibrated.
+
+        Raises:
+            ValueError: too few images, or a wrong category.
+        """
+        if not 0.0 < false_alarm_rate < 1.0:
+            raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate}.")
+        if statistics_images is None:
+            # in turn, as images often come in order of their time or kind; indices, as a slice of a data set's column
+            # would decode all of it
+            statistics_images = images
+            for_statistics, for_scores = range(1, len(images), 2), range(0, len(images), 2)
+        else:
+            for_statistics, for_scores = range(len(statistics_images)), range(len(images))
+        if min(len(for_statistics), len(for_scores)) < 1:
+            raise ValueError(
+                f"`images` holds {len(images)} good images and `statistics_images` {len(for_statistics)}, too few to "
+                "calibrate: it takes 1 of each, or 2 `images`, and deserves 100."
+            )
+        fit = self.calibration_fit(self.category_index(category), len(for_scores), false_alarm_rate, accelerator)
+        for learn, part, indices in (
+            (fit.add_statistics, statistics_images, for_statistics),
+            (fit.add_scores, images, for_scores),
+        ):
+            generators = image_generators(generator, len(indices))
+            for measurement in self._measurements(part, indices, fit.category, batch_size, generators, accelerator):
+                learn(measurement)
+        self.maybe_free_model_hooks()
+        self.register_modules(calibration=fit.finish())
+        return self
+
+    def calibration_fit(
+        self, category: int, num_scores: int, false_alarm_rate: float, accelerator: Accelerator | None = None
+    ) -> CalibrationFit:
+        """A fit of this pipeline's calibration for one category, which has seen nothing yet; arguments as there."""
+        settings = {name: value for name, value in self.config.items() if name in setting_names(type(self))}
+        return CalibrationFit(
+            ScoreFunctions(self.score_maps, self.join_maps, self.image_scores),
+            category,
+            num_scores,
+            false_alarm_rate,
+            previous=self.calibration,
+            num_categories=max(1, len(self.categories)),
+            position_prior_images=self.config.position_prior_images,
+            accelerator=accelerator,
+            precision=running_precision(self.measuring_networks, self._execution_device),
+            settings=settings,
+        )
+
+    def _measurements(
+        self,
+        images: Sequence[Any],
+        indices: Sequence[int],
+        category: int,
+        batch_size: int,
+        generators: Sequence[torch.Generator],
+        accelerator: Accelerator | None,
+    ) -> Iterator[Measurement]:
+        """Measurements of this process's share of the images at `indices`, batch by batch.
+
+        Each index has a generator. Where the process has no share, measurements of no images.
+        """
+        rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        mine = range(rank, len(indices), processes)
+        chosen = mine or range(1)  # whose measurement tells the shapes
+        starts: Any = range(0, len(chosen), batch_size)
+        for start in self.progress_bar(starts) if len(starts) > 1 else starts:
+            batch = chosen[start : start + batch_size]
+            tensors = images_to_tensors([images[indices[i]] for i in batch])
+            of_category = torch.full((len(batch),), category, device=self._execution_device)
+            measurement = self.measure_images(tensors, of_category, [generators[i] for i in batch])
+            yield measurement if mine else empty_measurement(measurement)
+
+
+def setting_names(pipeline_class: type[DetectionPipeline]) -> list[str]:
+    """The configuration values of a pipeline class: its arguments with a default that are no components."""
+    parameters = inspect.signature(pipeline_class.__init__).parameters.values()
+    settings = [p.name for p in parameters if p.default is not inspect.Parameter.empty]
+    return [name for name in settings if name not in pipeline_class._optional_components]

@@ -1,0 +1,104 @@
+"""What `DiADPipeline` checks of its components, settings and inputs. Each message names the argument and the fix."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+
+from diffad.latents import latent_factor
+from diffad.models.prompt_embedding import PromptEmbedding
+from diffad.models.semantic_guided_network import SemanticGuidedNetwork
+
+
+def check_components(
+    vae: AutoencoderKL | AutoencoderTiny,
+    unet: UNet2DConditionModel,
+    prompt_embedding: PromptEmbedding,
+    sg_network: SemanticGuidedNetwork | None,
+) -> None:
+    """Raises a ValueError where two components do not fit together."""
+    factor = latent_factor(vae)
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise ValueError(
+            f"`unet` takes latents of {unet.config.in_channels} channels, but `vae` makes them with "
+            f"{vae.config.latent_channels}. Use the autoencoder that the denoiser was trained with."
+        )
+    if unet.config.cross_attention_dim != prompt_embedding.config.width:
+        raise ValueError(
+            f"`prompt_embedding` is {prompt_embedding.config.width} wide, but `unet` attends to a prompt of "
+            f"width {unet.config.cross_attention_dim}. Embed it with the denoiser's own text encoder."
+        )
+    if sg_network is not None:
+        stack_factor = 2 ** (len(sg_network.config.conditioning_embedding_out_channels) - 1)
+        if stack_factor != factor:
+            raise ValueError(
+                f"`sg_network` makes the image {stack_factor} times smaller and `vae` {factor} times. Give the "
+                "network's `conditioning_embedding_out_channels` as many widths as the autoencoder has levels."
+            )
+
+
+def check_settings(distance: str, sigma: float, pooling_size: int, pooling_rounds: int) -> None:
+    """Raises a ValueError where a setting is out of its range."""
+    if distance not in ("cosine", "mahalanobis"):
+        raise ValueError(f'`distance` must be "cosine" or "mahalanobis", but is {distance!r}.')
+    if sigma < 0:
+        raise ValueError(f"`sigma` must not be negative, but is {sigma}.")
+    if pooling_size < 1 or pooling_rounds < 0:
+        raise ValueError(
+            "`pooling_size` must be at least 1 and `pooling_rounds` at least 0, but they are "
+            f"{pooling_size} and {pooling_rounds}."
+        )
+
+
+def check_pixel_values(pixel_values: torch.Tensor, vae: AutoencoderKL | AutoencoderTiny) -> tuple[int, int]:
+    """Height and width of images that the networks take, (N, 3, H, W).
+
+    Raises:
+        ValueError: another shape.
+    """
+    multiple = latent_factor(vae)
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != vae.config.in_channels:
+        raise ValueError(
+            f"`pixel_values` must have shape (N, {vae.config.in_channels}, H, W), but has {tuple(pixel_values.shape)}."
+        )
+    height, width = pixel_values.shape[-2:]
+    if height % multiple or width % multiple:
+        raise ValueError(
+            f"`pixel_values` of {height} x {width}: both sides must be multiples of {multiple}, the autoencoder's "
+            "factor. Resize or pad the images."
+        )
+    return height, width
+
+
+def check_latents(
+    latents: torch.Tensor | None, vae: AutoencoderKL | AutoencoderTiny, sizes: tuple[int, int, int]
+) -> torch.Tensor | None:
+    """`latents` as they are, if they fit images of `sizes` (N, H, W).
+
+    Raises:
+        ValueError: they do not.
+    """
+    count, height, width = sizes
+    factor = latent_factor(vae)
+    shape = (count, vae.config.latent_channels, height // factor, width // factor)
+    if latents is not None and tuple(latents.shape) != shape:
+        raise ValueError(
+            f"`latents` must have shape {shape} for {count} images of {height} x {width}, but has "
+            f"{tuple(latents.shape)}."
+        )
+    return latents
+
+
+def skipped_steps(num_inference_steps: int, strength: float) -> int:
+    """How many of the first steps a strength leaves out; both are checked."""
+    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` must be a positive integer, but is {num_inference_steps!r}.")
+    if not 0.0 < strength <= 1.0:
+        raise ValueError(f"`strength` must lie in (0, 1], but is {strength}.")
+    steps = round(num_inference_steps * strength)
+    if steps == 0:
+        raise ValueError(
+            f"`strength` of {strength} leaves none of {num_inference_steps} steps. Use at least "
+            f"{1.0 / num_inference_steps:.2g}, or more `num_inference_steps`."
+        )
+    return num_inference_steps - steps

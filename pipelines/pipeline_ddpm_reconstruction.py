@@ -1,0 +1,204 @@
+"""The plain DDPM that both papers compare themselves with: noise an image, denoise it, see what has changed."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from diffad.images import ImageInput, images_to_pixel_values, images_to_tensors, resize_images
+from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
+from diffad.models.feature_extractor import TimmFeatureExtractor
+from diffad.pipelines.base import AnomalyPipeline, register_categories
+from diffad.pipelines.checks import category_indices, check_call, check_callback_inputs
+from diffad.pipelines.output import AnomalyOutput, convert_output
+from diffad.scoring import difference_map, max_score, top_fraction_score
+from diffad.seeding import draw_noise, image_generators
+
+
+class DDPMReconstructionPipeline(AnomalyPipeline):
+    r"""Finds defects as what the reverse process of good images does not draw again (Lu et al., table 1, "DDPM").
+
+    ```python
+    pipe = AnomalyDenoisePipeline.from_pretrained("runs/parts")
+    out = DDPMReconstructionPipeline.from_pipe(pipe, dtype=pipe.dtype)("part.png", timestep=250)
+    ```
+
+    Args:
+        unet: the denoiser.
+        scheduler: any of diffusers' for a network that predicts epsilon: to take another than a detector's, pass
+            `scheduler=DDIMScheduler.from_config(pipe.scheduler.config)` to `from_pipe`.
+        feature_extractor: tells the size at which images are read, which is a detector's with the same networks.
+        kl_sigma: smoothing of the map, in pixels at the processing resolution.
+        score_fraction: the image's score is the mean of this share of the map's highest pixels; 0 for the maximum.
+        processing_resolution: side in pixels to which images are resized; None takes the network's `sample_size`.
+        categories: names of the categories of a unified model, in the order of its class labels.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["sample"]  # noqa: RUF012 (diffusers' own form)
+
+    def __init__(
+        self,
+        unet: DenoisingUNet2DModel,
+        scheduler: DDPMScheduler,
+        feature_extractor: TimmFeatureExtractor,
+        kl_sigma: float = 2.0,
+        score_fraction: float = 0.0,
+        processing_resolution: int | None = None,
+        categories: list[str] | dict[str, str] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, feature_extractor=feature_extractor)
+        self.register_to_config(
+            kl_sigma=kl_sigma,
+            score_fraction=score_fraction,
+            processing_resolution=processing_resolution or unet.config.sample_size,
+            categories=register_categories(categories),
+        )
+        self.size_multiple = 2 ** (len(unet.config.block_out_channels) - 1)  # the denoiser halves so often
+
+    @property
+    def processing_resolution(self) -> int:
+        """Side in pixels at which the denoiser sees images, unless a call says otherwise."""
+        return self.config.processing_resolution
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the last call's reverse process."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """A callback that sets `pipe._interrupt = True` ends the call, which returns the batches so far."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: ImageInput,
+        timestep: int = 250,
+        num_inference_steps: int = 50,
+        scheduler: SchedulerMixin | None = None,
+        category: str | int | Sequence[str | int] | None = None,
+        batch_size: int = 16,
+        processing_resolution: int | None = None,
+        match_input_resolution: bool = True,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+        | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("sample",),
+        output_type: str = "np",
+        return_dict: bool = True,
+    ) -> AnomalyOutput | tuple:
+        """Noises one image or many, denoises them, and looks at what has changed.
+
+        Args:
+            image: PIL image, path, array (H, W[, C]) or (N, H, W, C), tensor ([C,] H, W) or (N, C, H, W), or a list of
+                these. Floats lie in [0, 1].
+            timestep: how far to noise. More noise hides larger defects, and more of the good parts.
+            num_inference_steps: passes of the denoiser; at most `timestep`. It begins at that step of the scheduler's
+                own spacing from which so many are left, which is at most one spacing below `timestep`.
+            scheduler: in the place of the pipeline's own.
+            category: of a unified model, its name or index, one for all images or one each.
+            batch_size: images in one pass of the network.
+            processing_resolution: side in pixels at which the network sees the images; None takes the pipeline's own.
+            match_input_resolution: whether images and maps come at the input's own size, which then must be one for
+                all; else at the processing resolution.
+            generator: makes the call repeatable. The noise of an image depends neither on the batch size nor on the
+                images after it.
+            callback_on_step_end: called after each step of each batch as `callback(pipe, step, timestep, tensors)`.
+                What it returns under "sample" is gone on with.
+            callback_on_step_end_tensor_inputs: which tensors it gets: "sample", x_{t-1} (B, 3, R, R).
+            output_type: "np", "pt" or "pil".
+            return_dict: False returns a tuple of the output's fields.
+
+        Returns:
+            [`AnomalyOutput`] with the `reconstruction`. The map is the difference of the two images, its absolute value
+            averaged over the colours, in [0, 1], and smoothed; `anomaly_mask`, `is_anomalous` and `p_value` are None.
+
+        Raises:
+            ValueError, FileNotFoundError: an argument is wrong; the message names it and what to do.
+        """
+        # 1. Check the inputs: N images (3, H_i, W_i) in [0, 1], a category (N,) and a generator for each
+        images = images_to_tensors(image)
+        resolution = self.processing_resolution if processing_resolution is None else processing_resolution
+        check_call(images, batch_size, resolution, self.size_multiple, match_input_resolution, generator, output_type)
+        check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        device = self._execution_device
+        categories = category_indices(category, self.categories, len(images)).to(device)
+        scheduler = copy.deepcopy(self.scheduler if scheduler is None else scheduler)  # it keeps the state of a run
+        last = scheduler.config.num_train_timesteps
+        if not isinstance(timestep, int) or not 1 <= timestep <= last:
+            raise ValueError(f"`timestep` must be an integer in [1, {last}], but is {timestep!r}.")
+        if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= timestep:
+            raise ValueError(
+                f"`num_inference_steps` must be an integer in [1, {timestep}], the latter being `timestep`, but is "
+                f"{num_inference_steps!r}."
+            )
+        generators = image_generators(generator, len(images))
+        size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
+        side = self.feature_extractor.input_resolution(resolution)
+        self._interrupt = False
+
+        # 2. Of as many steps as would go all the way down, the last `num_inference_steps` are taken
+        total_steps = round(num_inference_steps * last / timestep)
+        begin = (total_steps - num_inference_steps) * scheduler.order
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        takes_variance = isinstance(scheduler, DDPMScheduler) and "learned" in scheduler.config.variance_type
+
+        maps, scores, reconstructions = [], [], []
+        num_batches = math.ceil(len(images) / batch_size)
+        with self.progress_bar(total=num_batches * num_inference_steps) as progress:
+            for start in range(0, len(images), batch_size):
+                batch = slice(start, start + batch_size)
+                options = {"generator": generators[batch]} if takes_generator else {}
+                class_labels = categories[batch] if self.unet.config.num_class_embeds else None
+
+                # 3. x_0, (B, 3, R, R) in [-1, 1], resized by way of the extractor's size as in a detector
+                pixel_values = images_to_pixel_values(images[batch], (side, side)).to(device)
+                clean = resize_images(pixel_values, (resolution, resolution))
+
+                # 4. x_t of the first timestep (DDPM eq. 4)
+                scheduler.set_timesteps(total_steps, device=device)
+                timesteps = scheduler.timesteps[begin:]
+                self._num_timesteps = len(timesteps)
+                if hasattr(scheduler, "set_begin_index"):
+                    scheduler.set_begin_index(begin)
+                noise = draw_noise(clean.shape[1:], generators[batch], device)
+                sample = scheduler.add_noise(clean, noise, timesteps[:1].expand(len(clean)))
+
+                # 5. Denoise: x_{t-1} of x_t, down to x_0
+                for step, t in enumerate(timesteps):
+                    if self.interrupt:
+                        continue
+                    model_input = scheduler.scale_model_input(sample, t).to(self.unet.dtype)
+                    prediction = self.unet(model_input, t, class_labels=class_labels).sample.float()
+                    if not takes_variance:
+                        prediction = prediction[:, : sample.shape[1]]
+                    sample = scheduler.step(prediction, t, sample, **options).prev_sample
+                    if callback_on_step_end is not None:
+                        tensors = {name: {"sample": sample}[name] for name in callback_on_step_end_tensor_inputs}
+                        sample = (callback_on_step_end(self, step, t, tensors) or {}).get("sample", sample)
+                    progress.update(1.0 / scheduler.order)
+
+                # 6. What has changed: map (B, R, R), score (B,); all at the images' own size
+                restored = sample.clamp(-1.0, 1.0)
+                changed = difference_map(restored, clean, self.config.kl_sigma)
+                fraction = self.config.score_fraction
+                scores.append((top_fraction_score(changed, fraction) if fraction else max_score(changed)).cpu())
+                maps.append(resize_images(changed[:, None], size)[:, 0].cpu())
+                reconstructions.append(resize_images(restored / 2.0 + 0.5, size).clamp(0.0, 1.0).cpu())
+                if self.interrupt:
+                    break
+        self.maybe_free_model_hooks()
+
+        # 7. As arrays or pictures
+        output = AnomalyOutput(torch.cat(maps), torch.cat(scores), torch.cat(reconstructions))
+        return convert_output(output, output_type, return_dict)

@@ -1,0 +1,201 @@
+"""The loop that every training script runs: stopped and resumed, diverging, and on two processes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import toy_training
+from conftest import launch, launch_command
+
+from diffad.training.checkpoints import list_checkpoints
+from diffad.training.stop_signals import catch_stop_signals
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+SCRIPT = Path(toy_training.__file__)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    """What the run ended with, the same in every process."""
+    all_processes = [torch.load(path, weights_only=True) for path in output.glob("weights-*.pt")]
+    assert all(torch.equal(one[name], all_processes[0][name]) for one in all_processes for name in one)
+    return all_processes[0]
+
+
+def assert_same_weights(output: Path, expected: Path) -> None:
+    found = weights(output)
+    assert {name: values.tolist() for name, values in found.items()} == {
+        name: values.tolist() for name, values in weights(expected).items()
+    }
+
+
+def checkpoints(output: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(output)]
+
+
+def at_batch(number: int, action):
+    return lambda batch, model: action() if batch == number else None
+
+
+# -- stopped -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("batch", [4, 5])  # the first of a step's two, in the middle of it, and the second
+def test_a_signal_is_looked_at_between_steps_and_resuming_is_exact(tmp_path, capsys, number, batch):
+    handlers = [signal.getsignal(one) for one in SIGNALS]
+    toy_training.run(tmp_path / "whole")
+    assert checkpoints(tmp_path / "whole") == ["checkpoint-6"]
+    with pytest.raises(SystemExit) as stopped:
+        toy_training.run(tmp_path / "cut", on_batch=at_batch(batch, lambda: signal.raise_signal(number)))
+    assert stopped.value.code == 128 + number
+    assert "Stopped at step 3. Add --resume_from_checkpoint latest to go on." in capsys.readouterr().out
+    assert checkpoints(tmp_path / "cut") == ["checkpoint-3"]
+    assert [signal.getsignal(one) for one in SIGNALS] == handlers
+
+    record = toy_training.run(tmp_path / "cut", "--resume_from_checkpoint", "latest")
+    assert record["steps"] == 6
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    handlers = [signal.getsignal(one) for one in SIGNALS]
+
+    def interrupt_twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        toy_training.run(tmp_path, on_batch=at_batch(4, interrupt_twice))
+    assert checkpoints(tmp_path) == []
+    assert [signal.getsignal(one) for one in SIGNALS] == handlers
+
+
+def test_launchers_may_send_sigterm_twice(tmp_path):
+    def terminate_twice() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stopped:
+        toy_training.run(tmp_path, on_batch=at_batch(4, terminate_twice))
+    assert stopped.value.code == 143
+    assert checkpoints(tmp_path) == ["checkpoint-3"]
+
+
+def test_a_signal_that_comes_too_late_is_not_lost():
+    held_back = []
+
+    def receive_and_end() -> None:
+        with catch_stop_signals() as received:
+            signal.raise_signal(signal.SIGINT)
+            held_back.extend(received)
+
+    with pytest.raises(KeyboardInterrupt):
+        receive_and_end()
+    assert held_back == [signal.SIGINT]
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with catch_stop_signals() as received:
+            signal.raise_signal(signal.SIGINT)
+        assert received == []
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_outside_the_main_thread_nothing_is_caught(tmp_path):
+    handlers = [signal.getsignal(one) for one in SIGNALS]
+    during = []
+    thread = threading.Thread(
+        target=toy_training.run,
+        args=(tmp_path,),
+        kwargs={"on_batch": lambda batch, model: during.append([signal.getsignal(one) for one in SIGNALS])},
+    )
+    thread.start()
+    thread.join()
+    assert checkpoints(tmp_path) == ["checkpoint-6"]
+    assert during == [handlers] * 12
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_process_stops_also_where_workers_read_its_data(tmp_path, number):
+    """The signal goes to all of its group, as a terminal's Ctrl-C does, so the workers receive it too."""
+    command = [sys.executable, SCRIPT, tmp_path / "cut", "5", "0", str(int(number)), "--dataloader_num_workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=300)
+    assert done.returncode == 128 + number, done.stderr[-4000:]
+    assert "Stopped at step 3." in done.stdout
+    assert "Traceback" not in done.stderr
+    toy_training.run(tmp_path / "cut", "--resume_from_checkpoint", "latest")
+    toy_training.run(tmp_path / "whole")
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+# -- diverging ---------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path):
+    def nan(batch: int, model: torch.nn.Module) -> torch.Tensor | None:
+        return toy_training.not_a_number(model) if batch == 5 else None  # in step 3
+
+    with pytest.raises(RuntimeError) as diverged:
+        toy_training.run(tmp_path, "--checkpointing_steps", 2, on_batch=nan)
+    message = str(diverged.value)
+    assert "at step 4" in message  # the next one that would have been saved
+    assert "lower --learning_rate than 0.1" in message
+    assert "checkpoint-2 is the last good checkpoint" in message
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+    assert not list(tmp_path.glob("unfinished-*"))
+
+
+def test_it_is_looked_for_every_ten_steps(tmp_path):
+    def nan(batch: int, model: torch.nn.Module) -> torch.Tensor | None:
+        return toy_training.not_a_number(model) if batch == 5 else None
+
+    with pytest.raises(RuntimeError, match=r"at step 10,.*error is nan.*there is no earlier checkpoint"):
+        toy_training.run(tmp_path, "--max_train_steps", 30, on_batch=nan)
+    assert checkpoints(tmp_path) == []
+
+
+def test_a_gradient_that_is_not_finite_is_not_saved_under_a_loss_that_is(tmp_path):
+    def broken(batch: int, model: torch.nn.Module) -> torch.Tensor | None:
+        # zero, with a gradient of zero times infinity
+        return (0.0 * model.weight).sqrt().sum() if batch == 6 else None
+
+    with pytest.raises(RuntimeError, match="at step 4, gradient's norm is nan"):
+        toy_training.run(tmp_path, "--checkpointing_steps", 2, on_batch=broken)
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+
+
+# -- two processes -----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_stop_at_the_same_step_where_one_receives_a_signal(tmp_path):
+    number = signal.SIGINT
+    command = launch_command(SCRIPT, tmp_path / "cut", 4, 1, int(number), processes=2)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode != 0
+    assert f"exitcode  : {128 + number}" in done.stderr, done.stderr[-4000:]
+    assert done.stdout.count("Stopped at step 3.") == 1
+    assert checkpoints(tmp_path / "cut") == ["checkpoint-3"]
+    never = (99, 0, "nan")
+    launch(SCRIPT, tmp_path / "cut", *never, "--resume_from_checkpoint", "latest", processes=2, cwd=tmp_path)
+    launch(SCRIPT, tmp_path / "whole", *never, processes=2, cwd=tmp_path)
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_all_processes_see_that_the_loss_of_one_is_not_finite(tmp_path):
+    command = launch_command(SCRIPT, tmp_path / "run", 5, 1, "nan", "--checkpointing_steps", 2, processes=2)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode != 0
+    assert done.stderr.count("RuntimeError: Training has diverged: at step 4") == 2, done.stderr[-4000:]
+    assert checkpoints(tmp_path / "run") == ["checkpoint-2"]

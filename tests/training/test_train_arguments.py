@@ -1,0 +1,131 @@
+"""Flags, configurations, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from diffad.training import evaluate, fit_gaussian, make_table, train_autoencoder, train_ddpm, train_diad
+
+SCRIPT = Path(train_ddpm.__file__)
+DATA = ("--train_data_dir", "parts")
+
+
+def test_the_command_line_overrides_the_configuration(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "train_data_dir: parts\nmax_train_steps: 7\nlearning_rate: 3e-4\nuse_ema: true\n"
+        "timesteps: [1, 2]\npreset: cpu-64\nrandom_flip: false\n"
+    )
+    args = train_ddpm.parse_args(["--config", str(config), "--max_train_steps", "9", "--timesteps", "3"])
+    assert args.max_train_steps == 9
+    assert args.timesteps == [3]
+    assert args.learning_rate == 3e-4  # YAML reads 3e-4 as text
+    assert args.use_ema is True
+    assert args.random_flip is False
+    assert train_ddpm.parse_args(["--config", str(config), "--no-use_ema"]).use_ema is False
+    assert args.preset == "cpu-64"
+    assert args.train_batch_size == 8  # neither says: the default
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("demo", "elpv/mono"),
+        ("elpv_cpu", "elpv/poly"),
+        ("magnetic_tile_cpu", None),
+        ("magnetic_tile_128_cpu", None),
+        ("three_categories_cpu", None),
+    ],
+)
+def test_the_shipped_configurations_are_valid(name, data):
+    config = SCRIPT.parent / "configs" / f"{name}.yaml"
+    more = [] if data else ["--train_data_dir", "tiles"]
+    args = train_ddpm.parse_args(["--config", str(config), "--seed", "5", *more])
+    assert args.train_data_dir == (data or "tiles")
+    assert args.seed == 5
+    assert args.mixed_precision == "auto"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config", "words"),
+    [
+        ((), None, "give one of --train_data_dir and --dataset_name"),
+        ((*DATA, "--dataset_name", "org/name"), None, "give one of --train_data_dir and --dataset_name"),
+        ((*DATA, "--calibration_fraction", "0"), None, r"--calibration_fraction must lie in \(0, 1\)"),
+        ((*DATA, "--calibration_fraction", "1"), None, r"--calibration_fraction must lie in \(0, 1\)"),
+        ((*DATA, "--suppression", "1"), None, r"--suppression must lie in \[0, 1\)"),
+        ((*DATA, "--position_prior_images", "-1"), None, "--position_prior_images must be finite and not negative"),
+        ((*DATA, "--part_pattern", ""), None, "--part_pattern must not match the empty text"),
+        ((*DATA, "--part_pattern", "(a"), None, "--part_pattern is no regular expression: missing"),
+        ((*DATA, "--false_alarm_rate", "0"), None, r"--false_alarm_rate must lie in \(0, 1\)"),
+        ((*DATA, "--false_alarm_rate", "1.5"), None, r"--false_alarm_rate must lie in \(0, 1\)"),
+        ((*DATA, "--alpha", "1.5"), None, r"--alpha must lie in \[0, 1\]"),
+        ((*DATA, "--timesteps", "5", "1000"), None, r"--timesteps must lie in \[0, 999\]"),
+        ((*DATA, "--train_batch_size", "0"), None, "--train_batch_size must be at least 1"),
+        ((*DATA, "--gradient_accumulation_steps", "-1"), None, "--gradient_accumulation_steps must be at least 1"),
+        ((*DATA, "--max_train_steps", "0"), None, "--max_train_steps must be at least 1"),
+        ((*DATA, "--checkpointing_steps", "0"), None, "--checkpointing_steps must be at least 1"),
+        ((*DATA, "--max_train_steps", "many"), None, "--max_train_steps.*'many'"),
+        ((*DATA, "--preset", "gpu-9000"), None, "--preset.*'gpu-9000'.*cpu-64"),
+        ((*DATA, "--on_bad_image", "ignore"), None, "--on_bad_image.*error.*skip"),
+        ((*DATA, "--cache_features"), None, "--cache_features.*--rotation_degrees 0"),
+        ((*DATA, "--no_such_flag"), None, "--no_such_flag"),
+        ((*DATA, "--config", "no_such.yaml"), None, "--config: no file at no_such.yaml"),
+        (DATA, "max_train_step: 5\nlearning_rates: 1\n", "sets unknown flags learning_rates, max_train_step"),
+        (DATA, "preset: gpu-9000\n", "preset.*gpu-9000"),
+        (DATA, "max_train_steps: many\n", "--max_train_steps.*'many'"),
+        (DATA, "- max_train_steps\n", "--config"),
+        (DATA, "a: [1\n", "--config"),
+    ],
+)
+def test_wrong_arguments_end_in_one_clear_line(arguments, config, words, tmp_path, capsys):
+    if config is not None:
+        (tmp_path / "run.yaml").write_text(config)
+        arguments = (*arguments, "--config", str(tmp_path / "run.yaml"))
+    with pytest.raises(SystemExit) as stopped:
+        train_ddpm.parse_args(arguments)
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.rstrip().splitlines()[-1]
+    assert re.search(f"error: .*{words}", last), last
+
+
+def test_a_configuration_may_say_no_to_mixed_precision(tmp_path):
+    (config := tmp_path / "config.yaml").write_text("mixed_precision: no\n")  # False, as YAML reads it
+    assert train_ddpm.parse_args(["--config", str(config), *DATA]).mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("parser", "flags", "words"),
+    [
+        (
+            train_ddpm.parse_args,
+            (*DATA, "--checkpoints_total_limit", "0"),
+            "--checkpoints_total_limit must be at least 1",
+        ),
+        (
+            train_ddpm.parse_args,
+            (*DATA, "--checkpoints_total_limit", "-1"),
+            "--checkpoints_total_limit must be at least",
+        ),
+        (train_ddpm.parse_args, (*DATA, "--resolution", "20"), "--resolution must be a multiple of 8, but is 20"),
+        (train_ddpm.parse_args, (*DATA, "--resolution", "-64"), "--resolution must be at least 8"),
+        (train_ddpm.parse_args, (*DATA, "--validation_steps", "-5"), "--validation_steps must be at least 0"),
+        (train_ddpm.parse_args, (*DATA, "--learning_rate", "nan"), "--learning_rate must lie in"),
+        (train_ddpm.parse_args, (*DATA, "--seed", "-1"), "--seed must be at least 0"),
+        (train_ddpm.parse_args, (*DATA, "--output_dir", "./parts"), "--output_dir: ./parts holds the data"),
+        (train_diad.parse_args, (*DATA, "--num_inference_steps", "0"), "--num_inference_steps must be at least 1"),
+        (train_autoencoder.parse_args, (*DATA, "--kl_weight", "-1"), "--kl_weight must lie in"),
+        (fit_gaussian.parse_args, ("--model", "m", *DATA, "--batch_size", "0"), "--batch_size must be at least 1"),
+        (evaluate.main, ("--model", "m", "--data", "d", "--resolution", "0"), "--resolution must be at least 8"),
+        (evaluate.main, ("--model", "m", "--data", "d", "--pro_fpr_limit", "2"), "--pro_fpr_limit must lie in"),
+        (make_table.main, ("--table", "t", "--data", "d", "--batch_size", "-2"), "--batch_size must be at least 1"),
+    ],
+)
+def test_every_script_checks_its_flags_before_work_begins(parser, flags, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parser(list(flags))
+    assert stopped.value.code == 2
+    assert f"error: {words}" in capsys.readouterr().err

@@ -1,0 +1,79 @@
+"""Checkpoints of a training run, from which it goes on to the same weights to the bit."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+
+def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, step: int) -> None:
+    """Saves `checkpoint-STEP`: written under another name and renamed, so a killed run leaves no half checkpoint."""
+    folder = Path(args.output_dir, f"checkpoint-{step}")
+    unfinished = folder.with_name(f"unfinished-{folder.name}")
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        earlier = [path for path in list_checkpoints(args.output_dir) if step_of(path) <= step]  # not another run's
+        for old in earlier[: -max(1, args.checkpoints_total_limit)]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step at which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
+    """Loads the checkpoint asked for and returns its step; 0 where there is none yet."""
+    if not args.resume_from_checkpoint:
+        return 0
+    if args.resume_from_checkpoint == "latest":
+        checkpoints = list_checkpoints(args.output_dir)
+        if not checkpoints:
+            accelerator.print(f"No checkpoint in {args.output_dir} yet: starting anew.")
+            return 0
+        folder = checkpoints[-1]
+    else:
+        folder = Path(args.resume_from_checkpoint)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--resume_from_checkpoint: no folder at {folder}. Give one, or 'latest'.")
+    named = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
+    if named is None:
+        raise ValueError(
+            f"--resume_from_checkpoint: {folder} is not named checkpoint-STEP, and no file in it tells the step. Give "
+            "it its name again."
+        )
+    averaged = any(folder.glob("custom_checkpoint_*.pkl"))  # the moving average is all that is registered
+    if averaged != bool(args.use_ema):
+        raise ValueError(
+            f"--use_ema: {folder} was saved {'with' if averaged else 'without'} a moving average of the weights. "
+            f"{'Add' if averaged else 'Leave out'} --use_ema, or start anew in another --output_dir."
+        )
+    try:
+        accelerator.load_state(str(folder))
+    except Exception as error:  # each file has a format, and errors, of its own
+        others = [one.name for one in list_checkpoints(folder.parent) if one.resolve() != folder.resolve()]
+        advice = f"Give another one ({', '.join(others)})" if others else "Start anew"
+        raise RuntimeError(
+            f"--resume_from_checkpoint: {folder} cannot be loaded: it is damaged, or of another model or --preset "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}). {advice}."
+        ) from error
+    step = int(named[1])
+    accelerator.print(f"Resuming from {folder}, step {step}.")
+    return step
