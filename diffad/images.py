@@ -162,7 +162,7 @@ def resize_images(images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Bilinear with antialiasing, (N, C, H, W) -> (N, C, *size): the one resize of training and inference."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images
-    return F.interpolate(images, size, mode="bilinear", antialias=True)
+    return F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
 
 
 def images_to_pixel_values(images: Sequence[torch.Tensor], size: Sequence[int]) -> torch.Tensor:

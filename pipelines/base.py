@@ -8,9 +8,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo, create_repo
 from huggingface_hub.errors import HfHubHTTPError
@@ -19,6 +19,9 @@ from diffad.pipelines.checks import category_indices
 from diffad.pipelines.saving import finish_saving, save_whole
 from diffad.pipelines.sharing import add_records_and_card, records_folder, remove_local_paths
 from diffad.pipelines.version_0_1 import remove_code, upgrade_index
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.get_logger(__name__)
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
@@ -52,7 +55,7 @@ class AnomalyPipeline(DiffusionPipeline):
     # -- saving and sharing --------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> AnomalyPipeline:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """Loads a pipeline from a folder or the Hub: diffusers' own, but never from a pickle.
 
         Raises:

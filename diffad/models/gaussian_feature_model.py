@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
 from diffad.images import ImageInput, images_to_pixel_values, images_to_tensors, resize_images
@@ -256,8 +256,7 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
     def forward(self, pixel_values: torch.Tensor, category: torch.Tensor | int | None = None) -> GaussianFeatureOutput:
         """Maps, at the size of `pixel_values`, and scores. Arguments and errors as in `squared_distance`."""
         maps = self.mahalanobis_map(pixel_values, category)
-        height, width = pixel_values.shape[-2:]
-        resized = resize_images(maps[:, None], (height, width))[:, 0]
+        resized = resize_images(maps[:, None], pixel_values.shape[-2:])[:, 0]
         return GaussianFeatureOutput(anomaly_map=resized, anomaly_score=max_score(maps))
 
     @torch.no_grad()
