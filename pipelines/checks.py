@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import logging
 
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.moments import PRIOR_IMAGES
 from diffad.pipelines.output import OUTPUT_TYPES
-
-logger = logging.get_logger(__name__)
+from diffad.warn_once import warn_once
 
 
 def check_call(
@@ -141,7 +139,7 @@ def check_calibration(
         calibration.warn_of_precision(precision)
         calibration.warn_of_settings(settings)
         return
-    logger.warning_once(
+    warn_once(
         "This pipeline is not calibrated: maps and scores are raw, and anomaly_mask, is_anomalous and p_value "
         "are None. Call `pipe.calibrate(good_images)` once and save the pipeline again."
     )

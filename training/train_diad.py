@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -190,7 +190,7 @@ def create_components(args: argparse.Namespace) -> dict[str, Any]:
         }
     else:
         name = args.pretrained_model_name_or_path
-        if DiffusionPipeline.load_config(name)["_class_name"] == "DiADPipeline":
+        if DiADPipeline.load_config(name)["_class_name"] == "DiADPipeline":
             trained = DiADPipeline.from_pretrained(name)
             components = {
                 part: getattr(trained, part) for part in ("vae", "unet", "sg_network", "scheduler", "prompt_embedding")

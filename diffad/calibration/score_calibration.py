@@ -11,13 +11,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import logging
 
 from diffad.calibration.conformal import conformal_threshold, false_alarm_bound
 from diffad.calibration.residual_gaussian import by_cell, from_cells, leave_one_out
 from diffad.scoring import Measurement, resize_maps
-
-logger = logging.get_logger(__name__)
+from diffad.warn_once import warn_once
 
 # Share by which one image's score may differ from call to call, by the order of float32 sums. Thresholds stand above
 # their score by as much, so that the image which set them raises no alarm.
@@ -209,7 +207,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         recorded = self.config.settings or {}
         changed = [name for name, value in recorded.items() if name in settings and settings[name] != value]
         if changed:
-            logger.warning_once(
+            warn_once(
                 f"This pipeline was calibrated with other settings ({', '.join(changed)}), which moves scores. The "
                 "stated false-alarm rate then holds no longer. Calibrate it again."
             )
@@ -217,7 +215,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     def warn_of_precision(self, precision: str) -> None:
         """Warns, once, where the networks run in another precision than when the statistics were taken."""
         if self.config.precision not in (None, precision):
-            logger.warning_once(
+            warn_once(
                 f"This pipeline was calibrated in {self.config.precision} and runs in {precision}, which moves scores: "
                 "by about a tenth of their deviation between float32 and bfloat16. The stated false-alarm rate then "
                 f"holds no longer. Run it in {self.config.precision}, or calibrate it in {precision}."

@@ -13,6 +13,7 @@ from conftest import generator, launch, texture, textures, tiny_pipeline
 from diffad import AnomalyDenoisePipeline
 from diffad.calibration.conformal import threshold_rank
 from diffad.seeding import image_generators
+from diffad.warn_once import warn_once
 
 SCRIPT = """
 import sys
@@ -98,7 +99,7 @@ def test_precision_and_settings_are_recorded(tmp_path):
 
 def test_another_precision_at_use_warns(caplog):
     pipe = tiny_pipeline().calibrate(textures(12), false_alarm_rate=0.3, generator=generator())
-    logging.Logger.warning_once.cache_clear()  # "once" is once a process
+    warn_once.cache_clear()  # "once" is once a process
     with caplog.at_level(logging.WARNING):
         pipe(texture(0))
         assert "calibrated in" not in caplog.text
@@ -108,7 +109,7 @@ def test_another_precision_at_use_warns(caplog):
     told = [record for record in caplog.records if "calibrated in float32 and runs in bfloat16" in record.message]
     assert len(told) == 1
     caplog.clear()
-    logging.Logger.warning_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         pipe.calibrate(textures(12), false_alarm_rate=0.3, generator=generator())(texture(0))
     assert "calibrated in" not in caplog.text
@@ -144,7 +145,7 @@ def test_other_settings_at_use_warn(caplog, tmp_path):
     tiny_pipeline(alpha=0.25).calibrate(textures(12), false_alarm_rate=0.3, generator=generator()).save_pretrained(
         tmp_path
     )
-    logging.Logger.warning_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         AnomalyDenoisePipeline.from_pretrained(tmp_path)(texture(0))
         assert "other settings" not in caplog.text

@@ -19,6 +19,7 @@ from diffad import AnomalyDenoisePipeline, AnomalyOutput
 from diffad.images import images_to_pixel_values, images_to_tensors
 from diffad.likelihood import kl_divergence_map
 from diffad.moments import PRIOR_IMAGES
+from diffad.warn_once import warn_once
 
 FIELDS = ("anomaly_map", "anomaly_score", "reconstruction", "anomaly_mask", "is_anomalous", "p_value")
 
@@ -269,7 +270,7 @@ def test_a_calibration_of_other_scores_is_refused(calibrated, change):
 
 
 def test_an_uncalibrated_pipeline_warns_once(pipe, caplog):
-    logging.Logger.warning_once.cache_clear()  # "once" is once a process
+    warn_once.cache_clear()  # "once" is once a process
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             pipe(texture(0))
