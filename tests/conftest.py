@@ -6,11 +6,16 @@ Nothing here comes from a network: the backbone is timm's own miniature with ran
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+if threading.current_thread() is threading.main_thread():
+    # whoever runs the suite in the background ignores Ctrl-C, and so would the processes that tests interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download something fails at once
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; two workers share the cores
 os.environ["ACCELERATE_USE_CPU"] = "true"  # the same numbers on every machine

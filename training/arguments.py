@@ -25,7 +25,7 @@ class FlagParser(argparse.ArgumentParser):
         super().error(re.sub(r"^argument (--\w+): must", r"\1 must", message))
 
 
-def whole_number(smallest: int = 0, multiple_of: int = 1) -> Callable[[str], int]:
+def whole_number(smallest: int = 0) -> Callable[[str], int]:
     """Type of a flag: an integer that is not below `smallest`."""
 
     def parse(text: str) -> int:
@@ -35,8 +35,6 @@ def whole_number(smallest: int = 0, multiple_of: int = 1) -> Callable[[str], int
             raise argparse.ArgumentTypeError(f"must be a whole number, but is {text!r}") from None
         if value < smallest:
             raise argparse.ArgumentTypeError(f"must be at least {smallest}, but is {value}")
-        if value % multiple_of:
-            raise argparse.ArgumentTypeError(f"must be a multiple of {multiple_of}, but is {value}")
         return value
 
     return parse
@@ -62,7 +60,7 @@ def number(
 
 
 COUNT, POSITIVE = whole_number(0), whole_number(1)
-PIXELS = whole_number(8, multiple_of=8)  # networks halve their input, up to three times and more
+PIXELS = whole_number(8)  # of what it must be a multiple, the networks say
 SEED = whole_number(0)
 SHARE, RATE = number(0.0, 1.0), number(0.0, 1.0, without_ends=True)
 NOT_NEGATIVE, ABOVE_ZERO = number(0.0), number(0.0, without_ends=True)

@@ -136,6 +136,11 @@ def create_components(
     if args.resolution:  # the features keep their share of the resolution
         preset["feature_resolution"] = preset["feature_resolution"] * args.resolution // preset["sample_size"]
         preset["sample_size"] = args.resolution
+    multiple = 2 ** (len(preset["block_out_channels"]) - 1)  # the denoiser halves so often
+    if preset["sample_size"] % multiple:
+        raise ValueError(
+            f"--resolution must be a multiple of {multiple} for --preset {args.preset}, but is {args.resolution}."
+        )
     if args.feature_resolution:
         preset["feature_resolution"] = args.feature_resolution
     unet = DenoisingUNet2DModel(

@@ -228,6 +228,12 @@ class CalibrationFit:
         config = previous.config
         others = previous.image_threshold.isfinite()
         others[self.category] = False
+        found = (num_maps, residual_shape and list(residual_shape))
+        if found != (config.map_shape[0], config.residual_shape and list(config.residual_shape)):
+            raise ValueError(
+                "`calibration` holds other categories' statistics of other scores than this pipeline's settings give, "
+                "or an earlier version's. Load the pipeline with `calibration=None` and calibrate every category."
+            )
         for name in ("precision", "settings") if others.any() else ():
             if config.get(name) not in (None, self.record.get(name)):
                 raise ValueError(
@@ -235,12 +241,6 @@ class CalibrationFit:
                     f"{self.record.get(name)}. Use the same, or load the pipeline with `calibration=None` and "
                     "calibrate every category."
                 )
-        found = (num_maps, residual_shape and list(residual_shape))
-        if found != (config.map_shape[0], config.residual_shape and list(config.residual_shape)):
-            raise ValueError(
-                "`calibration` holds other categories' statistics of other scores than this pipeline's settings give, "
-                "or an earlier version's. Load the pipeline with `calibration=None` and calibrate every category."
-            )
         if others.any() and config.false_alarm_rate != self.false_alarm_rate:
             raise ValueError(
                 f"`false_alarm_rate` is {self.false_alarm_rate:g}, but the other categories' thresholds are for "

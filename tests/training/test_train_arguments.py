@@ -110,7 +110,7 @@ def test_a_configuration_may_say_no_to_mixed_precision(tmp_path):
             (*DATA, "--checkpoints_total_limit", "-1"),
             "--checkpoints_total_limit must be at least",
         ),
-        (train_ddpm.parse_args, (*DATA, "--resolution", "20"), "--resolution must be a multiple of 8, but is 20"),
+        (train_ddpm.parse_args, (*DATA, "--resolution", "4"), "--resolution must be at least 8, but is 4"),
         (train_ddpm.parse_args, (*DATA, "--resolution", "-64"), "--resolution must be at least 8"),
         (train_ddpm.parse_args, (*DATA, "--validation_steps", "-5"), "--validation_steps must be at least 0"),
         (train_ddpm.parse_args, (*DATA, "--learning_rate", "nan"), "--learning_rate must lie in"),
@@ -129,3 +129,12 @@ def test_every_script_checks_its_flags_before_work_begins(parser, flags, words, 
         parser(list(flags))
     assert stopped.value.code == 2
     assert f"error: {words}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("preset", "resolution", "multiple"), [("cpu-64", 20, 8), ("paper-256", 40, 32)])
+def test_a_resolution_that_the_network_cannot_halve_is_told(preset, resolution, multiple):
+    args = train_ddpm.parse_args(
+        [*DATA, "--preset", preset, "--resolution", str(resolution), "--backbone_weights", "random"]
+    )
+    with pytest.raises(ValueError, match=f"--resolution must be a multiple of {multiple} for --preset {preset}"):
+        train_ddpm.create_components(args, 1)
