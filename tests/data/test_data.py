@@ -1,4 +1,7 @@
-"""Every layout on a miniature tree with the published names, and pixels of every mode."""
+"""Every layout on a miniature tree with the published names, and pixels of every mode.
+
+Long, as all layouts are tried on trees that they share.
+"""
 
 from __future__ import annotations
 

@@ -1,3 +1,8 @@
+"""`AnomalyMetrics` against published values, and against all pixels sorted.
+
+Long, as every metric is tried in the same ways: streamed, merged, over processes, with ties.
+"""
+
 from __future__ import annotations
 
 import itertools

@@ -1,4 +1,7 @@
-"""The pipeline as a user calls it: every input, every output, calibrated and not, saved and loaded."""
+"""The pipeline as a user calls it: every input, every output, calibrated and not, saved and loaded.
+
+Long, as one small pipeline serves all of it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""DiAD's pipeline on tiny real components: the reverse process, scores, calibration, saving, offloading."""
+"""DiAD's pipeline on tiny real components: the reverse process, scores, calibration, saving, offloading.
+
+Long, as one small pipeline serves all of it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Normal images out of defective ones: gradient denoising, and the plain DDPM that it is compared with."""
+"""Normal images out of defective ones: gradient denoising, and the plain DDPM that it is compared with.
+
+Long, as both are tried on one fitted pipeline.
+"""
 
 from __future__ import annotations
 
