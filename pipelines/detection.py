@@ -14,6 +14,7 @@ from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.images import images_to_tensors
 from diffad.pipelines.base import AnomalyPipeline
 from diffad.precision import running_precision
+from diffad.process_share import process_share
 from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import image_generators
 
@@ -152,8 +153,7 @@ class DetectionPipeline(AnomalyPipeline):
 
         Each index has a generator. Where the process has no share, measurements of no images.
         """
-        rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-        mine = range(rank, len(indices), processes)
+        mine = process_share(len(indices), accelerator)
         chosen = mine or range(1)  # whose measurement tells the shapes
         starts: Any = range(0, len(chosen), batch_size)
         for start in self.progress_bar(starts) if len(starts) > 1 else starts:

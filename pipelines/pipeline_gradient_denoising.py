@@ -20,6 +20,7 @@ from diffad.models.gaussian_feature_model import GaussianFeatureModel
 from diffad.pipelines.base import AnomalyPipeline, register_categories
 from diffad.pipelines.checks import category_indices, check_call, check_callback_inputs
 from diffad.pipelines.output import ReconstructionOutput, convert_output
+from diffad.process_share import process_share
 from diffad.scoring import difference_map, max_score, top_fraction_score
 from diffad.seeding import draw_noise, image_generators, image_seeds
 
@@ -259,8 +260,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         if not isinstance(denoise_every, int) or denoise_every < 1:
             raise ValueError(f"`denoise_every` must be a positive integer, but is {denoise_every!r}.")
         gaussian = self._unfitted_gaussian(index, config)
-        rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-        mine = range(rank, len(images), processes)
+        mine = process_share(len(images), accelerator)
         seeds = image_seeds(generator, len(images))  # of all images, so that processes share them out too
         noise_variance = torch.tensor([1.0 - (1.0 - learning_rate**2) ** denoise_every])
 

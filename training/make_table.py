@@ -39,6 +39,7 @@ from diffad.evaluation.report import command_line, describe_machine, markdown_ta
 from diffad.images import images_to_pixel_values, images_to_tensors
 from diffad.pipelines.detection import DetectionPipeline, setting_names
 from diffad.precision import resolve_precision
+from diffad.process_share import process_share
 from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import draw_noise, image_generator
 from diffad.training.arguments import POSITIVE, FlagParser
@@ -193,7 +194,7 @@ def calibrate_rows(
     for pipeline in pipelines:
         fits.setdefault(calibration_key(pipeline), (pipeline, pipeline.calibration_fit(category, 1, 0.5, accelerator)))
     fitted = [pipeline for pipeline, _ in fits.values()]
-    mine = range(accelerator.process_index, len(good), accelerator.num_processes)
+    mine = process_share(len(good), accelerator)
     chosen = mine or range(1)  # whose measurement tells the shapes
     for start in range(0, len(chosen), batch_size):
         batch = chosen[start : start + batch_size]

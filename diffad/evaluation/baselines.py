@@ -17,6 +17,7 @@ from diffad.evaluation.detectors import call_arguments, evaluate_detectors
 from diffad.evaluation.metric_names import BASELINE_TITLES
 from diffad.images import images_to_pixel_values, images_to_tensors
 from diffad.pipelines.pipeline_ddpm_reconstruction import DDPMReconstructionPipeline
+from diffad.process_share import process_share
 
 PADIM_IMAGE_SIZE = 224  # px, PaDiM's own
 
@@ -32,7 +33,7 @@ def fit_padim(
     model = GaussianFeatureModel.from_extractor(
         feature_extractor, image_size=PADIM_IMAGE_SIZE, feature_size=PADIM_IMAGE_SIZE // 4
     )
-    mine = good.select(range(accelerator.process_index, len(good), accelerator.num_processes))
+    mine = good.select(process_share(len(good), accelerator))
     return model.fit(image_batches(mine, batch_size, PADIM_IMAGE_SIZE), accelerator=accelerator)
 
 
