@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import datasets
-import PIL.ExifTags
-import PIL.Image
-import PIL.ImageOps
 from datasets import Dataset, IterableDataset
+
+from diffad.data.image_feature import ImageFile, stored_content
+from diffad.grey_depth import UnreadableImageError
+from diffad.image_files import check_image_file
 
 
 def check_images(dataset: Dataset | IterableDataset, on_bad_image: str = "error") -> Dataset | IterableDataset:
     """Raises on, or drops, rows whose image or mask is corrupt, cut off, empty or missing.
 
-    PNG files are checked by the checksums of their chunks, in a hundredth of the time that decoding takes;
-    other files are decoded. An `IterableDataset` is checked row by row, each time that it is read.
+    Files are read as `diffad.image_files.check_image_file` does. An `IterableDataset` is checked row by row, each
+    time that it is read.
 
     Args:
         dataset: as `load_anomaly_dataset` returns it.
@@ -64,27 +63,14 @@ def _problems(row: dict, name: str) -> tuple[str | None, str | None]:
     sizes = {}
     for file_name, stored in files.items():
         try:
-            sizes[file_name] = _verified_size(stored)
-        except Exception as error:  # which one depends on the format: OSError, SyntaxError, struct.error, ...
+            sizes[file_name] = check_image_file(stored["path"] or file_name, stored_content(stored))
+        except UnreadableImageError as error:
+            return f"{file_name}: {error.reason}", None
+        except OSError as error:  # it has gone, or is somewhere else and cannot be fetched
             return f"{file_name}: {error}", None
     if len(set(sizes.values())) > 1:
         return None, ", but ".join(f"{name} is {w} x {h} pixels" for name, (w, h) in sizes.items())
     return None, None
-
-
-def _verified_size(stored: dict) -> tuple[int, int]:
-    """Reads an undecoded image to its end; width and height with the EXIF orientation applied."""
-    if stored["bytes"] is None and "://" in stored["path"]:
-        return datasets.Image().decode_example(stored).size
-    source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
-    with PIL.Image.open(source) as image:
-        if image.format == "PNG":
-            image.verify()
-        else:
-            image.load()
-        # without the test, `getexif` would decode a PNG to look for EXIF behind the pixels
-        orientation = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
-        return image.size[::-1] if orientation >= 5 else image.size
 
 
 def _report(unreadable: list[str], mismatches: list[str], on_bad_image: str) -> None:
@@ -101,5 +87,5 @@ def _report(unreadable: list[str], mismatches: list[str], on_bad_image: str) -> 
 def cast_images(dataset: Dataset | IterableDataset, decode: bool) -> Dataset | IterableDataset:
     """`dataset` with images and masks as PIL images, or undecoded, as {"bytes", "path"}."""
     for column in ("image", "mask"):
-        dataset = dataset.cast_column(column, datasets.Image(decode=decode))
+        dataset = dataset.cast_column(column, ImageFile(decode=decode))
     return dataset

@@ -7,7 +7,8 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 
-from diffad.images import image_to_rgb, turn_upright
+from diffad.image_metadata import turn_upright
+from diffad.images import image_to_rgb
 
 
 def mask_to_array(mask: PIL.Image.Image) -> np.ndarray:
