@@ -3,90 +3,81 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+
+from diffad.grey_depth import (
+    UnreadableImageError,
+    check_values,
+    is_deep,
+    scale_values,
+    smallest_range,
+    value_range_of,
+)
+from diffad.image_files import image_file_header, read_image
+from diffad.image_metadata import turn_upright
 
 ImageInput: TypeAlias = "Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | Sequence[Any]"
-_INTEGER_RANGE = {torch.uint8: 255.0, torch.uint16: 65535.0}
+
+BAND_PIXELS = 2**22  # of larger images so many are floating point at once
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
-    """Opens and fully decodes an image file.
+def image_to_rgb(image: Image.Image, value_range: float | None = None) -> Image.Image:
+    """Any PIL image as 8-bit RGB for the screen, turned upright by its EXIF or XMP orientation.
 
-    Raises:
-        FileNotFoundError: no file stands at `path`.
-        ValueError: the file is empty, truncated or no image; the message names it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"`image`: no file at {path}.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"`image`: {path} is empty (0 bytes). Replace or remove the file.")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"`image`: {path} cannot be read as an image ({error}). Replace or remove it.") from error
-
-
-def image_to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB, turned upright by its EXIF orientation.
-
-    Deeper images are scaled by the range of their type, never clipped. 16 bit: divided by 257. Mode `I`, in
-    which PIL holds 16-bit values too: the same or, if a value is larger, by the range of 32 bit signed. Mode
-    `F`: the range is [0, 1] or, if a value is larger, [0, 255], or [0, 65535]. Transparent pixels are laid
-    over white.
+    Deeper images, of modes `I;16`, `I` and `F`, are scaled by `value_range` or, without one, by the smallest range
+    that holds the image (see `smallest_range`). Transparent pixels are laid over white.
 
     Raises:
-        ValueError: mode `I` or `F` with values that are negative, not finite or beyond these ranges.
+        UnreadableImageError: mode `I` or `F` with values that are negative, not finite or beyond every range.
     """
     image = turn_upright(image)
-    if image.mode[0] in "IF":
-        values = np.asarray(image)  # (H, W)
-        scaled = np.multiply(values, 255.0 / _largest_value(values, image), dtype=np.float32)
-        return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
+    if is_deep(image.mode):
+        value_range = smallest_range(check_values(image), image.mode == "F") if value_range is None else value_range
+        scaled = scale_values(np.asarray(image), value_range)
+        return Image.fromarray(np.rint(scaled * 255.0).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _largest_value(values: np.ndarray, image: Image.Image) -> float:
-    """The upper end of the range that an image of mode `I;16`, `I` or `F` is in."""
-    if image.mode.startswith("I;16"):
-        return 65535.0
-    ends = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0, 2.0**31 - 1.0)
-    smallest, largest = values.min(), values.max()
-    if not (smallest >= 0 and largest <= ends[-1]):  # so that NaN, too, is refused
-        raise ValueError(
-            f"{getattr(image, 'filename', '') or 'The image'} of mode {image.mode!r} has values from "
-            f"{smallest} to {largest}: scale them to [0, {ends[-1]:g}], or save it with 8 or 16 bits."
-        )
-    return next(end for end in ends if largest <= end)
+def find_value_range(images: Iterable[Any]) -> float | None:
+    """The end of the smallest range that holds all of single images; None where none has more than 8 bits.
+
+    Only files with more than 8 bits are decoded.
+    """
+    return _find_value_range((image, "image") for image in images)
 
 
-def turn_upright(image: Image.Image) -> Image.Image:
-    """Applies an image's EXIF orientation; an upright one is returned as it is."""
-    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-        return image  # exif_transpose would copy it
-    return ImageOps.exif_transpose(image)
+def _find_value_range(items: Iterable[tuple[Any, str]]) -> float | None:
+    found: float | None = None
+    for image, name in items:
+        if isinstance(image, (str, os.PathLike)):
+            image = read_image(image) if is_deep(image_file_header(image)[1]) else None
+        try:
+            one = value_range_of(image)
+        except UnreadableImageError as error:
+            raise UnreadableImageError(f"`{name}` cannot be read as an image: {error}") from error
+        if one is not None:
+            found = one if found is None else max(found, one)
+    return found
 
 
-def images_to_tensors(image: ImageInput, name: str = "image") -> list[torch.Tensor]:
+def images_to_tensors(image: ImageInput, name: str = "image", value_range: float | None = None) -> list[torch.Tensor]:
     """Canonical form of one image, a batch, or a list of them.
 
     Args:
         image: a PIL image; a path; an array (H, W), (H, W, C) or (N, H, W, C); a tensor (H, W), (C, H, W) or
-            (N, C, H, W), with C 1 or 3; or a list of these. Integers are unsigned and span their type's range,
-            floats lie in [0, 1].
+            (N, C, H, W), with C 1 or 3; or a list of these. Integers are unsigned, floats lie in [0, 1].
         name: the argument's name, for messages.
+        value_range: the largest value that images of more than 8 bits can have; None takes the smallest of 8, 10, 12,
+            14 and 16 bits that holds all of `image`.
 
     Returns:
         A list of (3, H, W) float32 tensors in [0, 1], one an image; sizes may differ.
@@ -96,19 +87,32 @@ def images_to_tensors(image: ImageInput, name: str = "image") -> list[torch.Tens
             that is no image.
         FileNotFoundError: a path at which no file stands.
     """
-    if isinstance(image, (list, tuple)):
-        if not image:
-            raise ValueError(f"`{name}` is an empty list. Pass at least one image.")
-        return [tensor for i, item in enumerate(image) for tensor in images_to_tensors(item, f"{name}[{i}]")]
-    if isinstance(image, (str, os.PathLike)):
-        image = read_image(image)
+    items = [(read_image(one) if isinstance(one, (str, os.PathLike)) else one, of) for one, of in _flatten(image, name)]
+    if value_range is None:
+        value_range = _find_value_range(items)
+    return [tensor for one, of in items for tensor in _to_tensors(one, of, value_range)]
+
+
+def _flatten(image: ImageInput, name: str) -> list[tuple[Any, str]]:
+    """The items of nested lists, each with its place for messages."""
+    if not isinstance(image, (list, tuple)):
+        return [(image, name)]
+    if not image:
+        raise ValueError(f"`{name}` is an empty list. Pass at least one image.")
+    return [entry for i, item in enumerate(image) for entry in _flatten(item, f"{name}[{i}]")]
+
+
+def _to_tensors(image: Any, name: str, value_range: float | None) -> list[torch.Tensor]:
+    """(3, H, W) float32 tensors in [0, 1] of an image or a batch in memory."""
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise ValueError(f"`{name}` has no pixels: its size is {image.size}.")
         try:
-            image = np.asarray(image_to_rgb(image))
-        except (OSError, ValueError) as error:  # a lazily opened file may turn out cut off only here
-            raise ValueError(f"`{name}` cannot be read as an image: {error}") from error
+            image = _pil_to_array(turn_upright(image), value_range)
+        except MemoryError:
+            raise
+        except Exception as error:  # a lazily opened file may turn out broken only here
+            raise UnreadableImageError(f"`{name}` cannot be read as an image: {error}") from error
     if isinstance(image, np.ndarray):
         image = _array_to_tensor(image, name)  # (N, C, H, W)
     elif isinstance(image, torch.Tensor):
@@ -128,8 +132,10 @@ def images_to_tensors(image: ImageInput, name: str = "image") -> list[torch.Tens
         )
     if image.numel() == 0:
         raise ValueError(f"`{name}` has no pixels: its shape is {tuple(image.shape)}.")
-    if image.dtype in _INTEGER_RANGE:
-        image = image.to(torch.float32) / _INTEGER_RANGE[image.dtype]
+    if image.dtype == torch.uint8:
+        image = image.to(torch.float32) / 255.0
+    elif image.dtype == torch.uint16:
+        image = torch.from_numpy(scale_values(image.cpu().numpy(), 65535.0 if value_range is None else value_range))
     elif image.is_floating_point():
         image = image.to(torch.float32)
         lowest, highest = float(image.min()), float(image.max())  # NaN passes through min and max
@@ -145,6 +151,16 @@ def images_to_tensors(image: ImageInput, name: str = "image") -> list[torch.Tens
     return list(image.expand(-1, 3, -1, -1))
 
 
+def _pil_to_array(image: Image.Image, value_range: float | None) -> np.ndarray:
+    """An upright image as (H, W, 3) uint8 or, where it holds more than 8 bits, (H, W) float32 in [0, 1]."""
+    if not is_deep(image.mode):
+        return np.asarray(image_to_rgb(image))
+    largest = check_values(image)
+    return scale_values(
+        np.asarray(image), smallest_range(largest, image.mode == "F") if value_range is None else value_range
+    )
+
+
 def _array_to_tensor(array: np.ndarray, name: str) -> torch.Tensor:
     if array.ndim not in (2, 3, 4):
         raise ValueError(f"`{name}` must have shape (H, W), (H, W, C) or (N, H, W, C), but has {array.shape}.")
@@ -158,6 +174,81 @@ def _array_to_tensor(array: np.ndarray, name: str) -> torch.Tensor:
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable))
 
 
+class ImageSequence:
+    """The images of a call, each decoded when its batch comes and resized at once: memory goes with the batch.
+
+    What is in memory is checked at once, of files only the header.
+
+    Args:
+        image, value_range, name: as of `images_to_tensors`.
+
+    Attributes:
+        sizes: (height, width) of each image, upright.
+        value_range: the given one or, where images have more than 8 bits, the one found.
+        range_was_found: whether the latter.
+
+    Raises:
+        ValueError, FileNotFoundError: as `images_to_tensors`.
+    """
+
+    def __init__(self, image: ImageInput, value_range: float | None = None, name: str = "image"):
+        self._items: list[tuple[Any, str]] = []
+        self.sizes: list[tuple[int, int]] = []
+        deep: list[tuple[Any, str]] = []
+        for one, place in _flatten(image, name):
+            if isinstance(one, (str, os.PathLike)):
+                (width, height), mode = image_file_header(one)
+                singles, sizes = [one], [(height, width)]
+                deep += [(one, place)] if is_deep(mode) else []
+            else:
+                sizes = [tuple(tensor.shape[-2:]) for tensor in _to_tensors(one, place, value_range or 2.0**31)]
+                singles = [one] if len(sizes) == 1 else list(one)
+                deep += [(single, place) for single in singles]
+            self._items += [(single, place) for single in singles]
+            self.sizes += sizes
+        found = _find_value_range(deep) if value_range is None else None
+        self.range_was_found = found is not None
+        self.value_range = found if value_range is None else value_range
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, batch: slice) -> ImageSequence:
+        part = object.__new__(ImageSequence)
+        part._items, part.sizes = self._items[batch], self.sizes[batch]
+        part.value_range, part.range_was_found = self.value_range, self.range_was_found
+        return part
+
+    def resized(self, size: tuple[int, int]) -> Iterable[torch.Tensor]:
+        """Each image as (1, 3, *size) float32 in [0, 1], one at a time."""
+        for image, name in self._items:
+            if isinstance(image, (str, os.PathLike)):
+                image = read_image(image, needed_side=max(size))
+            yield resize_image(image, size, self.value_range, name)
+
+
+def resize_image(
+    image: Any, size: tuple[int, int], value_range: float | None = None, name: str = "image"
+) -> torch.Tensor:
+    """One image in memory as (1, 3, *size) float32 in about [0, 1]: the whole image is never in floating point.
+
+    Bilinear resizing with antialiasing goes along the rows first, then along the columns, so that bands of rows give
+    the same as the whole.
+    """
+    if not isinstance(image, Image.Image) or image.width * image.height <= BAND_PIXELS:
+        return resize_images(_to_tensors(image, name, value_range)[0][None], size)
+    image = turn_upright(image)
+    if value_range is None:
+        value_range = value_range_of(image)
+    rows = max(1, BAND_PIXELS // image.width)
+    bands = []
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        band = _to_tensors(image.crop((0, top, image.width, bottom)), name, value_range)[0][None]
+        bands.append(resize_images(band, (bottom - top, size[1])))  # (1, 3, rows, size[1])
+    return resize_images(torch.cat(bands, dim=2), size)
+
+
 def resize_images(images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Bilinear with antialiasing, (N, C, H, W) -> (N, C, *size): the one resize of training and inference."""
     if tuple(images.shape[-2:]) == tuple(size):
@@ -165,8 +256,10 @@ def resize_images(images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
 
 
-def images_to_pixel_values(images: Sequence[torch.Tensor], size: Sequence[int]) -> torch.Tensor:
+def images_to_pixel_values(images: Sequence[torch.Tensor] | ImageSequence, size: Sequence[int]) -> torch.Tensor:
     """(3, H_i, W_i) tensors in [0, 1] -> one batch (N, 3, *size) in [-1, 1], the networks' range."""
+    if isinstance(images, ImageSequence):
+        return torch.cat(list(images.resized(size))) * 2.0 - 1.0
     return torch.cat([resize_images(image[None], size) for image in images]) * 2.0 - 1.0
 
 

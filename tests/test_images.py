@@ -86,8 +86,8 @@ def test_sixteen_bit_png_spans_the_full_range(tmp_path):
     values = np.array([[0, 257, 1000, 32768, 65535]], dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
     assert read_image(tmp_path / "deep.png").mode == "I;16"
-    eight_bit = np.rint(values / 257.0)
-    assert torch.equal(one(tmp_path / "deep.png"), torch.tensor(eight_bit, dtype=torch.float32).expand(3, 1, 5) / 255)
+    expected = torch.tensor(values / 65535.0, dtype=torch.float32).expand(3, 1, 5)
+    torch.testing.assert_close(one(tmp_path / "deep.png"), expected, rtol=1e-6, atol=0.0)
 
 
 def test_mode_i_holds_sixteen_or_thirty_two_bits():

@@ -63,6 +63,9 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pro_fpr_limit", type=SHARE, default=0.3, help="of PRO (0.3)")
     parser.add_argument("--batch_size", type=POSITIVE, default=16, help="images a batch (16)")
     parser.add_argument(
+        "--on_bad_image", choices=("error", "skip"), default="error", help="unreadable files, named either way (error)"
+    )
+    parser.add_argument(
         "--mixed_precision", choices=PRECISIONS, help="auto is bf16 where that is fast, else no (accelerate's setting)"
     )
     parser.add_argument("--seed", type=SEED, default=0, help="of the noise (0)")
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise ValueError(f"--output must end in .json, but is {path}.")
 
     # 1. Data and detectors
-    dataset = load_anomaly_dataset(args.data, split="test", category=args.category, dataset=args.dataset)
+    dataset = load_anomaly_dataset(args.data, "test", args.category, args.dataset, args.on_bad_image)
     pipeline = load_pipeline(args.model).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     baselines = [name for name in args.baselines if name != "none"]
@@ -86,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise ValueError("--baselines ddpm noises and denoises pixels: it goes with AnomalyDenoise pipelines only.")
     training = None
     if "padim" in baselines and pipeline.feature_extractor is not None:
-        training = load_training_images(args.data, args.category, args.dataset, dataset, accelerator)
+        training = load_training_images(args.data, args.category, args.dataset, dataset, accelerator, args.on_bad_image)
     if training is None and "padim" in baselines:
         accelerator.print("PaDiM has nothing to be fitted to: its row is left out.")
         baselines.remove("padim")

@@ -352,12 +352,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise ValueError("--model is needed: not every row of this table trains its own.")
 
     # 1. Data, and the models that rows train for themselves
-    images = load_anomaly_dataset(args.data, split="test", category=args.category, dataset=args.dataset)
+    images = load_anomaly_dataset(args.data, "test", args.category, args.dataset, args.on_bad_image)
     tests = split_by_category(images)
     folders = [row_folders(table, row, list(tests), args) for row in table["rows"]]
     accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision))
     args.mixed_precision = accelerator.mixed_precision  # also where accelerate's own settings say so
-    goods = split_by_category(load_training_images(args.data, args.category, args.dataset, images, accelerator))
+    goods = split_by_category(
+        load_training_images(args.data, args.category, args.dataset, images, accelerator, args.on_bad_image)
+    )
 
     # 2. Model by model, category by category; rows that share the networks' work together
     rows = [*table["rows"], PADIM]

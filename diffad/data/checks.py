@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
 
-import datasets
-import PIL.ExifTags
-import PIL.Image
 from datasets import Dataset, IterableDataset
+
+from diffad.data.image_feature import ImageFile, stored_content
+from diffad.data.masks import has_soft_edges
+from diffad.grey_depth import UnreadableImageError
+from diffad.image_files import check_image_file, read_image
+
+SOFT_MASKS = "pixels from half of a mask's largest value on count as defect. Save masks as PNG, 0 and 255."
 
 
 def check_images(dataset: Dataset | IterableDataset, on_bad_image: str = "error") -> Dataset | IterableDataset:
     """Raises on, or drops, rows whose image or mask is corrupt, cut off, empty or missing.
 
-    PNG files are checked by the checksums of their chunks, in a hundredth of the time that decoding takes;
-    other files are decoded. An `IterableDataset` is checked row by row, each time that it is read.
+    Files are read as `diffad.image_files.check_image_file` does. An `IterableDataset` is checked row by row, each
+    time that it is read.
 
     Args:
         dataset: as `load_anomaly_dataset` returns it.
@@ -34,56 +38,60 @@ def check_images(dataset: Dataset | IterableDataset, on_bad_image: str = "error"
         # an empty `map` forgets the undecoded type, which a cast of a filtered stream would not change
         return undecoded.filter(partial(_is_readable, on_bad_image=on_bad_image)).map().cast(dataset.features)
 
-    def problems_at(index: int) -> tuple[str | None, str | None]:
+    def problems_at(index: int) -> Problems:
         row = undecoded[index]
         return _problems(row, row["path"] or f"the image of row {index}")
 
     with ThreadPoolExecutor() as pool:  # checksums and decoding release the interpreter's lock
         problems = list(pool.map(problems_at, range(len(undecoded))))
-    unreadable = [reason for reason, _ in problems if reason]
-    _report(unreadable, [mismatch for _, mismatch in problems if mismatch], on_bad_image)
+    unreadable = [one.unreadable for one in problems if one.unreadable]
+    _report(unreadable, [one.mismatch for one in problems if one.mismatch], on_bad_image)
+    soft = [one.soft_mask for one in problems if one.soft_mask]
+    if soft:
+        warnings.warn(f"{len(soft)} masks have more than two values, {soft[0]} first: {SOFT_MASKS}", stacklevel=2)
     if not unreadable:
         return dataset
-    return dataset.select([index for index, (reason, _) in enumerate(problems) if reason is None])
+    return dataset.select([index for index, one in enumerate(problems) if one.unreadable is None])
+
+
+class Problems(NamedTuple):
+    """Of a row: why a file cannot be read, how its sizes differ, and its mask if that has soft edges."""
+
+    unreadable: str | None = None
+    mismatch: str | None = None
+    soft_mask: str | None = None
 
 
 def _is_readable(row: dict, on_bad_image: str) -> bool:
-    unreadable, mismatch = _problems(row, row["path"] or "an image")
-    _report([unreadable] if unreadable else [], [mismatch] if mismatch else [], on_bad_image)
-    return unreadable is None
+    found = _problems(row, row["path"] or "an image")
+    _report([found.unreadable] if found.unreadable else [], [found.mismatch] if found.mismatch else [], on_bad_image)
+    if found.soft_mask:
+        warnings.warn(f"Masks have more than two values: {SOFT_MASKS}", stacklevel=2)  # the same text for all rows
+    return found.unreadable is None
 
 
-def _problems(row: dict, name: str) -> tuple[str | None, str | None]:
-    """Why a file of an undecoded row cannot be read, and how its sizes differ; None where all is well."""
+def _problems(row: dict, name: str) -> Problems:
+    """What is wrong with the files of an undecoded row."""
     if row["image"] is None:
-        return f"{name}: there is none", None
-    files = {name: row["image"]}
-    if row["mask"] is not None:
-        files[row["mask"]["path"] or f"the mask of {name}"] = row["mask"]
-    sizes = {}
-    for file_name, stored in files.items():
-        try:
-            sizes[file_name] = _verified_size(stored)
-        except Exception as error:  # which one depends on the format: OSError, SyntaxError, struct.error, ...
-            return f"{file_name}: {error}", None
-    if len(set(sizes.values())) > 1:
-        return None, ", but ".join(f"{name} is {w} x {h} pixels" for name, (w, h) in sizes.items())
-    return None, None
-
-
-def _verified_size(stored: dict) -> tuple[int, int]:
-    """Reads an undecoded image to its end; width and height with the EXIF orientation applied."""
-    if stored["bytes"] is None and "://" in stored["path"]:
-        return datasets.Image().decode_example(stored).size
-    source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
-    with PIL.Image.open(source) as image:
-        if image.format == "PNG":
-            image.verify()
-        else:
-            image.load()
-        # without the test, `getexif` would decode a PNG to look for EXIF behind the pixels
-        orientation = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
-        return image.size[::-1] if orientation >= 5 else image.size
+        return Problems(unreadable=f"{name}: there is none")
+    mask_name = None if row["mask"] is None else row["mask"]["path"] or f"the mask of {name}"
+    file_name, soft_mask = name, None
+    try:
+        size = check_image_file(row["image"]["path"] or name, stored_content(row["image"]))
+        if mask_name is None:
+            return Problems()
+        file_name = mask_name
+        mask = read_image(row["mask"]["path"] or mask_name, stored_content(row["mask"]))
+        soft_mask = mask_name if has_soft_edges(mask) else None
+    except UnreadableImageError as error:
+        return Problems(unreadable=f"{file_name}: {error.reason}")
+    except OSError as error:  # it has gone, or is somewhere else and cannot be fetched
+        return Problems(unreadable=f"{file_name}: {error}")
+    if size != mask.size:
+        sizes = {name: size, mask_name: mask.size}
+        mismatch = ", but ".join(f"{one} is {w} x {h} pixels" for one, (w, h) in sizes.items())
+        return Problems(mismatch=mismatch, soft_mask=soft_mask)
+    return Problems(soft_mask=soft_mask)
 
 
 def _report(unreadable: list[str], mismatches: list[str], on_bad_image: str) -> None:
@@ -100,5 +108,5 @@ def _report(unreadable: list[str], mismatches: list[str], on_bad_image: str) -> 
 def cast_images(dataset: Dataset | IterableDataset, decode: bool) -> Dataset | IterableDataset:
     """`dataset` with images and masks as PIL images, or undecoded, as {"bytes", "path"}."""
     for column in ("image", "mask"):
-        dataset = dataset.cast_column(column, datasets.Image(decode=decode))
+        dataset = dataset.cast_column(column, ImageFile(decode=decode))
     return dataset

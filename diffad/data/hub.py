@@ -17,6 +17,7 @@ import pyarrow.compute
 from datasets import ClassLabel, Dataset, Features, IterableDataset
 
 from diffad.data.checks import cast_images, check_images
+from diffad.data.image_feature import ImageFile
 from diffad.data.layouts import FEATURES, choose_categories, require_good_images
 from diffad.data.masks import mask_to_array
 
@@ -139,7 +140,7 @@ def _describe(row: dict, features: Features, path: str) -> dict[str, Any]:
     elif defect is not None:
         good = defect.lower() in GOOD_NAMES
     else:
-        good = mask is None or not mask_to_array(datasets.Image().decode_example(mask)).any()
+        good = mask is None or not mask_to_array(ImageFile().decode_example(mask)).any()
     named = isinstance(features.get("label"), ClassLabel) or isinstance(row.get("label"), str)
     if defect is None and label and named and not label.isdigit():
         defect = label

@@ -17,16 +17,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 from datasets import Dataset, Features, Value
 
+from diffad.data.image_feature import ImageFile
 from diffad.inputs import describe_suffixes, images_below, subfolders
 
 FEATURES = Features(
     {
-        "image": datasets.Image(),
-        "mask": datasets.Image(),
+        "image": ImageFile(),
+        "mask": ImageFile(),
         "label": Value("int64"),
         "category": Value("string"),
         "defect": Value("string"),

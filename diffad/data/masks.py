@@ -5,15 +5,65 @@ from __future__ import annotations
 import numpy as np
 import PIL.Image
 
-from diffad.images import image_to_rgb, turn_upright
+from diffad.image_metadata import turn_upright
+from diffad.images import image_to_rgb
+
+LARGEST_LABEL = 63  # masks that number the kinds of defect, as VisA's, count from 1
 
 
 def mask_to_array(mask: PIL.Image.Image) -> np.ndarray:
-    """A mask of any mode as (H, W) bool: above 0 in any colour is a defect; transparency does not count."""
+    """A mask of any mode as (H, W) bool: which pixels are of a defect.
+
+    This is the one place that decides so, by the values, of colours the highest of the three:
+
+    - Two values, or numbers of kinds (all values whole and at most 63, or at most 16 values with an eighth of the
+      largest below the first and a sixteenth between any two): what is above 0 is a defect.
+    - Others have soft edges, as JPEG and resizing make them: from half of the largest value on it is a defect, so that
+      the mask does not grow.
+
+    Where some pixels are transparent, they are ground. Of the others the values count, and all of them are a defect if
+    none is above 0: it was drawn in black.
+    """
+    values = _mask_values(mask)
+    levels = _levels(values)
+    return values >= levels[-1] / 2 if _has_soft_edges(levels) else values > 0
+
+
+def has_soft_edges(mask: PIL.Image.Image) -> bool:
+    """Whether `mask_to_array` takes half of a mask's largest value for its threshold."""
+    return _has_soft_edges(_levels(_mask_values(mask)))
+
+
+def _mask_values(mask: PIL.Image.Image) -> np.ndarray:
+    """(H, W), 0 where a mask is transparent."""
     mask = turn_upright(mask)
+    alpha = None
+    if mask.has_transparency_data:
+        mask = mask.convert("RGBA")
+        alpha = np.asarray(mask)[..., 3] >= 128
     if mask.mode == "P" or len(mask.getbands()) > 1:
-        return np.greater(np.asarray(mask.convert("RGB")), 0).any(axis=2)
-    return np.greater(np.asarray(mask), 0)
+        values = np.asarray(mask.convert("RGB")).max(axis=2)
+    else:
+        values = np.asarray(mask)
+    if alpha is None or alpha.all() or not alpha.any():  # then alpha tells nothing
+        return values
+    return np.where(alpha, values, 0) if values[alpha].any() else alpha
+
+
+def _levels(values: np.ndarray) -> np.ndarray:
+    """The distinct values, in order; always one."""
+    if values.dtype == np.uint8:  # much faster than sorting
+        return np.flatnonzero(np.bincount(values.ravel(), minlength=1)) if values.size else np.zeros(1)
+    return np.unique(values) if values.size else np.zeros(1)
+
+
+def _has_soft_edges(levels: np.ndarray) -> bool:
+    largest = float(levels[-1])
+    if len(levels) <= 2 or (largest <= LARGEST_LABEL and (levels % 1 == 0).all()):
+        return False
+    steps = np.diff(levels.astype(np.float64))
+    first = float(levels[levels > 0][0])
+    return not (len(levels) <= 16 and first >= largest / 8 and steps.min() >= largest / 16)
 
 
 def resize_image_and_mask(

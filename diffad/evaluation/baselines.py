@@ -88,11 +88,16 @@ def evaluate_baseline(
 
 
 def load_training_images(
-    data: str, category: Sequence[str] | None, dataset: str | None, test: Dataset, accelerator: Accelerator
+    data: str,
+    category: Sequence[str] | None,
+    dataset: str | None,
+    test: Dataset,
+    accelerator: Accelerator,
+    on_bad_image: str = "error",
 ) -> Dataset | None:
     """Good images of the training split that are not in the test split too; None, and a word why, if there are none."""
     try:
-        training = load_anomaly_dataset(data, split="train", category=category, dataset=dataset)
+        training = load_anomaly_dataset(data, "train", category, dataset, on_bad_image)
     except (FileNotFoundError, ValueError) as error:
         accelerator.print(f"No good images for training in {data}: {error}")
         return None

@@ -789,6 +789,75 @@ def test_masks_of_every_mode(mode: str):
     assert not marked[:, 3:].any()
 
 
+def disc(side: int = 96, value: int = 255) -> np.ndarray:
+    rows, columns = np.mgrid[:side, :side]
+    return (((rows - 40) ** 2 + (columns - 50) ** 2 < 400) * value).astype(np.uint8)
+
+
+@pytest.mark.parametrize("quality", [30, 60, 75, 95])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_mask_saved_as_jpeg_does_not_grow(tmp_path: Path, quality: int, mode: str):
+    PIL.Image.fromarray(disc()).convert(mode).save(tmp_path / "mask.jpg", quality=quality)
+    with PIL.Image.open(tmp_path / "mask.jpg") as mask:
+        marked = mask_to_array(mask)
+    assert abs(int(marked.sum()) / int((disc() > 0).sum()) - 1.0) < 0.02
+    assert (marked != (disc() > 0)).mean() < 0.005
+
+
+def test_a_mask_with_soft_edges_is_cut_at_half_of_its_largest_value():
+    soft = PIL.Image.fromarray(disc(96)).resize((480, 480), PIL.Image.Resampling.BICUBIC)
+    deep = PIL.Image.fromarray(np.asarray(soft).astype(np.uint16) * 16)  # 12 of 16 bits
+    floating = PIL.Image.fromarray(np.asarray(soft).astype(np.float32) / 255.0)
+    expected = np.asarray(soft) >= 128
+    for mask in (soft, deep, floating):
+        assert (mask_to_array(mask) == expected).all()
+    assert abs(expected.sum() / 25 / (disc(96) > 0).sum() - 1.0) < 0.02
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[0, 1], [0, 255], [0, 3], [0, 1, 2, 3, 4], [0, 7, 12, 20], [0, 85, 170, 255], [0, 128, 255], [0, 240, 255]],
+)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32])
+def test_a_mask_of_labels_marks_all_of_them(values: list[int], dtype: type):
+    labels = np.repeat(np.array(values, dtype)[None], 6, axis=0)
+    assert (mask_to_array(PIL.Image.fromarray(labels)) == (labels > 0)).all()
+
+
+def test_a_palette_of_dark_colours_marks_all_but_black():
+    mask = PIL.Image.fromarray(np.array([[0, 1, 2, 3]], np.uint8), mode="P")
+    mask.putpalette([0, 0, 0, 128, 0, 0, 0, 64, 0, 255, 255, 255])
+    assert mask_to_array(mask).tolist() == [[False, True, True, True]]
+
+
+@pytest.mark.parametrize("ink", [(0, 0, 0), (255, 255, 255), (200, 30, 30)])
+@pytest.mark.parametrize("ground", [(0, 0, 0), (255, 255, 255)])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_defect_drawn_on_a_transparent_ground_is_the_mask(ink: tuple, ground: tuple, mode: str):
+    mask = PIL.Image.new("RGBA", (8, 4), (*ground, 0))
+    mask.paste((*ink, 255), (2, 1, 5, 3))
+    marked = mask_to_array(mask.convert(mode))
+    assert marked[1:3, 2:5].all()
+    assert marked.sum() == 6
+
+
+def test_a_mask_all_of_which_is_transparent_counts_by_its_values():
+    mask = PIL.Image.new("RGBA", (4, 2), (0, 0, 0, 0))
+    mask.putpixel((1, 1), (255, 255, 255, 0))
+    assert mask_to_array(mask).sum() == 1
+    assert not mask_to_array(PIL.Image.new("RGBA", (4, 2), (0, 0, 0, 255))).any()
+
+
+def test_masks_with_soft_edges_get_one_word_a_data_set(mvtec: Path):
+    for number in range(2):
+        mask = mvtec / f"bottle/ground_truth/crack/{number:03}_mask.png"
+        values = np.linspace(0, 255, SIZE[0] * SIZE[1]).reshape(SIZE[::-1]).astype(np.uint8)
+        PIL.Image.fromarray(values).save(mask)
+    with pytest.warns(UserWarning, match=r"2 masks have more than two values, .*crack/000_mask.png first") as caught:
+        load_anomaly_dataset(mvtec, "test")
+    assert len(caught) == 1
+
+
 def test_mask_follows_its_image():
     image = PIL.Image.new("RGB", (40, 20))
     mask = PIL.Image.new("L", (40, 20))

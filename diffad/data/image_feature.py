@@ -1,0 +1,36 @@
+"""Images of a data set's rows, read as every other image file is."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import datasets
+import fsspec
+from PIL import Image
+
+from diffad.image_files import read_image
+
+
+class ImageFile(datasets.Image):
+    """`datasets.Image`, whose rows are decoded by `read_image`: upright, and whatever stands in their metadata."""
+
+    def decode_example(self, value: Any, token_per_repo_id: dict[str, Any] | None = None) -> Image.Image:
+        """A PIL image of `{"bytes", "path"}`.
+
+        Raises:
+            FileNotFoundError: no file stands at the path.
+            UnreadableImageError: it is no image.
+        """
+        if not self.decode or not isinstance(value, dict):
+            return super().decode_example(value, token_per_repo_id)
+        return read_image(value["path"], stored_content(value))
+
+
+def stored_content(stored: dict[str, Any]) -> bytes | None:
+    """The bytes of an undecoded image that is no file here; None for a file."""
+    path = stored["path"]
+    if stored["bytes"] is None and path is not None and "://" in os.fspath(path):
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    return stored["bytes"]

@@ -1,0 +1,76 @@
+"""Images of more than 8 bits: which range their values are in. A file of 16 bits does not say what its camera had."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+class UnreadableImageError(ValueError):
+    """A file that is there and cannot be read as an image; the message names it and says why, `reason` only why."""
+
+    def __init__(self, message: str, reason: str | None = None):
+        super().__init__(message)
+        self.reason = message if reason is None else reason
+
+
+def is_deep(mode: str) -> bool:
+    """Whether images of a Pillow mode hold more than 8 bits: `I;16`, `I` and `F`."""
+    return mode[0] in "IF"
+
+
+def smallest_range(largest: float, floating: bool = False) -> float:
+    """The end of the smallest range that holds a value: that of 8, 10, 12, 14, 16 or 31 bits, or 1 for floats."""
+    ends = [*([1.0] if floating else []), *(2.0**bits - 1.0 for bits in (8, 10, 12, 14, 16, 31))]
+    return next(end for end in ends if largest <= end)
+
+
+def value_range_of(image: Any) -> float | None:
+    """`smallest_range` of a PIL image, an array or a tensor with more than 8 bits; None for others.
+
+    Raises:
+        UnreadableImageError: as `check_values`.
+    """
+    if isinstance(image, Image.Image) and is_deep(image.mode):
+        return smallest_range(check_values(image), image.mode == "F")
+    if isinstance(image, torch.Tensor) and image.dtype == torch.uint16:
+        image = image.cpu().numpy()
+    if isinstance(image, np.ndarray) and image.dtype.kind == "u" and image.dtype.itemsize == 2:
+        return smallest_range(float(image.max(initial=0)))
+    return None
+
+
+def check_values(image: Image.Image) -> float:
+    """The largest value of an image of mode `I;16`, `I` or `F`; 255 for others.
+
+    Raises:
+        UnreadableImageError: values are negative, not finite or, in mode `F`, above 65535.
+    """
+    if not is_deep(image.mode):
+        return 255.0
+    values = np.asarray(image)  # (H, W)
+    if not values.size:
+        return 0.0
+    smallest, largest = float(values.min()), float(values.max())
+    end = 65535.0 if image.mode == "F" else 2.0**31 - 1.0
+    if not (smallest >= 0 and largest <= end):  # so that NaN, too, is refused
+        raise UnreadableImageError(
+            f"an image of mode {image.mode!r} has values from {smallest} to {largest}: scale them to [0, {end:g}], or "
+            "save it with 8 or 16 bits"
+        )
+    return largest
+
+
+def scale_values(values: np.ndarray, value_range: float) -> np.ndarray:
+    """Values of a range as float32 in [0, 1]; those beyond it, which no training image had, are its end."""
+    if values.max(initial=0) > value_range:
+        warnings.warn(
+            f"An image has values above {value_range:g}, the `value_range` of the model: they count as that. If the "
+            "camera has changed, train a model for it.",
+            stacklevel=2,
+        )
+    return np.minimum(values.astype(np.float32) / np.float32(value_range), np.float32(1.0))

@@ -1,0 +1,142 @@
+"""One place reads an image file, for every command: whatever is wrong with a file is one error that names it."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from diffad.grey_depth import UnreadableImageError, check_values
+from diffad.image_metadata import turn_upright, upright_size, without_metadata
+
+MAX_PIXELS = 500_000_000  # of one image: 2 GB as Pillow decodes it
+
+
+LARGE_PIXELS = 2**24  # above this a JPEG image is reduced while decoding, where a network looks at much less
+
+
+_PILLOW_LIMIT = threading.Lock()
+
+
+Result = TypeVar("Result")
+
+
+def read_image(
+    path: str | os.PathLike | None, content: bytes | None = None, needed_side: int | None = None
+) -> Image.Image:
+    """Decodes an image file and turns it upright by its EXIF or XMP orientation.
+
+    Metadata that cannot be read is left out, and the pixels count.
+
+    Args:
+        path: of the file.
+        content: the file's bytes where they are at hand; `path` is then only its name.
+        needed_side: pixels a side that are looked at. A JPEG image of more than `LARGE_PIXELS` is reduced while
+            decoding, by 2, 4 or 8, to no less than twice as many.
+
+    Raises:
+        FileNotFoundError: no file stands at `path`.
+        UnreadableImageError: the file is empty, cut off, too large or no image, or its values are negative, not
+            finite, or, in floating point, above 65535.
+    """
+
+    def decode(file: Any) -> Image.Image:
+        with _open(file) as image:
+            if needed_side is not None and image.width * image.height > LARGE_PIXELS:
+                image.draft(None, (2 * needed_side, 2 * needed_side))
+            upright = turn_upright(image)
+        check_values(upright)
+        return upright
+
+    return _read(decode, path, content)
+
+
+def check_image_file(path: str | os.PathLike | None, content: bytes | None = None) -> tuple[int, int]:
+    """Reads an image file to its end; width and height once it is upright. Raises as `read_image` does.
+
+    PNG files are checked by the checksums of their chunks, in a hundredth of the time that decoding takes.
+    """
+
+    def check(file: Any) -> tuple[int, int] | None:
+        with _open(file) as image:
+            if image.format != "PNG":
+                return None
+            size = upright_size(image)
+            if image.fp is not None:  # else looking behind the pixels has decoded them
+                image.fp.seek(0)
+                with _open(image.fp) as again:
+                    again.verify()
+            return size
+
+    try:
+        size = _read(check, path, content)
+    except UnreadableImageError:  # a wrong checksum alone is no reason
+        size = None
+    return read_image(path, content).size if size is None else size
+
+
+def image_file_header(path: str | os.PathLike | None, content: bytes | None = None) -> tuple[tuple[int, int], str]:
+    """Width and height of an image file once it is upright, and Pillow's mode, mostly without decoding.
+
+    Raises:
+        FileNotFoundError, UnreadableImageError: as `read_image`.
+    """
+
+    def look(file: Any) -> tuple[tuple[int, int], str]:
+        with _open(file) as image:
+            mode = image.mode
+            return upright_size(image), mode
+
+    return _read(look, path, content)
+
+
+def _read(read: Callable[[Any], Result], path: str | os.PathLike | None, content: bytes | None) -> Result:
+    """What `read` makes of a file, or, where it fails, of the file without its metadata."""
+    shown = "the file" if path is None else os.fspath(path)
+    try:
+        if content is None and not Path(shown).is_file():
+            raise FileNotFoundError(f"`image`: no file at {shown}.")
+        num_bytes = Path(shown).stat().st_size if content is None else len(content)
+        if num_bytes == 0:
+            raise UnreadableImageError("it is empty: 0 bytes")
+        try:
+            return read(shown if content is None else io.BytesIO(content))
+        except (MemoryError, FileNotFoundError, PermissionError, UnreadableImageError):
+            raise
+        except Exception as error:
+            if num_bytes <= MAX_PIXELS:
+                for stripped in without_metadata(Path(shown).read_bytes() if content is None else content):
+                    try:
+                        return read(io.BytesIO(stripped))
+                    except MemoryError:
+                        raise
+                    except Exception:  # the first error says what is wrong with the file as it is
+                        continue
+            raise error
+    except (MemoryError, FileNotFoundError):
+        raise
+    except Exception as error:  # which one depends on the format: OSError, SyntaxError, struct.error, zlib.error, ...
+        reason = str(error) or type(error).__name__
+        raise UnreadableImageError(
+            f"`image`: {shown} cannot be read as an image ({reason}). Replace or remove it.", reason
+        ) from error
+
+
+def _open(file: Any) -> Image.Image:
+    """Pillow's `open` with our own bound: its own warns from 89 million pixels on and ends at twice as many."""
+    with _PILLOW_LIMIT:  # it is one for the whole process
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS
+        try:
+            image = Image.open(file)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width} x {image.height}"
+        image.close()
+        raise UnreadableImageError(f"it has {size} pixels, and {MAX_PIXELS:,} are the most: cut it into parts")
+    return image
