@@ -9,6 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffad.warn_once import warn_once
+
+BAND_PIXELS = 2**22  # of larger images so many are looked at at once
+
 
 class UnreadableImageError(ValueError):
     """A file that is there and cannot be read as an image; the message names it and says why, `reason` only why."""
@@ -44,6 +48,14 @@ def value_range_of(image: Any) -> float | None:
     return None
 
 
+def warn_of_found_range(value_range: float) -> None:
+    """Says, once, which range was taken for images of more than 8 bits."""
+    warn_once(
+        f"Images of more than 8 bits are taken to lie in [0, {value_range:g}], the smallest range that holds them all: "
+        "this model says nothing of it. Give it a `value_range`, such as 4095 for a camera of 12 bits."
+    )
+
+
 def check_values(image: Image.Image) -> float:
     """The largest value of an image of mode `I;16`, `I` or `F`; 255 for others.
 
@@ -52,10 +64,13 @@ def check_values(image: Image.Image) -> float:
     """
     if not is_deep(image.mode):
         return 255.0
-    values = np.asarray(image)  # (H, W)
-    if not values.size:
+    if 0 in image.size:
         return 0.0
-    smallest, largest = float(values.min()), float(values.max())
+    # NumPy takes a copy of what Pillow holds, and Pillow makes two for it: so in bands of rows
+    rows = max(1, BAND_PIXELS // image.width)
+    bands = (image.crop((0, top, image.width, min(top + rows, image.height))) for top in range(0, image.height, rows))
+    ends = np.array([(values.min(), values.max()) for values in map(np.asarray, bands)], np.float64)  # (bands, 2)
+    smallest, largest = float(ends[:, 0].min()), float(ends[:, 1].max())
     end = 65535.0 if image.mode == "F" else 2.0**31 - 1.0
     if not (smallest >= 0 and largest <= end):  # so that NaN, too, is refused
         raise UnreadableImageError(

@@ -15,10 +15,8 @@ from diffad.grey_depth import UnreadableImageError, check_values
 from diffad.image_metadata import turn_upright, upright_size, without_metadata
 
 MAX_PIXELS = 500_000_000  # of one image: 2 GB as Pillow decodes it
-
-
-LARGE_PIXELS = 2**24  # above this a JPEG image is reduced while decoding, where a network looks at much less
-
+LARGE_PIXELS = 2**24  # images above this are reduced where only a much smaller one is looked at
+REDUCED_SIDE = 4096  # the least to which such a JPEG image is reduced while decoding, in pixels a side
 
 _PILLOW_LIMIT = threading.Lock()
 
@@ -26,9 +24,7 @@ _PILLOW_LIMIT = threading.Lock()
 Result = TypeVar("Result")
 
 
-def read_image(
-    path: str | os.PathLike | None, content: bytes | None = None, needed_side: int | None = None
-) -> Image.Image:
+def read_image(path: str | os.PathLike | None, content: bytes | None = None, reduce_large: bool = False) -> Image.Image:
     """Decodes an image file and turns it upright by its EXIF or XMP orientation.
 
     Metadata that cannot be read is left out, and the pixels count.
@@ -36,8 +32,8 @@ def read_image(
     Args:
         path: of the file.
         content: the file's bytes where they are at hand; `path` is then only its name.
-        needed_side: pixels a side that are looked at. A JPEG image of more than `LARGE_PIXELS` is reduced while
-            decoding, by 2, 4 or 8, to no less than twice as many.
+        reduce_large: whether a JPEG image of more than `LARGE_PIXELS` is reduced while decoding, by 2, 4 or 8, to no
+            less than `REDUCED_SIDE` a side. Other formats cannot be.
 
     Raises:
         FileNotFoundError: no file stands at `path`.
@@ -47,8 +43,8 @@ def read_image(
 
     def decode(file: Any) -> Image.Image:
         with _open(file) as image:
-            if needed_side is not None and image.width * image.height > LARGE_PIXELS:
-                image.draft(None, (2 * needed_side, 2 * needed_side))
+            if reduce_large and image.width * image.height > LARGE_PIXELS:
+                image.draft(None, (REDUCED_SIDE, REDUCED_SIDE))
             upright = turn_upright(image)
         check_values(upright)
         return upright

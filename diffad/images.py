@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from diffad.grey_depth import (
+    BAND_PIXELS,
     UnreadableImageError,
     check_values,
     is_deep,
@@ -23,8 +24,6 @@ from diffad.image_files import image_file_header, read_image
 from diffad.image_metadata import turn_upright
 
 ImageInput: TypeAlias = "Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | Sequence[Any]"
-
-BAND_PIXELS = 2**22  # of larger images so many are floating point at once
 
 
 def image_to_rgb(image: Image.Image, value_range: float | None = None) -> Image.Image:
@@ -47,19 +46,31 @@ def image_to_rgb(image: Image.Image, value_range: float | None = None) -> Image.
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def find_value_range(images: Iterable[Any]) -> float | None:
+def find_value_range(images: Iterable[Any], skip_unreadable: bool = False) -> float | None:
     """The end of the smallest range that holds all of single images; None where none has more than 8 bits.
 
-    Only files with more than 8 bits are decoded.
+    Only files with more than 8 bits are decoded. Those that cannot be read raise, or are skipped.
     """
-    return _find_value_range((image, "image") for image in images)
+    return _find_value_range(((image, "image") for image in images), skip_unreadable)
 
 
-def _find_value_range(items: Iterable[tuple[Any, str]]) -> float | None:
+def common_value_range(*sets: Sequence[Any]) -> float | None:
+    """`find_value_range` of all images of sets; None, without reading them all, where no first one is deep."""
+    if find_value_range(images[0] for images in sets if len(images)) is None:
+        return None
+    return find_value_range(images[i] for images in sets for i in range(len(images)))
+
+
+def _find_value_range(items: Iterable[tuple[Any, str]], skip_unreadable: bool = False) -> float | None:
     found: float | None = None
     for image, name in items:
-        if isinstance(image, (str, os.PathLike)):
-            image = read_image(image) if is_deep(image_file_header(image)[1]) else None
+        try:
+            if isinstance(image, (str, os.PathLike)):
+                image = read_image(image) if is_deep(image_file_header(image)[1]) else None
+        except (UnreadableImageError, FileNotFoundError):
+            if skip_unreadable:
+                continue
+            raise
         try:
             one = value_range_of(image)
         except UnreadableImageError as error:
@@ -185,7 +196,7 @@ class ImageSequence:
     Attributes:
         sizes: (height, width) of each image, upright.
         value_range: the given one or, where images have more than 8 bits, the one found.
-        range_was_found: whether the latter.
+        found_value_range: the latter alone, else None.
 
     Raises:
         ValueError, FileNotFoundError: as `images_to_tensors`.
@@ -206,9 +217,8 @@ class ImageSequence:
                 deep += [(single, place) for single in singles]
             self._items += [(single, place) for single in singles]
             self.sizes += sizes
-        found = _find_value_range(deep) if value_range is None else None
-        self.range_was_found = found is not None
-        self.value_range = found if value_range is None else value_range
+        self.found_value_range = _find_value_range(deep) if value_range is None else None
+        self.value_range = self.found_value_range if value_range is None else value_range
 
     def __len__(self) -> int:
         return len(self._items)
@@ -216,14 +226,14 @@ class ImageSequence:
     def __getitem__(self, batch: slice) -> ImageSequence:
         part = object.__new__(ImageSequence)
         part._items, part.sizes = self._items[batch], self.sizes[batch]
-        part.value_range, part.range_was_found = self.value_range, self.range_was_found
+        part.value_range, part.found_value_range = self.value_range, self.found_value_range
         return part
 
     def resized(self, size: tuple[int, int]) -> Iterable[torch.Tensor]:
         """Each image as (1, 3, *size) float32 in [0, 1], one at a time."""
         for image, name in self._items:
             if isinstance(image, (str, os.PathLike)):
-                image = read_image(image, needed_side=max(size))
+                image = read_image(image, reduce_large=True)
             yield resize_image(image, size, self.value_range, name)
 
 

@@ -11,11 +11,14 @@ import csv
 import errno
 import heapq
 import json
+import math
 import os
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,7 +27,9 @@ import torch
 from PIL import Image
 
 from diffad.files import locked_folder, write_text_whole, write_whole
-from diffad.images import image_to_rgb, images_to_tensors, read_image, resize_images
+from diffad.grey_depth import BAND_PIXELS, warn_of_found_range
+from diffad.image_files import LARGE_PIXELS, image_file_header, read_image
+from diffad.images import find_value_range, image_to_rgb, resize_image, resize_images
 from diffad.inputs import LOCK_NAME, PICTURE_FOLDERS, SHEET_NAME, find_images
 from diffad.journal import (
     COLUMNS,
@@ -54,8 +59,15 @@ Detect: TypeAlias = Callable[[list[torch.Tensor], list[int]], Any]
 
 
 class Decoded(NamedTuple):
-    """An input that could be read: its pixels, (H, W, 3) uint8, and what the networks see, (3, R, R) in [0, 1]."""
+    """An input that could be read.
 
+    Attributes:
+        size: (H, W) of the file.
+        pixels: (h, w, 3) uint8, what its overlay is drawn on: of this size or, where it is large, reduced.
+        network_input: (3, R, R) in [0, 1], what the networks see.
+    """
+
+    size: tuple[int, int]
     pixels: np.ndarray
     network_input: torch.Tensor
 
@@ -78,7 +90,8 @@ def predict_files(
             below the common one.
         output_dir: gets `overlays/`, `maps/` (16-bit PNG: map_low at 0, map_high at 65535, both in scores.csv),
             `masks/` (0 or 255), `most_anomalous.png`, `scores.csv` (in order of `paths`, below what earlier runs have
-            scored) and `settings.json`. The pictures of `part.png` are named so too, those of `part.jpg`
+            scored) and `settings.json`. Maps and masks have the size of their image, and so have overlays, those of
+            more than 16 megapixels reduced. The pictures of `part.png` are named so too, those of `part.jpg`
             `part.jpg.png`; `picture` in scores.csv says how where a name is too long or another's.
         batch_size: images in one pass of the networks.
         category: of a unified model.
@@ -98,6 +111,7 @@ def predict_files(
     """
     index = pipeline.category_index(category)
     settings: dict[str, Any] = {"category": category, "seed": seed, "calibration": None}
+    settings["value_range"] = pipeline.config.value_range
     threshold = None
     if pipeline.calibration is not None:
         thresholds = (pipeline.calibration.image_threshold, pipeline.calibration.pixel_threshold)
@@ -115,6 +129,9 @@ def predict_files(
         )
 
     side = pipeline.input_resolution
+    if settings["value_range"] is None and (found := find_value_range(paths, skip_unreadable=True)) is not None:
+        warn_of_found_range(found)
+        settings["value_range"] = found
     return score_files(detect, side, threshold, settings, paths, output_dir, batch_size, num_workers, report)
 
 
@@ -137,7 +154,8 @@ def score_files(
             `p_value` and `is_anomalous`.
         side: of the networks' images, in pixels.
         threshold: of a map's pixels; None gives no masks and no verdicts.
-        settings: what later runs into the same folder must agree in.
+        settings: what later runs into the same folder must agree in; `value_range`, which may be None or missing, is
+            that of images of more than 8 bits.
         paths: as in `predict_files`, with all that follows.
         output_dir: as there.
         batch_size: as there.
@@ -173,7 +191,7 @@ def score_files(
                 file.flush()
 
             being_written: list[dict[str, Any] | Future] = []
-            for batch in _decoded_batches(todo, side, batch_size, pool):
+            for batch in _decoded_batches(todo, side, batch_size, pool, settings.get("value_range")):
                 good = [(i, decoded) for i, _, decoded in batch if isinstance(decoded, Decoded)]
                 if good:
                     output = detect([decoded.network_input for _, decoded in good], [i for i, _ in good])
@@ -184,7 +202,7 @@ def score_files(
                     if isinstance(decoded, Decoded):
                         row["picture"] = pictures[one.file]
                         being_written.append(
-                            pool.submit(_write_outputs, row, output, j, decoded.pixels, output_dir, threshold)
+                            pool.submit(_write_outputs, row, output, j, decoded, output_dir, threshold)
                         )
                         j += 1
                     else:
@@ -277,18 +295,21 @@ def _places(todo: Sequence[tuple[int, Input]], root: str, output_dir: Path) -> l
 
 
 def _decoded_batches(
-    todo: Sequence[tuple[int, Input]], side: int, batch_size: int, pool: ThreadPoolExecutor
+    todo: Sequence[tuple[int, Input]], side: int, batch_size: int, pool: ThreadPoolExecutor, value_range: float | None
 ) -> Iterator[list[tuple[int, Input, Decoded | Exception]]]:
     """Decoded images, or the error of reading them, with one batch decoded ahead."""
+    one_large = threading.Lock()  # in memory at a time, whatever the number of threads
 
     def decode(path: Path) -> Decoded | Exception:
         try:
-            pixels = np.asarray(image_to_rgb(read_image(path)))
+            (width, height), _ = image_file_header(path)
+            with one_large if width * height > LARGE_PIXELS else nullcontext():
+                image = read_image(path, reduce_large=True)
+                network_input = resize_image(image, (side, side), value_range)[0]
+                pixels = np.asarray(image_to_rgb(_reduce(image), value_range))
         except (ValueError, OSError) as error:
             return error
-        image = images_to_tensors(pixels)[0]
-        resized = resize_images(image[None], (side, side))[0]
-        return Decoded(pixels, resized.clamp(0.0, 1.0))  # rounding may have left the range
+        return Decoded((height, width), pixels, network_input.clamp(0.0, 1.0))  # rounding may have left the range
 
     entries = iter(todo)
     waiting: deque[tuple[int, Input, Future]] = deque()
@@ -307,35 +328,65 @@ def _decoded_batches(
         yield batch
 
 
+def _reduce(image: Image.Image) -> Image.Image:
+    """A large image by the smallest whole factor that leaves no more than `LARGE_PIXELS`; others as they are."""
+    factor = math.ceil(math.sqrt(image.width * image.height / LARGE_PIXELS))
+    return image.reduce(factor) if factor > 1 else image
+
+
+def _at_size(
+    image: torch.Tensor, shown: torch.Tensor, size: tuple[int, int], finish: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """What `finish` makes of an image (R, R) at a size (H, W), in bands of rows, as that may be large.
+
+    `shown` is the image as the overlay has it, which mostly is that size.
+    """
+    if tuple(shown.shape) == size:
+        return finish(shown)
+    height, width = size
+    rows = resize_images(torch.eye(image.shape[0])[None, None], (height, image.shape[0]))[0, 0]  # (H, h): its weights
+    wide = resize_images(image[None, None], (image.shape[0], width))[0, 0]  # (h, W)
+    return torch.cat([finish(some @ wide) for some in rows.split(max(1, BAND_PIXELS // width))])
+
+
 def _write_outputs(
-    row: dict[str, Any], output: Any, j: int, pixels: np.ndarray, output_dir: Path, threshold: float | None
+    row: dict[str, Any], output: Any, j: int, decoded: Decoded, output_dir: Path, threshold: float | None
 ) -> dict[str, Any]:
     """Writes one image's pictures and completes its row.
 
     Raises:
         OSError: the disk is full: no picture of any other could be written.
     """
-    size = pixels.shape[:2]
-    anomaly_map = resize_images(output.anomaly_map[j][None, None], size)[0, 0].numpy()  # (H, W)
-    low, high = float(anomaly_map.min()), float(anomaly_map.max())
-    scaled = (anomaly_map - low) / max(high - low, 1e-12) * 65535.0
+    anomaly_map = output.anomaly_map[j]  # (R, R)
+    shown = resize_images(anomaly_map[None, None], decoded.pixels.shape[:2])[0, 0]  # (h, w)
+    low, high = float(shown.min()), float(shown.max())
+
+    def to_16_bits(values: torch.Tensor) -> torch.Tensor:
+        return ((values - low) / max(high - low, 1e-12) * 65535.0 + 0.5).clamp(0, 65535).to(torch.uint16)
+
+    def to_mask(values: torch.Tensor) -> torch.Tensor:
+        return (values > 0.5).to(torch.uint8) * 255
+
     row |= {
         "score": f"{float(output.anomaly_score[j]):.6g}",
         "map_low": f"{low:.6g}",
         "map_high": f"{high:.6g}",
         "verdict": "scored",
     }
-    images = {"maps": Image.fromarray((scaled + 0.5).astype(np.uint16))}
-    mask = None
+    # each made when it is its turn: those of a large image are large
+    pictures = {"maps": lambda: _at_size(anomaly_map, shown, decoded.size, to_16_bits).numpy()}
+    outlined = None
     if threshold is not None:
-        mask = resize_images(output.anomaly_mask[j][None, None].float(), size)[0, 0].numpy() > 0.5
-        images["masks"] = Image.fromarray(mask.astype(np.uint8) * 255)
+        mask = output.anomaly_mask[j].float()
+        shown_mask = resize_images(mask[None, None], decoded.pixels.shape[:2])[0, 0]
+        outlined = shown_mask.numpy() > 0.5
+        pictures["masks"] = lambda: _at_size(mask, shown_mask, decoded.size, to_mask).numpy()
         row["p_value"] = f"{float(output.p_value[j]):.6g}"
         row["verdict"] = "anomalous" if bool(output.is_anomalous[j]) else "normal"
-    images["overlays"] = Image.fromarray(overlay(pixels, anomaly_map, mask, threshold))
+    pictures["overlays"] = lambda: overlay(decoded.pixels, shown.numpy(), outlined, threshold)
     try:
-        for folder, image in images.items():
-            _save(image, output_dir, f"{folder}/{row['picture']}")
+        for folder, picture in pictures.items():
+            _save(Image.fromarray(picture()), output_dir, f"{folder}/{row['picture']}")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.grey_depth import warn_of_found_range
+from diffad.images import ImageSequence
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.moments import PRIOR_IMAGES
 from diffad.pipelines.output import OUTPUT_TYPES
@@ -17,7 +19,7 @@ from diffad.warn_once import warn_once
 
 
 def check_call(
-    images: Sequence[torch.Tensor],
+    images: ImageSequence,
     batch_size: int,
     resolution: int,
     size_multiple: int,
@@ -28,7 +30,7 @@ def check_call(
     """Checks the arguments of a call.
 
     Args:
-        images: as of `images_to_tensors`.
+        images: of the call.
         batch_size: at least 1.
         resolution: `processing_resolution`, a positive multiple of `size_multiple`.
         size_multiple: the networks take images whose sides are multiples of this.
@@ -56,12 +58,14 @@ def check_call(
             "`generator` must be a torch.Generator or a list of them, one for each of the "
             f"{len(images)} images, but is {generator!r}."
         )
-    sizes = sorted({tuple(image.shape[-2:]) for image in images})
+    sizes = sorted(set(images.sizes))
     if match_input_resolution and len(sizes) > 1:
         raise ValueError(
             f"`image` holds images of different sizes ({', '.join(f'{h}x{w}' for h, w in sizes)}, height x width), "
             "whose maps do not fit one array. Pass `match_input_resolution=False`, or make one call for each size."
         )
+    if images.found_value_range is not None:
+        warn_of_found_range(images.found_value_range)
 
 
 def category_indices(
@@ -100,6 +104,12 @@ def scored_layers(score_strides: Sequence[int] | None, feature_extractor: TimmFe
         raise ValueError(f"`score_strides` must be taken from {strides}, the extractor's, but is {score_strides}.")
     of_layers = feature_extractor.layer_strides
     return [i for i, stride in enumerate(of_layers) if score_strides is None or stride in score_strides]
+
+
+def check_value_range(value_range: float | None) -> None:
+    """Raises a ValueError where it is no range."""
+    if value_range is not None and not 0.0 < value_range < math.inf:
+        raise ValueError(f"`value_range` must be positive and finite, or None, but is {value_range!r}.")
 
 
 def check_map_settings(suppression: float, position_prior_images: float) -> None:

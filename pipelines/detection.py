@@ -11,7 +11,8 @@ from accelerate import Accelerator
 
 from diffad.calibration.fitting import CalibrationFit, ScoreFunctions
 from diffad.calibration.score_calibration import ScoreCalibration
-from diffad.images import images_to_tensors
+from diffad.grey_depth import warn_of_found_range
+from diffad.images import ImageSequence, common_value_range
 from diffad.pipelines.base import AnomalyPipeline
 from diffad.precision import running_precision
 from diffad.process_share import process_share
@@ -33,7 +34,10 @@ class DetectionPipeline(AnomalyPipeline):
         raise NotImplementedError
 
     def measure_images(
-        self, images: Sequence[torch.Tensor], category: torch.Tensor, generators: Sequence[torch.Generator | None]
+        self,
+        images: Sequence[torch.Tensor] | ImageSequence,
+        category: torch.Tensor,
+        generators: Sequence[torch.Generator | None],
     ) -> Measurement:
         """What the networks say of images (3, H_i, W_i) in [0, 1], whose noise comes from a generator each."""
         raise NotImplementedError
@@ -110,6 +114,9 @@ class DetectionPipeline(AnomalyPipeline):
                 f"`images` holds {len(images)} good images and `statistics_images` {len(for_statistics)}, too few to "
                 "calibrate: it takes 1 of each, or 2 `images`, and deserves 100."
             )
+        if self.config.value_range is None and (found := common_value_range(images, statistics_images)) is not None:
+            warn_of_found_range(found)
+            self.register_to_config(value_range=found)  # a calibration holds for one range
         fit = self.calibration_fit(self.category_index(category), len(for_scores), false_alarm_rate, accelerator)
         for learn, part, indices in (
             (fit.add_statistics, statistics_images, for_statistics),
@@ -158,9 +165,14 @@ class DetectionPipeline(AnomalyPipeline):
         starts: Any = range(0, len(chosen), batch_size)
         for start in self.progress_bar(starts) if len(starts) > 1 else starts:
             batch = chosen[start : start + batch_size]
-            tensors = images_to_tensors([images[indices[i]] for i in batch])
+            sequence = ImageSequence([images[indices[i]] for i in batch], self.config.value_range)
+            if sequence.found_value_range is not None:
+                raise ValueError(
+                    "`images` and `statistics_images` hold images of 8 bits and of more, the first ones of 8: give the "
+                    "pipeline a `value_range`, such as 4095 for a camera of 12 bits."
+                )
             of_category = torch.full((len(batch),), category, device=self._execution_device)
-            measurement = self.measure_images(tensors, of_category, [generators[i] for i in batch])
+            measurement = self.measure_images(sequence, of_category, [generators[i] for i in batch])
             yield measurement if mine else empty_measurement(measurement)
 
 

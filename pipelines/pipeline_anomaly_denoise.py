@@ -9,14 +9,21 @@ import torch
 from diffusers import DDPMScheduler
 
 from diffad.calibration.score_calibration import ScoreCalibration
-from diffad.images import ImageInput, images_to_pixel_values, images_to_tensors, resize_images
+from diffad.images import ImageInput, ImageSequence, images_to_pixel_values, resize_images
 from diffad.likelihood import kl_divergence_map
 from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.gaussian_feature_model import GaussianFeatureModel
 from diffad.moments import PRIOR_IMAGES
 from diffad.pipelines.base import register_categories
-from diffad.pipelines.checks import category_indices, check_calibration, check_call, check_map_settings, scored_layers
+from diffad.pipelines.checks import (
+    category_indices,
+    check_calibration,
+    check_call,
+    check_map_settings,
+    check_value_range,
+    scored_layers,
+)
 from diffad.pipelines.detection import DetectionPipeline
 from diffad.pipelines.output import AnomalyOutput, ReconstructionOutput, convert_output, threshold_output
 from diffad.pipelines.pipeline_ddpm_reconstruction import DDPMReconstructionPipeline
@@ -72,6 +79,9 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         score_strides: which of the feature extractor's strides the feature error looks at; None for all.
         processing_resolution: side in pixels to which images are resized; None takes the network's `sample_size`.
         categories: names of the categories of a unified model, in the order of its class labels.
+        value_range: the largest value that images of more than 8 bits can have, such as 4095 of a camera of 12 bits, as
+            found in the training images; None takes, in each call, the smallest of 8, 10, 12, 14 and 16 bits that holds
+            all of its images.
     """
 
     model_cpu_offload_seq = "unet->feature_extractor"
@@ -96,8 +106,10 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         score_strides: list[int] | None = None,
         processing_resolution: int | None = None,
         categories: list[str] | dict[str, str] | None = None,
+        value_range: float | None = None,
     ):
         super().__init__()
+        check_value_range(value_range)
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"`alpha` must lie in [0, 1], but is {alpha}.")
         check_map_settings(suppression, position_prior_images)
@@ -123,6 +135,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             score_strides=None if score_strides is None else sorted(score_strides),
             processing_resolution=processing_resolution or unet.config.sample_size,
             categories=register_categories(categories),
+            value_range=value_range,
         )
         self.size_multiple = 2 ** (len(unet.config.block_out_channels) - 1)  # the denoiser halves so often
         self.scored_layers = scored_layers(score_strides, feature_extractor)
@@ -172,13 +185,13 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             ValueError, FileNotFoundError: an argument is wrong; the message names it and what to do.
         """
         # 1. Check the inputs: N images (3, H_i, W_i) in [0, 1], a category (N,) and a generator for each
-        images = images_to_tensors(image)
+        images = ImageSequence(image, self.config.value_range)
         resolution = self.processing_resolution if processing_resolution is None else processing_resolution
         check_call(images, batch_size, resolution, self.size_multiple, match_input_resolution, generator, output_type)
         device, calibration = self._execution_device, self.calibration
         categories = category_indices(category, self.categories, len(images)).to(device)
         generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * len(images)
-        size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
+        size = images.sizes[0] if match_input_resolution else (resolution, resolution)
         side = self.feature_extractor.input_resolution(resolution)
         precision = running_precision(self.measuring_networks, device)
         check_calibration(calibration, categories, self.categories, precision, self.config)
@@ -269,7 +282,10 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         return self.unet, self.feature_extractor
 
     def measure_images(
-        self, images: Sequence[torch.Tensor], category: torch.Tensor, generators: Sequence[torch.Generator | None]
+        self,
+        images: Sequence[torch.Tensor] | ImageSequence,
+        category: torch.Tensor,
+        generators: Sequence[torch.Generator | None],
     ) -> Measurement:
         """Steps 2 to 4 of a call, at the pipeline's own resolution."""
         resolution, device = self.processing_resolution, self._execution_device

@@ -12,11 +12,11 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from diffad.images import ImageInput, images_to_pixel_values, images_to_tensors, resize_images
+from diffad.images import ImageInput, ImageSequence, images_to_pixel_values, resize_images
 from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.pipelines.base import AnomalyPipeline, register_categories
-from diffad.pipelines.checks import category_indices, check_call, check_callback_inputs
+from diffad.pipelines.checks import category_indices, check_call, check_callback_inputs, check_value_range
 from diffad.pipelines.output import AnomalyOutput, convert_output
 from diffad.scoring import difference_map, max_score, top_fraction_score
 from diffad.seeding import draw_noise, image_generators
@@ -39,6 +39,9 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
         score_fraction: the image's score is the mean of this share of the map's highest pixels; 0 for the maximum.
         processing_resolution: side in pixels to which images are resized; None takes the network's `sample_size`.
         categories: names of the categories of a unified model, in the order of its class labels.
+        value_range: the largest value that images of more than 8 bits can have, such as 4095 of a camera of 12 bits, as
+            found in the training images; None takes, in each call, the smallest of 8, 10, 12, 14 and 16 bits that holds
+            all of its images.
     """
 
     model_cpu_offload_seq = "unet"
@@ -53,14 +56,17 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
         score_fraction: float = 0.0,
         processing_resolution: int | None = None,
         categories: list[str] | dict[str, str] | None = None,
+        value_range: float | None = None,
     ):
         super().__init__()
+        check_value_range(value_range)
         self.register_modules(unet=unet, scheduler=scheduler, feature_extractor=feature_extractor)
         self.register_to_config(
             kl_sigma=kl_sigma,
             score_fraction=score_fraction,
             processing_resolution=processing_resolution or unet.config.sample_size,
             categories=register_categories(categories),
+            value_range=value_range,
         )
         self.size_multiple = 2 ** (len(unet.config.block_out_channels) - 1)  # the denoiser halves so often
 
@@ -127,7 +133,7 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
             ValueError, FileNotFoundError: an argument is wrong; the message names it and what to do.
         """
         # 1. Check the inputs: N images (3, H_i, W_i) in [0, 1], a category (N,) and a generator for each
-        images = images_to_tensors(image)
+        images = ImageSequence(image, self.config.value_range)
         resolution = self.processing_resolution if processing_resolution is None else processing_resolution
         check_call(images, batch_size, resolution, self.size_multiple, match_input_resolution, generator, output_type)
         check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
@@ -143,7 +149,7 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
                 f"{num_inference_steps!r}."
             )
         generators = image_generators(generator, len(images))
-        size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
+        size = images.sizes[0] if match_input_resolution else (resolution, resolution)
         side = self.feature_extractor.input_resolution(resolution)
         self._interrupt = False
 

@@ -18,9 +18,9 @@ from diffad.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ImageInput,
+    ImageSequence,
     denormalize_images,
     images_to_pixel_values,
-    images_to_tensors,
     normalize_images,
     resize_images,
 )
@@ -36,6 +36,7 @@ from diffad.pipelines.checks import (
     check_call,
     check_callback_inputs,
     check_map_settings,
+    check_value_range,
     scored_layers,
 )
 from diffad.pipelines.detection import DetectionPipeline
@@ -102,6 +103,9 @@ class DiADPipeline(DetectionPipeline):
             less so. Calibrate again after a change.
         processing_resolution: side in pixels to which images are resized.
         categories: names of the categories of a unified model. They choose the statistics, not the networks' output.
+        value_range: the largest value that images of more than 8 bits can have, such as 4095 of a camera of 12 bits, as
+            found in the training images; None takes, in each call, the smallest of 8, 10, 12, 14 and 16 bits that holds
+            all of its images.
         image_mean, image_std: of the images' colours in [0, 1], by which the networks take them normalised; None takes
             ImageNet's, as the paper does.
     """
@@ -133,10 +137,12 @@ class DiADPipeline(DetectionPipeline):
         position_prior_images: float = PRIOR_IMAGES,
         processing_resolution: int = 256,
         categories: list[str] | dict[str, str] | None = None,
+        value_range: float | None = None,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
     ):
         super().__init__()
+        check_value_range(value_range)
         check_components(vae, unet, prompt_embedding, sg_network)
         check_settings(distance, sigma, pooling_size, pooling_rounds)
         if feature_extractor is not None:
@@ -164,6 +170,7 @@ class DiADPipeline(DetectionPipeline):
             position_prior_images=position_prior_images,
             processing_resolution=processing_resolution,
             categories=register_categories(categories),
+            value_range=value_range,
             image_mean=list(image_mean or IMAGENET_MEAN),
             image_std=list(image_std or IMAGENET_STD),
         )
@@ -236,7 +243,7 @@ class DiADPipeline(DetectionPipeline):
             ValueError, FileNotFoundError: an argument is wrong; the message names it and what to do.
         """
         # 1. Check the inputs: N images (3, H_i, W_i) in [0, 1], a category (N,), a generator and noise for each
-        images = images_to_tensors(image)
+        images = ImageSequence(image, self.config.value_range)
         resolution = self.processing_resolution if processing_resolution is None else processing_resolution
         check_call(images, batch_size, resolution, self.size_multiple, match_input_resolution, generator, output_type)
         check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
@@ -249,7 +256,7 @@ class DiADPipeline(DetectionPipeline):
         num_inference_steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         strength = self.config.strength if strength is None else strength
         steps = num_inference_steps - skipped_steps(num_inference_steps, strength)
-        size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
+        size = images.sizes[0] if match_input_resolution else (resolution, resolution)
         statistics = (self.config.image_mean, self.config.image_std)
         precision = running_precision(self.measuring_networks, device)
         check_calibration(calibration, categories, self.categories, precision, self.config)
@@ -458,7 +465,10 @@ class DiADPipeline(DetectionPipeline):
         return self.vae, self.unet, self.sg_network, self.feature_extractor
 
     def measure_images(
-        self, images: Sequence[torch.Tensor], category: torch.Tensor, generators: Sequence[torch.Generator | None]
+        self,
+        images: Sequence[torch.Tensor] | ImageSequence,
+        category: torch.Tensor,
+        generators: Sequence[torch.Generator | None],
     ) -> Measurement:
         """Steps 2 to 5 of a call, at the pipeline's own settings; the networks are not told the category."""
         size = (self.processing_resolution,) * 2

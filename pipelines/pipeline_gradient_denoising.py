@@ -12,13 +12,13 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffad.images import ImageInput, images_to_pixel_values, images_to_tensors, resize_images
+from diffad.images import ImageInput, ImageSequence, images_to_pixel_values, resize_images
 from diffad.likelihood import predicted_clean_sample, predicted_mean_log_variance
 from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.gaussian_feature_model import GaussianFeatureModel
 from diffad.pipelines.base import AnomalyPipeline, register_categories
-from diffad.pipelines.checks import category_indices, check_call, check_callback_inputs
+from diffad.pipelines.checks import category_indices, check_call, check_callback_inputs, check_value_range
 from diffad.pipelines.output import ReconstructionOutput, convert_output
 from diffad.process_share import process_share
 from diffad.scoring import difference_map, max_score, top_fraction_score
@@ -49,6 +49,9 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         score_fraction: the image's score is the mean of this share of the map's highest pixels; 0 for the maximum.
         processing_resolution: side in pixels to which images are resized; None takes the network's `sample_size`.
         categories: names of the categories of a unified model, in the order of its class labels.
+        value_range: the largest value that images of more than 8 bits can have, such as 4095 of a camera of 12 bits, as
+            found in the training images; None takes, in each call, the smallest of 8, 10, 12, 14 and 16 bits that holds
+            all of its images.
     """
 
     model_cpu_offload_seq = "unet"
@@ -67,14 +70,17 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         score_fraction: float = 0.0,
         processing_resolution: int | None = None,
         categories: list[str] | dict[str, str] | None = None,
+        value_range: float | None = None,
     ):
         super().__init__()
+        check_value_range(value_range)
         self.register_modules(unet=unet, scheduler=scheduler, feature_extractor=feature_extractor, gaussian=gaussian)
         self.register_to_config(
             kl_sigma=kl_sigma,
             score_fraction=score_fraction,
             processing_resolution=processing_resolution or unet.config.sample_size,
             categories=register_categories(categories),
+            value_range=value_range,
         )
         self.size_multiple = 2 ** (len(unet.config.block_out_channels) - 1)  # the denoiser halves so often
 
@@ -144,14 +150,14 @@ class GradientDenoisingPipeline(AnomalyPipeline):
                 what to do.
         """
         # 1. Check the inputs: N images (3, H_i, W_i) in [0, 1], a category (N,) for each
-        images = images_to_tensors(image)
+        images = ImageSequence(image, self.config.value_range)
         resolution = self.processing_resolution if processing_resolution is None else processing_resolution
         check_call(images, batch_size, resolution, self.size_multiple, match_input_resolution, generator, output_type)
         self._check_iterations(num_iterations, learning_rate, denoise_every)
         check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         categories = category_indices(category, self.categories, len(images)).to(self._execution_device)
         generators = None if generator is None else image_generators(generator, len(images))
-        size = tuple(images[0].shape[-2:]) if match_input_resolution else (resolution, resolution)
+        size = images.sizes[0] if match_input_resolution else (resolution, resolution)
         self._num_timesteps, self._interrupt = num_iterations, False
 
         maps, scores, reconstructions, trajectories = [], [], [], []
@@ -267,7 +273,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         def batches() -> Iterator[torch.Tensor]:
             for start in range(0, len(mine), batch_size):
                 batch = mine[start : start + batch_size]
-                pictures = images_to_tensors([images[i] for i in batch])
+                pictures = ImageSequence([images[i] for i in batch], self.config.value_range)
                 clean = self.prepare_images(pictures, self.processing_resolution)
                 yield clean
                 noise = draw_noise(
@@ -288,7 +294,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         """Side in pixels at which the networks see images, unless a call says otherwise."""
         return self.config.processing_resolution
 
-    def prepare_images(self, images: Sequence[torch.Tensor], resolution: int) -> torch.Tensor:
+    def prepare_images(self, images: Sequence[torch.Tensor] | ImageSequence, resolution: int) -> torch.Tensor:
         """Images (3, H_i, W_i) in [0, 1] as a detector's denoiser sees them, (B, 3, R, R) in [-1, 1].
 
         They are resized by way of the feature extractor's size, as there.

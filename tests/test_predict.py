@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import textures, tiny_pipeline, write_folder, write_png
+from conftest import texture, textures, tiny_pipeline, write_folder, write_png
 from PIL import Image
 
 from diffad.images import image_to_rgb
@@ -210,13 +210,30 @@ def test_inputs_of_every_kind_and_depth_keep_memory_in_bytes(calibrated, tmp_pat
     Image.open(parts / "large.png").convert("L").save(parts / "grey.bmp")
     paths = find_images([parts])
     with ThreadPoolExecutor(1) as pool:
-        (batch,) = _decoded_batches(list(enumerate(distinct_inputs(paths))), 16, 4, pool)
+        (batch,) = _decoded_batches(list(enumerate(distinct_inputs(paths))), 16, 4, pool, None)
     for (_, one, decoded), expected in zip(batch, paths, strict=True):
         path = one.path
         assert path == expected
         assert decoded.pixels.dtype == np.uint8
         assert np.array_equal(decoded.pixels, np.asarray(image_to_rgb(Image.open(path))))
         assert decoded.network_input.shape == (3, 16, 16)
+
+
+def test_a_large_image_has_maps_and_masks_of_its_own_size_and_a_smaller_overlay(calibrated, tmp_path):
+    (tmp_path / "parts").mkdir()
+    grey = Image.fromarray(texture(3, 64)).resize((5000, 3500)).convert("L")  # 17.5 million pixels
+    grey.save(tmp_path / "parts" / "large.jpg", quality=85)
+    paths = find_images([tmp_path / "parts"])
+    predict_files(calibrated, paths, tmp_path / "out", num_workers=1)
+    output = calibrated(paths, generator=image_generator(0, 0))
+    (row,) = read_scores(tmp_path / "out")
+    low, high = float(row["map_low"]), float(row["map_high"])
+    stored = np.asarray(Image.open(tmp_path / "out" / "maps" / "large.jpg.png")) / 65535 * (high - low) + low
+    np.testing.assert_allclose(stored, output.anomaly_map[0], rtol=1e-3, atol=(high - low) / 1000)
+    mask = np.asarray(Image.open(tmp_path / "out" / "masks" / "large.jpg.png")) == 255
+    assert mask.shape == (3500, 5000)
+    assert (mask != output.anomaly_mask[0]).mean() < 1e-4
+    assert Image.open(tmp_path / "out" / "overlays" / "large.jpg.png").size == (2500, 1750)
 
 
 def test_uncalibrated_gives_scores_without_verdict(tmp_path):

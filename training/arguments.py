@@ -96,6 +96,12 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         help="finds the part in an image's path, at its first match: the groups in parentheses, or else all of it; all "
         "photographs of a part in a category are then held out, or none (default: every image is of another part)",
     )
+    data.add_argument(
+        "--value_range",
+        type=ABOVE_ZERO,
+        help="largest value of images of more than 8 bits, 4095 for a camera of 12; saved with the model (default: of "
+        "the smallest of 8, 10, 12, 14 and 16 bits that holds all good images)",
+    )
     data.add_argument("--resolution", type=PIXELS, help="side of the training images in pixels (default: the preset's)")
     data.add_argument(
         "--rotation_degrees",

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
-from diffad.training.data import ResizedImages
+from diffad.training.data import ResizedImages, to_pixel_values
 from diffad.training.shared_map import shared_map
 
 
@@ -25,7 +25,7 @@ def flip_pairs(args: argparse.Namespace) -> list[tuple[bool, bool]]:
 class CachedEncodings(TorchDataset):
     """`ResizedImages`, and encodings of each image and its flips, computed once a machine and kept on disk.
 
-    An item is (uint8 tensor (3, R, R), encodings (F, *shape) of `dtype`, category index) for F flips.
+    An item is (tensor (3, R, R) as of `ResizedImages`, encodings (F, *shape) of `dtype`, category index) for F flips.
 
     Args:
         images: what to encode.
@@ -48,7 +48,7 @@ class CachedEncodings(TorchDataset):
         self.shape, self.dtype = (len(flips), *shape), dtype
 
         def encode_flips(indices: list[int]) -> dict[str, list[bytes]]:
-            scaled = torch.stack([images[i][0] for i in indices]).float() / 127.5 - 1.0
+            scaled = to_pixel_values(torch.stack([images[i][0] for i in indices]))
             encodings = torch.stack([encode(flip(scaled, [pair] * len(scaled))) for pair in flips], dim=1)
             return {"encodings": [one.tobytes() for one in encodings.to(dtype).cpu().numpy()]}
 
@@ -85,7 +85,7 @@ def choose_flips(
     """One of the cached flips for each image.
 
     Args:
-        pixels: (N, 3, R, R) uint8.
+        pixels: (N, 3, R, R), as of `ResizedImages`.
         encodings: (N, F, ...).
         flips: (F, 2) bool, as in `CachedEncodings`.
         generator: of the choice.
@@ -94,5 +94,5 @@ def choose_flips(
         Images (N, 3, R, R) in [-1, 1], and their encodings (N, ...).
     """
     choice = torch.randint(len(flips), (len(pixels),), generator=generator, device=pixels.device)
-    images = flip(pixels.float() / 127.5 - 1.0, flips[choice])
+    images = flip(to_pixel_values(pixels), flips[choice])
     return images, encodings[torch.arange(len(encodings), device=encodings.device), choice]

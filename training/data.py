@@ -8,8 +8,6 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import datasets
-import fsspec
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,9 +18,11 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from torch.utils.data import Dataset as TorchDataset
 
 from diffad.data import load_anomaly_dataset
+from diffad.data.checks import dataset_value_range
+from diffad.data.image_feature import ImageFile, stored_content
 from diffad.data.layouts import FEATURES
 from diffad.data.parts import part_index
-from diffad.images import images_to_tensors, resize_images
+from diffad.images import images_to_tensors, resize_image
 from diffad.training.shared_map import shared_map
 from diffad.training.stop_signals import ignore_stop_signals
 
@@ -36,6 +36,8 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
     The same share of every category is held out, by the seed; of a part, all of the category's images or none, and no
     more than that share unless every part is larger. A model knows parts that it has been trained on, and thresholds
     from other photographs of these would not hold for new parts.
+
+    Where `args.value_range` is None, it becomes what the good images say, None if none of them has more than 8 bits.
 
     Raises:
         ValueError: a category has too few good images or parts, or `--part_pattern` is not in an image's path.
@@ -52,6 +54,8 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
         good = keep_good_images(good)
     labels = np.asarray(good["label"])
     good = good.select(np.flatnonzero(labels == 0)) if labels.any() else good
+    if args.value_range is None:
+        args.value_range = dataset_value_range(good)
     of_image = np.asarray(good["category"])
     part = part_index(good["path"], args.part_pattern, "--part_pattern")
     categories = sorted(set(of_image.tolist()))
@@ -79,15 +83,13 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
 
 def keep_good_images(stream: IterableDataset) -> Dataset:
     """The good images of a stream, kept on disk as they come, encoded as they are: one pass in constant memory."""
-    stream = stream.cast_column("image", datasets.Image(decode=False))
+    stream = stream.cast_column("image", ImageFile(decode=False))
 
     def good_records() -> Iterator[dict[str, Any]]:
         for record in stream:
             if record["label"] == 0:
                 image = record["image"]
-                if image["bytes"] is None and "://" in image["path"]:  # of an image folder only the address came
-                    with fsspec.open(image["path"], "rb") as file:
-                        image = {**image, "bytes": file.read()}
+                image = {**image, "bytes": stored_content(image)}  # of an image folder only the address came
                 yield {**record, "image": image, "mask": None}
 
     return Dataset.from_generator(
@@ -101,20 +103,21 @@ def keep_good_images(stream: IterableDataset) -> Dataset:
 class ResizedImages(TorchDataset):
     """Images of a data set, decoded and resized once a machine and then read from a memory-mapped table.
 
-    An item is (uint8 tensor (3, R, R), category index), and `category_index` holds the latter of all images. Decoding
-    again in every epoch would cost more than a small network's step; keeping tensors in memory would grow with the
-    data set.
+    An item is (tensor (3, R, R), category index), the tensor uint8 or, where images have more than 8 bits, float32 in
+    [0, 1], kept with 16 bits; `to_pixel_values` takes both. And `category_index` holds the latter of all images.
+    Decoding again in every epoch would cost more than a small network's step; keeping tensors in memory would grow
+    with the data set.
     """
 
-    def __init__(self, dataset: Dataset, resolution: int, categories: Sequence[str]):
+    def __init__(self, dataset: Dataset, resolution: int, categories: Sequence[str], value_range: float | None = None):
         self.resolution = resolution
+        self.dtype = dtype = np.uint8 if value_range is None else np.uint16
         index = {name: i for i, name in enumerate(categories)}
 
         def resize(record: dict[str, Any]) -> dict[str, Any]:
-            tensor = images_to_tensors(record["image"])[0]
-            resized = resize_images(tensor[None], (resolution, resolution))[0]
-            pixels = (resized * 255.0).round().to(torch.uint8)  # (3, R, R)
-            return {"pixels": pixels.numpy().tobytes(), "index": index[record["category"]]}
+            resized = resize_image(record["image"], (resolution, resolution), value_range)[0].clamp(0.0, 1.0)
+            pixels = (resized * np.iinfo(dtype).max).round().numpy().astype(dtype)  # (3, R, R)
+            return {"pixels": pixels.tobytes(), "index": index[record["category"]]}
 
         self.table = shared_map(
             dataset, resize, remove_columns=dataset.column_names, desc="Reading images", writer_batch_size=64
@@ -126,7 +129,9 @@ class ResizedImages(TorchDataset):
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         row = self.table[i]
-        pixels = np.frombuffer(row["pixels"], dtype=np.uint8).reshape(3, self.resolution, self.resolution)
+        pixels = np.frombuffer(row["pixels"], dtype=self.dtype).reshape(3, self.resolution, self.resolution)
+        if self.dtype == np.uint16:
+            return torch.from_numpy(pixels.astype(np.float32) / np.float32(65535.0)), int(row["index"])
         return torch.from_numpy(pixels.copy()), int(row["index"])
 
 
@@ -195,12 +200,17 @@ def spread_batches(
     if shared:
         chosen = chosen[PartialState().process_index :: PartialState().num_processes]
     for pixels, _ in DataLoader(Subset(images, chosen), 16):
-        yield pixels.to(device).float() / 127.5 - 1.0
+        yield to_pixel_values(pixels.to(device))
+
+
+def to_pixel_values(pixels: torch.Tensor) -> torch.Tensor:
+    """`ResizedImages`' pixels, (N, 3, R, R) uint8 or float32 in [0, 1], as float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1.0 if pixels.dtype == torch.uint8 else pixels * 2.0 - 1.0
 
 
 def augment(pixels: torch.Tensor, args: argparse.Namespace, generator: torch.Generator) -> torch.Tensor:
-    """Rotates and flips a batch, (N, 3, R, R) uint8 to float32 in [-1, 1]; one resampling for both."""
-    images = pixels.float() / 127.5 - 1.0
+    """Rotates and flips a batch of `ResizedImages`, to float32 in [-1, 1]; one resampling for both."""
+    images = to_pixel_values(pixels)
     count, device = len(images), images.device
 
     def uniform() -> torch.Tensor:
@@ -227,6 +237,7 @@ def augment(pixels: torch.Tensor, args: argparse.Namespace, generator: torch.Gen
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
-def load_pictures(dataset: Dataset, count: int) -> list[torch.Tensor]:
+def load_pictures(dataset: Dataset, count: int, value_range: float | None = None) -> list[torch.Tensor]:
     """The first few images, for validation pictures."""
-    return images_to_tensors([dataset[i]["image"] for i in range(min(count, len(dataset)))])
+    rows = [dataset[i]["image"] for i in range(min(count, len(dataset)))]
+    return images_to_tensors(rows, value_range=value_range)

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from diffad.cli import load_pipeline
 from diffad.data import load_anomaly_dataset
+from diffad.data.checks import dataset_value_range
 from diffad.evaluation.baselines import evaluate_baseline, load_training_images
 from diffad.evaluation.detectors import evaluate_category, promise, split_by_category
 from diffad.evaluation.metric_names import BASELINE_TITLES
@@ -84,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     dataset = load_anomaly_dataset(args.data, "test", args.category, args.dataset, args.on_bad_image)
     pipeline = load_pipeline(args.model).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
+    if pipeline.config.value_range is None and (value_range := dataset_value_range(dataset)) is not None:
+        accelerator.print(f"Images are taken to lie in [0, {value_range:g}], the smallest range that holds them all.")
+        pipeline.register_to_config(value_range=value_range)
     baselines = [name for name in args.baselines if name != "none"]
     if "ddpm" in baselines and not hasattr(pipeline.unet.config, "feature_channels"):
         raise ValueError("--baselines ddpm noises and denoises pixels: it goes with AnomalyDenoise pipelines only.")

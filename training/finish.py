@@ -68,9 +68,10 @@ def finish(
 def save_examples(pipeline: Any, held_out: Dataset, args: argparse.Namespace) -> None:
     """Held-out images beside their overlays, for the model's card: on good ones nothing should light up."""
     for i in range(min(args.num_example_images, len(held_out))):
-        picture = np.asarray(image_to_rgb(held_out[i]["image"]))
+        image = held_out[i]["image"]
+        picture = np.asarray(image_to_rgb(image, pipeline.config.value_range))
         category = held_out[i]["category"] if len(pipeline.categories) > 1 else None
-        output = pipeline(picture, category=category, generator=torch.Generator().manual_seed(args.seed))
+        output = pipeline(image, category=category, generator=torch.Generator().manual_seed(args.seed))
         threshold = float(pipeline.calibration.pixel_threshold[pipeline.category_index(category)])
         sheet = beside_overlay(picture, output.anomaly_map[0], output.anomaly_mask[0], threshold)
         Image.fromarray(sheet).save(Path(args.output_dir, f"good-{i + 1}.png"))

@@ -36,7 +36,7 @@ from diffad.evaluation.baselines import evaluate_baseline, load_training_images
 from diffad.evaluation.detectors import category_index, evaluate_detectors, split_by_category
 from diffad.evaluation.metric_names import MEAN
 from diffad.evaluation.report import command_line, describe_machine, markdown_table, with_mean, write_files
-from diffad.images import images_to_pixel_values, images_to_tensors
+from diffad.images import ImageSequence, images_to_pixel_values
 from diffad.pipelines.detection import DetectionPipeline, setting_names
 from diffad.precision import resolve_precision
 from diffad.process_share import process_share
@@ -177,7 +177,9 @@ def measure_rows(
 
 def to_pixel_values(images: Iterable[Any], pipeline: DetectionPipeline, device: torch.device) -> torch.Tensor:
     """Images as the networks of `pipeline` take them, (N, 3, R, R) in [-1, 1]."""
-    return images_to_pixel_values(images_to_tensors(list(images)), (pipeline.input_resolution,) * 2).to(device)
+    return images_to_pixel_values(
+        ImageSequence(list(images), pipeline.config.value_range), (pipeline.input_resolution,) * 2
+    ).to(device)
 
 
 @torch.no_grad()

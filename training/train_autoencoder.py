@@ -192,7 +192,7 @@ def held_out_error(vae: AutoencoderKL, held_out: Dataset, args: argparse.Namespa
     state, total = PartialState(), 0.0
     for start in range(0, len(held_out), 16)[state.process_index :: state.num_processes]:
         rows = [held_out[i]["image"] for i in range(start, min(start + 16, len(held_out)))]
-        originals, restored = autoencode(vae, images_to_tensors(rows), args, device)
+        originals, restored = autoencode(vae, images_to_tensors(rows, value_range=args.value_range), args, device)
         total += float((originals - restored).abs().mean()) * len(rows) / 2.0
     return sum_over_processes([total])[0] / len(held_out)
 
@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.resolution % factor:
         raise ValueError(f"--resolution must be a multiple of {factor} for this autoencoder, but is {args.resolution}.")
     training, held_out, categories = load_good_images(args)
-    images = ResizedImages(training, args.resolution, categories)
+    images = ResizedImages(training, args.resolution, categories, args.value_range)
     accelerator.print(
         f"{len(training)} good images of {', '.join(categories)} for training, {len(held_out)} held out; "
         f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f}M parameters, {args.resolution} px"
@@ -264,7 +264,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    pictures = load_pictures(held_out, 4) if args.validation_steps and accelerator.is_main_process else []
+    pictures = (
+        load_pictures(held_out, 4, args.value_range) if args.validation_steps and accelerator.is_main_process else []
+    )
     data_loader = create_data_loader(images, args)
     record = train(Autoencoding(vae), batch_loss, data_loader, args, accelerator, save_pictures)
 

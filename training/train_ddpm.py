@@ -176,6 +176,7 @@ def create_pipeline(
         position_prior_images=args.position_prior_images,
         score_strides=args.score_strides,
         categories=categories,
+        value_range=args.value_range,
     )
 
 
@@ -258,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     training, held_out, categories = load_good_images(args)
     unet, scheduler, extractor = create_components(args, len(categories))
     size, feature_size = unet.config.sample_size, (unet.config.feature_resolution,) * 2
-    images = ResizedImages(training, extractor.input_resolution(size), categories)
+    images = ResizedImages(training, extractor.input_resolution(size), categories, args.value_range)
     accelerator.print(
         f"{len(training)} good images of {', '.join(categories)} for training, {len(held_out)} held out; "
         f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters, {size} px"
@@ -283,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 3. Train
     def batch_loss(model: torch.nn.Module, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
-        pixels, *cached, class_index = batch  # (N, 3, R, R) uint8, features of each flip (N, F, C, h, w), (N,)
+        pixels, *cached, class_index = batch  # (N, 3, R, R), features of each flip (N, F, C, h, w), (N,)
         if args.cache_features:
             pixel_values, features = choose_flips(pixels, cached[0], flips, generator)
         else:
@@ -299,7 +300,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    pictures = load_pictures(held_out, 4) if args.validation_steps and accelerator.is_main_process else []
+    wanted = args.validation_steps and accelerator.is_main_process
+    pictures = load_pictures(held_out, 4, args.value_range) if wanted else []
     record = train(unet, batch_loss, create_data_loader(examples, args), args, accelerator, save_pictures)
 
     # 4. Calibrate on good images and save the pipeline

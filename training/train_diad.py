@@ -235,6 +235,7 @@ def create_pipeline(components: dict[str, Any], categories: list[str], args: arg
         position_prior_images=args.position_prior_images,
         processing_resolution=args.resolution,
         categories=categories,
+        value_range=args.value_range,
         image_mean=args.image_mean,
         image_std=args.image_std,
     )
@@ -360,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             pixel_values = normalize_images(images.to(accelerator.device), args.image_mean, args.image_std)
             return encode_latents(pipeline.vae, pixel_values)
 
-    images = ResizedImages(training, args.resolution, categories)
+    images = ResizedImages(training, args.resolution, categories, args.value_range)
     pairs = flip_pairs(args)
     flips = torch.tensor(pairs, device=accelerator.device)  # (F, 2)
     examples: ResizedImages | CachedEncodings = images
@@ -372,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompt_embeds = pipeline.prompt_embedding()
 
     def batch_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
-        pixels, *cached, _ = batch  # (N, 3, R, R) uint8, latents of each flip (N, F, C, h, w), (N,)
+        pixels, *cached, _ = batch  # (N, 3, R, R), latents of each flip (N, F, C, h, w), (N,)
         if args.cache_latents:
             augmented, latents = choose_flips(pixels, cached[0], flips, generator)
         else:
@@ -389,7 +390,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.unet.enable_gradient_checkpointing()
         if model.sg_network is not None:
             model.sg_network.enable_gradient_checkpointing()
-    pictures = load_pictures(held_out, 4) if args.validation_steps and accelerator.is_main_process else []
+    wanted = args.validation_steps and accelerator.is_main_process
+    pictures = load_pictures(held_out, 4, args.value_range) if wanted else []
     record = train(model, batch_loss, create_data_loader(examples, args), args, accelerator, save_pictures)
 
     # 4. Calibrate on good images and save the pipeline

@@ -11,8 +11,8 @@ from datasets import Dataset, IterableDataset
 
 from diffad.data.image_feature import ImageFile, stored_content
 from diffad.data.masks import has_soft_edges
-from diffad.grey_depth import UnreadableImageError
-from diffad.image_files import check_image_file, read_image
+from diffad.grey_depth import UnreadableImageError, is_deep, value_range_of
+from diffad.image_files import check_image_file, image_file_header, read_image
 
 SOFT_MASKS = "pixels from half of a mask's largest value on count as defect. Save masks as PNG, 0 and 255."
 
@@ -103,6 +103,22 @@ def _report(unreadable: list[str], mismatches: list[str], on_bad_image: str) -> 
     if unreadable:
         heading = f"Skipped {len(unreadable)} images that cannot be read:"
         warnings.warn("\n  ".join([heading, *unreadable]), stacklevel=3)
+
+
+def dataset_value_range(dataset: Dataset) -> float | None:
+    """The end of the smallest range that holds all images of a data set; None where none has more than 8 bits.
+
+    Only images with more than 8 bits are decoded.
+    """
+    undecoded = cast_images(dataset, decode=False)
+
+    def range_at(index: int) -> float | None:
+        stored = undecoded[index]["image"]
+        path, content = stored["path"], stored_content(stored)
+        return value_range_of(read_image(path, content)) if is_deep(image_file_header(path, content)[1]) else None
+
+    with ThreadPoolExecutor() as pool:
+        return max((one for one in pool.map(range_at, range(len(undecoded))) if one is not None), default=None)
 
 
 def cast_images(dataset: Dataset | IterableDataset, decode: bool) -> Dataset | IterableDataset:

@@ -15,7 +15,7 @@ from diffad import GaussianFeatureModel, TimmFeatureExtractor
 from diffad.data import load_anomaly_dataset
 from diffad.evaluation.detectors import call_arguments, evaluate_detectors
 from diffad.evaluation.metric_names import BASELINE_TITLES
-from diffad.images import images_to_pixel_values, images_to_tensors
+from diffad.images import ImageSequence, images_to_pixel_values
 from diffad.pipelines.pipeline_ddpm_reconstruction import DDPMReconstructionPipeline
 from diffad.process_share import process_share
 
@@ -23,7 +23,11 @@ PADIM_IMAGE_SIZE = 224  # px, PaDiM's own
 
 
 def fit_padim(
-    feature_extractor: TimmFeatureExtractor, good: Dataset, batch_size: int, accelerator: Accelerator
+    feature_extractor: TimmFeatureExtractor,
+    good: Dataset,
+    batch_size: int,
+    accelerator: Accelerator,
+    value_range: float | None,
 ) -> GaussianFeatureModel:
     """PaDiM over the pipeline's own backbone and strides, at PaDiM's 224 px, fitted to good images.
 
@@ -34,14 +38,16 @@ def fit_padim(
         feature_extractor, image_size=PADIM_IMAGE_SIZE, feature_size=PADIM_IMAGE_SIZE // 4
     )
     mine = good.select(process_share(len(good), accelerator))
-    return model.fit(image_batches(mine, batch_size, PADIM_IMAGE_SIZE), accelerator=accelerator)
+    return model.fit(image_batches(mine, batch_size, PADIM_IMAGE_SIZE, value_range), accelerator=accelerator)
 
 
-def image_batches(images: Dataset, batch_size: int, image_size: int) -> Iterator[torch.Tensor]:
+def image_batches(
+    images: Dataset, batch_size: int, image_size: int, value_range: float | None
+) -> Iterator[torch.Tensor]:
     """A data set's images in batches of (N, 3, image_size, image_size) in [-1, 1]; only one is in memory."""
     for start in range(0, len(images), batch_size):
-        tensors = images_to_tensors([images[i]["image"] for i in range(start, min(start + batch_size, len(images)))])
-        yield images_to_pixel_values(tensors, (image_size, image_size))
+        rows = [images[i]["image"] for i in range(start, min(start + batch_size, len(images)))]
+        yield images_to_pixel_values(ImageSequence(rows, value_range), (image_size, image_size))
 
 
 def evaluate_baseline(
@@ -71,10 +77,12 @@ def evaluate_baseline(
     if name == "padim":
         if good is None or len(good) < 2:
             return {}
-        padim = fit_padim(pipeline.feature_extractor, good, batch_size, accelerator)
+        value_range = pipeline.config.value_range
+        padim = fit_padim(pipeline.feature_extractor, good, batch_size, accelerator, value_range)
 
         def detect(pictures: list[Any], indices: list[int]) -> list[Any]:
-            return [padim.detect(pictures, batch_size=batch_size, match_input_resolution=False)]
+            options = {"match_input_resolution": False, "value_range": value_range}
+            return [padim.detect(pictures, batch_size=batch_size, **options)]
 
     else:  # the plain DDPM
         ddpm = pipeline.share_components(DDPMReconstructionPipeline)

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from diffad.images import ImageInput, images_to_pixel_values, images_to_tensors, resize_images
+from diffad.images import ImageInput, ImageSequence, images_to_pixel_values, resize_images
 from diffad.models.feature_extractor import LITE0_BACKBONE, TimmFeatureExtractor
 from diffad.moments import POSITIONS_AT_ONCE, FeatureMoments
 from diffad.scoring import gaussian_smooth, max_score
@@ -266,6 +266,7 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
         category: int | None = None,
         batch_size: int = 16,
         match_input_resolution: bool = True,
+        value_range: float | None = None,
     ) -> GaussianFeatureOutput:
         """Maps and scores of one image or many, as users have them.
 
@@ -276,15 +277,16 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
             batch_size: images in one pass.
             match_input_resolution: whether maps come at the images' own size, which then must be one; else at
                 `image_size`.
+            value_range: of images of more than 8 bits, as of `images_to_tensors`.
 
         Raises:
             ValueError, FileNotFoundError: an argument is wrong; the message names it and what to do.
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive integer, but is {batch_size!r}.")
-        images = images_to_tensors(image)
+        images = ImageSequence(image, value_range)
         side = (self.config.image_size, self.config.image_size)
-        sizes = {(one.shape[-2], one.shape[-1]) for one in images} if match_input_resolution else {side}
+        sizes = set(images.sizes) if match_input_resolution else {side}
         if len(sizes) > 1:
             raise ValueError(
                 f"`image` holds images of different sizes ({', '.join(f'{h}x{w}' for h, w in sorted(sizes))}, height x "

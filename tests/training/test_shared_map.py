@@ -24,7 +24,7 @@ from diffad.training.cached_encodings import CachedEncodings
 
 accelerator = Accelerator()
 process = accelerator.process_index
-decode = data.images_to_tensors
+decode = data.resize_image
 
 def noted_decode(image):
     with open(f"decoded-{process}", "a") as file:
@@ -36,7 +36,7 @@ def noted_encode(pixel_values):
         file.write("image\\n" * len(pixel_values))
     return pixel_values.mean(dim=(2, 3))
 
-data.images_to_tensors = noted_decode
+data.resize_image = noted_decode
 images = data.ResizedImages(load_anomaly_dataset(sys.argv[1]), 8, ["part"])
 cached = CachedEncodings(images, noted_encode, [(False, False), (True, False)], (3,))
 assert cached.table.cache_files and images.table.cache_files
