@@ -29,6 +29,7 @@ Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, ...
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images in one pass of the networks.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Of the noise.")]
+OnBadImage = Annotated[str, typer.Option(metavar="WHAT", help="Unreadable files: error or skip.")]
 Category = Annotated[str | None, typer.Option(metavar="NAME", help="Of a unified model.")]
 
 
@@ -161,6 +162,7 @@ def evaluate(
     output: Annotated[Path, typer.Option(metavar="FILE", help="The report, .json.")] = Path("report.json"),
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout: mvtec_ad, visa, ...")] = None,
     category: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one; may be repeated.")] = None,
+    on_bad_image: OnBadImage = "error",
     batch_size: BatchSize = 16,
     seed: Seed = 0,
 ) -> None:
@@ -170,7 +172,7 @@ def evaluate(
     """
     from diffad.training.evaluate import main as run
 
-    flags = ["--model", model, "--data", data, "--output", str(output)]
+    flags = ["--model", model, "--data", data, "--output", str(output), "--on_bad_image", on_bad_image]
     flags += ["--batch_size", str(batch_size), "--seed", str(seed)]
     flags += ["--dataset", dataset] if dataset else []
     run([*flags, *(["--category", *category] if category else [])])
@@ -187,6 +189,7 @@ def calibrate(
     part_pattern: Annotated[
         str | None, typer.Option(metavar="REGEX", help="Finds the part in a path (several photographs).")
     ] = None,
+    on_bad_image: OnBadImage = "error",
     batch_size: BatchSize = 16,
     device: Device = None,
     seed: Seed = 0,
@@ -206,7 +209,7 @@ def calibrate(
     folder = check_folder(Path(model) if output is None else output)
     if part_pattern is not None:
         check_part_pattern(part_pattern)
-    good = load_anomaly_dataset(data, split="train", category=category, dataset=dataset)
+    good = load_anomaly_dataset(data, split="train", category=category, dataset=dataset, on_bad_image=on_bad_image)
     good = good.filter(lambda label: label == 0, input_columns="label")
     images, statistics_images = good["image"], None
     if part_pattern is not None:

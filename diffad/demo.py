@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from diffad import AnomalyDenoisePipeline
 from diffad.data import load_anomaly_dataset
 from diffad.evaluation.metrics import AnomalyMetrics
+from diffad.files import write_text_whole
 from diffad.images import image_to_rgb
 from diffad.seeding import image_generator
 from diffad.training import evaluate, train_ddpm
@@ -78,7 +79,7 @@ def run_demo(output_dir: str | Path = "runs/demo", max_train_steps: int | None =
         "results": {CATEGORY: result},
         "scores": {CATEGORY: records},
     }
-    (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_text_whole(output_dir / "report.json", json.dumps(report, indent=2) + "\n")
     draw_cells(pipeline, test, records, output_dir / "cells.png", seed)
     draw_scores(records, float(pipeline.calibration.image_threshold[0]), output_dir / "scores.png")
     for checkpoint in list_checkpoints(output_dir):  # the run is finished: nothing is left to resume

@@ -253,7 +253,9 @@ def _training_table(pipeline: Any, training: dict[str, Any]) -> list[tuple[str, 
         config = pipeline.feature_extractor.config
         sizes = pipeline.feature_extractor.image_sizes
         seen = f", images of {', '.join(map(str, sizes))} px" if sizes else ""
-        rows.append(("features", f"{config.backbone}, strides {', '.join(map(str, config.strides))}{seen}"))
+        by_index = config.out_indices is not None
+        layers = f"{'layers' if by_index else 'strides'} {', '.join(map(str, config.out_indices or config.strides))}"
+        rows.append(("features", f"{config.backbone}, {layers}{seen}"))
     # what the run itself recorded: steps, seconds, and whatever a script adds
     rows += [(name, value) for name, value in training.items() if isinstance(value, (int, float, str))]
     rows += [(name, arguments.get(name)) for name in TRAINING_ARGUMENTS]

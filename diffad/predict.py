@@ -234,8 +234,7 @@ def save_most_anomalous(scores: Path, output_dir: Path) -> None:
     if tiles:
         starts = range(0, len(tiles), SHEET_COLUMNS)
         rows = [tiles[i : i + SHEET_COLUMNS] for i in starts]
-        with write_whole(output_dir / SHEET_NAME) as unfinished:
-            save_rows(rows, unfinished, captions=[captions[i : i + SHEET_COLUMNS] for i in starts])
+        save_rows(rows, output_dir / SHEET_NAME, captions=[captions[i : i + SHEET_COLUMNS] for i in starts])
 
 
 def _check_output(output_dir: Path) -> None:
@@ -364,8 +363,8 @@ def _write_outputs(
     def to_16_bits(values: torch.Tensor) -> torch.Tensor:
         return ((values - low) / max(high - low, 1e-12) * 65535.0 + 0.5).clamp(0, 65535).to(torch.uint16)
 
-    def to_mask(values: torch.Tensor) -> torch.Tensor:
-        return (values > 0.5).to(torch.uint8) * 255
+    def to_mask(values: torch.Tensor) -> torch.Tensor:  # as `threshold_output`
+        return (values > threshold).to(torch.uint8) * (255 if output.is_anomalous[j] else 0)
 
     row |= {
         "score": f"{float(output.anomaly_score[j]):.6g}",
@@ -377,10 +376,8 @@ def _write_outputs(
     pictures = {"maps": lambda: _at_size(anomaly_map, shown, decoded.size, to_16_bits).numpy()}
     outlined = None
     if threshold is not None:
-        mask = output.anomaly_mask[j].float()
-        shown_mask = resize_images(mask[None, None], decoded.pixels.shape[:2])[0, 0]
-        outlined = shown_mask.numpy() > 0.5
-        pictures["masks"] = lambda: _at_size(mask, shown_mask, decoded.size, to_mask).numpy()
+        outlined = to_mask(shown).numpy() > 0
+        pictures["masks"] = lambda: _at_size(anomaly_map, shown, decoded.size, to_mask).numpy()
         row["p_value"] = f"{float(output.p_value[j]):.6g}"
         row["verdict"] = "anomalous" if bool(output.is_anomalous[j]) else "normal"
     pictures["overlays"] = lambda: overlay(decoded.pixels, shown.numpy(), outlined, threshold)

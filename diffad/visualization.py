@@ -11,6 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
+from diffad.files import write_whole
+
 COLOR_MAP = "inferno"  # perceptually uniform, and dark where there is nothing to see
 OUTLINE = (0, 255, 255)  # absent from the colour map, so that an outline is never taken for heat
 
@@ -119,7 +121,8 @@ def save_rows(
             draw.multiline_text((side + j * (tile + gap), top + tile + 1), lines, fill="black", font=font, spacing=0)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with write_whole(Path(path)) as unfinished:
+        sheet.save(unfinished)
 
 
 def _end_that_fits(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

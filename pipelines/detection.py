@@ -19,6 +19,8 @@ from diffad.process_share import process_share
 from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import image_generators
 
+MAX_STATISTICS_IMAGES = 512  # of a category: more hardly change the statistics, and the temporary file grows with them
+
 
 class DetectionPipeline(AnomalyPipeline):
     """Base of the pipelines that detect anomalies: calibration. A call does not pass through here.
@@ -84,9 +86,10 @@ class DetectionPipeline(AnomalyPipeline):
             images: good images that no network was trained on, of parts of which neither training nor
                 `statistics_images` show other photographs: PIL images, paths, arrays, or a column of a
                 `datasets.Dataset`. Thresholds and p-values come from them.
-            statistics_images: more good images, for the per-position statistics; those of training may serve. Their
-                measurements wait in a temporary file, 1 to 3 MB an image. Without them, every other of
-                `images` does, and the rest is left for the thresholds.
+            statistics_images: more good images, for the per-position statistics; those of training may serve. At most
+                `MAX_STATISTICS_IMAGES`, evenly spread, are looked at, as their measurements wait in a temporary file,
+                1 to 3 MB an image. Without them, every other of `images` does, up to as many, and the rest is left
+                for the thresholds.
             false_alarm_rate: share of good parts that may raise an alarm, on average over sets of good images, in
                 (0, 1); `diffad.calibration.conformal.false_alarm_bound` says what one set keeps with a confidence.
             category: which category the images are of, in a unified model; the others keep what they have.
@@ -102,13 +105,14 @@ class DetectionPipeline(AnomalyPipeline):
         """
         if not 0.0 < false_alarm_rate < 1.0:
             raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate}.")
+        # indices, as a slice of a data set's column would decode all of it
         if statistics_images is None:
-            # in turn, as images often come in order of their time or kind; indices, as a slice of a data set's column
-            # would decode all of it
             statistics_images = images
-            for_statistics, for_scores = range(1, len(images), 2), range(0, len(images), 2)
+            for_statistics = spread(range(1, len(images), 2), MAX_STATISTICS_IMAGES)
+            for_scores = sorted({*range(len(images))} - {*for_statistics})
         else:
-            for_statistics, for_scores = range(len(statistics_images)), range(len(images))
+            for_statistics = spread(range(len(statistics_images)), MAX_STATISTICS_IMAGES)
+            for_scores = [*range(len(images))]
         if min(len(for_statistics), len(for_scores)) < 1:
             raise ValueError(
                 f"`images` holds {len(images)} good images and `statistics_images` {len(for_statistics)}, too few to "
@@ -174,6 +178,12 @@ class DetectionPipeline(AnomalyPipeline):
             of_category = torch.full((len(batch),), category, device=self._execution_device)
             measurement = self.measure_images(sequence, of_category, [generators[i] for i in batch])
             yield measurement if mine else empty_measurement(measurement)
+
+
+def spread(indices: range, count: int) -> list[int]:
+    """At most `count` of the indices, evenly spread, as images often come in order of their time or kind."""
+    count = min(count, len(indices))
+    return [indices[i * len(indices) // count] for i in range(count)]
 
 
 def setting_names(pipeline_class: type[DetectionPipeline]) -> list[str]:

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import textures, tiny_pipeline, write_folder, write_mvtec
+from PIL import Image
 from typer.testing import CliRunner
 
 from diffad import cli
@@ -128,6 +130,31 @@ def test_calibrate_in_place_removes_the_old_report(model, tmp_path):
     assert not list((tmp_path / "model").glob("report.*"))
     assert (tmp_path / "model" / "training.json").exists()  # the weights are the same
     assert json.loads((tmp_path / "model" / "calibration" / "config.json").read_text())["false_alarm_rate"] == 0.4
+
+
+@pytest.mark.parametrize("command", ["evaluate", "calibrate"])
+def test_unreadable_files_are_named_and_skipped_where_asked(model, tmp_path, command):
+    data = write_mvtec(tmp_path / "data")
+    split = "test" if command == "evaluate" else "train"
+    bad = data / "tile" / split / "good" / "bad.tif"
+    Image.fromarray(np.full((24, 24), np.nan, np.float32)).save(bad)
+    arguments = (command, model, "--data", data, "--output", tmp_path / "out.json")
+    with pytest.raises(ValueError, match=r"`on_bad_image` 'skip'.*\n.*bad\.tif: .*nan"):
+        run(*arguments)
+    with pytest.raises(ValueError, match="`on_bad_image` must be 'error' or 'skip', but is 'ignore'"):
+        run(*arguments, "--on-bad-image", "ignore")
+    with pytest.warns(UserWarning, match=r"Skipped 1 images.*\n.*bad\.tif"):
+        run(*arguments, "--on-bad-image", "skip")
+    assert (tmp_path / "out.json").exists()
+
+
+def test_a_test_of_one_kind_gets_a_word(model, tmp_path, capsys):
+    data = write_mvtec(tmp_path / "data")
+    shutil.rmtree(next(one for one in (data / "tile" / "test").iterdir() if one.name != "good"))
+    assert [one.name for one in (data / "tile" / "test").iterdir()] == ["good"]
+    assert "All images of tile are good: what compares both kinds" in run(
+        "evaluate", model, "--data", data, "--output", tmp_path / "r.json"
+    )
 
 
 def test_benchmark_says_where_the_time_goes(model):

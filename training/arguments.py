@@ -166,6 +166,9 @@ def add_diad_arguments(parser: argparse.ArgumentParser) -> None:
     )
     features.add_argument("--feature_strides", type=POSITIVE, nargs="+", default=[4, 8, 16], help="(4 8 16)")
     features.add_argument(
+        "--feature_layers", type=COUNT, nargs="+", help="the backbone's layers by timm's index, instead of strides"
+    )
+    features.add_argument(
         "--feature_image_size", type=whole_number(8), help="pixels the backbone sees (default: the resolution)"
     )
 

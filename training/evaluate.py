@@ -99,6 +99,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         baselines.remove("padim")
     tests, goods = split_by_category(dataset), split_by_category(training)
 
+    for name, images in tests.items():
+        if len(labels := set(images["label"])) == 1:
+            kind = "defective" if 1 in labels else "good"
+            accelerator.print(
+                f"All images of {name} are {kind}: what compares both kinds (AUROC, AP, F1-max, PRO) stays empty."
+            )
+
     # 2. A new report, or what an interrupted run left of one
     report: dict[str, Any] = {
         "model": args.model,

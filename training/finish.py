@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
 
-from diffad.files import write_text_whole
+from diffad.files import write_text_whole, write_whole
 from diffad.images import image_to_rgb
 from diffad.model_card import SECRETS, TRAINING_NAME, remove_reports
 from diffad.visualization import beside_overlay
@@ -74,7 +74,8 @@ def save_examples(pipeline: Any, held_out: Dataset, args: argparse.Namespace) ->
         output = pipeline(image, category=category, generator=torch.Generator().manual_seed(args.seed))
         threshold = float(pipeline.calibration.pixel_threshold[pipeline.category_index(category)])
         sheet = beside_overlay(picture, output.anomaly_map[0], output.anomaly_mask[0], threshold)
-        Image.fromarray(sheet).save(Path(args.output_dir, f"good-{i + 1}.png"))
+        with write_whole(Path(args.output_dir, f"good-{i + 1}.png")) as unfinished:
+            Image.fromarray(sheet).save(unfinished)
 
 
 def save_record(args: argparse.Namespace, record: dict[str, Any]) -> None:

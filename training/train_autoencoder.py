@@ -243,10 +243,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     extractor = None
     if args.perceptual_weight:
         extractor = TimmFeatureExtractor.from_backbone(
-            args.backbone, args.feature_strides, args.feature_image_size, args.backbone_weights
+            args.backbone,
+            args.feature_strides,
+            args.feature_image_size,
+            args.backbone_weights,
+            args.feature_layers,
         ).to(accelerator.device)
         if args.perceptual_loss == "l2":
-            feature_size = (args.resolution // args.feature_strides[0],) * 2
+            feature_size = (args.resolution // extractor.config.strides[0],) * 2
             extractor.fit_standardization(spread_batches(images, 256, accelerator.device), feature_size)
 
     # 3. Train

@@ -63,6 +63,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument("--backbone_weights", help="'timm', 'random' or a file (default: installed package, then timm)")
     model.add_argument("--feature_strides", type=POSITIVE, nargs="+", default=[2, 4, 8, 16], help="(2 4 8 16)")
     model.add_argument(
+        "--feature_layers", type=COUNT, nargs="+", help="the backbone's layers by timm's index, instead of strides"
+    )
+    model.add_argument(
         "--feature_image_size",
         type=whole_number(8),
         nargs="+",
@@ -130,7 +133,11 @@ def create_components(
         return trained.unet, trained.scheduler, trained.feature_extractor
     sizes = args.feature_image_size
     extractor = TimmFeatureExtractor.from_backbone(
-        args.backbone, args.feature_strides, sizes[0] if sizes and len(sizes) == 1 else sizes, args.backbone_weights
+        args.backbone,
+        args.feature_strides,
+        sizes[0] if sizes and len(sizes) == 1 else sizes,
+        args.backbone_weights,
+        args.feature_layers,
     )
     preset = dict(DENOISING_UNET_PRESETS[args.preset])
     if args.resolution:  # the features keep their share of the resolution

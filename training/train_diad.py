@@ -211,7 +211,11 @@ def create_components(args: argparse.Namespace) -> dict[str, Any]:
         components["vae"] = load_autoencoder(args.vae_path or args.pretrained_model_name_or_path)
     if "feature_extractor" not in components:
         components["feature_extractor"] = TimmFeatureExtractor.from_backbone(
-            args.backbone, args.feature_strides, args.feature_image_size, args.backbone_weights
+            args.backbone,
+            args.feature_strides,
+            args.feature_image_size,
+            args.backbone_weights,
+            args.feature_layers,
         )
     return components
 

@@ -98,7 +98,7 @@ def _report(unreadable: list[str], mismatches: list[str], on_bad_image: str) -> 
     if mismatches:
         raise ValueError("\n  ".join(["A mask must have the size of its image:", *mismatches]))
     if unreadable and on_bad_image == "error":
-        advice = "Repair or remove them, or pass on_bad_image='skip':"
+        advice = "Repair or remove them, or give `on_bad_image` 'skip':"
         raise ValueError("\n  ".join([f"{len(unreadable)} images cannot be read. {advice}", *unreadable]))
     if unreadable:
         heading = f"Skipped {len(unreadable)} images that cannot be read:"

@@ -11,6 +11,7 @@ import csv
 import importlib.util
 import json
 import os
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -45,8 +46,14 @@ def _child(folder: Path, *names: str) -> Path:
     """The folder in a folder that has one of these names, in any case; by the first of them where there is none."""
     exact = next((folder / name for name in names if (folder / name).is_dir()), None)
     if exact is None and folder.is_dir():
-        exact = next((one for one in subfolders(folder) if one.name.casefold() in names), None)
+        wanted = {_composed(name) for name in names}
+        exact = next((one for one in subfolders(folder) if _composed(one.name.casefold()) in wanted), None)
     return exact or folder / names[0]
+
+
+def _composed(name: str) -> str:
+    """In Unicode's composed form: archives from macOS hold the other one, which looks the same."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _has_folder(folder: Path, marker: str) -> bool:
@@ -113,17 +120,20 @@ def _find_categories(root: Path, markers: Sequence[str]) -> dict[str, Path]:
 
 
 def _masks_by_name(images: list[Path], image_folder: Path, mask_folder: Path) -> list[Path]:
-    """Masks named as their images, or with `_mask` behind the name; the extensions may differ."""
-    masks = {mask.relative_to(mask_folder).with_suffix(""): mask for mask in images_below(mask_folder)}
+    """Masks named as their images, or with `_mask` behind the name; extensions and Unicode forms may differ."""
+    masks = {str(mask.relative_to(mask_folder).with_suffix("")): mask for mask in images_below(mask_folder)}
+    composed = {_composed(name): mask for name, mask in masks.items()}
     paired = []
     for image in images:
-        stem = image.relative_to(image_folder).with_suffix("")
-        marked = stem.with_name(stem.name + "_mask")
-        if marked not in masks and stem not in masks:
+        stem = str(image.relative_to(image_folder).with_suffix(""))
+        names = (f"{stem}_mask", stem)
+        mask = next((masks[name] for name in names if name in masks), None)
+        mask = mask or next((composed[_composed(name)] for name in names if _composed(name) in composed), None)
+        if mask is None:
             raise FileNotFoundError(
-                f"There is no mask for {image}: expected {mask_folder / marked}.png (or .../{stem}.png)"
+                f"There is no mask for {image}: expected {mask_folder / names[0]}.png (or .../{stem}.png)"
             )
-        paired.append(masks.get(marked) or masks[stem])
+        paired.append(mask)
     return paired
 
 

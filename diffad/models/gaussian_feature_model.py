@@ -53,7 +53,7 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
 
     Args:
         backbone: timm model name.
-        strides: which of the backbone's strides to take, increasing.
+        strides, out_indices: which of the backbone's layers to take, as in [`TimmFeatureExtractor`].
         image_size: side of the square that images are resized to, in pixels.
         feature_size: side of the grid of positions; None takes the finest stride's.
         num_channels: how many channels are drawn at random; all, where the backbone has fewer. None takes all. PaDiM
@@ -85,17 +85,19 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
         epsilon: float = 0.01,
         sigma: float = 4.0,
         seed: int = 0,
+        out_indices: Sequence[int] | None = None,
     ):
         super().__init__()
         if epsilon <= 0.0:
             raise ValueError(f"`epsilon` must be positive, but is {epsilon}.")
-        self.feature_extractor = TimmFeatureExtractor(backbone, strides, image_size)
+        self.feature_extractor = TimmFeatureExtractor(backbone, strides, image_size, out_indices)
+        self.register_to_config(strides=self.feature_extractor.config.strides)
         available = self.feature_extractor.num_channels
         count = available if num_channels is None else min(num_channels, available)
         if count < 1:
             raise ValueError(f"`num_channels` must be at least 1, but is {num_channels}.")
         if feature_size is None:
-            feature_size = math.ceil(image_size / strides[0])
+            feature_size = math.ceil(image_size / self.config.strides[0])
             self.register_to_config(feature_size=feature_size)
         order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
         self.register_buffer("channels", order[:count].sort().values)
@@ -119,22 +121,23 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
         """
         model = cls(backbone, **config)
         model.feature_extractor = TimmFeatureExtractor.from_backbone(
-            backbone, model.config.strides, model.config.image_size, weights
+            backbone, model.config.strides, model.config.image_size, weights, model.config.out_indices
         )
         return model
 
     @classmethod
     def from_extractor(cls, feature_extractor: TimmFeatureExtractor, **config: Any) -> GaussianFeatureModel:
-        """An unfitted model over an extractor's backbone, strides, standardisation and copied weights.
+        """An unfitted model over an extractor's backbone, layers, standardisation and copied weights.
 
         Args:
             feature_extractor: an extractor with weights.
-            config: the class's arguments other than `backbone` and `strides`; `image_size` defaults to the
+            config: the class's arguments other than backbone and layers; `image_size` defaults to the
                 extractor's, the largest where it has several.
         """
         if feature_extractor.image_sizes:
             config.setdefault("image_size", feature_extractor.image_sizes[-1])
-        model = cls(feature_extractor.config.backbone, feature_extractor.config.strides, **config)
+        chosen = feature_extractor.config
+        model = cls(chosen.backbone, chosen.strides, out_indices=chosen.out_indices, **config)
         weights = feature_extractor.state_dict()
         for name in ("channel_mean", "channel_std"):  # of the largest image, which comes last
             weights[name] = weights[name][:, -model.feature_extractor.num_channels :]

@@ -924,6 +924,17 @@ def test_two_spellings_of_good_are_both_good(tmp_path: Path):
     assert sorted(load_anomaly_dataset(tmp_path, "test")["label"]) == [0, 0, 1]
 
 
+def test_masks_meet_images_whose_names_are_in_another_unicode_form(tmp_path: Path):
+    """MacOS keeps an accent as a letter of its own, and archives carry it elsewhere."""
+    composed, decomposed = "gr\u00fcn", "gru\u0308n"
+    write_image(tmp_path / "train/good/0.png")
+    write_image(tmp_path / f"test/{composed}/{decomposed}.png")
+    write_mask(tmp_path / f"ground_truth/{decomposed}/{composed}_mask.png")
+    (row,) = load_anomaly_dataset(tmp_path, "test")
+    assert (row["defect"], row["label"]) == (composed, 1)
+    assert mask_to_array(row["mask"]).any()
+
+
 def test_another_tools_metadata_does_not_change_a_plain_folder(tmp_path: Path):
     for i in range(6):
         write_image(tmp_path / f"{'train_' if i % 2 else ''}{i}.png")

@@ -71,6 +71,41 @@ def test_wrong_strides_are_refused_with_the_right_ones(strides):
         TimmFeatureExtractor(BACKBONE, strides)
 
 
+def test_a_transformers_layers_are_chosen_by_index(tmp_path):
+    """All of its blocks have one stride: the first of them was taken, without a word."""
+    with pytest.raises(ValueError, match=r"`strides`: 12 layers of 'vit_tiny_patch16_224' have stride 16.*out_indices"):
+        TimmFeatureExtractor("vit_tiny_patch16_224", (16,))
+    extractor = TimmFeatureExtractor("vit_tiny_patch16_224", out_indices=(0, 11))
+    images = pixels(1, 64, 48)  # not the size that it was made for
+    network = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(0, 11), dynamic_img_size=True)
+    network.load_state_dict(extractor.network.state_dict())
+    for layer, expected in zip(extractor.layers(images), timm_layers(network, images), strict=True):
+        torch.testing.assert_close(layer, expected, rtol=1e-4, atol=1e-5)
+    assert (extractor.layer_strides, extractor.config.strides) == ([16, 16], [16, 16])
+    extractor.save_pretrained(tmp_path)
+    loaded = TimmFeatureExtractor.from_pretrained(tmp_path)
+    assert torch.equal(loaded(images, (4, 3)), extractor(images, (4, 3)))
+    with pytest.raises(ValueError, match=r"`image_size`: 'vit_tiny_patch16_224' takes sides that are multiples of 16"):
+        extractor.layers(pixels(1, 60, 48))
+
+
+@pytest.mark.parametrize("indices", [(), (3, 1), (1, 1), (-1, 2), (0, 5)])
+def test_wrong_indices_are_refused_with_the_right_ones(indices):
+    with pytest.raises(ValueError, match="`out_indices` must be increasing, from 0 to 4"):
+        TimmFeatureExtractor(BACKBONE, out_indices=indices)
+
+
+def test_indices_and_strides_name_the_same_layers():
+    by_stride, by_index = tiny_extractor(strides=(4, 16)), TimmFeatureExtractor(BACKBONE, out_indices=(1, 3))
+    by_index.load_state_dict(by_stride.state_dict())
+    assert torch.equal(by_index(pixels(), (8, 8)), by_stride(pixels(), (8, 8)))
+
+
+def test_layers_of_windowed_transformers_come_channels_first():
+    extractor = TimmFeatureExtractor("swin_tiny_patch4_window7_224", (4, 16))
+    assert [tuple(layer.shape[1:]) for layer in extractor.layers(pixels(1, 64, 64))] == [(96, 16, 16), (384, 4, 4)]
+
+
 def test_image_size_resizes_before_the_backbone():
     extractor = tiny_extractor(image_size=32)
     same = tiny_extractor()

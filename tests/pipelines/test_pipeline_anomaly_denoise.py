@@ -22,6 +22,7 @@ from diffad import AnomalyDenoisePipeline, AnomalyOutput
 from diffad.images import images_to_pixel_values, images_to_tensors
 from diffad.likelihood import kl_divergence_map
 from diffad.moments import PRIOR_IMAGES
+from diffad.pipelines import detection
 from diffad.warn_once import warn_once
 
 FIELDS = ("anomaly_map", "anomaly_score", "reconstruction", "anomaly_mask", "is_anomalous", "p_value")
@@ -511,6 +512,18 @@ def test_calibration_is_repeatable_to_the_bit(pipe):
     pipe.calibrate(textures(12), false_alarm_rate=0.3, generator=generator(5))
     for name, buffer in pipe.calibration.named_buffers():
         assert torch.equal(buffer, first[name]), name
+
+
+def test_what_waits_while_calibrating_is_bounded(pipe, monkeypatch):
+    monkeypatch.setattr(detection, "MAX_STATISTICS_IMAGES", 4)
+    pipe.calibrate(textures(15), false_alarm_rate=0.3, generator=generator())
+    assert pipe.calibration.num_good_images(0) == 11  # what is too much for the statistics is left for the thresholds
+    statistics = [texture(100 + i) for i in range(9)]
+    pipe.calibrate(textures(5), statistics, false_alarm_rate=0.3, generator=generator())
+    few = pipe.calibration.map_mean.clone()
+    pipe.calibrate(textures(5), [statistics[i] for i in (0, 2, 4, 6)], false_alarm_rate=0.3, generator=generator())
+    assert torch.equal(few, pipe.calibration.map_mean)  # evenly spread
+    assert [detection.spread(range(1, n, 2), 512)[-1] for n in (2, 9, 1024)] == [1, 7, 1023]
 
 
 def test_calibration_takes_paths_and_columns(pipe, tmp_path):

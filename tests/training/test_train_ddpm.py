@@ -167,7 +167,7 @@ def test_features_are_cached_for_each_flip(good, tmp_path, monkeypatch):
 def test_a_corrupt_image_stops_the_run_or_is_skipped(tiny, tmp_path):
     data = write_folder(tmp_path / "part", 6)
     (data / "003.png").write_bytes((data / "003.png").read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"(?s)on_bad_image='skip'.*003\.png"):
+    with pytest.raises(ValueError, match=r"(?s)`on_bad_image` 'skip'.*003\.png"):
         train(data, tmp_path / "run", start=tiny)
     assert not (tmp_path / "run" / "model_index.json").exists()
     with pytest.warns(UserWarning, match=r"(?s)Skipped 1 images.*003\.png"):
