@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,8 +30,14 @@ Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, ...
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images in one pass of the networks.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Of the noise.")]
-OnBadImage = Annotated[str, typer.Option(metavar="WHAT", help="Unreadable files: error or skip.")]
 Category = Annotated[str | None, typer.Option(metavar="NAME", help="Of a unified model.")]
+
+
+class OnBadImage(str, Enum):
+    error, skip = "error", "skip"
+
+
+BadImages = Annotated[OnBadImage, typer.Option("--on-bad-image", metavar="WHAT", help="error, or skip those files.")]
 
 
 @app.callback()
@@ -162,7 +169,7 @@ def evaluate(
     output: Annotated[Path, typer.Option(metavar="FILE", help="The report, .json.")] = Path("report.json"),
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout: mvtec_ad, visa, ...")] = None,
     category: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one; may be repeated.")] = None,
-    on_bad_image: OnBadImage = "error",
+    on_bad_image: BadImages = OnBadImage.error,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
 ) -> None:
@@ -172,7 +179,7 @@ def evaluate(
     """
     from diffad.training.evaluate import main as run
 
-    flags = ["--model", model, "--data", data, "--output", str(output), "--on_bad_image", on_bad_image]
+    flags = ["--model", model, "--data", data, "--output", str(output), "--on_bad_image", on_bad_image.value]
     flags += ["--batch_size", str(batch_size), "--seed", str(seed)]
     flags += ["--dataset", dataset] if dataset else []
     run([*flags, *(["--category", *category] if category else [])])
@@ -189,7 +196,7 @@ def calibrate(
     part_pattern: Annotated[
         str | None, typer.Option(metavar="REGEX", help="Finds the part in a path (several photographs).")
     ] = None,
-    on_bad_image: OnBadImage = "error",
+    on_bad_image: BadImages = OnBadImage.error,
     batch_size: BatchSize = 16,
     device: Device = None,
     seed: Seed = 0,
@@ -209,7 +216,7 @@ def calibrate(
     folder = check_folder(Path(model) if output is None else output)
     if part_pattern is not None:
         check_part_pattern(part_pattern)
-    good = load_anomaly_dataset(data, split="train", category=category, dataset=dataset, on_bad_image=on_bad_image)
+    good = load_anomaly_dataset(data, "train", category, dataset, on_bad_image.value)
     good = good.filter(lambda label: label == 0, input_columns="label")
     images, statistics_images = good["image"], None
     if part_pattern is not None:

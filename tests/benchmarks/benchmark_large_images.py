@@ -137,9 +137,8 @@ def main() -> None:
         torch.set_num_threads(1)
         measure(args.measure[0], args.measure[2:], args.measure[1])
         return
-    print(
-        "| file | images | pipe: MB above idle | s an image | predict: MB above idle | s an image |\n|---|---|---|---|---|---|"
-    )
+    print("| file | images | pipe: MB above idle | s an image | predict: MB above idle | s an image |")
+    print("|---|---|---|---|---|---|")
     for kind, depth in CASES:
         for colour in (False, True):
             with tempfile.TemporaryDirectory(dir=args.folder) as name:
