@@ -43,7 +43,7 @@ def image_suffixes() -> frozenset[str]:
     """Endings of image files' names, in lower case, as the installed Pillow reads them."""
     known = Image.registered_extensions()
     readable = {suffix for suffix, name in known.items() if name in Image.OPEN and name not in NO_PICTURES}
-    return frozenset(readable | {".jfif"})
+    return frozenset(readable | {".jfif", ".mpo"})  # read as JPEG
 
 
 def describe_suffixes() -> str:

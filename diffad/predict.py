@@ -18,7 +18,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -53,6 +53,7 @@ __all__ = ["find_images", "predict_files", "score_files"]
 
 SETTINGS_NAME = "settings.json"
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
+_LARGE_IMAGE = threading.Lock()
 
 # (network inputs, each (3, R, R) in [0, 1]; places of the images among all) -> an `AnomalyOutput` of tensors
 Detect: TypeAlias = Callable[[list[torch.Tensor], list[int]], Any]
@@ -297,12 +298,11 @@ def _decoded_batches(
     todo: Sequence[tuple[int, Input]], side: int, batch_size: int, pool: ThreadPoolExecutor, value_range: float | None
 ) -> Iterator[list[tuple[int, Input, Decoded | Exception]]]:
     """Decoded images, or the error of reading them, with one batch decoded ahead."""
-    one_large = threading.Lock()  # in memory at a time, whatever the number of threads
 
     def decode(path: Path) -> Decoded | Exception:
         try:
             (width, height), _ = image_file_header(path)
-            with one_large if width * height > LARGE_PIXELS else nullcontext():
+            with _one_at_a_time((height, width)):
                 image = read_image(path, reduce_large=True)
                 network_input = resize_image(image, (side, side), value_range)[0]
                 pixels = np.asarray(image_to_rgb(_reduce(image), value_range))
@@ -327,6 +327,11 @@ def _decoded_batches(
         yield batch
 
 
+def _one_at_a_time(size: tuple[int, int]) -> AbstractContextManager:
+    """For work on an image of a size (H, W): of large ones only one is in memory, whatever the number of threads."""
+    return _LARGE_IMAGE if math.prod(size) > LARGE_PIXELS else nullcontext()
+
+
 def _reduce(image: Image.Image) -> Image.Image:
     """A large image by the smallest whole factor that leaves no more than `LARGE_PIXELS`; others as they are."""
     factor = math.ceil(math.sqrt(image.width * image.height / LARGE_PIXELS))
@@ -345,7 +350,10 @@ def _at_size(
     height, width = size
     rows = resize_images(torch.eye(image.shape[0])[None, None], (height, image.shape[0]))[0, 0]  # (H, h): its weights
     wide = resize_images(image[None, None], (image.shape[0], width))[0, 0]  # (h, W)
-    return torch.cat([finish(some @ wide) for some in rows.split(max(1, BAND_PIXELS // width))])
+    result, step = finish(shown[:1]).new_empty(size), max(1, BAND_PIXELS // width)
+    for top in range(0, height, step):
+        result[top : top + step] = finish(rows[top : top + step] @ wide)
+    return result
 
 
 def _write_outputs(
@@ -383,7 +391,8 @@ def _write_outputs(
     pictures["overlays"] = lambda: overlay(decoded.pixels, shown.numpy(), outlined, threshold)
     try:
         for folder, picture in pictures.items():
-            _save(Image.fromarray(picture()), output_dir, f"{folder}/{row['picture']}")
+            with _one_at_a_time(decoded.size):
+                _save(Image.fromarray(picture()), output_dir, f"{folder}/{row['picture']}")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
