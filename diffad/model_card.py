@@ -286,7 +286,7 @@ def _setting(report: dict[str, Any]) -> str:
 
 
 def _thresholds(calibration: Any, categories: Sequence[str]) -> dict[str, Any]:
-    if calibration is None:
+    if calibration is None or not calibration.has_thresholds:
         return {"calibrated": False}
     rows = []
     for index, category in enumerate(categories or ["all"]):

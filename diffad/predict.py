@@ -114,7 +114,7 @@ def predict_files(
     settings: dict[str, Any] = {"category": category, "seed": seed, "calibration": None}
     settings["value_range"] = pipeline.config.value_range
     threshold = None
-    if pipeline.calibration is not None:
+    if pipeline.has_thresholds:
         thresholds = (pipeline.calibration.image_threshold, pipeline.calibration.pixel_threshold)
         settings["calibration"] = [float(threshold[index]) for threshold in thresholds]
         threshold = settings["calibration"][1]

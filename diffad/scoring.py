@@ -31,6 +31,12 @@ def empty_measurement(measurement: Measurement) -> Measurement:
     return Measurement(measurement.maps[:0], None if residual is None else residual[:0])
 
 
+def split_measurement(measurement: Measurement) -> list[Measurement]:
+    """A measurement of N images as N of one."""
+    residuals = [None] * len(measurement.maps) if measurement.residual is None else measurement.residual.split(1)
+    return [Measurement(*one) for one in zip(measurement.maps.split(1), residuals, strict=True)]
+
+
 def gaussian_smooth(maps: torch.Tensor, sigma: float) -> torch.Tensor:
     """Smooths maps with a Gaussian of `sigma` pixels, cut off at 4 sigma, edges mirrored.
 
@@ -86,14 +92,15 @@ def joint_map(kl_maps: torch.Tensor, feature_maps: torch.Tensor, alpha: float) -
     """The two scores joined and averaged over noise levels and layers (Lu et al., eq. 11).
 
     Args:
-        kl_maps: normalised KL, (N, T, H, W).
+        kl_maps: normalised KL, (N, T, H, W); where T is 0 the feature error counts alone.
         feature_maps: normalised feature error, (N, T * L, H, W).
         alpha: weight of the KL in [0, 1].
 
     Returns:
         (N, H, W).
     """
-    return alpha * kl_maps.mean(dim=1) + (1.0 - alpha) * feature_maps.mean(dim=1)
+    errors = feature_maps.mean(dim=1)
+    return alpha * kl_maps.mean(dim=1) + (1.0 - alpha) * errors if kl_maps.shape[1] else errors
 
 
 def outline_by_positions(of_cells: torch.Tensor, of_positions: torch.Tensor) -> torch.Tensor:

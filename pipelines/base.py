@@ -35,6 +35,12 @@ class AnomalyPipeline(DiffusionPipeline):
         """Names of a unified model's categories, in the order of their indices; empty for a model of one."""
         return category_names(self.config.categories)
 
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether calls give masks, alarms and p-values: the pipeline is calibrated, and by more than one image."""
+        calibration = getattr(self, "calibration", None)
+        return calibration is not None and calibration.has_thresholds
+
     def category_index(self, category: str | int | None) -> int:
         """A category's index; a model of one category asks for nothing.
 

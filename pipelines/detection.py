@@ -13,10 +13,11 @@ from diffad.calibration.fitting import CalibrationFit, ScoreFunctions
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.grey_depth import warn_of_found_range
 from diffad.images import ImageSequence, common_value_range
+from diffad.moments import PRIOR_IMAGES
 from diffad.pipelines.base import AnomalyPipeline
 from diffad.precision import running_precision
 from diffad.process_share import process_share
-from diffad.scoring import Measurement, empty_measurement
+from diffad.scoring import Measurement, empty_measurement, split_measurement
 from diffad.seeding import image_generators
 
 MAX_STATISTICS_IMAGES = 512  # of a category: more hardly change the statistics, and the temporary file grows with them
@@ -29,6 +30,11 @@ class DetectionPipeline(AnomalyPipeline):
     (`score_maps`), how these become one map (`join_maps`), and how a map becomes a score (`image_scores`). Calibration
     learns from them what good images show.
     """
+
+    @property
+    def mean_prior_images(self) -> float:
+        """How many images say that the residual's mean is 0, as that of a network that predicts features should be."""
+        return PRIOR_IMAGES
 
     @property
     def measuring_networks(self) -> tuple[Any, ...]:
@@ -74,6 +80,7 @@ class DetectionPipeline(AnomalyPipeline):
         batch_size: int = 16,
         generator: torch.Generator | None = None,
         accelerator: Accelerator | None = None,
+        leave_one_out: bool = False,
     ) -> DetectionPipeline:
         """Learns what normal looks like from good images, in one pass over them and constant memory.
 
@@ -96,6 +103,9 @@ class DetectionPipeline(AnomalyPipeline):
             batch_size: images in a batch.
             generator: makes the calibration repeatable. Each image has noise of its own, whatever the batch.
             accelerator: shares the images among its processes; each ends with the same calibration.
+            leave_one_out: for few images. All of `images` serve statistics and thresholds: each is scored by the
+                statistics of the others alone, which are made anew for it. The time grows with the square of their
+                number. A single image has statistics and no thresholds: masks, alarms and p-values stay None.
 
         Returns:
             The pipeline, calibrated.
@@ -105,6 +115,8 @@ class DetectionPipeline(AnomalyPipeline):
         """
         if not 0.0 < false_alarm_rate < 1.0:
             raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate}.")
+        if leave_one_out:
+            return self._calibrate_leaving_one_out(images, false_alarm_rate, category, batch_size, generator)
         # indices, as a slice of a data set's column would decode all of it
         if statistics_images is None:
             statistics_images = images
@@ -118,9 +130,7 @@ class DetectionPipeline(AnomalyPipeline):
                 f"`images` holds {len(images)} good images and `statistics_images` {len(for_statistics)}, too few to "
                 "calibrate: it takes 1 of each, or 2 `images`, and deserves 100."
             )
-        if self.config.value_range is None and (found := common_value_range(images, statistics_images)) is not None:
-            warn_of_found_range(found)
-            self.register_to_config(value_range=found)  # a calibration holds for one range
+        self._find_value_range(images, statistics_images)
         fit = self.calibration_fit(self.category_index(category), len(for_scores), false_alarm_rate, accelerator)
         for learn, part, indices in (
             (fit.add_statistics, statistics_images, for_statistics),
@@ -129,6 +139,49 @@ class DetectionPipeline(AnomalyPipeline):
             generators = image_generators(generator, len(indices))
             for measurement in self._measurements(part, indices, fit.category, batch_size, generators, accelerator):
                 learn(measurement)
+        self.maybe_free_model_hooks()
+        self.register_modules(calibration=fit.finish())
+        return self
+
+    def _find_value_range(self, *sets: Sequence[Any]) -> None:
+        """A calibration holds for one range of images of more than 8 bits."""
+        if self.config.value_range is None and (found := common_value_range(*sets)) is not None:
+            warn_of_found_range(found)
+            self.register_to_config(value_range=found)
+
+    def _calibrate_leaving_one_out(
+        self,
+        images: Sequence[Any],
+        false_alarm_rate: float,
+        category: str | None,
+        batch_size: int,
+        generator: torch.Generator | None,
+    ) -> DetectionPipeline:
+        """`calibrate` of few images, whose measurements are all in memory, as (1, ...) each."""
+        if not len(images):
+            raise ValueError("`images` is empty: a calibration takes good images, and deserves 100.")
+        self._find_value_range(images)
+        index, everything, generators = (
+            self.category_index(category),
+            [*range(len(images))],
+            image_generators(generator, len(images)),
+        )
+        batches = self._measurements(images, everything, index, batch_size, generators, None)
+        measurements = [one for batch in batches for one in split_measurement(batch)]
+        num_scores = len(images) if len(images) > 1 else 0
+
+        def fit_without(left_out: int | None) -> CalibrationFit:
+            fit = self.calibration_fit(index, num_scores, false_alarm_rate)
+            for i, measurement in enumerate(measurements):
+                if i != left_out:
+                    fit.add_statistics(measurement)
+            return fit
+
+        fit = fit_without(None)
+        for i in everything if num_scores else []:
+            without = fit_without(i)
+            without.add_scores(measurements[i])
+            fit.take_scores(without)
         self.maybe_free_model_hooks()
         self.register_modules(calibration=fit.finish())
         return self
@@ -146,9 +199,11 @@ class DetectionPipeline(AnomalyPipeline):
             previous=self.calibration,
             num_categories=max(1, len(self.categories)),
             position_prior_images=self.config.position_prior_images,
+            position_trust=self.config.get("position_trust", 1.0),
             accelerator=accelerator,
             precision=running_precision(self.measuring_networks, self._execution_device),
             settings=settings,
+            mean_prior_images=self.mean_prior_images,
         )
 
     def _measurements(

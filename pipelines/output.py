@@ -68,7 +68,7 @@ def threshold_output(output: Output, category: torch.Tensor, calibration: ScoreC
         category: (N,) indices of the images' categories.
         calibration: of the pipeline.
     """
-    if calibration is None:
+    if calibration is None or not calibration.has_thresholds:
         return output
     indices = category.to(calibration.map_mean.device)
     scores = torch.as_tensor(output.anomaly_score, device=indices.device)

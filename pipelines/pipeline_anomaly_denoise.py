@@ -59,9 +59,13 @@ class AnomalyDenoisePipeline(DetectionPipeline):
     Two other pipelines share its networks: [`GradientDenoisingPipeline`] turns a defective image into a normal one, and
     [`DDPMReconstructionPipeline`] is the plain DDPM that the paper compares itself with.
 
+    Without a denoiser nothing predicts the features, and their residual is the features themselves. Its Gaussian over
+    good images is then PaDiM's (Defard et al., "PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection
+    and Localization", 2021): no training, and all else stays as it is.
+
     Args:
-        unet: the denoiser, with learned variance and a feature head.
-        scheduler: the forward process; `variance_type` "learned_range".
+        unet: the denoiser, with learned variance and a feature head; None for the features alone.
+        scheduler: the forward process; `variance_type` "learned_range". It goes with the denoiser.
         feature_extractor: the frozen network whose features the denoiser predicts.
         calibration: statistics of good images; None until `calibrate`.
         gaussian: distribution of good images' features, for gradient denoising; None until `fit_gaussian`.
@@ -76,8 +80,14 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             average over all positions counts for in their map's deviation, from 0 (`MomentSums.standard_deviation`).
             Good images vary more along a part's edges, so that defects there would end too early; the more images, the
             less so. Calibrate again after a change.
+        position_trust: in [0, 1]: how far the mean and the variance that good images' maps have at a position are
+            trusted, against those over all positions. At 1 a defect counts by what is usual at its place. Where good
+            images hardly vary, as on a plain background, that makes much of little.
         score_strides: which of the feature extractor's strides the feature error looks at; None for all.
-        processing_resolution: side in pixels to which images are resized; None takes the network's `sample_size`.
+        processing_resolution: side in pixels to which images are resized; None takes the network's `sample_size`, or,
+            without a denoiser, the feature extractor's `image_size`.
+        feature_resolution: rows and columns of the features, without a denoiser, which otherwise says; None takes a
+            quarter of the feature extractor's `image_size`.
         categories: names of the categories of a unified model, in the order of its class labels.
         value_range: the largest value that images of more than 8 bits can have, such as 4095 of a camera of 12 bits, as
             found in the training images; None takes, in each call, the smallest of 8, 10, 12, 14 and 16 bits that holds
@@ -85,14 +95,14 @@ class AnomalyDenoisePipeline(DetectionPipeline):
     """
 
     model_cpu_offload_seq = "unet->feature_extractor"
-    _optional_components = ["calibration", "gaussian"]  # noqa: RUF012 (diffusers' own form)
+    _optional_components = ["unet", "scheduler", "calibration", "gaussian"]  # noqa: RUF012 (diffusers' own form)
     # the Gaussian and the denoiser take turns: each would be moved away for the other
     _exclude_from_cpu_offload = ["calibration", "gaussian"]  # noqa: RUF012
 
     def __init__(
         self,
-        unet: DenoisingUNet2DModel,
-        scheduler: DDPMScheduler,
+        unet: DenoisingUNet2DModel | None,
+        scheduler: DDPMScheduler | None,
         feature_extractor: TimmFeatureExtractor,
         calibration: ScoreCalibration | None = None,
         gaussian: GaussianFeatureModel | None = None,
@@ -103,8 +113,10 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         score_fraction: float = 0.0,
         suppression: float = 0.0,
         position_prior_images: float = PRIOR_IMAGES,
+        position_trust: float = 1.0,
         score_strides: list[int] | None = None,
         processing_resolution: int | None = None,
+        feature_resolution: int | None = None,
         categories: list[str] | dict[str, str] | None = None,
         value_range: float | None = None,
     ):
@@ -113,10 +125,19 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"`alpha` must lie in [0, 1], but is {alpha}.")
         check_map_settings(suppression, position_prior_images)
+        if not 0.0 <= position_trust <= 1.0:
+            raise ValueError(f"`position_trust` must lie in [0, 1], but is {position_trust}.")
+        if (unet is None) != (scheduler is None):
+            raise ValueError("`unet` and `scheduler` go together: give both, or None for both.")
         timesteps = [5, 50, 100] if timesteps is None else list(timesteps)
-        last = scheduler.config.num_train_timesteps - 1
-        if not timesteps or any(not 0 <= t <= last for t in timesteps):
-            raise ValueError(f"`timesteps` must list integers in [0, {last}], but is {timesteps}.")
+        if scheduler is not None:
+            last = scheduler.config.num_train_timesteps - 1
+            if not timesteps or any(not 0 <= t <= last for t in timesteps):
+                raise ValueError(f"`timesteps` must list integers in [0, {last}], but is {timesteps}.")
+        elif not feature_extractor.image_sizes:
+            raise ValueError(
+                "`feature_extractor` needs an `image_size` where there is no `unet`: nothing else says one."
+            )
         self.register_modules(
             unet=unet,
             scheduler=scheduler,
@@ -132,12 +153,16 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             score_fraction=score_fraction,
             suppression=suppression,
             position_prior_images=position_prior_images,
+            position_trust=position_trust,
             score_strides=None if score_strides is None else sorted(score_strides),
-            processing_resolution=processing_resolution or unet.config.sample_size,
+            processing_resolution=processing_resolution
+            or (feature_extractor.image_sizes[-1] if unet is None else unet.config.sample_size),
+            feature_resolution=feature_resolution,
             categories=register_categories(categories),
             value_range=value_range,
         )
-        self.size_multiple = 2 ** (len(unet.config.block_out_channels) - 1)  # the denoiser halves so often
+        # the denoiser halves so often
+        self.size_multiple = 1 if unet is None else 2 ** (len(unet.config.block_out_channels) - 1)
         self.scored_layers = scored_layers(score_strides, feature_extractor)
 
     @property
@@ -204,8 +229,9 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             # 2. Pixels in [-1, 1] as the feature extractor sees them: (B, 3, R', R')
             pixel_values = images_to_pixel_values(images[batch], (side, side)).to(device)
 
-            # 3. Noise for each of the T levels, each image's from its own generator: (B, T, 3, R, R)
-            noise = draw_noise((len(self.config.timesteps), 3, resolution, resolution), generators[batch], device)
+            # 3. Noise for each of the T levels, each image's from its own generator: (B, T, 3, R, R); T is 0 without a
+            #    denoiser
+            noise = draw_noise((self.num_levels, 3, resolution, resolution), generators[batch], device)
 
             # 4. One pass of the networks: KL (B, T, R, R) of eq. 8, feature residual (B, T, C, h, w) of eq. 10
             measurement = self.measure(pixel_values, noise, categories[batch])
@@ -251,6 +277,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             KL maps (N, T, R, R) in nats, averaged over the colours, and the residual (N, T, C, h, w) of the layers'
             features.
         """
+        if self.unet is None:
+            return self.measure_features(pixel_values, noise, layers)
         levels = list(self.config.timesteps if timesteps is None else timesteps)
         count, size = noise.shape[:2], tuple(noise.shape[-2:])
 
@@ -272,9 +300,30 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         predicted = prediction.features.float().unflatten(0, count)
         extractor_dtype = self.feature_extractor.dtype
         features = self.feature_extractor(pixel_values.to(extractor_dtype), tuple(predicted.shape[-2:])).float()
-        of_layers = (features[:, None] - predicted).split(self.feature_extractor.layer_channels, dim=2)
-        residual = torch.cat([of_layers[i] for i in (self.scored_layers if layers is None else layers)], dim=2)
-        return Measurement(maps=kl, residual=residual)
+        return Measurement(maps=kl, residual=self._of_layers(features[:, None] - predicted, layers))
+
+    def measure_features(
+        self, pixel_values: torch.Tensor, noise: torch.Tensor, layers: Sequence[int] | None = None
+    ) -> Measurement:
+        """`measure` without a denoiser: no KL map (N, 0, R, R), and the features as the residual (N, 1, C, h, w)."""
+        side = self.config.feature_resolution or self.feature_extractor.image_sizes[-1] // 4
+        features = self.feature_extractor(pixel_values.to(self.feature_extractor.dtype), (side, side)).float()
+        return Measurement(maps=noise[:, :, 0], residual=self._of_layers(features[:, None], layers))
+
+    def _of_layers(self, features: torch.Tensor, layers: Sequence[int] | None) -> torch.Tensor:
+        """(N, T, C, h, w) of all layers to those of some; None takes those that are scored."""
+        of_layers = features.split(self.feature_extractor.layer_channels, dim=2)
+        return torch.cat([of_layers[i] for i in (self.scored_layers if layers is None else layers)], dim=2)
+
+    @property
+    def num_levels(self) -> int:
+        """How many noise levels a measurement has, and KL maps."""
+        return 0 if self.unet is None else len(self.config.timesteps)
+
+    @property
+    def mean_prior_images(self) -> float:
+        """The features themselves have no reason to be 0 in the mean."""
+        return 0.0 if self.unet is None else PRIOR_IMAGES
 
     @property
     def measuring_networks(self) -> tuple[Any, ...]:
@@ -290,7 +339,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         """Steps 2 to 4 of a call, at the pipeline's own resolution."""
         resolution, device = self.processing_resolution, self._execution_device
         pixel_values = images_to_pixel_values(images, (self.input_resolution,) * 2).to(device)
-        noise = draw_noise((len(self.config.timesteps), 3, resolution, resolution), generators, device)
+        noise = draw_noise((self.num_levels, 3, resolution, resolution), generators, device)
         return self.measure(pixel_values, noise, category)
 
     def score_maps(
@@ -323,7 +372,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         self, maps: torch.Tensor, category: torch.Tensor, calibration: ScoreCalibration | None
     ) -> torch.Tensor:
         """Eq. 11: maps (N, S, H, W) to the anomaly map (N, H, W), normalised where there is a calibration."""
-        levels, alpha = len(self.config.timesteps), self.config.alpha
+        levels, alpha = self.num_levels, self.config.alpha if self.num_levels else 0.0
         if calibration is None:
             return joint_map(maps[:, :levels], maps[:, levels:], alpha)
         maps = calibration.normalize(maps, category)

@@ -31,16 +31,14 @@ if TYPE_CHECKING:
 
 
 def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str]]:
-    """Good images for training, good images held out of it, and the categories' names.
+    """`hold_out` of `read_good_images`."""
+    return hold_out(read_good_images(args), args)
 
-    The same share of every category is held out, by the seed; of a part, all of the category's images or none, and no
-    more than that share unless every part is larger. A model knows parts that it has been trained on, and thresholds
-    from other photographs of these would not hold for new parts.
 
-    Where `args.value_range` is None, it becomes what the good images say, None if none of them has more than 8 bits.
+def read_good_images(args: argparse.Namespace) -> Dataset:
+    """All good images of the training split.
 
-    Raises:
-        ValueError: a category has too few good images or parts, or `--part_pattern` is not in an image's path.
+    Where `args.value_range` is None, it becomes what they say, None if none of them has more than 8 bits.
     """
     good = load_anomaly_dataset(
         args.train_data_dir or args.dataset_name,
@@ -56,6 +54,19 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
     good = good.select(np.flatnonzero(labels == 0)) if labels.any() else good
     if args.value_range is None:
         args.value_range = dataset_value_range(good)
+    return good
+
+
+def hold_out(good: Dataset, args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str]]:
+    """Good images for training, good images held out of it, and the categories' names.
+
+    The same share of every category is held out, by the seed; of a part, all of the category's images or none, and no
+    more than that share unless every part is larger. A model knows parts that it has been trained on, and thresholds
+    from other photographs of these would not hold for new parts.
+
+    Raises:
+        ValueError: a category has too few good images or parts, or `--part_pattern` is not in an image's path.
+    """
     of_image = np.asarray(good["category"])
     part = part_index(good["path"], args.part_pattern, "--part_pattern")
     categories = sorted(set(of_image.tolist()))

@@ -72,8 +72,11 @@ def save_examples(pipeline: Any, held_out: Dataset, args: argparse.Namespace) ->
         picture = np.asarray(image_to_rgb(image, pipeline.config.value_range))
         category = held_out[i]["category"] if len(pipeline.categories) > 1 else None
         output = pipeline(image, category=category, generator=torch.Generator().manual_seed(args.seed))
-        threshold = float(pipeline.calibration.pixel_threshold[pipeline.category_index(category)])
-        sheet = beside_overlay(picture, output.anomaly_map[0], output.anomaly_mask[0], threshold)
+        threshold, mask = None, None
+        if pipeline.has_thresholds:
+            threshold = float(pipeline.calibration.pixel_threshold[pipeline.category_index(category)])
+            mask = output.anomaly_mask[0]
+        sheet = beside_overlay(picture, output.anomaly_map[0], mask, threshold)
         with write_whole(Path(args.output_dir, f"good-{i + 1}.png")) as unfinished:
             Image.fromarray(sheet).save(unfinished)
 

@@ -49,9 +49,10 @@ class CalibrationFit:
         num_categories: K.
         position_prior_images: what the average deviation counts for in the map of positions, see
             `MomentSums.standard_deviation`.
+        position_trust: how far mean and variance at a position are trusted against those over all, in [0, 1].
         accelerator: adds up what its processes have seen, each its own images; a process without any adds a measurement
             of no images. Then every process ends with the same calibration.
-        record: what is saved with it, `precision` and `settings` of [`ScoreCalibration`].
+        record: what is saved with it, `precision`, `settings` and `mean_prior_images` of [`ScoreCalibration`].
     """
 
     def __init__(
@@ -63,13 +64,15 @@ class CalibrationFit:
         previous: ScoreCalibration | None = None,
         num_categories: int = 1,
         position_prior_images: float = PRIOR_IMAGES,
+        position_trust: float = 1.0,
         accelerator: Accelerator | None = None,
         **record: Any,
     ):
         self.functions, self.category, self.num_scores = functions, category, num_scores
         self.false_alarm_rate, self.num_categories = false_alarm_rate, num_categories
         self.previous = previous if num_categories > 1 else None
-        self.position_prior_images, self.accelerator, self.record = position_prior_images, accelerator, record
+        self.position_prior_images, self.position_trust = position_prior_images, position_trust
+        self.accelerator, self.record = accelerator, record
         self.residual_moments: FeatureMoments | None = None  # at each cell
         self.residual_sums = MomentSums()  # at each position
         self.map_moments = MomentSums()  # of each score map at each pixel
@@ -111,7 +114,8 @@ class CalibrationFit:
             for sums in (self.residual_sums, self.residual_moments):
                 sums.reduce(self.accelerator)
             mean = self.residual_sums.mean().flatten(1).mT  # (h * w, C)
-            gaussian = residual_gaussian(self.residual_moments, mean, calibration.grid)
+            mean_prior = calibration.config.mean_prior_images
+            gaussian = residual_gaussian(self.residual_moments, mean, calibration.grid, mean_prior_images=mean_prior)
             calibration.set_residual_gaussian(self.category, *gaussian)
             num_seen = self.residual_moments.count
             self.residual_moments = None  # larger than all else here
@@ -122,7 +126,8 @@ class CalibrationFit:
         map_std = self.map_moments.standard_deviation()
         if calibration.num_distances == 2:  # the positions' distances are the last map
             map_std[-1] = self.map_moments.standard_deviation(self.position_prior_images)[-1]
-        calibration.map_mean[self.category] = self.map_moments.mean()
+        map_mean, map_std = trust_positions(self.map_moments.mean(), map_std, self.position_trust)
+        calibration.map_mean[self.category] = map_mean
         calibration.map_std[self.category] = map_std
         # 3. Deviation of the joined maps, see `finish`
         for maps in self._waiting_maps(calibration, num_seen):
@@ -161,6 +166,15 @@ class CalibrationFit:
                 "float32, and look at the image."
             )
 
+    def take_scores(self, other: CalibrationFit) -> None:
+        """Those that another fit, of other statistics, has learned from images, and its maps' moments."""
+        self.scores += other.scores
+        self.maxima += other.maxima
+        moments = other.held_out_moments
+        self.held_out_moments.count += moments.count
+        self.held_out_moments.total = self.held_out_moments.total + moments.total
+        self.held_out_moments.total_of_squares = self.held_out_moments.total_of_squares + moments.total_of_squares
+
     def finish(self) -> ScoreCalibration:
         """The calibration with thresholds, and maps of deviation 1.
 
@@ -174,8 +188,12 @@ class CalibrationFit:
         self.held_out_moments.reduce(self.accelerator)
         if self.accelerator is not None and self.accelerator.num_processes > 1:
             scores, maxima = gather_object(scores), gather_object(maxima)
-        if not scores:
+        if not self.waiting.closed:
+            self.set_statistics()
+        if not scores and self.num_scores:
             raise ValueError("There are no scores to set thresholds by. Call `add_scores` with measurements first.")
+        if not scores:
+            return self._known_calibration()
         num_statistics, num_scores = self.map_moments.count, len(scores)
         squares = num_statistics * self.joined_moments.variance() + num_scores * self.held_out_moments.variance()
         scale = max(float(squares / (num_statistics - 1 + num_scores)) ** 0.5, 1e-6)
@@ -247,3 +265,16 @@ class CalibrationFit:
                 f"{config.false_alarm_rate:g}. Pass that, or load the pipeline with `calibration=None` and calibrate "
                 "every category."
             )
+
+
+def trust_positions(mean: torch.Tensor, std: torch.Tensor, trust: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of maps (S, H, W) at each pixel, drawn towards those over all pixels of a map.
+
+    Args:
+        mean, std: over images, at each pixel.
+        trust: 1 keeps them; at 0 all pixels of a map have the same.
+    """
+    mean_of_all = mean.mean(dim=(-2, -1), keepdim=True)
+    variance_of_all = (std.square() + (mean - mean_of_all).square()).mean(dim=(-2, -1), keepdim=True)
+    variance = trust * std.square() + (1.0 - trust) * variance_of_all
+    return trust * mean + (1.0 - trust) * mean_of_all, variance.sqrt()

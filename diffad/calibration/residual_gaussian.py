@@ -61,7 +61,11 @@ def from_cells(values: torch.Tensor, grid: tuple[int, int], size: tuple[int, int
 
 
 def residual_gaussian(
-    moments: FeatureMoments, mean: torch.Tensor, grid: tuple[int, int], prior_images: float = PRIOR_IMAGES
+    moments: FeatureMoments,
+    mean: torch.Tensor,
+    grid: tuple[int, int],
+    prior_images: float = PRIOR_IMAGES,
+    mean_prior_images: float = PRIOR_IMAGES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A Gaussian of the feature residual at every cell, from sums over good images.
 
@@ -73,7 +77,11 @@ def residual_gaussian(
         moments: sums over residuals (N, C, P), averaged over the positions of each cell.
         mean: of the residual at every one of Q positions, (Q, C).
         grid: rows and columns of the P cells.
-        prior_images: what each prior counts for.
+        prior_images: what the priors of variances and correlations count for.
+        mean_prior_images: what that of the means counts for; 0 for features that nothing predicts, whose mean has no
+            reason to be 0.
+
+    Of a single image, which has no covariance, the cells' spread about their common mean stands in for it.
 
     Returns:
         The shrunk means, (Q, C), and the whitening, (P, C (C + 1) / 2): the lower triangle, row by row, of the matrix W
@@ -81,17 +89,21 @@ def residual_gaussian(
     """
     num_cells, num_channels = moments.total.shape
     weight = moments.count / (moments.count + prior_images)
+    mean_weight = moments.count / (moments.count + mean_prior_images)
     raw_mean = moments.mean()  # (P, C)
+    shrunk_mean = (
+        mean_weight * raw_mean if moments.count > 1 else raw_mean.mean(dim=0, keepdim=True).expand_as(raw_mean)
+    )
 
     def covariance(cells: slice) -> torch.Tensor:  # about the shrunk mean, (P', C, C)
         raw = raw_mean[cells]
-        offset = (1.0 - weight) * raw
+        offset = raw - shrunk_mean[cells]
         products = moments.total_of_products[cells] / moments.count
         return products - raw[:, :, None] * raw[:, None, :] + offset[:, :, None] * offset[:, None, :]
 
     parts = [slice(start, start + CELLS_AT_ONCE) for start in range(0, num_cells, CELLS_AT_ONCE)]
     mean_square = moments.total_of_products.diagonal(dim1=1, dim2=2) / moments.count
-    variance = mean_square - raw_mean.square() + ((1.0 - weight) * raw_mean).square()  # (P, C)
+    variance = mean_square - raw_mean.square() + (raw_mean - shrunk_mean).square()  # (P, C)
     variance = shrink(variance.mT.unflatten(1, grid), moments.count, prior_images).flatten(1).mT
     deviation = variance.sqrt()
 
@@ -108,7 +120,7 @@ def residual_gaussian(
         factor = torch.linalg.cholesky((1.0 - RIDGE) * shrunk + RIDGE * identity)
         inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
         whitening.append((inverse / deviation[part, None, :])[:, lower])
-    return weight * mean, torch.cat(whitening)
+    return mean_weight * mean, torch.cat(whitening)
 
 
 def leave_one_out(
@@ -118,6 +130,7 @@ def leave_one_out(
     num_channels: int,
     count: int,
     prior_images: float = PRIOR_IMAGES,
+    mean_prior_images: float = PRIOR_IMAGES,
 ) -> torch.Tensor:
     """What images' distances would be, had the Gaussian of `residual_gaussian` not seen them.
 
@@ -134,12 +147,12 @@ def leave_one_out(
         cell_distance: |Wx|^2 / C.
         num_channels: C.
         count: images seen.
-        prior_images: as in `residual_gaussian`.
+        prior_images, mean_prior_images: as in `residual_gaussian`.
 
     Returns:
         The distances, of the same shape.
     """
     share = (1.0 - RIDGE) * num_channels / (count + prior_images)
     leverage = share * cell_distance  # below 1
-    of_mean = (count + prior_images) / (count + prior_images - 1.0)
+    of_mean = (count + mean_prior_images) / max(count + mean_prior_images - 1.0, 1.0)
     return of_mean**2 * (distance + share * product.square() / (1.0 - leverage).clamp(min=1e-6))

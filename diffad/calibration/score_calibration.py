@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 
 from diffad.calibration.conformal import conformal_threshold, false_alarm_bound
 from diffad.calibration.residual_gaussian import by_cell, from_cells, leave_one_out
+from diffad.moments import PRIOR_IMAGES
 from diffad.scoring import Measurement, resize_maps
 from diffad.warn_once import warn_once
 
@@ -39,6 +40,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         false_alarm_rate: the rate at which the thresholds were set.
         precision: in which the networks ran, such as "float32"; None where it is not known.
         settings: the pipeline's, as they were.
+        mean_prior_images: how many images say that the residual's mean is 0 (`residual_gaussian`).
 
     Attributes:
         map_mean, map_std: (K, S, H, W), of the smoothed maps over good images; the latter times one constant for each
@@ -80,6 +82,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         residual_places: tuple[int, int] | None = None,
         precision: str | None = None,
         settings: dict[str, Any] | None = None,
+        mean_prior_images: float = PRIOR_IMAGES,
     ):
         super().__init__()
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
@@ -147,7 +150,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             cells' distances, interpolated there. The first says whether something is there, the second where it ends.
         """
         grid, (num_channels, *size) = self.grid, self.config.residual_shape
-        has_positions = self.num_distances == 2
+        has_positions, priors = self.num_distances == 2, {"mean_prior_images": self.config.mean_prior_images}
         residual = F.adaptive_avg_pool2d(residual.float(), size)  # (N, C, h, w)
         of_cells, of_positions = (residual.new_empty(len(residual), *shape) for shape in (grid, size))
         with torch.autocast(residual.device.type, enabled=False):
@@ -162,10 +165,10 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                     position = whitened.square().mean(dim=1)  # (P, A, N')
                     if num_seen:
                         product = (whitened * average).mean(dim=1)  # (P, A, N')
-                        position = leave_one_out(position, product, cell, num_channels, num_seen)
+                        position = leave_one_out(position, product, cell, num_channels, num_seen, **priors)
                     of_positions[chosen] = from_cells(position, grid, size)
                 if num_seen:
-                    cell = leave_one_out(cell, cell, cell, num_channels, num_seen)
+                    cell = leave_one_out(cell, cell, cell, num_channels, num_seen, **priors)
                 of_cells[chosen] = from_cells(cell, grid, grid)
         if not has_positions:
             return (of_cells.clamp(min=1e-6).log(),)
@@ -193,8 +196,19 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 "distance). Load the pipeline with `calibration=None` and call `calibrate` with good images."
             )
 
+    @property
+    def has_thresholds(self) -> bool:
+        """Not from a single good image."""
+        return self.config.num_scores > 0
+
     def check_category(self, category: torch.Tensor, names: Sequence[str]) -> None:
         """Raises a ValueError where one of images (N,) is of a category without thresholds: it would never alarm."""
+        if not self.has_thresholds:
+            warn_once(
+                "This pipeline was calibrated with a single good image, which vouches for no false-alarm rate: "
+                "anomaly_mask, is_anomalous and p_value are None. Calibrate it with more."
+            )
+            return
         for index in sorted(set(category.tolist())):
             if not self.image_threshold[index].isfinite():
                 name = names[index] if names else "default"

@@ -90,7 +90,7 @@ def promise(pipeline: Any, category: str) -> dict[str, float]:
     `image_threshold`; `allowed_false_alarms`, the rate that holds on average over sets of good images; and
     `allowed_false_alarms_95`, the rate that this calibration keeps with 95% confidence.
     """
-    if pipeline.calibration is None:
+    if not pipeline.has_thresholds:
         return {}
     index = category_index(pipeline, category)
     threshold = pipeline.calibration.image_threshold[index]
@@ -105,7 +105,7 @@ def promise(pipeline: Any, category: str) -> dict[str, float]:
 
 def pixel_threshold(pipeline: Any, category: str) -> float | None:
     """Above which the map of an alarmed image is in its mask; None before the category is calibrated."""
-    if pipeline.calibration is None:
+    if not pipeline.has_thresholds:
         return None
     threshold = pipeline.calibration.pixel_threshold[category_index(pipeline, category)]
     return float(threshold) if torch.isfinite(threshold) else None

@@ -1,0 +1,162 @@
+#!/usr/bin/env python
+"""Fits the Gaussian of good images' features alone: a detector in seconds, with nothing trained.
+
+    accelerate launch training/fit.py --train_data_dir DIR --output_dir runs/parts
+
+PaDiM (Defard et al., "PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection and Localization", 2021) as
+an `AnomalyDenoisePipeline` without a denoiser: the same call, calibration, commands and card. Any number of processes
+share the images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+
+from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
+from diffad.images import ImageSequence, images_to_pixel_values
+from diffad.models.feature_extractor import LITE0_BACKBONE
+from diffad.training.arguments import ABOVE_ZERO, COUNT, PIXELS, POSITIVE, RATE, SEED, FlagParser
+from diffad.training.data import hold_out, read_good_images
+from diffad.training.finish import save_examples, save_record
+
+FEW_IMAGES = 20  # of fewer, none is held out: thresholds come from leaving each out in turn
+STANDARDIZATION_IMAGES = 64  # some 200,000 positions, which tell a channel's mean and deviation
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = FlagParser(description="Fits the Gaussian of good images' features alone, with nothing trained.")
+    data = parser.add_argument_group("data")
+    data.add_argument("--train_data_dir", metavar="DIR", help="MVTec-AD style tree or folder of good images, or 'elpv'")
+    data.add_argument("--dataset_name", metavar="ID", help="data set on the Hub, instead of --train_data_dir")
+    data.add_argument("--dataset", metavar="NAME", help="force a layout (mvtec_ad, visa, folder, ...)")
+    data.add_argument("--category", nargs="+", help="only these categories (default: all that there are)")
+    data.add_argument(
+        "--streaming",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="read the data once as a stream, and keep only its good images on disk",
+    )
+    data.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable files (error)")
+    data.add_argument("--value_range", type=ABOVE_ZERO, help="of images of more than 8 bits, 4095 for a camera of 12")
+    data.add_argument(
+        "--calibration_fraction",
+        type=RATE,
+        default=0.2,
+        help=f"share of good images held out for thresholds, from {FEW_IMAGES} of a category on (0.2)",
+    )
+    data.add_argument("--part_pattern", metavar="REGEX", help="finds the part in an image's path, see train_ddpm.py")
+    data.add_argument("--false_alarm_rate", type=RATE, default=0.01, help="of good parts that may alarm (0.01)")
+    features = parser.add_argument_group("features")
+    features.add_argument("--backbone", default=LITE0_BACKBONE, help=f"timm model ({LITE0_BACKBONE})")
+    features.add_argument(
+        "--backbone_weights", help="'timm', 'random' or a file (default: installed package, then timm)"
+    )
+    features.add_argument("--feature_strides", type=POSITIVE, nargs="+", default=[2, 4, 8, 16], help="(2 4 8 16)")
+    features.add_argument(
+        "--feature_layers", type=COUNT, nargs="+", help="the backbone's layers by timm's index, instead of strides"
+    )
+    features.add_argument("--feature_image_size", type=PIXELS, default=224, help="pixels the backbone sees (224)")
+    features.add_argument("--feature_resolution", type=POSITIVE, help="rows and columns (a quarter of the pixels)")
+    parser.add_argument("--output_dir", default="runs/model", help="where the pipeline goes (%(default)s)")
+    parser.add_argument("--batch_size", type=POSITIVE, default=16, help="images in one pass (16)")
+    parser.add_argument("--seed", type=SEED, default=0, help="of which images are held out (0)")
+    parser.add_argument("--num_example_images", type=COUNT, default=2, help="good images saved as pictures (2)")
+    args = parser.parse_args(argv)
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        parser.error("give one of --train_data_dir and --dataset_name")
+    return args
+
+
+def create_extractor(good: Dataset, args: argparse.Namespace, device: torch.device) -> TimmFeatureExtractor:
+    """The backbone, its channels standardised by good images spread over all of them."""
+    extractor = TimmFeatureExtractor.from_backbone(
+        args.backbone, args.feature_strides, args.feature_image_size, args.backbone_weights, args.feature_layers
+    ).to(device)
+    chosen = np.linspace(0, len(good) - 1, min(len(good), STANDARDIZATION_IMAGES)).astype(int).tolist()
+    side = args.feature_resolution or args.feature_image_size // 4
+
+    def batches() -> Iterator[torch.Tensor]:
+        for start in range(0, len(chosen), args.batch_size):
+            rows = [good[i]["image"] for i in chosen[start : start + args.batch_size]]
+            images = ImageSequence(rows, args.value_range)
+            yield images_to_pixel_values(images, (args.feature_image_size,) * 2).to(device)
+
+    return extractor.fit_standardization(batches(), (side, side))
+
+
+def calibrate_category(
+    pipeline: AnomalyDenoisePipeline,
+    good: Dataset,
+    name: str | None,
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+) -> str:
+    """Fits one category's Gaussian and thresholds; says from which images."""
+    options = {"false_alarm_rate": args.false_alarm_rate, "category": name, "batch_size": args.batch_size}
+    if len(good) < FEW_IMAGES:
+        pipeline.calibrate(good["image"], leave_one_out=True, **options)
+        return f"{len(good)} good images, each left out in turn for the thresholds"
+    training, held_out, _ = hold_out(good, args)
+    pipeline.calibrate(held_out["image"], training["image"], accelerator=accelerator, **options)
+    return f"{len(training)} good images, and {len(held_out)} held out for the thresholds"
+
+
+def describe_rate(pipeline: AnomalyDenoisePipeline, name: str | None) -> str:
+    """What the thresholds vouch for."""
+    if not pipeline.has_thresholds:
+        return "one image vouches for no false-alarm rate: masks, alarms and p-values stay None"
+    index = pipeline.category_index(name)
+    return (
+        f"at most {pipeline.calibration.stated_false_alarm_rate(index):.1%} of new good parts raise an alarm on "
+        f"average over such sets of images; with 95% confidence, these keep it below "
+        f"{pipeline.calibration.false_alarm_bound(index):.1%}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    accelerator = Accelerator(mixed_precision="no")
+    started = time.time()
+
+    # 1. Good images, and the backbone
+    good = read_good_images(args)
+    of_image = np.asarray(good["category"])
+    categories = sorted(set(of_image.tolist()))
+    extractor = create_extractor(good, args, accelerator.device)
+
+    # 2. A pipeline without a denoiser; its Gaussian and thresholds, category by category
+    pipeline = AnomalyDenoisePipeline(
+        None,
+        None,
+        extractor,
+        position_trust=0.0,
+        feature_resolution=args.feature_resolution,
+        categories=categories if len(categories) > 1 else None,
+        value_range=args.value_range,
+    ).to(accelerator.device)
+    pipeline.set_progress_bar_config(disable=True)
+    for category in categories:
+        name = category if len(categories) > 1 else None
+        images = good.select(np.flatnonzero(of_image == category))
+        how = calibrate_category(pipeline, images, name, args, accelerator)
+        accelerator.print(f"{category}: {how}; {describe_rate(pipeline, name)}.")
+
+    # 3. Save
+    if accelerator.is_main_process:
+        pipeline.save_pretrained(args.output_dir)
+        save_examples(pipeline, good, args)
+        save_record(args, {"categories": categories, "seconds": round(time.time() - started, 1)})
+        print(f"Saved to {args.output_dir}, {time.time() - started:.0f} s.")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
