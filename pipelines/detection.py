@@ -14,6 +14,7 @@ from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.grey_depth import warn_of_found_range
 from diffad.images import ImageSequence, common_value_range
 from diffad.pipelines.base import AnomalyPipeline
+from diffad.pipelines.checks import check_value_range
 from diffad.precision import running_precision
 from diffad.process_share import process_share
 from diffad.scoring import Measurement, empty_measurement
@@ -74,6 +75,7 @@ class DetectionPipeline(AnomalyPipeline):
         batch_size: int = 16,
         generator: torch.Generator | None = None,
         accelerator: Accelerator | None = None,
+        value_range: float | None = None,
     ) -> DetectionPipeline:
         """Learns what normal looks like from good images, in one pass over them and constant memory.
 
@@ -96,12 +98,14 @@ class DetectionPipeline(AnomalyPipeline):
             batch_size: images in a batch.
             generator: makes the calibration repeatable. Each image has noise of its own, whatever the batch.
             accelerator: shares the images among its processes; each ends with the same calibration.
+            value_range: of images of more than 8 bits, where the pipeline has none; None finds that which holds all
+                images, where the first of either set has more than 8. It is saved with the calibration.
 
         Returns:
             The pipeline, calibrated.
 
         Raises:
-            ValueError: too few images, or a wrong category.
+            ValueError: too few images, a wrong category, or a range that is not the other categories'.
         """
         if not 0.0 < false_alarm_rate < 1.0:
             raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate}.")
@@ -118,23 +122,52 @@ class DetectionPipeline(AnomalyPipeline):
                 f"`images` holds {len(images)} good images and `statistics_images` {len(for_statistics)}, too few to "
                 "calibrate: it takes 1 of each, or 2 `images`, and deserves 100."
             )
-        if self.config.value_range is None and (found := common_value_range(images, statistics_images)) is not None:
-            warn_of_found_range(found)
-            self.register_to_config(value_range=found)  # a calibration holds for one range
-        fit = self.calibration_fit(self.category_index(category), len(for_scores), false_alarm_rate, accelerator)
+        index = self.category_index(category)
+        found = self._found_value_range(index, value_range, images, statistics_images)
+        fit = self.calibration_fit(index, len(for_scores), false_alarm_rate, accelerator, found)
         for learn, part, indices in (
             (fit.add_statistics, statistics_images, for_statistics),
             (fit.add_scores, images, for_scores),
         ):
             generators = image_generators(generator, len(indices))
-            for measurement in self._measurements(part, indices, fit.category, batch_size, generators, accelerator):
+            for measurement in self._measurements(
+                part, indices, index, batch_size, generators, accelerator, self.config.value_range or found
+            ):
                 learn(measurement)
         self.maybe_free_model_hooks()
         self.register_modules(calibration=fit.finish())
         return self
 
+    def _found_value_range(self, category: int, value_range: float | None, *sets: Sequence[Any]) -> float | None:
+        """The range that a calibration of these images holds for, and saves; None where the pipeline has its own.
+
+        Raises:
+            ValueError: other categories were calibrated with a smaller one.
+        """
+        check_value_range(value_range)
+        if self.config.value_range is not None:
+            return None
+        found = common_value_range(*sets) if value_range is None else value_range
+        if found is not None and value_range is None:
+            warn_of_found_range(found)
+        earlier = self.value_range
+        others = [] if earlier is None else [i for i in self.calibration.calibrated_categories if i != category]
+        if not others:
+            return found
+        if found is not None and found > earlier:
+            raise ValueError(
+                f"`value_range`: these images take {found:g}, and other categories were calibrated with {earlier:g}. "
+                "Load the pipeline with `calibration=None` and a `value_range`, and calibrate every category."
+            )
+        return earlier
+
     def calibration_fit(
-        self, category: int, num_scores: int, false_alarm_rate: float, accelerator: Accelerator | None = None
+        self,
+        category: int,
+        num_scores: int,
+        false_alarm_rate: float,
+        accelerator: Accelerator | None = None,
+        value_range: float | None = None,
     ) -> CalibrationFit:
         """A fit of this pipeline's calibration for one category, which has seen nothing yet; arguments as there."""
         settings = {name: value for name, value in self.config.items() if name in setting_names(type(self))}
@@ -149,6 +182,7 @@ class DetectionPipeline(AnomalyPipeline):
             accelerator=accelerator,
             precision=running_precision(self.measuring_networks, self._execution_device),
             settings=settings,
+            value_range=value_range,
         )
 
     def _measurements(
@@ -159,6 +193,7 @@ class DetectionPipeline(AnomalyPipeline):
         batch_size: int,
         generators: Sequence[torch.Generator],
         accelerator: Accelerator | None,
+        value_range: float | None,
     ) -> Iterator[Measurement]:
         """Measurements of this process's share of the images at `indices`, batch by batch.
 
@@ -169,12 +204,7 @@ class DetectionPipeline(AnomalyPipeline):
         starts: Any = range(0, len(chosen), batch_size)
         for start in self.progress_bar(starts) if len(starts) > 1 else starts:
             batch = chosen[start : start + batch_size]
-            sequence = ImageSequence([images[indices[i]] for i in batch], self.config.value_range)
-            if sequence.found_value_range is not None:
-                raise ValueError(
-                    "`images` and `statistics_images` hold images of 8 bits and of more, the first ones of 8: give the "
-                    "pipeline a `value_range`, such as 4095 for a camera of 12 bits."
-                )
+            sequence = ImageSequence.of_rows(images, [indices[i] for i in batch], value_range)
             of_category = torch.full((len(batch),), category, device=self._execution_device)
             measurement = self.measure_images(sequence, of_category, [generators[i] for i in batch])
             yield measurement if mine else empty_measurement(measurement)

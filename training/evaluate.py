@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     dataset = load_anomaly_dataset(args.data, "test", args.category, args.dataset, args.on_bad_image)
     pipeline = load_pipeline(args.model).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
-    if pipeline.config.value_range is None and (value_range := dataset_value_range(dataset)) is not None:
+    if pipeline.value_range is None and (value_range := dataset_value_range(dataset)) is not None:
         accelerator.print(f"Images are taken to lie in [0, {value_range:g}], the smallest range that holds them all.")
         pipeline.register_to_config(value_range=value_range)
     baselines = [name for name in args.baselines if name != "none"]

@@ -51,7 +51,7 @@ class CalibrationFit:
             `MomentSums.standard_deviation`.
         accelerator: adds up what its processes have seen, each its own images; a process without any adds a measurement
             of no images. Then every process ends with the same calibration.
-        record: what is saved with it, `precision` and `settings` of [`ScoreCalibration`].
+        record: what is saved with it, `precision`, `settings` and `value_range` of [`ScoreCalibration`].
     """
 
     def __init__(

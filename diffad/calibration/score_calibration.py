@@ -39,6 +39,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         false_alarm_rate: the rate at which the thresholds were set.
         precision: in which the networks ran, such as "float32"; None where it is not known.
         settings: the pipeline's, as they were.
+        value_range: of images of more than 8 bits, where the calibration has found it and the pipeline has none.
 
     Attributes:
         map_mean, map_std: (K, S, H, W), of the smoothed maps over good images; the latter times one constant for each
@@ -80,6 +81,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         residual_places: tuple[int, int] | None = None,
         precision: str | None = None,
         settings: dict[str, Any] | None = None,
+        value_range: float | None = None,
     ):
         super().__init__()
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
@@ -220,6 +222,11 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 "by about a tenth of their deviation between float32 and bfloat16. The stated false-alarm rate then "
                 f"holds no longer. Run it in {self.config.precision}, or calibrate it in {precision}."
             )
+
+    @property
+    def calibrated_categories(self) -> list[int]:
+        """Indices of the categories that have thresholds."""
+        return self.image_threshold.isfinite().nonzero().flatten().tolist()
 
     def num_good_images(self, category: int) -> int:
         """How many good images one category's thresholds come from."""
