@@ -237,6 +237,7 @@ def calibrate(
     import torch
 
     from diffad.data import check_part_pattern, halve_parts, load_anomaly_dataset, part_index
+    from diffad.data.checks import dataset_value_range
     from diffad.model_card import REPORT_NAME, remove_reports
 
     if output is None and not Path(model).is_dir():
@@ -266,6 +267,7 @@ def calibrate(
         category=category if len(pipeline.categories) > 1 else None,
         batch_size=batch_size,
         generator=torch.Generator().manual_seed(seed),
+        value_range=None if pipeline.config.value_range is not None else dataset_value_range(good),
     )
     pipeline.save_pretrained(folder)
     if (folder / REPORT_NAME).is_file():  # it spoke of the statistics that were here before

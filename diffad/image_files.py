@@ -6,6 +6,7 @@ import io
 import os
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ LARGE_PIXELS = 2**24  # images above this are reduced where only a much smaller 
 REDUCED_SIDE = 4096  # the least to which such a JPEG image is reduced while decoding, in pixels a side
 
 _PILLOW_LIMIT = threading.Lock()
+_LARGE_IMAGE = threading.RLock()
 
 
 Result = TypeVar("Result")
@@ -52,30 +54,6 @@ def read_image(path: str | os.PathLike | None, content: bytes | None = None, red
     return _read(decode, path, content)
 
 
-def check_image_file(path: str | os.PathLike | None, content: bytes | None = None) -> tuple[int, int]:
-    """Reads an image file to its end; width and height once it is upright. Raises as `read_image` does.
-
-    PNG files are checked by the checksums of their chunks, in a hundredth of the time that decoding takes.
-    """
-
-    def check(file: Any) -> tuple[int, int] | None:
-        with _open(file) as image:
-            if image.format != "PNG":
-                return None
-            size = upright_size(image)
-            if image.fp is not None:  # else looking behind the pixels has decoded them
-                image.fp.seek(0)
-                with _open(image.fp) as again:
-                    again.verify()
-            return size
-
-    try:
-        size = _read(check, path, content)
-    except UnreadableImageError:  # a wrong checksum alone is no reason
-        size = None
-    return read_image(path, content).size if size is None else size
-
-
 def image_file_header(path: str | os.PathLike | None, content: bytes | None = None) -> tuple[tuple[int, int], str]:
     """Width and height of an image file once it is upright, and Pillow's mode, mostly without decoding.
 
@@ -89,6 +67,11 @@ def image_file_header(path: str | os.PathLike | None, content: bytes | None = No
             return upright_size(image), mode
 
     return _read(look, path, content)
+
+
+def one_large_at_a_time(num_pixels: int) -> AbstractContextManager:
+    """For work on an image: of those above `LARGE_PIXELS` only one is in memory, whatever the number of threads."""
+    return _LARGE_IMAGE if num_pixels > LARGE_PIXELS else nullcontext()
 
 
 def _read(read: Callable[[Any], Result], path: str | os.PathLike | None, content: bytes | None) -> Result:

@@ -74,11 +74,13 @@ def _xmp_orientation(xmp: str | bytes | None) -> int | None:
 
 def turn_upright(image: Image.Image) -> Image.Image:
     """Applies the orientation of an image's EXIF or XMP data; an upright image is returned as it is."""
+    tags = getattr(image, "tag_v2", None) or {}
+    is_turned = tags.get(ExifTags.Base.Orientation) in TURNS  # by Pillow, while it decodes TIFF
     image.load()  # metadata may stand behind the pixels
     turn = TURNS.get(orientation(image))
-    if turn is None:
+    if turn is None and not is_turned:
         return image
-    turned = image.transpose(turn)
+    turned = image if is_turned else image.transpose(turn)
     for key in (*EXIF_KEYS, *XMP_KEYS):  # so that nobody turns it again
         turned.info.pop(key, None)
     return turned

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -116,14 +117,7 @@ def _flatten(image: ImageInput, name: str) -> list[tuple[Any, str]]:
 def _to_tensors(image: Any, name: str, value_range: float | None) -> list[torch.Tensor]:
     """(3, H, W) float32 tensors in [0, 1] of an image or a batch in memory."""
     if isinstance(image, Image.Image):
-        if 0 in image.size:
-            raise ValueError(f"`{name}` has no pixels: its size is {image.size}.")
-        try:
-            image = _pil_to_array(turn_upright(image), value_range)
-        except MemoryError:
-            raise
-        except Exception as error:  # a lazily opened file may turn out broken only here
-            raise UnreadableImageError(f"`{name}` cannot be read as an image: {error}") from error
+        image = _pil_to_array(_upright(image, name), value_range)
     if isinstance(image, np.ndarray):
         image = _array_to_tensor(image, name)  # (N, C, H, W)
     elif isinstance(image, torch.Tensor):
@@ -160,6 +154,24 @@ def _to_tensors(image: Any, name: str, value_range: float | None) -> list[torch.
     else:
         raise ValueError(f"`{name}` must be uint8, uint16 or floating point, but is {image.dtype}.")
     return list(image.expand(-1, 3, -1, -1))
+
+
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    """A PIL image, decoded and upright.
+
+    Raises:
+        ValueError, UnreadableImageError: it has no pixels, or turns out broken only now that it is decoded.
+    """
+    if 0 in image.size:
+        raise ValueError(f"`{name}` has no pixels: its size is {image.size}.")
+    try:
+        upright = turn_upright(image)
+        check_values(upright)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UnreadableImageError(f"`{name}` cannot be read as an image: {error}") from error
+    return upright
 
 
 def _pil_to_array(image: Image.Image, value_range: float | None) -> np.ndarray:
@@ -211,6 +223,10 @@ class ImageSequence:
                 (width, height), mode = image_file_header(one)
                 singles, sizes = [one], [(height, width)]
                 deep += [(one, place)] if is_deep(mode) else []
+            elif isinstance(one, Image.Image):
+                upright = _upright(one, place)
+                singles, sizes = [upright], [(upright.height, upright.width)]
+                deep += [(upright, place)] if is_deep(upright.mode) else []
             else:
                 sizes = [tuple(tensor.shape[-2:]) for tensor in _to_tensors(one, place, value_range or 2.0**31)]
                 singles = [one] if len(sizes) == 1 else list(one)
@@ -219,6 +235,18 @@ class ImageSequence:
             self.sizes += sizes
         self.found_value_range = _find_value_range(deep) if value_range is None else None
         self.value_range = self.found_value_range if value_range is None else value_range
+
+    @classmethod
+    def of_rows(cls, images: Sequence[Any], indices: Sequence[int], value_range: float | None) -> ImageSequence:
+        """Single images of a sequence, such as a data set's column, each taken when its turn comes.
+
+        Their `sizes` are not known, and no range is found: images of more than 8 bits without a `value_range` raise a
+        ValueError when they come.
+        """
+        rows = object.__new__(cls)
+        rows._items = [(partial(images.__getitem__, i), f"images[{i}]") for i in indices]
+        rows.sizes, rows.value_range, rows.found_value_range = [], value_range, None
+        return rows
 
     def __len__(self) -> int:
         return len(self._items)
@@ -232,8 +260,16 @@ class ImageSequence:
     def resized(self, size: tuple[int, int]) -> Iterable[torch.Tensor]:
         """Each image as (1, 3, *size) float32 in [0, 1], one at a time."""
         for image, name in self._items:
+            is_row = isinstance(image, partial)
+            if is_row:
+                image = image()
             if isinstance(image, (str, os.PathLike)):
                 image = read_image(image, reduce_large=True)
+            if is_row and self.value_range is None and value_range_of(image) is not None:
+                raise ValueError(
+                    f"`{name}` has more than 8 bits, as not all images have: give a `value_range`, such as 4095 for a "
+                    "camera of 12 bits."
+                )
             yield resize_image(image, size, self.value_range, name)
 
 

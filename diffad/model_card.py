@@ -93,6 +93,7 @@ def render_model_card(
         template_str=files("diffad.model_cards").joinpath("TEMPLATE.md").read_text(encoding="utf-8"),
         title=title,
         method=method,
+        denoiser=pipeline.unet is not None,
         paper_url=PAPERS[method],
         class_name=class_name,
         repo_id=repo_id,

@@ -13,12 +13,10 @@ import heapq
 import json
 import math
 import os
-import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -27,8 +25,8 @@ import torch
 from PIL import Image
 
 from diffad.files import locked_folder, write_text_whole, write_whole
-from diffad.grey_depth import BAND_PIXELS, warn_of_found_range
-from diffad.image_files import LARGE_PIXELS, image_file_header, read_image
+from diffad.grey_depth import BAND_PIXELS, UnreadableImageError, warn_of_found_range
+from diffad.image_files import LARGE_PIXELS, image_file_header, one_large_at_a_time, read_image
 from diffad.images import find_value_range, image_to_rgb, resize_image, resize_images
 from diffad.inputs import LOCK_NAME, PICTURE_FOLDERS, SHEET_NAME, find_images
 from diffad.journal import (
@@ -53,7 +51,6 @@ __all__ = ["find_images", "predict_files", "score_files"]
 
 SETTINGS_NAME = "settings.json"
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
-_LARGE_IMAGE = threading.Lock()
 
 # (network inputs, each (3, R, R) in [0, 1]; places of the images among all) -> an `AnomalyOutput` of tensors
 Detect: TypeAlias = Callable[[list[torch.Tensor], list[int]], Any]
@@ -112,7 +109,7 @@ def predict_files(
     """
     index = pipeline.category_index(category)
     settings: dict[str, Any] = {"category": category, "seed": seed, "calibration": None}
-    settings["value_range"] = pipeline.config.value_range
+    settings["value_range"] = pipeline.value_range
     threshold = None
     if pipeline.has_thresholds:
         thresholds = (pipeline.calibration.image_threshold, pipeline.calibration.pixel_threshold)
@@ -270,9 +267,10 @@ def _check_settings(settings: dict[str, Any], inputs: Sequence[Input], output_di
             ) from error
         changed = [name for name in settings if settings[name] != earlier.get(name)]
         if changed:
+            values = ", ".join(f"{name} {earlier.get(name)} there and {settings[name]} now" for name in changed)
             raise ValueError(
-                f"{output_dir} holds results of another {' and '.join(changed)}. Give another `output_dir`, or remove "
-                "that one."
+                f"{output_dir} holds results of another {' and '.join(changed)} ({values}). Give another `output_dir`, "
+                "or remove that one."
             )
         return root
     root = common_folder(inputs)
@@ -302,11 +300,11 @@ def _decoded_batches(
     def decode(path: Path) -> Decoded | Exception:
         try:
             (width, height), _ = image_file_header(path)
-            with _one_at_a_time((height, width)):
+            with one_large_at_a_time(width * height):
                 image = read_image(path, reduce_large=True)
                 network_input = resize_image(image, (side, side), value_range)[0]
                 pixels = np.asarray(image_to_rgb(_reduce(image), value_range))
-        except (ValueError, OSError) as error:
+        except (UnreadableImageError, OSError) as error:
             return error
         return Decoded((height, width), pixels, network_input.clamp(0.0, 1.0))  # rounding may have left the range
 
@@ -327,15 +325,16 @@ def _decoded_batches(
         yield batch
 
 
-def _one_at_a_time(size: tuple[int, int]) -> AbstractContextManager:
-    """For work on an image of a size (H, W): of large ones only one is in memory, whatever the number of threads."""
-    return _LARGE_IMAGE if math.prod(size) > LARGE_PIXELS else nullcontext()
-
-
 def _reduce(image: Image.Image) -> Image.Image:
     """A large image by the smallest whole factor that leaves no more than `LARGE_PIXELS`; others as they are."""
     factor = math.ceil(math.sqrt(image.width * image.height / LARGE_PIXELS))
-    return image.reduce(factor) if factor > 1 else image
+    if factor == 1:
+        return image
+    if image.mode.startswith("I;"):
+        image = image.convert("I")
+    elif image.mode in ("1", "P"):  # whose values have no mean
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return image.reduce(factor)
 
 
 def _at_size(
@@ -391,7 +390,7 @@ def _write_outputs(
     pictures["overlays"] = lambda: overlay(decoded.pixels, shown.numpy(), outlined, threshold)
     try:
         for folder, picture in pictures.items():
-            with _one_at_a_time(decoded.size):
+            with one_large_at_a_time(math.prod(decoded.size)):
                 _save(Image.fromarray(picture()), output_dir, f"{folder}/{row['picture']}")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

@@ -49,10 +49,18 @@ class AnomalyPipeline(DiffusionPipeline):
         """
         return int(category_indices(category, self.categories, 1)[0])
 
+    @property
+    def value_range(self) -> float | None:
+        """Of images of more than 8 bits: the pipeline's own, that which its calibration found, or None."""
+        calibration = getattr(self, "calibration", None)
+        found = None if calibration is None else calibration.config.value_range
+        return self.config.value_range if self.config.value_range is not None else found
+
     def share_components(self, pipeline_class: type[Pipeline]) -> Pipeline:
         """Another pipeline of the same components and settings. Unlike `from_pipe` it casts nothing."""
         private = {name[1:]: value for name, value in self.config.items() if name.startswith("_")}  # `from_pipe` keeps
         values = {**private, **self.config, **self.components}  # there what a pipeline has no use for
+        values["value_range"] = self.value_range
         shared = {name: values[name] for name in inspect.signature(pipeline_class).parameters if name in values}
         pipeline = pipeline_class(**shared)
         pipeline.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))

@@ -13,8 +13,8 @@ from diffad.calibration.fitting import CalibrationFit, ScoreFunctions
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.grey_depth import warn_of_found_range
 from diffad.images import ImageSequence, common_value_range
-from diffad.moments import PRIOR_IMAGES
 from diffad.pipelines.base import AnomalyPipeline
+from diffad.pipelines.checks import check_value_range
 from diffad.precision import running_precision
 from diffad.process_share import process_share
 from diffad.scoring import Measurement, empty_measurement, split_measurement
@@ -32,9 +32,9 @@ class DetectionPipeline(AnomalyPipeline):
     """
 
     @property
-    def mean_prior_images(self) -> float:
-        """How many images say that the residual's mean is 0, as that of a network that predicts features should be."""
-        return PRIOR_IMAGES
+    def scores_features(self) -> bool:
+        """Whether the residual is features that nothing predicts."""
+        return False
 
     @property
     def measuring_networks(self) -> tuple[Any, ...]:
@@ -81,6 +81,7 @@ class DetectionPipeline(AnomalyPipeline):
         generator: torch.Generator | None = None,
         accelerator: Accelerator | None = None,
         leave_one_out: bool = False,
+        value_range: float | None = None,
     ) -> DetectionPipeline:
         """Learns what normal looks like from good images, in one pass over them and constant memory.
 
@@ -106,17 +107,21 @@ class DetectionPipeline(AnomalyPipeline):
             leave_one_out: for few images. All of `images` serve statistics and thresholds: each is scored by the
                 statistics of the others alone, which are made anew for it. The time grows with the square of their
                 number. A single image has statistics and no thresholds: masks, alarms and p-values stay None.
+            value_range: of images of more than 8 bits, where the pipeline has none; None finds that which holds all
+                images, where the first of either set has more than 8. It is saved with the calibration.
 
         Returns:
             The pipeline, calibrated.
 
         Raises:
-            ValueError: too few images, or a wrong category.
+            ValueError: too few images, a wrong category, or a range that is not the other categories'.
         """
         if not 0.0 < false_alarm_rate < 1.0:
             raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate}.")
         if leave_one_out:
-            return self._calibrate_leaving_one_out(images, false_alarm_rate, category, batch_size, generator)
+            return self._calibrate_leaving_one_out(
+                images, false_alarm_rate, category, batch_size, generator, value_range
+            )
         # indices, as a slice of a data set's column would decode all of it
         if statistics_images is None:
             statistics_images = images
@@ -130,24 +135,21 @@ class DetectionPipeline(AnomalyPipeline):
                 f"`images` holds {len(images)} good images and `statistics_images` {len(for_statistics)}, too few to "
                 "calibrate: it takes 1 of each, or 2 `images`, and deserves 100."
             )
-        self._find_value_range(images, statistics_images)
-        fit = self.calibration_fit(self.category_index(category), len(for_scores), false_alarm_rate, accelerator)
+        index = self.category_index(category)
+        found = self._found_value_range(index, value_range, images, statistics_images)
+        fit = self.calibration_fit(index, len(for_scores), false_alarm_rate, accelerator, found)
         for learn, part, indices in (
             (fit.add_statistics, statistics_images, for_statistics),
             (fit.add_scores, images, for_scores),
         ):
             generators = image_generators(generator, len(indices))
-            for measurement in self._measurements(part, indices, fit.category, batch_size, generators, accelerator):
+            for measurement in self._measurements(
+                part, indices, index, batch_size, generators, accelerator, self.config.value_range or found
+            ):
                 learn(measurement)
         self.maybe_free_model_hooks()
         self.register_modules(calibration=fit.finish())
         return self
-
-    def _find_value_range(self, *sets: Sequence[Any]) -> None:
-        """A calibration holds for one range of images of more than 8 bits."""
-        if self.config.value_range is None and (found := common_value_range(*sets)) is not None:
-            warn_of_found_range(found)
-            self.register_to_config(value_range=found)
 
     def _calibrate_leaving_one_out(
         self,
@@ -156,29 +158,37 @@ class DetectionPipeline(AnomalyPipeline):
         category: str | None,
         batch_size: int,
         generator: torch.Generator | None,
+        value_range: float | None,
     ) -> DetectionPipeline:
         """`calibrate` of few images, whose measurements are all in memory, as (1, ...) each."""
-        if not len(images):
+        count = len(images)
+        if not count:
             raise ValueError("`images` is empty: a calibration takes good images, and deserves 100.")
-        self._find_value_range(images)
-        index, everything, generators = (
-            self.category_index(category),
-            [*range(len(images))],
-            image_generators(generator, len(images)),
-        )
-        batches = self._measurements(images, everything, index, batch_size, generators, None)
-        measurements = [one for batch in batches for one in split_measurement(batch)]
-        num_scores = len(images) if len(images) > 1 else 0
+        index = self.category_index(category)
+        found = self._found_value_range(index, value_range, images)
+        measurements = [
+            one
+            for batch in self._measurements(
+                images,
+                range(count),
+                index,
+                batch_size,
+                image_generators(generator, count),
+                None,
+                self.config.value_range or found,
+            )
+            for one in split_measurement(batch)
+        ]
 
         def fit_without(left_out: int | None) -> CalibrationFit:
-            fit = self.calibration_fit(index, num_scores, false_alarm_rate)
+            fit = self.calibration_fit(index, count if count > 1 else 0, false_alarm_rate, value_range=found)
             for i, measurement in enumerate(measurements):
                 if i != left_out:
                     fit.add_statistics(measurement)
             return fit
 
         fit = fit_without(None)
-        for i in everything if num_scores else []:
+        for i in range(count if count > 1 else 0):
             without = fit_without(i)
             without.add_scores(measurements[i])
             fit.take_scores(without)
@@ -186,8 +196,36 @@ class DetectionPipeline(AnomalyPipeline):
         self.register_modules(calibration=fit.finish())
         return self
 
+    def _found_value_range(self, category: int, value_range: float | None, *sets: Sequence[Any]) -> float | None:
+        """The range that a calibration of these images holds for, and saves; None where the pipeline has its own.
+
+        Raises:
+            ValueError: other categories were calibrated with a smaller one.
+        """
+        check_value_range(value_range)
+        if self.config.value_range is not None:
+            return None
+        found = common_value_range(*sets) if value_range is None else value_range
+        if found is not None and value_range is None:
+            warn_of_found_range(found)
+        earlier = self.value_range
+        others = [] if earlier is None else [i for i in self.calibration.calibrated_categories if i != category]
+        if not others:
+            return found
+        if found is not None and found > earlier:
+            raise ValueError(
+                f"`value_range`: these images take {found:g}, and other categories were calibrated with {earlier:g}. "
+                "Load the pipeline with `calibration=None` and a `value_range`, and calibrate every category."
+            )
+        return earlier
+
     def calibration_fit(
-        self, category: int, num_scores: int, false_alarm_rate: float, accelerator: Accelerator | None = None
+        self,
+        category: int,
+        num_scores: int,
+        false_alarm_rate: float,
+        accelerator: Accelerator | None = None,
+        value_range: float | None = None,
     ) -> CalibrationFit:
         """A fit of this pipeline's calibration for one category, which has seen nothing yet; arguments as there."""
         settings = {name: value for name, value in self.config.items() if name in setting_names(type(self))}
@@ -203,7 +241,8 @@ class DetectionPipeline(AnomalyPipeline):
             accelerator=accelerator,
             precision=running_precision(self.measuring_networks, self._execution_device),
             settings=settings,
-            mean_prior_images=self.mean_prior_images,
+            of_features=self.scores_features,
+            value_range=value_range,
         )
 
     def _measurements(
@@ -214,6 +253,7 @@ class DetectionPipeline(AnomalyPipeline):
         batch_size: int,
         generators: Sequence[torch.Generator],
         accelerator: Accelerator | None,
+        value_range: float | None,
     ) -> Iterator[Measurement]:
         """Measurements of this process's share of the images at `indices`, batch by batch.
 
@@ -224,12 +264,7 @@ class DetectionPipeline(AnomalyPipeline):
         starts: Any = range(0, len(chosen), batch_size)
         for start in self.progress_bar(starts) if len(starts) > 1 else starts:
             batch = chosen[start : start + batch_size]
-            sequence = ImageSequence([images[indices[i]] for i in batch], self.config.value_range)
-            if sequence.found_value_range is not None:
-                raise ValueError(
-                    "`images` and `statistics_images` hold images of 8 bits and of more, the first ones of 8: give the "
-                    "pipeline a `value_range`, such as 4095 for a camera of 12 bits."
-                )
+            sequence = ImageSequence.of_rows(images, [indices[i] for i in batch], value_range)
             of_category = torch.full((len(batch),), category, device=self._execution_device)
             measurement = self.measure_images(sequence, of_category, [generators[i] for i in batch])
             yield measurement if mine else empty_measurement(measurement)

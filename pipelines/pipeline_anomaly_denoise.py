@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler
 
+from diffad.calibration.residual_gaussian import feature_side
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.images import ImageInput, ImageSequence, images_to_pixel_values, resize_images
 from diffad.likelihood import kl_divergence_map
@@ -87,7 +88,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         processing_resolution: side in pixels to which images are resized; None takes the network's `sample_size`, or,
             without a denoiser, the feature extractor's `image_size`.
         feature_resolution: rows and columns of the features, without a denoiser, which otherwise says; None takes a
-            quarter of the feature extractor's `image_size`.
+            quarter of the feature extractor's `image_size`, or what `feature_side` allows.
         categories: names of the categories of a unified model, in the order of its class labels.
         value_range: the largest value that images of more than 8 bits can have, such as 4095 of a camera of 12 bits, as
             found in the training images; None takes, in each call, the smallest of 8, 10, 12, 14 and 16 bits that holds
@@ -210,7 +211,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             ValueError, FileNotFoundError: an argument is wrong; the message names it and what to do.
         """
         # 1. Check the inputs: N images (3, H_i, W_i) in [0, 1], a category (N,) and a generator for each
-        images = ImageSequence(image, self.config.value_range)
+        images = ImageSequence(image, self.value_range)
         resolution = self.processing_resolution if processing_resolution is None else processing_resolution
         check_call(images, batch_size, resolution, self.size_multiple, match_input_resolution, generator, output_type)
         device, calibration = self._execution_device, self.calibration
@@ -306,7 +307,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         self, pixel_values: torch.Tensor, noise: torch.Tensor, layers: Sequence[int] | None = None
     ) -> Measurement:
         """`measure` without a denoiser: no KL map (N, 0, R, R), and the features as the residual (N, 1, C, h, w)."""
-        side = self.config.feature_resolution or self.feature_extractor.image_sizes[-1] // 4
+        side = self.feature_resolution
         features = self.feature_extractor(pixel_values.to(self.feature_extractor.dtype), (side, side)).float()
         return Measurement(maps=noise[:, :, 0], residual=self._of_layers(features[:, None], layers))
 
@@ -316,14 +317,21 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         return torch.cat([of_layers[i] for i in (self.scored_layers if layers is None else layers)], dim=2)
 
     @property
+    def feature_resolution(self) -> int:
+        """Rows and columns of the features without a denoiser."""
+        finest = self.feature_extractor.image_sizes[-1] // 4
+        num_channels = sum(self.feature_extractor.layer_channels[i] for i in self.scored_layers)
+        return self.config.feature_resolution or feature_side(finest, num_channels)
+
+    @property
     def num_levels(self) -> int:
         """How many noise levels a measurement has, and KL maps."""
         return 0 if self.unet is None else len(self.config.timesteps)
 
     @property
-    def mean_prior_images(self) -> float:
-        """The features themselves have no reason to be 0 in the mean."""
-        return 0.0 if self.unet is None else PRIOR_IMAGES
+    def scores_features(self) -> bool:
+        """Whether the residual is features that nothing predicts."""
+        return self.unet is None
 
     @property
     def measuring_networks(self) -> tuple[Any, ...]:
@@ -391,19 +399,26 @@ class AnomalyDenoisePipeline(DetectionPipeline):
 
     def reconstruct(self, image: ImageInput, **options: Any) -> ReconstructionOutput | tuple:
         """The image as it would be without its defect: a call of [`GradientDenoisingPipeline`]."""
+        self._require_denoiser("reconstruct")
         output = self.share_components(GradientDenoisingPipeline)(image, **options)
         self.maybe_free_model_hooks()
         return output
 
     def denoise(self, image: ImageInput, **options: Any) -> AnomalyOutput | tuple:
         """The reverse process from the noised image: a call of [`DDPMReconstructionPipeline`]."""
+        self._require_denoiser("denoise")
         output = self.share_components(DDPMReconstructionPipeline)(image, **options)
         self.maybe_free_model_hooks()
         return output
 
     def fit_gaussian(self, images: Sequence[Any], **options: Any) -> AnomalyDenoisePipeline:
         """Gives the pipeline the `gaussian` that `reconstruct` needs: `GradientDenoisingPipeline.fit_gaussian`."""
+        self._require_denoiser("fit_gaussian")
         self.register_modules(
             gaussian=self.share_components(GradientDenoisingPipeline).fit_gaussian(images, **options).gaussian
         )
         return self
+
+    def _require_denoiser(self, method: str) -> None:
+        if self.unet is None:
+            raise ValueError(f"`{method}` takes a denoiser, and this pipeline has none: its `unet` is None. Train one.")

@@ -243,7 +243,7 @@ class DiADPipeline(DetectionPipeline):
             ValueError, FileNotFoundError: an argument is wrong; the message names it and what to do.
         """
         # 1. Check the inputs: N images (3, H_i, W_i) in [0, 1], a category (N,), a generator and noise for each
-        images = ImageSequence(image, self.config.value_range)
+        images = ImageSequence(image, self.value_range)
         resolution = self.processing_resolution if processing_resolution is None else processing_resolution
         check_call(images, batch_size, resolution, self.size_multiple, match_input_resolution, generator, output_type)
         check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)

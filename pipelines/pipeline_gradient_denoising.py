@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffad.images import ImageInput, ImageSequence, images_to_pixel_values, resize_images
+from diffad.images import ImageInput, ImageSequence, common_value_range, images_to_pixel_values, resize_images
 from diffad.likelihood import predicted_clean_sample, predicted_mean_log_variance
 from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
@@ -150,7 +150,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
                 what to do.
         """
         # 1. Check the inputs: N images (3, H_i, W_i) in [0, 1], a category (N,) for each
-        images = ImageSequence(image, self.config.value_range)
+        images = ImageSequence(image, self.value_range)
         resolution = self.processing_resolution if processing_resolution is None else processing_resolution
         check_call(images, batch_size, resolution, self.size_multiple, match_input_resolution, generator, output_type)
         self._check_iterations(num_iterations, learning_rate, denoise_every)
@@ -270,10 +270,12 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         seeds = image_seeds(generator, len(images))  # of all images, so that processes share them out too
         noise_variance = torch.tensor([1.0 - (1.0 - learning_rate**2) ** denoise_every])
 
+        value_range = self.value_range or common_value_range(images)
+
         def batches() -> Iterator[torch.Tensor]:
             for start in range(0, len(mine), batch_size):
                 batch = mine[start : start + batch_size]
-                pictures = ImageSequence([images[i] for i in batch], self.config.value_range)
+                pictures = ImageSequence.of_rows(images, batch, value_range)
                 clean = self.prepare_images(pictures, self.processing_resolution)
                 yield clean
                 noise = draw_noise(

@@ -12,6 +12,7 @@ from diffad import AnomalyDenoisePipeline
 from diffad.data import load_anomaly_dataset
 from diffad.grey_depth import smallest_range
 from diffad.images import ImageSequence, find_value_range, image_to_rgb, images_to_tensors, read_image
+from diffad.pipelines.pipeline_gradient_denoising import GradientDenoisingPipeline
 from diffad.predict import predict_files
 from diffad.training.data import ResizedImages, load_good_images
 from diffad.training.train_ddpm import parse_args
@@ -99,15 +100,48 @@ def test_the_range_is_saved_with_the_model_and_used(tmp_path, pipeline):
 
 
 def test_calibration_keeps_the_range_of_its_images(tmp_path, pipeline):
-    paths = [tmp_path / f"{i}.png" for i in range(4)]
-    for i, path in enumerate(paths):
-        write_deep(path, bits=10 if i else 12)
+    dark, bright = ([tmp_path / f"{bits}-{i}.png" for i in range(4)] for bits in (10, 12))
+    for paths, bits in ((dark, 10), (bright, 12)):
+        for path in paths:
+            write_deep(path, bits=bits)
     pipe = AnomalyDenoisePipeline(**pipeline.components)
-    pipe.calibrate(paths, generator=generator())
-    assert pipe.config.value_range == 4095
+    for paths, end in ((dark, 1023), (bright, 4095)):  # what was found is found again
+        pipe.calibrate(paths, generator=generator())
+        assert pipe.value_range == end
+    pipe.save_pretrained(tmp_path / "model")
+    loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path / "model")
+    assert (loaded.value_range, loaded.config.value_range) == (4095, None)
+    assert loaded.share_components(GradientDenoisingPipeline).config.value_range == 4095
+    given = AnomalyDenoisePipeline(**pipeline.components, value_range=16383.0)
+    assert given.calibrate(dark, generator=generator()).value_range == 16383
     eight = AnomalyDenoisePipeline(**pipeline.components)
-    eight.calibrate([texture(i, 32) for i in range(4)], generator=generator())
-    assert eight.config.value_range is None
+    assert eight.calibrate([texture(i, 32) for i in range(4)], generator=generator()).value_range is None
+
+
+def test_categories_of_one_model_share_a_range(tmp_path):
+    pipe = tiny_pipeline(categories=["dark", "bright"])
+    for bits in (10, 12):
+        for i in range(4):
+            write_deep(tmp_path / f"{bits}-{i}.png", bits=bits)
+    dark, bright = ([tmp_path / f"{bits}-{i}.png" for i in range(4)] for bits in (10, 12))
+    pipe.calibrate(dark, category="dark", generator=generator())
+    with pytest.raises(ValueError, match="these images take 4095, and other categories were calibrated with 1023"):
+        pipe.calibrate(bright, category="bright", generator=generator())
+    pipe = tiny_pipeline(categories=["dark", "bright"])
+    pipe.calibrate(bright, category="bright", generator=generator())
+    pipe.calibrate(dark, category="dark", generator=generator())
+    assert pipe.value_range == 4095
+
+
+def test_the_gaussians_range_does_not_depend_on_the_batch(tmp_path):
+    for i, bits in enumerate((10, 10, 12, 12)):
+        write_deep(tmp_path / f"{i}.png", bits=bits)
+    means = []
+    for batch_size in (1, 4):
+        pipe = tiny_pipeline()
+        pipe.fit_gaussian([tmp_path / f"{i}.png" for i in range(4)], batch_size=batch_size, generator=generator())
+        means.append(pipe.gaussian.mean)
+    torch.testing.assert_close(means[0], means[1], rtol=1e-3, atol=1e-4)
 
 
 def test_predict_and_the_pipeline_see_the_same_levels(tmp_path, pipeline):
@@ -137,7 +171,7 @@ def test_one_range_holds_for_all_that_an_output_folder_holds(tmp_path, pipeline)
     counts = predict_files(pipeline, sorted((tmp_path / "parts").iterdir()), tmp_path / "out")
     assert (counts["scored"], counts["unreadable"]) == (1, 1)
     write_deep(tmp_path / "parts" / "b.png", bits=12)
-    with pytest.raises(ValueError, match="results of another value_range"):
+    with pytest.raises(ValueError, match=r"results of another value_range \(value_range 1023.0 there and 4095.0 now\)"):
         predict_files(pipeline, sorted((tmp_path / "parts").iterdir()), tmp_path / "out")
 
 
@@ -145,8 +179,10 @@ def test_calibration_refuses_ranges_that_would_change_from_batch_to_batch(tmp_pa
     write_deep(tmp_path / "deep.png")
     images = [texture(0, 32), texture(1, 32), tmp_path / "deep.png"]
     pipe = AnomalyDenoisePipeline(**pipeline.components)
-    with pytest.raises(ValueError, match="give the pipeline a `value_range`"):
+    with pytest.raises(ValueError, match=r"`images\[2\]` has more than 8 bits, as not all images have: give a"):
         pipe.calibrate(images, statistics_images=images, batch_size=1, generator=generator())
+    pipe.calibrate(images, statistics_images=images, batch_size=1, generator=generator(), value_range=4095)
+    assert pipe.value_range == 4095
 
 
 # -- training ----------------------------------------------------------------------------------------------------

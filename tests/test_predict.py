@@ -236,6 +236,19 @@ def test_a_large_image_has_maps_and_masks_of_its_own_size_and_a_smaller_overlay(
     assert Image.open(tmp_path / "out" / "overlays" / "large.jpg.png").size == (2500, 1750)
 
 
+@pytest.mark.parametrize("mode", ["I;16", "P", "1", "RGBA"])
+def test_large_images_of_every_mode_are_scored(calibrated, tmp_path, mode):
+    pixels = Image.fromarray(texture(3, 64)).resize((4100, 4100))  # 16.8 million
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(pixels.convert("L"), np.uint16) * 200)
+    else:
+        image = pixels.convert(mode)
+    (tmp_path / "parts").mkdir()
+    image.save(tmp_path / "parts" / "large.tif")
+    assert predict_files(calibrated, find_images([tmp_path / "parts"]), tmp_path / "out")["unreadable"] == 0
+    assert Image.open(tmp_path / "out" / "overlays" / "large.tif.png").size == (2050, 2050)
+
+
 def test_uncalibrated_gives_scores_without_verdict(tmp_path):
     paths = find_images([write_folder(tmp_path / "parts", 2)])
     counts = predict_files(tiny_pipeline(), paths, tmp_path / "out")

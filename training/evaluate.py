@@ -85,11 +85,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     dataset = load_anomaly_dataset(args.data, "test", args.category, args.dataset, args.on_bad_image)
     pipeline = load_pipeline(args.model).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
-    if pipeline.config.value_range is None and (value_range := dataset_value_range(dataset)) is not None:
+    if pipeline.value_range is None and (value_range := dataset_value_range(dataset)) is not None:
         accelerator.print(f"Images are taken to lie in [0, {value_range:g}], the smallest range that holds them all.")
         pipeline.register_to_config(value_range=value_range)
     baselines = [name for name in args.baselines if name != "none"]
-    if "ddpm" in baselines and not hasattr(pipeline.unet.config, "feature_channels"):
+    denoiser = getattr(pipeline, "unet", None)
+    if "ddpm" in baselines and (denoiser is None or not hasattr(denoiser.config, "feature_channels")):
         raise ValueError("--baselines ddpm noises and denoises pixels: it goes with AnomalyDenoise pipelines only.")
     training = None
     if "padim" in baselines and pipeline.feature_extractor is not None:

@@ -69,7 +69,7 @@ def save_examples(pipeline: Any, held_out: Dataset, args: argparse.Namespace) ->
     """Held-out images beside their overlays, for the model's card: on good ones nothing should light up."""
     for i in range(min(args.num_example_images, len(held_out))):
         image = held_out[i]["image"]
-        picture = np.asarray(image_to_rgb(image, pipeline.config.value_range))
+        picture = np.asarray(image_to_rgb(image, pipeline.value_range))
         category = held_out[i]["category"] if len(pipeline.categories) > 1 else None
         output = pipeline(image, category=category, generator=torch.Generator().manual_seed(args.seed))
         threshold, mask = None, None

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
+from diffad.calibration.residual_gaussian import feature_side
 from diffad.images import ImageSequence, images_to_pixel_values
 from diffad.models.feature_extractor import LITE0_BACKBONE
 from diffad.training.arguments import ABOVE_ZERO, COUNT, PIXELS, POSITIVE, RATE, SEED, FlagParser
@@ -63,7 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--feature_layers", type=COUNT, nargs="+", help="the backbone's layers by timm's index, instead of strides"
     )
     features.add_argument("--feature_image_size", type=PIXELS, default=224, help="pixels the backbone sees (224)")
-    features.add_argument("--feature_resolution", type=POSITIVE, help="rows and columns (a quarter of the pixels)")
+    features.add_argument("--feature_resolution", type=POSITIVE, help="rows and columns (as 90 MB allow)")
     parser.add_argument("--output_dir", default="runs/model", help="where the pipeline goes (%(default)s)")
     parser.add_argument("--batch_size", type=POSITIVE, default=16, help="images in one pass (16)")
     parser.add_argument("--seed", type=SEED, default=0, help="of which images are held out (0)")
@@ -80,7 +81,8 @@ def create_extractor(good: Dataset, args: argparse.Namespace, device: torch.devi
         args.backbone, args.feature_strides, args.feature_image_size, args.backbone_weights, args.feature_layers
     ).to(device)
     chosen = np.linspace(0, len(good) - 1, min(len(good), STANDARDIZATION_IMAGES)).astype(int).tolist()
-    side = args.feature_resolution or args.feature_image_size // 4
+    finest = args.feature_image_size // 4
+    side = args.feature_resolution or feature_side(finest, extractor.num_channels)
 
     def batches() -> Iterator[torch.Tensor]:
         for start in range(0, len(chosen), args.batch_size):

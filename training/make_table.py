@@ -32,6 +32,7 @@ from diffad import AnomalyDenoisePipeline, DiADPipeline, TimmFeatureExtractor
 from diffad.calibration.fitting import CalibrationFit
 from diffad.cli import load_pipeline
 from diffad.data import load_anomaly_dataset
+from diffad.data.checks import dataset_value_range
 from diffad.evaluation.baselines import evaluate_baseline, load_training_images
 from diffad.evaluation.detectors import category_index, evaluate_detectors, split_by_category
 from diffad.evaluation.metric_names import MEAN
@@ -178,7 +179,7 @@ def measure_rows(
 def to_pixel_values(images: Iterable[Any], pipeline: DetectionPipeline, device: torch.device) -> torch.Tensor:
     """Images as the networks of `pipeline` take them, (N, 3, R, R) in [-1, 1]."""
     return images_to_pixel_values(
-        ImageSequence(list(images), pipeline.config.value_range), (pipeline.input_resolution,) * 2
+        ImageSequence(list(images), pipeline.value_range), (pipeline.input_resolution,) * 2
     ).to(device)
 
 
@@ -334,6 +335,8 @@ def load_model(path: str | Path, method: str, device: torch.device) -> Detection
     pipeline = load_pipeline(path)
     if not isinstance(pipeline, METHODS[method]):
         raise ValueError(f"--model: this table is about {method}, but {path} holds a {type(pipeline).__name__}.")
+    if pipeline.unet is None:
+        raise ValueError(f"--model: {path} has no denoiser, whose settings tables compare.")
     if pipeline.feature_extractor is None:
         raise ValueError(
             f"--model: {path} has no feature extractor, and features are what it is scored with. Give it one: "
@@ -355,6 +358,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # 1. Data, and the models that rows train for themselves
     images = load_anomaly_dataset(args.data, "test", args.category, args.dataset, args.on_bad_image)
+    value_range = dataset_value_range(images)
     tests = split_by_category(images)
     folders = [row_folders(table, row, list(tests), args) for row in table["rows"]]
     accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision))
@@ -369,6 +373,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results: list[dict[str, Any]] = [{} for _ in rows]
     for folder in dict.fromkeys(folder for of_category in folders for folder in of_category.values()):
         model = load_model(folder, table["method"], accelerator.device)
+        model.register_to_config(value_range=model.value_range or value_range)  # rows have no calibration yet
         for category, test in tests.items():
             groups: dict[tuple, list[int]] = {}
             for i, row in enumerate(rows):

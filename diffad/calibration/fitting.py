@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from diffad.calibration.residual_gaussian import residual_gaussian, residual_grid, residual_size
+from diffad.calibration.residual_gaussian import feature_gaussian, residual_gaussian, residual_grid, residual_size
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.moments import PRIOR_IMAGES, FeatureMoments, MomentSums
 from diffad.scoring import Measurement
@@ -52,7 +52,7 @@ class CalibrationFit:
         position_trust: how far mean and variance at a position are trusted against those over all, in [0, 1].
         accelerator: adds up what its processes have seen, each its own images; a process without any adds a measurement
             of no images. Then every process ends with the same calibration.
-        record: what is saved with it, `precision`, `settings` and `mean_prior_images` of [`ScoreCalibration`].
+        record: what is saved with it, `precision`, `settings`, `value_range` and the rest of [`ScoreCalibration`].
     """
 
     def __init__(
@@ -114,8 +114,10 @@ class CalibrationFit:
             for sums in (self.residual_sums, self.residual_moments):
                 sums.reduce(self.accelerator)
             mean = self.residual_sums.mean().flatten(1).mT  # (h * w, C)
-            mean_prior = calibration.config.mean_prior_images
-            gaussian = residual_gaussian(self.residual_moments, mean, calibration.grid, mean_prior_images=mean_prior)
+            if calibration.config.of_features:
+                gaussian = feature_gaussian(self.residual_moments)
+            else:
+                gaussian = residual_gaussian(self.residual_moments, mean, calibration.grid)
             calibration.set_residual_gaussian(self.category, *gaussian)
             num_seen = self.residual_moments.count
             self.residual_moments = None  # larger than all else here
@@ -220,7 +222,10 @@ class CalibrationFit:
         num_maps = measurement.maps.shape[1]
         if measurement.residual is not None:
             num_channels, height, width = measurement.residual.shape[2:]
-            grid = residual_grid((height, width), num_channels, self.num_categories)
+            if self.record.get("of_features"):
+                grid = (height, width)
+            else:
+                grid = residual_grid((height, width), num_channels, self.num_categories)
             residual_shape = (num_channels, *residual_size((height, width), grid, num_channels))
             num_maps += 1 if grid == residual_shape[1:] else 2  # the residual's distances are maps, too
         previous = self.previous

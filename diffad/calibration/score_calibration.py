@@ -14,7 +14,6 @@ from diffusers.configuration_utils import register_to_config
 
 from diffad.calibration.conformal import conformal_threshold, false_alarm_bound
 from diffad.calibration.residual_gaussian import by_cell, from_cells, leave_one_out
-from diffad.moments import PRIOR_IMAGES
 from diffad.scoring import Measurement, resize_maps
 from diffad.warn_once import warn_once
 
@@ -40,7 +39,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         false_alarm_rate: the rate at which the thresholds were set.
         precision: in which the networks ran, such as "float32"; None where it is not known.
         settings: the pipeline's, as they were.
-        mean_prior_images: how many images say that the residual's mean is 0 (`residual_gaussian`).
+        of_features: whether the residual is features that nothing predicts, whose Gaussian is `feature_gaussian`, in
+            half precision.
+        value_range: of images of more than 8 bits, where the calibration has found it and the pipeline has none.
 
     Attributes:
         map_mean, map_std: (K, S, H, W), of the smoothed maps over good images; the latter times one constant for each
@@ -82,7 +83,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         residual_places: tuple[int, int] | None = None,
         precision: str | None = None,
         settings: dict[str, Any] | None = None,
-        mean_prior_images: float = PRIOR_IMAGES,
+        of_features: bool = False,
+        value_range: float | None = None,
     ):
         super().__init__()
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
@@ -91,6 +93,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             num_channels, *size = residual_shape
             identity = torch.eye(num_channels)[torch.ones(num_channels, num_channels).tril().bool()]
             self.register_buffer("residual_mean", torch.zeros(num_categories, math.prod(size), num_channels))
+            identity = identity.half() if of_features else identity  # as large as it is, and as exact for distances
             self.register_buffer("residual_whitening", identity.repeat(num_categories, math.prod(self.grid), 1))
         else:
             for name in ("residual_mean", "residual_whitening"):
@@ -150,7 +153,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             cells' distances, interpolated there. The first says whether something is there, the second where it ends.
         """
         grid, (num_channels, *size) = self.grid, self.config.residual_shape
-        has_positions, priors = self.num_distances == 2, {"mean_prior_images": self.config.mean_prior_images}
+        has_positions = self.num_distances == 2
         residual = F.adaptive_avg_pool2d(residual.float(), size)  # (N, C, h, w)
         of_cells, of_positions = (residual.new_empty(len(residual), *shape) for shape in (grid, size))
         with torch.autocast(residual.device.type, enabled=False):
@@ -165,10 +168,10 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                     position = whitened.square().mean(dim=1)  # (P, A, N')
                     if num_seen:
                         product = (whitened * average).mean(dim=1)  # (P, A, N')
-                        position = leave_one_out(position, product, cell, num_channels, num_seen, **priors)
+                        position = leave_one_out(position, product, cell, num_channels, num_seen)
                     of_positions[chosen] = from_cells(position, grid, size)
                 if num_seen:
-                    cell = leave_one_out(cell, cell, cell, num_channels, num_seen, **priors)
+                    cell = leave_one_out(cell, cell, cell, num_channels, num_seen)
                 of_cells[chosen] = from_cells(cell, grid, grid)
         if not has_positions:
             return (of_cells.clamp(min=1e-6).log(),)
@@ -235,6 +238,11 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 f"holds no longer. Run it in {self.config.precision}, or calibrate it in {precision}."
             )
 
+    @property
+    def calibrated_categories(self) -> list[int]:
+        """Indices of the categories that have thresholds."""
+        return self.image_threshold.isfinite().nonzero().flatten().tolist()
+
     def num_good_images(self, category: int) -> int:
         """How many good images one category's thresholds come from."""
         return int((~self.normal_scores[category].isnan()).sum())
@@ -264,7 +272,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     def _whitening(self, category: int) -> torch.Tensor:
         """One category's triangles as matrices, (P, C, C); made once, as that takes as long as their product."""
         if category not in self._dense_whitening:
-            packed, num_channels = self.residual_whitening[category], self.residual_mean.shape[2]
+            packed, num_channels = self.residual_whitening[category].float(), self.residual_mean.shape[2]
             lower = torch.ones(num_channels, num_channels, dtype=torch.bool, device=packed.device).tril()
             dense = packed.new_zeros(len(packed), num_channels, num_channels)
             self._dense_whitening[category] = dense.masked_scatter_(lower, packed)

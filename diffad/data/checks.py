@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from diffad.data.image_feature import ImageFile, stored_content
 from diffad.data.masks import has_soft_edges
 from diffad.grey_depth import UnreadableImageError, is_deep, value_range_of
-from diffad.image_files import check_image_file, image_file_header, read_image
+from diffad.image_files import image_file_header, one_large_at_a_time, read_image
 
 SOFT_MASKS = "pixels from half of a mask's largest value on count as defect. Save masks as PNG, 0 and 255."
 
@@ -20,8 +20,7 @@ SOFT_MASKS = "pixels from half of a mask's largest value on count as defect. Sav
 def check_images(dataset: Dataset | IterableDataset, on_bad_image: str = "error") -> Dataset | IterableDataset:
     """Raises on, or drops, rows whose image or mask is corrupt, cut off, empty or missing.
 
-    Files are read as `diffad.image_files.check_image_file` does. An `IterableDataset` is checked row by row, each
-    time that it is read.
+    Files are decoded to their end. An `IterableDataset` is checked row by row, each time that it is read.
 
     Args:
         dataset: as `load_anomaly_dataset` returns it.
@@ -77,7 +76,7 @@ def _problems(row: dict, name: str) -> Problems:
     mask_name = None if row["mask"] is None else row["mask"]["path"] or f"the mask of {name}"
     file_name, soft_mask = name, None
     try:
-        size = check_image_file(row["image"]["path"] or name, stored_content(row["image"]))
+        size = _decoded_size(row["image"], name)
         if mask_name is None:
             return Problems()
         file_name = mask_name
@@ -92,6 +91,14 @@ def _problems(row: dict, name: str) -> Problems:
         mismatch = ", but ".join(f"{one} is {w} x {h} pixels" for one, (w, h) in sizes.items())
         return Problems(mismatch=mismatch, soft_mask=soft_mask)
     return Problems(soft_mask=soft_mask)
+
+
+def _decoded_size(stored: dict, name: str) -> tuple[int, int]:
+    """Width and height of an image whose pixels can be read; they are let go at once."""
+    path, content = stored["path"] or name, stored_content(stored)
+    (width, height), _ = image_file_header(path, content)
+    with one_large_at_a_time(width * height):
+        return read_image(path, content).size
 
 
 def _report(unreadable: list[str], mismatches: list[str], on_bad_image: str) -> None:
@@ -115,7 +122,11 @@ def dataset_value_range(dataset: Dataset) -> float | None:
     def range_at(index: int) -> float | None:
         stored = undecoded[index]["image"]
         path, content = stored["path"], stored_content(stored)
-        return value_range_of(read_image(path, content)) if is_deep(image_file_header(path, content)[1]) else None
+        (width, height), mode = image_file_header(path, content)
+        if not is_deep(mode):
+            return None
+        with one_large_at_a_time(width * height):
+            return value_range_of(read_image(path, content))
 
     with ThreadPoolExecutor() as pool:
         return max((one for one in pool.map(range_at, range(len(undecoded))) if one is not None), default=None)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import PIL.Image
+from scipy import ndimage
 
 from diffad.image_metadata import turn_upright
 from diffad.images import image_to_rgb
 
+LARGEST_COUNT = 16  # of kinds of defect that are told apart by other values
 LARGEST_LABEL = 63  # masks that number the kinds of defect, as VisA's, count from 1
 
 
@@ -16,8 +18,9 @@ def mask_to_array(mask: PIL.Image.Image) -> np.ndarray:
 
     This is the one place that decides so, by the values, of colours the highest of the three:
 
-    - Two values, or numbers of kinds (all values whole and at most 63, or at most 16 values with an eighth of the
-      largest below the first and a sixteenth between any two): what is above 0 is a defect.
+    - Two values, or numbers of kinds (all values whole and at most 63, or at most 16 values that are far apart, an
+      eighth of the largest below the first and a sixteenth between any two, or that fill areas: half of the pixels
+      between 0 and the largest have equal neighbours): what is above 0 is a defect.
     - Others have soft edges, as JPEG and resizing make them: from half of the largest value on it is a defect, so that
       the mask does not grow.
 
@@ -26,12 +29,13 @@ def mask_to_array(mask: PIL.Image.Image) -> np.ndarray:
     """
     values = _mask_values(mask)
     levels = _levels(values)
-    return values >= levels[-1] / 2 if _has_soft_edges(levels) else values > 0
+    return values >= levels[-1] / 2 if _has_soft_edges(values, levels) else values > 0
 
 
 def has_soft_edges(mask: PIL.Image.Image) -> bool:
     """Whether `mask_to_array` takes half of a mask's largest value for its threshold."""
-    return _has_soft_edges(_levels(_mask_values(mask)))
+    values = _mask_values(mask)
+    return _has_soft_edges(values, _levels(values))
 
 
 def _mask_values(mask: PIL.Image.Image) -> np.ndarray:
@@ -40,7 +44,8 @@ def _mask_values(mask: PIL.Image.Image) -> np.ndarray:
     alpha = None
     if mask.has_transparency_data:
         mask = mask.convert("RGBA")
-        alpha = np.asarray(mask)[..., 3] >= 128
+        alpha = np.asarray(mask)[..., 3]
+        alpha = alpha >= max(1, alpha.max(initial=0) / 2)  # of the ink, which may be transparent itself
     if mask.mode == "P" or len(mask.getbands()) > 1:
         values = np.asarray(mask.convert("RGB")).max(axis=2)
     else:
@@ -57,13 +62,18 @@ def _levels(values: np.ndarray) -> np.ndarray:
     return np.unique(values) if values.size else np.zeros(1)
 
 
-def _has_soft_edges(levels: np.ndarray) -> bool:
+def _has_soft_edges(values: np.ndarray, levels: np.ndarray) -> bool:
     largest = float(levels[-1])
     if len(levels) <= 2 or (largest <= LARGEST_LABEL and (levels % 1 == 0).all()):
         return False
-    steps = np.diff(levels.astype(np.float64))
-    first = float(levels[levels > 0][0])
-    return not (len(levels) <= 16 and first >= largest / 8 and steps.min() >= largest / 16)
+    if len(levels) > LARGEST_COUNT:
+        return True
+    steps, first = np.diff(levels.astype(np.float64)), float(levels[levels > 0][0])
+    if first >= largest / 8 and steps.min() >= largest / 16:  # edges would hold all that lies between, too
+        return False
+    between = (values > 0) & (values < largest)
+    is_flat = ndimage.maximum_filter(values, 3) == ndimage.minimum_filter(values, 3)
+    return 2 * int((between & is_flat).sum()) < int(between.sum())
 
 
 def resize_image_and_mask(

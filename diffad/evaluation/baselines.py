@@ -46,8 +46,9 @@ def image_batches(
 ) -> Iterator[torch.Tensor]:
     """A data set's images in batches of (N, 3, image_size, image_size) in [-1, 1]; only one is in memory."""
     for start in range(0, len(images), batch_size):
-        rows = [images[i]["image"] for i in range(start, min(start + batch_size, len(images)))]
-        yield images_to_pixel_values(ImageSequence(rows, value_range), (image_size, image_size))
+        indices = range(start, min(start + batch_size, len(images)))
+        rows = ImageSequence.of_rows(images["image"], indices, value_range)
+        yield images_to_pixel_values(rows, (image_size, image_size))
 
 
 def evaluate_baseline(
@@ -77,7 +78,7 @@ def evaluate_baseline(
     if name == "padim":
         if good is None or len(good) < 2:
             return {}
-        value_range = pipeline.config.value_range
+        value_range = pipeline.value_range
         padim = fit_padim(pipeline.feature_extractor, good, batch_size, accelerator, value_range)
 
         def detect(pictures: list[Any], indices: list[int]) -> list[Any]:

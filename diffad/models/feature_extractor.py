@@ -79,7 +79,15 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
     def patch_size(self) -> int:
         """Of what the images' sides must be multiples, in pixels: 1 unless the backbone is a plain transformer."""
         embedding = getattr(getattr(self.network, "model", None), "patch_embed", None)
-        return int(getattr(embedding, "patch_size", (1, 1))[0])
+        size = getattr(embedding, "patch_size", 1)
+        return size if isinstance(size, int) else size[0]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> TimmFeatureExtractor:
+        """As in diffusers. Some backbones compute tensors that are not saved: so not on the meta device."""
+        if kwargs.get("device_map") is None:
+            kwargs["low_cpu_mem_usage"] = False
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_backbone(
@@ -247,7 +255,7 @@ def _choose_layers(
 
 
 def _create_backbone(backbone: str, indices: Sequence[int] | None, pretrained: bool, **kwargs: Any) -> Any:
-    """A timm backbone that gives layers; a transformer whose positions are for one size of image takes any."""
+    """A timm backbone that gives layers. Transformers whose positions can follow the image's size do so."""
     options = {"pretrained": pretrained, "features_only": True, **({} if indices is None else {"out_indices": indices})}
     try:
         return timm.create_model(backbone, **options, dynamic_img_size=True, **kwargs)

@@ -122,7 +122,9 @@ def measure(way: str, paths: list[str], output: str) -> None:
     if way == "pipe":
         pipeline(paths, match_input_resolution=False)
     else:
-        predict_files(pipeline, [Path(path) for path in paths], output)
+        counts = predict_files(pipeline, [Path(path) for path in paths], output)
+        if counts["unreadable"]:
+            raise RuntimeError(f"{counts['unreadable']} of {len(paths)} images could not be read")
     print(f"{status('VmHWM') - idle:.0f} {(time.perf_counter() - started) / len(paths):.2f}")
 
 

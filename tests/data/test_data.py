@@ -824,6 +824,14 @@ def test_a_mask_of_labels_marks_all_of_them(values: list[int], dtype: type):
     assert (mask_to_array(PIL.Image.fromarray(labels)) == (labels > 0)).all()
 
 
+@pytest.mark.parametrize("values", [(1, 255), (20, 255), (7, 99, 100), (10, 128, 200)])
+def test_kinds_of_defect_with_values_far_apart_are_all_marked(values: tuple[int, ...]):
+    mask = np.zeros((60, 60), np.uint8)
+    for i, value in enumerate(values):
+        mask[5 + 15 * i : 15 + 15 * i, 10:40] = value
+    assert np.array_equal(mask_to_array(PIL.Image.fromarray(mask)), mask > 0)
+
+
 def test_a_palette_of_dark_colours_marks_all_but_black():
     mask = PIL.Image.fromarray(np.array([[0, 1, 2, 3]], np.uint8), mode="P")
     mask.putpalette([0, 0, 0, 128, 0, 0, 0, 64, 0, 255, 255, 255])

@@ -101,6 +101,15 @@ def test_indices_and_strides_name_the_same_layers():
     assert torch.equal(by_index(pixels(), (8, 8)), by_stride(pixels(), (8, 8)))
 
 
+@pytest.mark.parametrize("backbone", ["xcit_nano_12_p16_224", "vit_tiny_r_s16_p8_224"])
+def test_other_transformers_run_and_reload(tmp_path, backbone):
+    extractor = TimmFeatureExtractor(backbone, out_indices=(0, 1))
+    extractor.save_pretrained(tmp_path)
+    loaded = TimmFeatureExtractor.from_pretrained(tmp_path)
+    images = pixels(1, 224, 224)
+    assert torch.equal(loaded(images, (14, 14)), extractor(images, (14, 14)))
+
+
 def test_layers_of_windowed_transformers_come_channels_first():
     extractor = TimmFeatureExtractor("swin_tiny_patch4_window7_224", (4, 16))
     assert [tuple(layer.shape[1:]) for layer in extractor.layers(pixels(1, 64, 64))] == [(96, 16, 16), (384, 4, 4)]

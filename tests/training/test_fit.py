@@ -1,0 +1,195 @@
+"""A detector without a denoiser: features and their Gaussian alone, from any number of good images."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BACKBONE, texture, textures, tiny_extractor, tiny_scheduler, write_folder, write_mvtec
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from diffad import AnomalyDenoisePipeline
+from diffad.calibration.fitting import CalibrationFit
+from diffad.calibration.residual_gaussian import feature_gaussian, feature_side
+from diffad.cli import main as diffad
+from diffad.images import ImageSequence
+from diffad.model_card import render_model_card
+from diffad.models.gaussian_feature_model import GaussianFeatureModel
+from diffad.moments import FeatureMoments
+from diffad.predict import find_images, predict_files
+from diffad.training import fit as fit_script
+
+pytestmark = [pytest.mark.usefixtures("fresh_accelerate"), pytest.mark.filterwarnings("ignore:.*cannot vouch")]
+
+SMALL = ("--backbone", BACKBONE, "--backbone_weights", "random", "--feature_strides", 2, 4, "--feature_image_size", 32)
+
+
+def fit(data: Path, output: Path, *more: object) -> AnomalyDenoisePipeline:
+    arguments = ("--train_data_dir", data, "--output_dir", output, *SMALL, *more)
+    fit_script.main([str(argument) for argument in arguments])
+    pipeline = DiffusionPipeline.from_pretrained(output)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def without_denoiser(**config) -> AnomalyDenoisePipeline:
+    pipeline = AnomalyDenoisePipeline(None, None, tiny_extractor(image_size=32), position_trust=0.0, **config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_a_defect_is_found_and_outlined(tmp_path, capsys):
+    pipeline = fit(write_folder(tmp_path / "good", 30, size=32), tmp_path / "model", "--false_alarm_rate", 0.2)
+    assert pipeline.unet is None
+    assert pipeline.scheduler is None
+    defective = texture(500, 32, defect=True)
+    output = pipeline([defective, texture(501, 32)])
+    assert output.anomaly_score[0] > output.anomaly_score[1]
+    assert output.is_anomalous[0]
+    is_black = (defective == 0).all(axis=2)
+    assert output.anomaly_map[0][is_black].mean() > output.anomaly_map[0][~is_black].mean()
+    said = capsys.readouterr().out
+    assert "good: 24 good images, and 6 held out for the thresholds; at most 20.0% of new good parts" in said
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert record["arguments"]["backbone"] == BACKBONE
+    assert (tmp_path / "model" / "good-1.png").exists()
+
+
+def test_distances_are_those_of_the_gaussian_feature_model():
+    """PaDiM at each position: mean, covariance and regularisation."""
+    pipeline = without_denoiser(feature_resolution=8)
+    images = torch.stack([torch.from_numpy(pixels) for pixels in textures(40, 32)]).permute(0, 3, 1, 2) / 127.5 - 1.0
+    gaussian = GaussianFeatureModel.from_extractor(pipeline.feature_extractor, feature_size=8)
+    gaussian.fit([images])
+    moments = FeatureMoments(64, 64)
+    moments.update(gaussian.features(images))
+    mean, whitening = feature_gaussian(moments)
+    torch.testing.assert_close(mean.float(), gaussian.mean[0], rtol=1e-5, atol=1e-5)
+    lower = torch.ones(64, 64).tril().bool()
+    torch.testing.assert_close(whitening.float(), gaussian.whitening[0][:, lower], rtol=1e-4, atol=1e-4)
+    pipeline.calibrate(textures(10, 32, first_seed=90), textures(40, 32), false_alarm_rate=0.2)
+    seen = pipeline.calibration.log_distances(
+        pipeline.measure_images(
+            [(image + 1.0) / 2.0 for image in images[:4]], torch.zeros(4).long(), [None] * 4
+        ).residual[:, 0],
+        torch.zeros(4).long(),
+    )[0]
+    expected = (gaussian.squared_distance(images[:4]) / 64).log()
+    torch.testing.assert_close(seen, expected, rtol=0.0, atol=5e-3)  # the whitening is kept in half precision
+
+
+@pytest.mark.parametrize("count", [2, 3, 12])
+def test_few_images_are_left_out_in_turn(tmp_path, capsys, count):
+    pipeline = fit(write_folder(tmp_path / "good", count, size=32), tmp_path / "model")
+    assert pipeline.calibration.num_good_images(0) == count
+    said = capsys.readouterr().out
+    assert f"{count} good images, each left out in turn for the thresholds; at most {1 / (count + 1):.1%} of" in said
+    output = pipeline(texture(500, 32, defect=True))
+    assert np.isfinite(output.anomaly_map).all()
+    assert output.p_value[0] == pytest.approx(1 / (count + 1), abs=1e-6) or count < 12
+
+
+def test_leaving_out_is_a_fit_to_the_others():
+    images, category = textures(5, 32), torch.zeros(1, dtype=torch.long)
+    pipeline = without_denoiser()
+    measured = [pipeline.measure_images([one[0]], category, [None]) for one in ImageSequence(images).resized((32, 32))]
+
+    def fit_to(chosen: list[int]) -> CalibrationFit:
+        fitted = pipeline.calibration_fit(0, 5, 0.2)
+        for i in chosen:
+            fitted.add_statistics(measured[i])
+        fitted.set_statistics()
+        return fitted
+
+    expected = []
+    for i in range(5):
+        one = fit_to([j for j in range(5) if j != i])
+        one.add_scores(measured[i])
+        expected += one.scores
+    of_all = fit_to(list(range(5))).calibration.map_std.flatten()[0]
+    calibration = pipeline.calibrate(images, leave_one_out=True, false_alarm_rate=0.2).calibration
+    scale = calibration.map_std.flatten()[0] / of_all
+    torch.testing.assert_close(
+        calibration.normal_scores[0] * scale, torch.tensor(sorted(expected)), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_a_single_image_vouches_for_nothing(tmp_path, capsys):
+    pipeline = fit(write_folder(tmp_path / "good", 1, size=32), tmp_path / "model")
+    assert "one image vouches for no false-alarm rate" in capsys.readouterr().out
+    output = pipeline([texture(500, 32, defect=True), texture(501, 32)])
+    assert np.isfinite(output.anomaly_map).all()
+    assert output.anomaly_score[0] > output.anomaly_score[1]
+    assert (output.anomaly_mask, output.is_anomalous, output.p_value) == (None, None, None)
+    paths = find_images([write_folder(tmp_path / "new", 2, size=32)])
+    assert predict_files(pipeline, paths, tmp_path / "out")["scored"] == 2
+
+
+def test_categories_of_one_model(tmp_path):
+    data = write_mvtec(tmp_path / "data", {"tile": 24, "cable": 5}, size=32)
+    pipeline = fit(data, tmp_path / "model")
+    assert pipeline.categories == ["cable", "tile"]
+    assert [pipeline.calibration.num_good_images(i) for i in range(2)] == [5, 5]
+    assert pipeline(texture(0, 32), category="tile").p_value is not None
+
+
+def test_it_goes_where_other_pipelines_go(tmp_path):
+    data = write_mvtec(tmp_path / "data", {"tile": 12}, size=32)
+    pipeline = fit(data, tmp_path / "model")
+    pipeline.save_pretrained(tmp_path / "again")
+    again = AnomalyDenoisePipeline.from_pretrained(tmp_path / "again")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again.calibration.residual_whitening, pipeline.calibration.residual_whitening)
+    images = textures(2, 32, first_seed=40)
+    assert np.array_equal(again(images).anomaly_map, pipeline(images).anomaly_map)
+    card = str(render_model_card(pipeline, json.loads((tmp_path / "model" / "training.json").read_text())))
+    assert "PaDiM" in card
+    assert "Nothing was trained" in card
+    for method in ("reconstruct", "denoise", "fit_gaussian"):
+        with pytest.raises(ValueError, match=f"`{method}` takes a denoiser, and this pipeline has none"):
+            getattr(pipeline, method)(images)
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    from diffad.training import fit as module
+
+    data, seen = write_folder(tmp_path / "good", 3, size=32), []
+    monkeypatch.setattr(module, "main", seen.append)
+    monkeypatch.setattr("sys.argv", ["diffad", "fit", str(data), "--output", str(tmp_path / "m"), "--seed", "3"])
+    with pytest.raises(SystemExit) as stopped:
+        diffad()
+    assert stopped.value.code == 0
+    args = fit_script.parse_args(seen[0])
+    assert (args.train_data_dir, args.output_dir, args.seed) == (str(data), str(tmp_path / "m"), 3)
+    assert args.feature_strides == [2, 4, 8, 16]
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="`unet` and `scheduler` go together"):
+        AnomalyDenoisePipeline(None, tiny_scheduler(), tiny_extractor(image_size=32))
+    with pytest.raises(ValueError, match="`feature_extractor` needs an `image_size`"):
+        AnomalyDenoisePipeline(None, None, tiny_extractor())
+    with pytest.raises(ValueError, match="`position_trust` must lie in"):
+        AnomalyDenoisePipeline(None, None, tiny_extractor(image_size=32), position_trust=1.5)
+    with pytest.raises(ValueError, match="`images` is empty"):
+        without_denoiser().calibrate([], leave_one_out=True)
+
+
+def test_the_covariances_size_is_bounded():
+    assert feature_side(56, 192) == 49
+    assert feature_side(56, 64) == 56
+    assert 2 * feature_side(56, 192) ** 2 * 192 * 193 // 2 <= 90_000_000
+
+
+def test_maps_come_at_the_images_size_or_the_extractors():
+    pipeline = without_denoiser().calibrate(textures(4, 32), leave_one_out=True)
+    image = Image.fromarray(texture(7, (50, 70)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert pipeline(image).anomaly_map.shape == (1, 50, 70)
+        assert pipeline(image, match_input_resolution=False).anomaly_map.shape == (1, 32, 32)
