@@ -77,10 +77,10 @@ def turn_upright(image: Image.Image) -> Image.Image:
     tags = getattr(image, "tag_v2", None) or {}
     is_turned = tags.get(ExifTags.Base.Orientation) in TURNS  # by Pillow, while it decodes TIFF
     image.load()  # metadata may stand behind the pixels
-    turn = TURNS.get(orientation(image))
+    turn = None if is_turned else TURNS.get(orientation(image))
     if turn is None and not is_turned:
         return image
-    turned = image if is_turned else image.transpose(turn)
+    turned = image if turn is None else image.transpose(turn)
     for key in (*EXIF_KEYS, *XMP_KEYS):  # so that nobody turns it again
         turned.info.pop(key, None)
     return turned
@@ -92,7 +92,8 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     if image.format == "PNG" and fp is not None and _has_metadata_behind_pixels(fp):
         return turn_upright(image).size
     turn = orientation(image)
-    if image.format == "TIFF" and fp is not None and image.tag_v2.get(ExifTags.Base.Orientation, 1) == turn:
+    tags = getattr(image, "tag_v2", None) or {}
+    if image.format == "TIFF" and fp is not None and tags.get(ExifTags.Base.Orientation, 1) == turn:
         return image.size  # Pillow has swapped them by the tag
     return image.size[::-1] if turn >= 5 else image.size
 

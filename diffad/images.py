@@ -219,6 +219,7 @@ class ImageSequence:
         self.sizes: list[tuple[int, int]] = []
         deep: list[tuple[Any, str]] = []
         for one, place in _flatten(image, name):
+            singles: list[Any]
             if isinstance(one, (str, os.PathLike)):
                 (width, height), mode = image_file_header(one)
                 singles, sizes = [one], [(height, width)]
@@ -228,7 +229,9 @@ class ImageSequence:
                 singles, sizes = [upright], [(upright.height, upright.width)]
                 deep += [(upright, place)] if is_deep(upright.mode) else []
             else:
-                sizes = [tuple(tensor.shape[-2:]) for tensor in _to_tensors(one, place, value_range or 2.0**31)]
+                sizes = [
+                    (tensor.shape[-2], tensor.shape[-1]) for tensor in _to_tensors(one, place, value_range or 2.0**31)
+                ]
                 singles = [one] if len(sizes) == 1 else list(one)
                 deep += [(single, place) for single in singles]
             self._items += [(single, place) for single in singles]
@@ -257,7 +260,7 @@ class ImageSequence:
         part.value_range, part.found_value_range = self.value_range, self.found_value_range
         return part
 
-    def resized(self, size: tuple[int, int]) -> Iterable[torch.Tensor]:
+    def resized(self, size: Sequence[int]) -> Iterable[torch.Tensor]:
         """Each image as (1, 3, *size) float32 in [0, 1], one at a time."""
         for image, name in self._items:
             is_row = isinstance(image, partial)
@@ -274,7 +277,7 @@ class ImageSequence:
 
 
 def resize_image(
-    image: Any, size: tuple[int, int], value_range: float | None = None, name: str = "image"
+    image: Any, size: Sequence[int], value_range: float | None = None, name: str = "image"
 ) -> torch.Tensor:
     """One image in memory as (1, 3, *size) float32 in about [0, 1]: the whole image is never in floating point.
 

@@ -371,7 +371,8 @@ def _write_outputs(
         return ((values - low) / max(high - low, 1e-12) * 65535.0 + 0.5).clamp(0, 65535).to(torch.uint16)
 
     def to_mask(values: torch.Tensor) -> torch.Tensor:  # as `threshold_output`
-        return (values > threshold).to(torch.uint8) * (255 if output.is_anomalous[j] else 0)
+        is_above = values > (math.inf if threshold is None else threshold)
+        return is_above.to(torch.uint8) * (255 if output.is_anomalous[j] else 0)
 
     row |= {
         "score": f"{float(output.anomaly_score[j]):.6g}",

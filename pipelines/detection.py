@@ -209,8 +209,8 @@ class DetectionPipeline(AnomalyPipeline):
         if found is not None and value_range is None:
             warn_of_found_range(found)
         earlier = self.value_range
-        others = [] if earlier is None else [i for i in self.calibration.calibrated_categories if i != category]
-        if not others:
+        others = [] if self.calibration is None else self.calibration.calibrated_categories
+        if earlier is None or not set(others) - {category}:
             return found
         if found is not None and found > earlier:
             raise ValueError(

@@ -256,11 +256,13 @@ def _choose_layers(
 
 def _create_backbone(backbone: str, indices: Sequence[int] | None, pretrained: bool, **kwargs: Any) -> Any:
     """A timm backbone that gives layers. Transformers whose positions can follow the image's size do so."""
-    options = {"pretrained": pretrained, "features_only": True, **({} if indices is None else {"out_indices": indices})}
+    options: dict[str, Any] = {"pretrained": pretrained, "features_only": True, **kwargs}
+    if indices is not None:
+        options["out_indices"] = indices
     try:
-        return timm.create_model(backbone, **options, dynamic_img_size=True, **kwargs)
+        return timm.create_model(backbone, dynamic_img_size=True, **options)
     except TypeError:  # convolutions know no such option, and need none
-        return timm.create_model(backbone, **options, **kwargs)
+        return timm.create_model(backbone, **options)
 
 
 def _installed_lite0_weights() -> Path | None:

@@ -26,10 +26,10 @@ accelerator = Accelerator()
 process = accelerator.process_index
 decode = data.resize_image
 
-def noted_decode(image):
+def noted_decode(image, *options):
     with open(f"decoded-{process}", "a") as file:
         file.write(Path(image.filename).name + "\\n")
-    return decode(image)
+    return decode(image, *options)
 
 def noted_encode(pixel_values):
     with open(f"encoded-{process}", "a") as file:
