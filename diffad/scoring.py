@@ -31,12 +31,6 @@ def empty_measurement(measurement: Measurement) -> Measurement:
     return Measurement(measurement.maps[:0], None if residual is None else residual[:0])
 
 
-def split_measurement(measurement: Measurement) -> list[Measurement]:
-    """A measurement of N images as N of one."""
-    residuals = [None] * len(measurement.maps) if measurement.residual is None else measurement.residual.split(1)
-    return [Measurement(*one) for one in zip(measurement.maps.split(1), residuals, strict=True)]
-
-
 def gaussian_smooth(maps: torch.Tensor, sigma: float) -> torch.Tensor:
     """Smooths maps with a Gaussian of `sigma` pixels, cut off at 4 sigma, edges mirrored.
 

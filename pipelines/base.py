@@ -37,7 +37,7 @@ class AnomalyPipeline(DiffusionPipeline):
 
     @property
     def has_thresholds(self) -> bool:
-        """Whether calls give masks, alarms and p-values: the pipeline is calibrated, and by more than one image."""
+        """Whether calls give masks, alarms and p-values: the pipeline is calibrated, and by more than two images."""
         calibration = getattr(self, "calibration", None)
         return calibration is not None and calibration.has_thresholds
 

@@ -17,9 +17,10 @@ from diffad.pipelines.base import AnomalyPipeline
 from diffad.pipelines.checks import check_value_range
 from diffad.precision import running_precision
 from diffad.process_share import process_share
-from diffad.scoring import Measurement, empty_measurement, split_measurement
+from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import image_generators
 
+FEWEST_IMAGES = 3  # whose covariance says something of each without it
 MAX_STATISTICS_IMAGES = 512  # of a category: more hardly change the statistics, and the temporary file grows with them
 
 
@@ -104,9 +105,10 @@ class DetectionPipeline(AnomalyPipeline):
             batch_size: images in a batch.
             generator: makes the calibration repeatable. Each image has noise of its own, whatever the batch.
             accelerator: shares the images among its processes; each ends with the same calibration.
-            leave_one_out: for few images. All of `images` serve statistics and thresholds: each is scored by the
-                statistics of the others alone, which are made anew for it. The time grows with the square of their
-                number. A single image has statistics and no thresholds: masks, alarms and p-values stay None.
+            leave_one_out: for few images and a pipeline without a denoiser. All of `images` serve statistics and
+                thresholds: each is scored by the Gaussian of the others, which is a little further from it than that of
+                all is from a new image, so alarms are rarer than stated. One or two images have statistics and no
+                thresholds: masks, alarms and p-values stay None.
             value_range: of images of more than 8 bits, where the pipeline has none; None finds that which holds all
                 images, where the first of either set has more than 8. It is saved with the calibration.
 
@@ -118,80 +120,41 @@ class DetectionPipeline(AnomalyPipeline):
         """
         if not 0.0 < false_alarm_rate < 1.0:
             raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate}.")
-        if leave_one_out:
-            return self._calibrate_leaving_one_out(
-                images, false_alarm_rate, category, batch_size, generator, value_range
-            )
         # indices, as a slice of a data set's column would decode all of it
-        if statistics_images is None:
+        if leave_one_out:
+            if not self.scores_features or statistics_images is not None:
+                raise ValueError("`leave_one_out` takes a pipeline without a denoiser, and no `statistics_images`.")
+            statistics_images, for_scores = images, []
+            for_statistics = [*range(len(images))]
+        elif statistics_images is None:
             statistics_images = images
             for_statistics = spread(range(1, len(images), 2), MAX_STATISTICS_IMAGES)
             for_scores = sorted({*range(len(images))} - {*for_statistics})
         else:
             for_statistics = spread(range(len(statistics_images)), MAX_STATISTICS_IMAGES)
             for_scores = [*range(len(images))]
-        if min(len(for_statistics), len(for_scores)) < 1:
+        if not for_statistics or not (for_scores or leave_one_out):
             raise ValueError(
                 f"`images` holds {len(images)} good images and `statistics_images` {len(for_statistics)}, too few to "
                 "calibrate: it takes 1 of each, or 2 `images`, and deserves 100."
             )
         index = self.category_index(category)
         found = self._found_value_range(index, value_range, images, statistics_images)
-        fit = self.calibration_fit(index, len(for_scores), false_alarm_rate, accelerator, found)
+        num_scores = len(for_scores)
+        if leave_one_out and len(images) >= FEWEST_IMAGES:
+            num_scores = len(images)
+        fit = self.calibration_fit(index, num_scores, false_alarm_rate, accelerator, found, leave_one_out)
         for learn, part, indices in (
             (fit.add_statistics, statistics_images, for_statistics),
             (fit.add_scores, images, for_scores),
         ):
+            if not indices:
+                continue
             generators = image_generators(generator, len(indices))
             for measurement in self._measurements(
                 part, indices, index, batch_size, generators, accelerator, self.config.value_range or found
             ):
                 learn(measurement)
-        self.maybe_free_model_hooks()
-        self.register_modules(calibration=fit.finish())
-        return self
-
-    def _calibrate_leaving_one_out(
-        self,
-        images: Sequence[Any],
-        false_alarm_rate: float,
-        category: str | None,
-        batch_size: int,
-        generator: torch.Generator | None,
-        value_range: float | None,
-    ) -> DetectionPipeline:
-        """`calibrate` of few images, whose measurements are all in memory, as (1, ...) each."""
-        count = len(images)
-        if not count:
-            raise ValueError("`images` is empty: a calibration takes good images, and deserves 100.")
-        index = self.category_index(category)
-        found = self._found_value_range(index, value_range, images)
-        measurements = [
-            one
-            for batch in self._measurements(
-                images,
-                range(count),
-                index,
-                batch_size,
-                image_generators(generator, count),
-                None,
-                self.config.value_range or found,
-            )
-            for one in split_measurement(batch)
-        ]
-
-        def fit_without(left_out: int | None) -> CalibrationFit:
-            fit = self.calibration_fit(index, count if count > 1 else 0, false_alarm_rate, value_range=found)
-            for i, measurement in enumerate(measurements):
-                if i != left_out:
-                    fit.add_statistics(measurement)
-            return fit
-
-        fit = fit_without(None)
-        for i in range(count if count > 1 else 0):
-            without = fit_without(i)
-            without.add_scores(measurements[i])
-            fit.take_scores(without)
         self.maybe_free_model_hooks()
         self.register_modules(calibration=fit.finish())
         return self
@@ -226,6 +189,7 @@ class DetectionPipeline(AnomalyPipeline):
         false_alarm_rate: float,
         accelerator: Accelerator | None = None,
         value_range: float | None = None,
+        leave_one_out: bool = False,
     ) -> CalibrationFit:
         """A fit of this pipeline's calibration for one category, which has seen nothing yet; arguments as there."""
         settings = {name: value for name, value in self.config.items() if name in setting_names(type(self))}
@@ -239,6 +203,7 @@ class DetectionPipeline(AnomalyPipeline):
             position_prior_images=self.config.position_prior_images,
             position_trust=self.config.get("position_trust", 1.0),
             accelerator=accelerator,
+            leave_one_out=leave_one_out,
             precision=running_precision(self.measuring_networks, self._execution_device),
             settings=settings,
             of_features=self.scores_features,

@@ -113,7 +113,7 @@ def calibrate_category(
 def describe_rate(pipeline: AnomalyDenoisePipeline, name: str | None) -> str:
     """What the thresholds vouch for."""
     if not pipeline.has_thresholds:
-        return "one image vouches for no false-alarm rate: masks, alarms and p-values stay None"
+        return "so few vouch for no false-alarm rate: masks, alarms and p-values stay None"
     index = pipeline.category_index(name)
     return (
         f"at most {pipeline.calibration.stated_false_alarm_rate(index):.1%} of new good parts raise an alarm on "

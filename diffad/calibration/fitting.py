@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -14,7 +15,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from diffad.calibration.residual_gaussian import feature_gaussian, residual_gaussian, residual_grid, residual_size
+from diffad.calibration.residual_gaussian import (
+    feature_gaussian,
+    leave_one_out_epsilon,
+    residual_gaussian,
+    residual_grid,
+    residual_size,
+)
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.moments import PRIOR_IMAGES, FeatureMoments, MomentSums
 from diffad.scoring import Measurement
@@ -52,6 +59,8 @@ class CalibrationFit:
         position_trust: how far mean and variance at a position are trusted against those over all, in [0, 1].
         accelerator: adds up what its processes have seen, each its own images; a process without any adds a measurement
             of no images. Then every process ends with the same calibration.
+        leave_one_out: whether the statistics' images set the thresholds as well, each scored by the Gaussian of the
+            others (`leave_one_out_of_features`), instead of images of `add_scores`. For features that nothing predicts.
         record: what is saved with it, `precision`, `settings`, `value_range` and the rest of [`ScoreCalibration`].
     """
 
@@ -66,13 +75,14 @@ class CalibrationFit:
         position_prior_images: float = PRIOR_IMAGES,
         position_trust: float = 1.0,
         accelerator: Accelerator | None = None,
+        leave_one_out: bool = False,
         **record: Any,
     ):
         self.functions, self.category, self.num_scores = functions, category, num_scores
         self.false_alarm_rate, self.num_categories = false_alarm_rate, num_categories
         self.previous = previous if num_categories > 1 else None
         self.position_prior_images, self.position_trust = position_prior_images, position_trust
-        self.accelerator, self.record = accelerator, record
+        self.accelerator, self.leave_one_out, self.record = accelerator, leave_one_out, record
         self.residual_moments: FeatureMoments | None = None  # at each cell
         self.residual_sums = MomentSums()  # at each position
         self.map_moments = MomentSums()  # of each score map at each pixel
@@ -109,7 +119,7 @@ class CalibrationFit:
         """
         calibration = self._known_calibration()
         # 1. The residual's Gaussian at each cell
-        num_seen = 0
+        num_seen, for_seen = 0, calibration
         if self.residual_moments is not None:
             for sums in (self.residual_sums, self.residual_moments):
                 sums.reduce(self.accelerator)
@@ -120,9 +130,13 @@ class CalibrationFit:
                 gaussian = residual_gaussian(self.residual_moments, mean, calibration.grid)
             calibration.set_residual_gaussian(self.category, *gaussian)
             num_seen = self.residual_moments.count
+            if self.leave_one_out:
+                for_seen = copy.deepcopy(calibration)
+                gaussian = feature_gaussian(self.residual_moments, leave_one_out_epsilon(max(num_seen, 3)))
+                for_seen.set_residual_gaussian(self.category, *gaussian)
             self.residual_moments = None  # larger than all else here
         # 2. Mean and deviation of each map at each pixel, (S, H, W); an image is measured by the Gaussian of the others
-        for maps in self._waiting_maps(calibration, num_seen):
+        for maps in self._waiting_maps(for_seen, num_seen):
             self.map_moments.update(maps)
         self.map_moments.reduce(self.accelerator)
         map_std = self.map_moments.standard_deviation()
@@ -132,9 +146,11 @@ class CalibrationFit:
         calibration.map_mean[self.category] = map_mean
         calibration.map_std[self.category] = map_std
         # 3. Deviation of the joined maps, see `finish`
-        for maps in self._waiting_maps(calibration, num_seen):
+        for maps in self._waiting_maps(for_seen, num_seen):
             joined = self.functions.join_maps(maps, self._indices(maps), calibration)
             self.joined_moments.update(joined.flatten())
+            if self.leave_one_out and self.num_scores:
+                self._add_scores_of(joined)
         self.joined_moments.reduce(self.accelerator)
         self.waiting.close()
         return calibration
@@ -159,6 +175,10 @@ class CalibrationFit:
         maps = self.functions.score_maps(measurement, indices, calibration, 0)
         anomaly_map = self.functions.join_maps(maps, indices, calibration)  # (N, H, W)
         self.held_out_moments.update(anomaly_map.flatten())
+        self._add_scores_of(anomaly_map)
+
+    def _add_scores_of(self, anomaly_map: torch.Tensor) -> None:
+        """Scores and maxima of joined maps (N, H, W)."""
         if len(anomaly_map):
             self.scores += self.functions.image_scores(anomaly_map).tolist()
             self.maxima += anomaly_map.flatten(1).amax(dim=1).tolist()
@@ -167,15 +187,6 @@ class CalibrationFit:
                 "The map of a good image holds NaN or infinity, so it can set no threshold. Run the networks in "
                 "float32, and look at the image."
             )
-
-    def take_scores(self, other: CalibrationFit) -> None:
-        """Those that another fit, of other statistics, has learned from images, and its maps' moments."""
-        self.scores += other.scores
-        self.maxima += other.maxima
-        moments = other.held_out_moments
-        self.held_out_moments.count += moments.count
-        self.held_out_moments.total = self.held_out_moments.total + moments.total
-        self.held_out_moments.total_of_squares = self.held_out_moments.total_of_squares + moments.total_of_squares
 
     def finish(self) -> ScoreCalibration:
         """The calibration with thresholds, and maps of deviation 1.
@@ -196,8 +207,10 @@ class CalibrationFit:
             raise ValueError("There are no scores to set thresholds by. Call `add_scores` with measurements first.")
         if not scores:
             return self._known_calibration()
-        num_statistics, num_scores = self.map_moments.count, len(scores)
-        squares = num_statistics * self.joined_moments.variance() + num_scores * self.held_out_moments.variance()
+        num_statistics, num_scores = self.map_moments.count, (0 if self.leave_one_out else len(scores))
+        squares = num_statistics * self.joined_moments.variance()
+        if num_scores:
+            squares = squares + num_scores * self.held_out_moments.variance()
         scale = max(float(squares / (num_statistics - 1 + num_scores)) ** 0.5, 1e-6)
         calibration = self._known_calibration()
         calibration.map_std[self.category] *= scale

@@ -149,11 +149,36 @@ def feature_gaussian(moments: FeatureMoments, epsilon: float = EPSILON) -> tuple
 def feature_side(most: int, num_channels: int) -> int:
     """Rows and columns of positions whose Gaussians `feature_gaussian` gives, at most `most`.
 
-    Their triangles take up to 90 MB in half precision: 49 x 49 positions of 192 channels. Against synthetic defects a
-    covariance of its own is worth more to a position than a finer grid (pixel AP 31.1 at 48 x 48, 27.8 at 56 x 56 where
-    2 x 2 positions share one).
+    Their triangles take up to 90 MB in half precision: 49 x 49 positions of 192 channels. Against synthetic defects on
+    good bottles (MVTec-AD) a covariance of its own was worth more to a position than a finer grid: pixel AP 31.1 at
+    48 x 48, 27.8 at 56 x 56 where 2 x 2 positions share one.
     """
-    return min(most, math.isqrt(FEATURE_BYTES // (num_channels * (num_channels + 1))))
+    return max(1, min(most, math.isqrt(FEATURE_BYTES // (num_channels * (num_channels + 1)))))
+
+
+def leave_one_out_epsilon(count: int, epsilon: float = EPSILON) -> float:
+    """The `epsilon` of the `feature_gaussian` of n images that `leave_one_out_of_features` takes."""
+    return epsilon * (count - 2) / (count - 1)
+
+
+def leave_one_out_of_features(distance: torch.Tensor, num_channels: int, count: int) -> torch.Tensor:
+    """What images' distances would be, had `feature_gaussian` not seen them.
+
+    With S the scatter of n images about their mean and x an image's offset from it, the others' covariance is
+    (S - n / (n - 1) x x^T) / (n - 2), and x is n / (n - 1) times as far from their mean. By the Sherman-Morrison
+    formula the distance follows from x's own, where that has been whitened by S / (n - 1) and the ridge of
+    `leave_one_out_epsilon`. The ridge's scale, the features' average variance, stays that of all n.
+
+    Args:
+        distance: |Wx|^2 / C of images among those seen; any shape.
+        num_channels: C.
+        count: n; below 3 there is no covariance of the others, and the distances come back as they are.
+    """
+    if count < 3:
+        return distance
+    leverage = count / (count - 1) ** 2 * num_channels * distance  # below 1
+    scale = (count / (count - 1)) ** 2 * (count - 2) / (count - 1)
+    return scale * distance / (1.0 - leverage).clamp(min=1e-6)
 
 
 def leave_one_out(

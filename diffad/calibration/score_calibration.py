@@ -13,7 +13,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
 from diffad.calibration.conformal import conformal_threshold, false_alarm_bound
-from diffad.calibration.residual_gaussian import by_cell, from_cells, leave_one_out
+from diffad.calibration.residual_gaussian import by_cell, from_cells, leave_one_out, leave_one_out_of_features
 from diffad.scoring import Measurement, resize_maps
 from diffad.warn_once import warn_once
 
@@ -170,7 +170,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                         product = (whitened * average).mean(dim=1)  # (P, A, N')
                         position = leave_one_out(position, product, cell, num_channels, num_seen)
                     of_positions[chosen] = from_cells(position, grid, size)
-                if num_seen:
+                if num_seen and self.config.of_features:
+                    cell = leave_one_out_of_features(cell, num_channels, num_seen)
+                elif num_seen:
                     cell = leave_one_out(cell, cell, cell, num_channels, num_seen)
                 of_cells[chosen] = from_cells(cell, grid, grid)
         if not has_positions:
@@ -201,14 +203,14 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
 
     @property
     def has_thresholds(self) -> bool:
-        """Not from a single good image."""
+        """Not from one or two good images."""
         return self.config.num_scores > 0
 
     def check_category(self, category: torch.Tensor, names: Sequence[str]) -> None:
         """Raises a ValueError where one of images (N,) is of a category without thresholds: it would never alarm."""
         if not self.has_thresholds:
             warn_once(
-                "This pipeline was calibrated with a single good image, which vouches for no false-alarm rate: "
+                "This pipeline was calibrated with one or two good images, which vouch for no false-alarm rate: "
                 "anomaly_mask, is_anomalous and p_value are None. Calibrate it with more."
             )
             return
