@@ -239,6 +239,7 @@ def calibrate(
     from diffad.data import check_part_pattern, halve_parts, load_anomaly_dataset, part_index
     from diffad.data.checks import dataset_value_range
     from diffad.model_card import REPORT_NAME, remove_reports
+    from diffad.pipelines.detection import FEW_IMAGES
 
     if output is None and not Path(model).is_dir():
         raise ValueError(f"`output` is needed: {model} is not a folder that could be written to.")
@@ -268,11 +269,15 @@ def calibrate(
         batch_size=batch_size,
         generator=torch.Generator().manual_seed(seed),
         value_range=None if pipeline.config.value_range is not None else dataset_value_range(good),
+        leave_one_out=pipeline.scores_features and len(good) < FEW_IMAGES and part_pattern is None,
     )
     pipeline.save_pretrained(folder)
     if (folder / REPORT_NAME).is_file():  # it spoke of the statistics that were here before
         remove_reports(folder)
         console.print(f"Removed {escape(str(folder / REPORT_NAME))}: it was measured with the old calibration.")
+    if not pipeline.has_thresholds:
+        console.print(f"Saved to {escape(str(folder))}. One or two images give maps and scores, and no thresholds.")
+        return
     index = pipeline.category_index(category if len(pipeline.categories) > 1 else None)
     calibration, count = pipeline.calibration, pipeline.calibration.num_good_images(index)
     console.print(

@@ -21,6 +21,7 @@ from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import image_generators
 
 FEWEST_IMAGES = 3  # whose covariance says something of each without it
+FEW_IMAGES = 20  # of fewer, `diffad fit` and `diffad calibrate` hold none out, and leave each out in turn
 MAX_STATISTICS_IMAGES = 512  # of a category: more hardly change the statistics, and the temporary file grows with them
 
 
@@ -124,6 +125,11 @@ class DetectionPipeline(AnomalyPipeline):
         if leave_one_out:
             if not self.scores_features or statistics_images is not None:
                 raise ValueError("`leave_one_out` takes a pipeline without a denoiser, and no `statistics_images`.")
+            if len(self.categories) > 1 and len(images) < FEWEST_IMAGES:
+                raise ValueError(
+                    f"`images` holds {len(images)} good images of {category!r}: in a model of several categories each "
+                    f"takes at least {FEWEST_IMAGES}."
+                )
             statistics_images, for_scores = images, []
             for_statistics = [*range(len(images))]
         elif statistics_images is None:

@@ -74,6 +74,10 @@ class GradientDenoisingPipeline(AnomalyPipeline):
     ):
         super().__init__()
         check_value_range(value_range)
+        if unet is None:
+            raise ValueError(
+                "`unet` is None: this pipeline takes a denoiser, and `diffad fit` makes models without one."
+            )
         self.register_modules(unet=unet, scheduler=scheduler, feature_extractor=feature_extractor, gaussian=gaussian)
         self.register_to_config(
             kl_sigma=kl_sigma,

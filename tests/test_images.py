@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import texture, write_png
-from PIL import Image
+from PIL import Image, ImageFile, PngImagePlugin
 
-from diffad.images import image_to_rgb, images_to_pixel_values, images_to_tensors, read_image, resize_images
+from diffad.images import (
+    ImageSequence,
+    image_to_rgb,
+    images_to_pixel_values,
+    images_to_tensors,
+    read_image,
+    resize_images,
+)
 
 HEIGHT, WIDTH = 5, 7
 
@@ -289,6 +296,23 @@ def test_pixel_values_are_one_batch_in_the_networks_range():
     assert batch.shape == (2, 3, 8, 8)
     torch.testing.assert_close(batch[0], torch.full((3, 8, 8), -1.0))
     torch.testing.assert_close(batch[1], torch.full((3, 8, 8), 1.0))
+
+
+def test_files_are_decoded_when_their_batch_comes(tmp_path, monkeypatch):
+    """Memory goes with the batch: before it only headers are read, and after it nothing is kept."""
+    paths = [tmp_path / f"{i}.png" for i in range(6)]
+    for i, path in enumerate(paths):
+        Image.fromarray(texture(i, (20, 30))).save(path)
+    decoded = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(
+        PngImagePlugin.PngImageFile, "load", lambda image: decoded.append(image.filename) or load(image)
+    )
+    images = ImageSequence(paths)
+    assert (images.sizes, decoded) == ([(20, 30)] * 6, [])
+    for start in (0, 2, 4):
+        images_to_pixel_values(images[start : start + 2], (8, 8))
+        assert {Path(name).name for name in decoded} == {f"{i}.png" for i in range(start + 2)}
 
 
 def test_resizing_averages_and_keeps_what_fits():

@@ -17,17 +17,18 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from datasets import Dataset
 
 from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
 from diffad.calibration.residual_gaussian import feature_side
 from diffad.images import ImageSequence, images_to_pixel_values
 from diffad.models.feature_extractor import LITE0_BACKBONE
+from diffad.pipelines.detection import FEW_IMAGES
 from diffad.training.arguments import ABOVE_ZERO, COUNT, PIXELS, POSITIVE, RATE, SEED, FlagParser
 from diffad.training.data import hold_out, read_good_images
 from diffad.training.finish import save_examples, save_record
 
-FEW_IMAGES = 20  # of fewer, none is held out: thresholds come from leaving each out in turn
 STANDARDIZATION_IMAGES = 64  # some 200,000 positions, which tell a channel's mean and deviation
 
 
@@ -102,7 +103,7 @@ def calibrate_category(
 ) -> str:
     """Fits one category's Gaussian and thresholds; says from which images."""
     options = {"false_alarm_rate": args.false_alarm_rate, "category": name, "batch_size": args.batch_size}
-    if len(good) < FEW_IMAGES:
+    if len(good) < FEW_IMAGES and args.part_pattern is None:  # which has no photograph of the same part elsewhere
         pipeline.calibrate(good["image"], leave_one_out=True, **options)
         return f"{len(good)} good images, each left out in turn for the thresholds"
     training, held_out, _ = hold_out(good, args)
@@ -125,6 +126,7 @@ def describe_rate(pipeline: AnomalyDenoisePipeline, name: str | None) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = Accelerator(mixed_precision="no")
+    set_seed(args.seed)  # of random weights
     started = time.time()
 
     # 1. Good images, and the backbone

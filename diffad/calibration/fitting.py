@@ -142,6 +142,9 @@ class CalibrationFit:
         map_std = self.map_moments.standard_deviation()
         if calibration.num_distances == 2:  # the positions' distances are the last map
             map_std[-1] = self.map_moments.standard_deviation(self.position_prior_images)[-1]
+        if calibration.config.of_features and num_seen < 3:  # distances to oneself have no spread: maps stay raw
+            self.waiting.close()
+            return calibration
         map_mean, map_std = trust_positions(self.map_moments.mean(), map_std, self.position_trust)
         calibration.map_mean[self.category] = map_mean
         calibration.map_std[self.category] = map_std

@@ -141,7 +141,8 @@ def feature_gaussian(moments: FeatureMoments, epsilon: float = EPSILON) -> tuple
     for start in range(0, num_positions, CELLS_AT_ONCE):
         some = slice(start, start + CELLS_AT_ONCE)
         covariance = moments.covariance(some) if moments.count > 1 else of_image.expand(len(mean[some]), -1, -1)
-        factor = torch.linalg.cholesky(covariance + epsilon * variance.clamp(min=1e-12) * identity)
+        # where nothing varies, half precision must still hold the whitening
+        factor = torch.linalg.cholesky(covariance + epsilon * variance.clamp(min=1e-6) * identity)
         whitening.append(torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)[:, lower])
     return mean, torch.cat(whitening)
 

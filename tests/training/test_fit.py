@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import (
     BACKBONE,
+    launch,
     texture,
     textures,
     tiny_extractor,
@@ -21,6 +22,7 @@ from conftest import (
 )
 from diffusers import DiffusionPipeline
 from PIL import Image
+from typer.testing import CliRunner
 
 from diffad import AnomalyDenoisePipeline
 from diffad.calibration.residual_gaussian import (
@@ -30,6 +32,7 @@ from diffad.calibration.residual_gaussian import (
     leave_one_out_epsilon,
     leave_one_out_of_features,
 )
+from diffad.cli import app
 from diffad.cli import main as diffad
 from diffad.model_card import render_model_card
 from diffad.models.gaussian_feature_model import GaussianFeatureModel
@@ -160,12 +163,52 @@ def test_one_or_two_images_vouch_for_nothing(tmp_path, capsys, count):
     assert predict_files(pipeline, paths, tmp_path / "out")["scored"] == 2
 
 
+def test_images_that_do_not_vary_give_finite_maps():
+    for images in ([np.zeros((32, 32, 3), np.uint8)] * 5, [texture(0, 32)] * 5, [texture(0, 32)] * 2):
+        pipeline = without_denoiser().calibrate(images, leave_one_out=True, false_alarm_rate=0.2)
+        output = pipeline([images[0], texture(500, 32, defect=True)])
+        assert np.isfinite(output.anomaly_map).all()
+        assert output.anomaly_score[1] > output.anomaly_score[0]
+
+
+def test_photographs_of_a_part_are_held_out_together_also_of_few_images(tmp_path, capsys):
+    folder = write_folder(tmp_path / "good", 12, size=32)
+    for i, path in enumerate(sorted(folder.iterdir())):
+        path.rename(folder / f"part{i // 3}-view{i % 3}.png")
+    fit(folder, tmp_path / "model", "--part_pattern", r"part(\d+)", "--calibration_fraction", 0.3)
+    assert "9 good images, and 3 held out for the thresholds" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--part_pattern 'lot' finds no part in the path"):
+        fit(folder, tmp_path / "model", "--part_pattern", "lot")
+
+
+def test_calibrating_again_leaves_out_in_turn_as_well(tmp_path):
+    fit(write_folder(tmp_path / "good", 12, size=32), tmp_path / "model")
+    new = write_folder(tmp_path / "new", 8, size=32, first_seed=60)
+    arguments = ["calibrate", tmp_path / "model", "--data", new, "--false-alarm-rate", 0.2]
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert AnomalyDenoisePipeline.from_pretrained(tmp_path / "model").calibration.num_good_images(0) == 8
+
+
+def test_two_processes_fit_what_one_does(tmp_path):
+    data = write_folder(tmp_path / "good", 30, size=32)
+    fit(data, tmp_path / "one")
+    arguments = ["--train_data_dir", data, "--output_dir", tmp_path / "two", *SMALL]
+    launch(Path(fit_script.__file__), *arguments, processes=2, cwd=tmp_path)
+    one, two = (AnomalyDenoisePipeline.from_pretrained(tmp_path / name).calibration for name in ("one", "two"))
+    for name, values in one.named_buffers():
+        torch.testing.assert_close(dict(two.named_buffers())[name].float(), values.float(), rtol=2e-3, atol=1e-4)
+
+
 def test_categories_of_one_model(tmp_path):
     data = write_mvtec(tmp_path / "data", {"tile": 24, "cable": 5}, size=32)
     pipeline = fit(data, tmp_path / "model")
     assert pipeline.categories == ["cable", "tile"]
     assert [pipeline.calibration.num_good_images(i) for i in range(2)] == [5, 5]
     assert pipeline(texture(0, 32), category="tile").p_value is not None
+    few = write_mvtec(tmp_path / "few", {"tile": 24, "cable": 2}, size=32)
+    with pytest.raises(ValueError, match="2 good images of 'cable': in a model of several categories each takes at"):
+        fit(few, tmp_path / "other")
 
 
 def test_it_goes_where_other_pipelines_go(tmp_path):
