@@ -23,6 +23,7 @@ from datasets import Dataset
 from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
 from diffad.calibration.residual_gaussian import feature_side
 from diffad.images import ImageSequence, images_to_pixel_values
+from diffad.model_card import remove_reports
 from diffad.models.feature_extractor import LITE0_BACKBONE
 from diffad.pipelines.detection import FEW_IMAGES
 from diffad.training.arguments import ABOVE_ZERO, COUNT, PIXELS, POSITIVE, RATE, SEED, FlagParser
@@ -154,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 3. Save
     if accelerator.is_main_process:
+        remove_reports(args.output_dir)  # they speak of the model that was here before
         pipeline.save_pretrained(args.output_dir)
         save_examples(pipeline, good, args)
         save_record(args, {"categories": categories, "seconds": round(time.time() - started, 1)})
