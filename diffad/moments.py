@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from accelerate import Accelerator
 
@@ -114,6 +116,14 @@ class FeatureMoments:
         """Unbiased variance of each channel, (P, C) float64."""
         mean_square = self.total_of_products.diagonal(dim1=1, dim2=2) / self.count
         return (mean_square - self.mean().square()) * (self.count / (self.count - 1))
+
+    def whitening_parts(self, ridge: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Inverse Cholesky factors (P', C, C) float64 of the covariances + ridge * I, and their positions, in parts."""
+        identity = torch.eye(self.total.shape[1], dtype=torch.float64, device=self.total.device)
+        for start in range(0, len(self.total), POSITIONS_AT_ONCE):
+            positions = slice(start, start + POSITIONS_AT_ONCE)
+            factor = torch.linalg.cholesky(self.covariance(positions) + ridge * identity)
+            yield positions, torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
 
     def covariance(self, positions: slice = slice(None)) -> torch.Tensor:
         """Unbiased covariance at some positions, (P', C, C) float64."""

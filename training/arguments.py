@@ -66,15 +66,26 @@ SHARE, RATE = number(0.0, 1.0), number(0.0, 1.0, without_ends=True)
 NOT_NEGATIVE, ABOVE_ZERO = number(0.0), number(0.0, without_ends=True)
 
 
+def add_source_arguments(data: argparse._ArgumentGroup) -> None:
+    """Which good images; `check_source` sees that there are some."""
+    data.add_argument("--train_data_dir", metavar="DIR", help="MVTec-AD style tree or folder of good images, or 'elpv'")
+    data.add_argument("--dataset_name", metavar="ID", help="data set on the Hub, instead of --train_data_dir")
+    data.add_argument("--dataset", metavar="NAME", help="force a layout (mvtec_ad, visa, folder, ...)")
+    data.add_argument("--category", nargs="+", help="only these categories (default: all that there are)")
+    data.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable files (error)")
+
+
+def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        parser.error("give one of --train_data_dir and --dataset_name")
+
+
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of diffusers' own training examples, and what finding anomalies adds to them."""
     switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": False}  # --no-FLAG undoes a --config
     data = parser.add_argument_group("data")
     data.add_argument("--config", metavar="FILE", help="YAML of any of these flags; the command line overrides it")
-    data.add_argument("--train_data_dir", metavar="DIR", help="MVTec-AD style tree or folder of good images, or 'elpv'")
-    data.add_argument("--dataset_name", metavar="ID", help="data set on the Hub, instead of --train_data_dir")
-    data.add_argument("--dataset", metavar="NAME", help="force a layout (mvtec_ad, visa, folder, ...)")
-    data.add_argument("--category", nargs="+", help="train on these categories only (default: all that there are)")
+    add_source_arguments(data)
     data.add_argument(
         "--balance_categories",
         **switch,
@@ -83,7 +94,6 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--streaming", **switch, help="read the data once as a stream, and keep only its good images on disk"
     )
-    data.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable files (error)")
     data.add_argument(
         "--calibration_fraction",
         type=RATE,
@@ -204,8 +214,7 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
                 configured += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
         argv = [*configured, *argv]
     args = parser.parse_args(argv)
-    if (args.train_data_dir is None) == (args.dataset_name is None):
-        parser.error("give one of --train_data_dir and --dataset_name")
+    check_source(parser, args)
     if args.part_pattern is not None:
         try:
             check_part_pattern(args.part_pattern, "--part_pattern")

@@ -26,7 +26,17 @@ from diffad.images import ImageSequence, images_to_pixel_values
 from diffad.model_card import remove_reports
 from diffad.models.feature_extractor import LITE0_BACKBONE
 from diffad.pipelines.detection import FEW_IMAGES
-from diffad.training.arguments import ABOVE_ZERO, COUNT, PIXELS, POSITIVE, RATE, SEED, FlagParser
+from diffad.training.arguments import (
+    ABOVE_ZERO,
+    COUNT,
+    PIXELS,
+    POSITIVE,
+    RATE,
+    SEED,
+    FlagParser,
+    add_source_arguments,
+    check_source,
+)
 from diffad.training.data import hold_out, read_good_images
 from diffad.training.finish import save_examples, save_record
 
@@ -36,17 +46,13 @@ STANDARDIZATION_IMAGES = 64  # some 200,000 positions, which tell a channel's me
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = FlagParser(description="Fits the Gaussian of good images' features alone, with nothing trained.")
     data = parser.add_argument_group("data")
-    data.add_argument("--train_data_dir", metavar="DIR", help="MVTec-AD style tree or folder of good images, or 'elpv'")
-    data.add_argument("--dataset_name", metavar="ID", help="data set on the Hub, instead of --train_data_dir")
-    data.add_argument("--dataset", metavar="NAME", help="force a layout (mvtec_ad, visa, folder, ...)")
-    data.add_argument("--category", nargs="+", help="only these categories (default: all that there are)")
+    add_source_arguments(data)
     data.add_argument(
         "--streaming",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="read the data once as a stream, and keep only its good images on disk",
     )
-    data.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable files (error)")
     data.add_argument("--value_range", type=ABOVE_ZERO, help="of images of more than 8 bits, 4095 for a camera of 12")
     data.add_argument(
         "--calibration_fraction",
@@ -72,8 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=SEED, default=0, help="of which images are held out (0)")
     parser.add_argument("--num_example_images", type=COUNT, default=2, help="good images saved as pictures (2)")
     args = parser.parse_args(argv)
-    if (args.train_data_dir is None) == (args.dataset_name is None):
-        parser.error("give one of --train_data_dir and --dataset_name")
+    check_source(parser, args)
     return args
 
 

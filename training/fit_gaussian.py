@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from diffad import AnomalyDenoisePipeline
 from diffad.data import load_anomaly_dataset
 from diffad.pipelines.saving import save_whole
-from diffad.training.arguments import NOT_NEGATIVE, POSITIVE, SEED, FlagParser
+from diffad.training.arguments import NOT_NEGATIVE, POSITIVE, SEED, FlagParser, add_source_arguments, check_source
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -28,11 +28,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder or Hub id of an AnomalyDenoise pipeline")
     parser.add_argument("--output_dir", help="save the whole pipeline here (default: add to --model's folder)")
     data = parser.add_argument_group("data")
-    data.add_argument("--train_data_dir", metavar="DIR", help="MVTec-AD style tree or folder of good images, or 'elpv'")
-    data.add_argument("--dataset_name", metavar="ID", help="data set on the Hub, instead of --train_data_dir")
-    data.add_argument("--dataset", metavar="NAME", help="force a layout (mvtec_ad, visa, folder, ...)")
-    data.add_argument("--category", nargs="+", help="only these categories (default: all that there are)")
-    data.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable files (error)")
+    add_source_arguments(data)
     model = parser.add_argument_group("model")
     model.add_argument(
         "--image_size", type=POSITIVE, help="pixels the backbone sees (default: as the pipeline's extractor)"
@@ -45,8 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=POSITIVE, default=32, help="images in one pass (32)")
     parser.add_argument("--seed", type=SEED, default=0, help="of the noise (0)")
     args = parser.parse_args(argv)
-    if (args.train_data_dir is None) == (args.dataset_name is None):
-        parser.error("give one of --train_data_dir and --dataset_name")
+    check_source(parser, args)
     if args.output_dir is None and not Path(args.model).is_dir():
         parser.error(f"--model: no folder at {args.model}; to add to a pipeline from the Hub, give --output_dir")
     return args

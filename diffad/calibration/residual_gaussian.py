@@ -129,22 +129,20 @@ def feature_gaussian(moments: FeatureMoments, epsilon: float = EPSILON) -> tuple
         The means, (P, C), and the whitening, as `residual_gaussian`. Both float64.
     """
     num_positions, num_channels = moments.total.shape
-    mean = moments.mean()
-    if moments.count > 1:
-        variance = moments.variance().mean()
-    else:
-        spread = mean - mean.mean(dim=0)
-        variance, of_image = spread.square().mean(), spread.mT @ spread / num_positions
+    mean, smallest = (
+        moments.mean(),
+        1e-6,
+    )  # of the variance: half precision must hold the whitening where nothing varies
     identity = torch.eye(num_channels, dtype=torch.float64, device=mean.device)
-    lower = identity.new_ones(num_channels, num_channels).tril().bool()
-    whitening = []
-    for start in range(0, num_positions, CELLS_AT_ONCE):
-        some = slice(start, start + CELLS_AT_ONCE)
-        covariance = moments.covariance(some) if moments.count > 1 else of_image.expand(len(mean[some]), -1, -1)
-        # where nothing varies, half precision must still hold the whitening
-        factor = torch.linalg.cholesky(covariance + epsilon * variance.clamp(min=1e-6) * identity)
-        whitening.append(torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)[:, lower])
-    return mean, torch.cat(whitening)
+    lower = torch.ones_like(identity).tril().bool()
+    if moments.count > 1:
+        ridge = epsilon * moments.variance().mean().clamp(min=smallest)
+        return mean, torch.cat([inverse[:, lower] for _, inverse in moments.whitening_parts(ridge)])
+    spread = mean - mean.mean(dim=0)
+    ridge = epsilon * spread.square().mean().clamp(min=smallest)
+    factor = torch.linalg.cholesky(spread.mT @ spread / num_positions + ridge * identity)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return mean, inverse[lower].expand(num_positions, -1)
 
 
 def feature_side(most: int, num_channels: int) -> int:

@@ -17,7 +17,7 @@ from diffusers.utils import BaseOutput
 
 from diffad.images import ImageInput, ImageSequence, images_to_pixel_values, resize_images
 from diffad.models.feature_extractor import LITE0_BACKBONE, TimmFeatureExtractor
-from diffad.moments import POSITIONS_AT_ONCE, FeatureMoments
+from diffad.moments import FeatureMoments
 from diffad.scoring import gaussian_smooth, max_score
 
 
@@ -183,12 +183,8 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
                 f"`batches` holds {moments.count} images: a covariance takes at least 2 good images, and deserves 100."
             )
         self.mean[category] = moments.mean().float()
-        identity = torch.eye(self.mean.shape[2], dtype=torch.float64, device=moments.total.device)
-        regularization = self.config.epsilon * moments.variance().mean().clamp(min=1e-12) * identity
-        for start in range(0, self.mean.shape[1], POSITIONS_AT_ONCE):
-            positions = slice(start, start + POSITIONS_AT_ONCE)
-            factor = torch.linalg.cholesky(moments.covariance(positions) + regularization)
-            inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)  # (P', C, C)
+        ridge = self.config.epsilon * moments.variance().mean().clamp(min=1e-12)
+        for positions, inverse in moments.whitening_parts(ridge):
             self.whitening[category, positions] = inverse.float()
         self.num_images[category] = moments.count
         return self
