@@ -195,7 +195,7 @@ def predict(
 @app.command(short_help="The field's metrics on a test split, and a page to read.")
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Option(metavar="DATA", help="With a test split: folder, Hub id, elpv/mono.")],
+    data: Annotated[str, typer.Option("--data", metavar="DATA", help="With a test split: folder, Hub id, elpv/mono.")],
     output: Annotated[Path, typer.Option(metavar="FILE", help="The report, .json.")] = Path("report.json"),
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout: mvtec_ad, visa, ...")] = None,
     category: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one; may be repeated.")] = None,
@@ -218,7 +218,7 @@ def evaluate(
 @app.command(short_help="Statistics and thresholds from good images.")
 def calibrate(
     model: Model,
-    data: Annotated[str, typer.Option(metavar="DATA", help="Good images: a folder, data set, elpv.")],
+    data: Annotated[str, typer.Option("--data", metavar="DATA", help="Good images: a folder, data set, elpv.")],
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to save (MODEL, if a folder).")] = None,
     false_alarm_rate: Annotated[float, typer.Option(metavar="RATE", help="Of good parts that may alarm.")] = 0.01,
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout.")] = None,

@@ -18,7 +18,7 @@ if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download something fails at once
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; two workers share the cores
-os.environ["ACCELERATE_USE_CPU"] = "true"  # the same numbers on every machine
+os.environ["ACCELERATE_USE_CPU"] = str("DIFFAD_TEST_DEVICE" not in os.environ)  # the same numbers on every machine
 
 import numpy as np
 import pytest
@@ -32,7 +32,10 @@ from diffad import AnomalyDenoisePipeline, DenoisingUNet2DModel, TimmFeatureExtr
 BACKBONE = "test_resnet"  # timm's miniature, 0.4 M parameters: 32 channels at either stride
 STRIDES = (2, 4)
 
+DEVICE = os.environ.get("DIFFAD_TEST_DEVICE", "cpu")  # of pipelines; cuda looks for what works on a CPU alone
+
 torch.set_num_threads(1)
+torch.backends.cudnn.allow_tf32 = False  # three digits, and the default of a GPU's convolutions
 
 
 def texture(seed: int, size: int | tuple[int, int] = 16, defect: bool = False) -> np.ndarray:
@@ -122,7 +125,7 @@ def tiny_pipeline(
         **{"kl_sigma": 1.0, "feature_sigma": 1.0, **config},
     )
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(DEVICE)
 
 
 def generator(seed: int = 0) -> torch.Generator:

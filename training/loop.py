@@ -92,6 +92,8 @@ def train(
     model, optimizer, data_loader, schedule = accelerator.prepare(model, optimizer, data_loader, schedule)
     ema = create_ema(trained, args, accelerator)
     step = first_step = resume(accelerator, args)
+    if ema is not None:
+        ema.to(accelerator.device)  # a checkpoint is loaded into memory, beside a GPU
     first, last = step * accumulation, args.max_train_steps * accumulation  # batches
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="Training", disable=not accelerator.is_local_main_process

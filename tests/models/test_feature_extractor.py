@@ -112,7 +112,7 @@ def test_other_transformers_run_and_reload(tmp_path, backbone):
 
 def test_layers_of_windowed_transformers_come_channels_first():
     extractor = TimmFeatureExtractor("swin_tiny_patch4_window7_224", (4, 16))
-    assert [tuple(layer.shape[1:]) for layer in extractor.layers(pixels(1, 64, 64))] == [(96, 16, 16), (384, 4, 4)]
+    assert [tuple(layer.shape[1:]) for layer in extractor.layers(pixels(1, 224, 224))] == [(96, 56, 56), (384, 14, 14)]
 
 
 def test_image_size_resizes_before_the_backbone():
