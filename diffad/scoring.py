@@ -19,16 +19,19 @@ class Measurement(NamedTuple):
 
     maps: (N, S, H, W) float32 score maps at the processing resolution, not smoothed; S may be 0.
     residual: (N, T, C, h, w) float32, the true less the predicted or reconstructed features; None without one.
+    patches: (N, C', h', w') float32, features whose distance to the nearest of good images is a map; None without it.
+    image: (N,) integers, the images' numbers among those that the statistics come from; None for new images.
     """
 
     maps: torch.Tensor
     residual: torch.Tensor | None = None
+    patches: torch.Tensor | None = None
+    image: torch.Tensor | None = None
 
 
 def empty_measurement(measurement: Measurement) -> Measurement:
     """A measurement of the same shapes and of no images: what a process adds that has no image to look at."""
-    residual = measurement.residual
-    return Measurement(measurement.maps[:0], None if residual is None else residual[:0])
+    return Measurement(*(None if values is None else values[:0] for values in measurement))
 
 
 def gaussian_smooth(maps: torch.Tensor, sigma: float) -> torch.Tensor:

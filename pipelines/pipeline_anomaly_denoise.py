@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler
 
+from diffad.calibration.coreset import locally_aware_patches, patch_layers
 from diffad.calibration.residual_gaussian import feature_side
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.images import ImageInput, ImageSequence, images_to_pixel_values, resize_images
@@ -81,6 +82,9 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             average over all positions counts for in their map's deviation, from 0 (`MomentSums.standard_deviation`).
             Good images vary more along a part's edges, so that defects there would end too early; the more images, the
             less so. Calibrate again after a change.
+        nearest_weight: in [0, 1]: weight, in the joined map, of how far the patches are from the nearest of good
+            images' (`diffad.calibration.coreset`); the rest is eq. 11's. At 0 they are not looked at. Calibrate again
+            after a change.
         position_trust: in [0, 1]: how far the mean and the variance that good images' maps have at a position are
             trusted, against those over all positions. At 1 a defect counts by what is usual at its place. Where good
             images hardly vary, as on a plain background, that makes much of little.
@@ -114,6 +118,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         score_fraction: float = 0.0,
         suppression: float = 0.0,
         position_prior_images: float = PRIOR_IMAGES,
+        nearest_weight: float = 0.0,
         position_trust: float = 1.0,
         score_strides: list[int] | None = None,
         processing_resolution: int | None = None,
@@ -126,8 +131,9 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"`alpha` must lie in [0, 1], but is {alpha}.")
         check_map_settings(suppression, position_prior_images)
-        if not 0.0 <= position_trust <= 1.0:
-            raise ValueError(f"`position_trust` must lie in [0, 1], but is {position_trust}.")
+        for name, value in (("position_trust", position_trust), ("nearest_weight", nearest_weight)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"`{name}` must lie in [0, 1], but is {value}.")
         if (unet is None) != (scheduler is None):
             raise ValueError("`unet` and `scheduler` go together: give both, or None for both.")
         timesteps = [5, 50, 100] if timesteps is None else list(timesteps)
@@ -154,6 +160,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             score_fraction=score_fraction,
             suppression=suppression,
             position_prior_images=position_prior_images,
+            nearest_weight=nearest_weight,
             position_trust=position_trust,
             score_strides=None if score_strides is None else sorted(score_strides),
             processing_resolution=processing_resolution
@@ -299,17 +306,26 @@ class AnomalyDenoisePipeline(DetectionPipeline):
 
         # d. f(x_0) - f_theta(x_t, t) (eq. 10), of the layers that are scored: (N, T, C, h, w)
         predicted = prediction.features.float().unflatten(0, count)
-        extractor_dtype = self.feature_extractor.dtype
-        features = self.feature_extractor(pixel_values.to(extractor_dtype), tuple(predicted.shape[-2:])).float()
-        return Measurement(maps=kl, residual=self._of_layers(features[:, None] - predicted, layers))
+        features, patches = self._features(pixel_values, tuple(predicted.shape[-2:]))
+        residual = self._of_layers(features[:, None] - predicted, layers)
+        return Measurement(maps=kl, residual=residual, patches=patches)
 
     def measure_features(
         self, pixel_values: torch.Tensor, noise: torch.Tensor, layers: Sequence[int] | None = None
     ) -> Measurement:
         """`measure` without a denoiser: no KL map (N, 0, R, R), and the features as the residual (N, 1, C, h, w)."""
-        side = self.feature_resolution
-        features = self.feature_extractor(pixel_values.to(self.feature_extractor.dtype), (side, side)).float()
-        return Measurement(maps=noise[:, :, 0], residual=self._of_layers(features[:, None], layers))
+        features, patches = self._features(pixel_values, (self.feature_resolution,) * 2)
+        residual = self._of_layers(features[:, None], layers)
+        return Measurement(maps=noise[:, :, 0], residual=residual, patches=patches)
+
+    def _features(self, pixel_values: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Features (N, C, *size) of all layers, standardised, and patches (N, C', h, w) where they count."""
+        extractor = self.feature_extractor
+        layers = extractor.layers(pixel_values.to(extractor.dtype))
+        patches = None
+        if self.config.nearest_weight:
+            patches = locally_aware_patches([layers[i] for i in patch_layers(extractor.layer_strides)])
+        return extractor.standardize(layers, size).float(), patches
 
     def _of_layers(self, features: torch.Tensor, layers: Sequence[int] | None) -> torch.Tensor:
         """(N, T, C, h, w) of all layers to those of some; None takes those that are scored."""
@@ -360,8 +376,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         """Smoothed maps (N, S, H, W): the KL at each of T levels, then the feature error.
 
         The latter is, uncalibrated, the error of each level and layer (S = T + T * L), and calibrated the one or two
-        maps of the residual's log Mahalanobis distance, averaged over the levels. `num_seen` is
-        `ScoreCalibration.log_distances`'.
+        maps of the residual's log Mahalanobis distance, averaged over the levels, and the distance of the nearest
+        patches, where it counts. `num_seen` is `ScoreCalibration.log_distances`'.
         """
         kl, residual = measurement.maps, measurement.residual
         if residual is None:
@@ -373,6 +389,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         else:
             calibration.check_measurement(measurement)
             errors = calibration.distance_maps(residual.mean(dim=1), category, size, num_seen)
+            if measurement.patches is not None:
+                errors = torch.cat([errors, calibration.nearest_map(measurement, category, size)], dim=1)
         kl_sigma, feature_sigma = self.config.kl_sigma, self.config.feature_sigma
         return torch.cat([gaussian_smooth(kl, kl_sigma), gaussian_smooth(errors, feature_sigma)], dim=1)
 
@@ -385,7 +403,10 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             return joint_map(maps[:, :levels], maps[:, levels:], alpha)
         maps = calibration.normalize(maps, category)
         kl, errors = maps[:, :levels], maps[:, levels:].split(1, dim=1)  # of cells, and of positions if they differ
-        joined = [joint_map(kl, error, alpha) for error in errors]
+        weight, nearest = self.config.nearest_weight, torch.zeros_like(maps[:, 0])
+        if calibration.coreset is not None:
+            *errors, nearest = *errors[:-1], errors[-1][:, 0]
+        joined = [(1.0 - weight) * joint_map(kl, error, alpha) + weight * nearest for error in errors]
         anomaly_map = outline_by_positions(*joined) if len(joined) == 2 else joined[0]
         return suppress_surroundings(anomaly_map, self.config.suppression)
 

@@ -147,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         None,
         extractor,
         position_trust=0.0,
+        nearest_weight=1 / 3,
         feature_resolution=args.feature_resolution,
         categories=categories if len(categories) > 1 else None,
         value_range=args.value_range,

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from tempfile import TemporaryFile
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from diffad.calibration.coreset import CORESET_SIZE, POOL_SIZE, greedy_coreset, sample_patches
 from diffad.calibration.residual_gaussian import (
     feature_gaussian,
     leave_one_out_epsilon,
@@ -31,7 +32,8 @@ class ScoreFunctions(NamedTuple):
     """How a method comes from measurements to scores: three functions over tensors.
 
     score_maps: `(measurement, category, calibration, num_seen)` to smoothed maps (N, S, H, W), those of the residual's
-        distances last; `num_seen` is `ScoreCalibration.log_distances`'.
+        distances behind the measured ones, and that of the nearest patches last; `num_seen` is
+        `ScoreCalibration.log_distances`'.
     join_maps: `(maps, category, calibration)` to anomaly maps (N, H, W), normalised by the calibration.
     image_scores: anomaly maps to scores (N,). Twice the map gives twice the score.
     """
@@ -90,6 +92,7 @@ class CalibrationFit:
         self.held_out_moments = MomentSums()  # the same of the thresholds' images
         self.calibration: ScoreCalibration | None = None
         self.waiting = TemporaryFile()  # noqa: SIM115 (residuals and maps, read again by `set_statistics`, which closes it)
+        self.num_waiting = 0
         self.scores: list[float] = []
         self.maxima: list[float] = []
 
@@ -107,9 +110,11 @@ class CalibrationFit:
             self.residual_sums.update(residual)
             self.residual_moments.update(F.adaptive_avg_pool2d(residual, calibration.grid).flatten(2))  # (N, C, P)
             if calibration.num_distances == 2:  # half precision, as far as it goes, makes up for several positions
-                residual = residual.clamp(-65504.0, 65504.0).half()
-        for values in (residual, measurement.maps):
+                residual = half(residual)
+        patches = residual[:, :0] if measurement.patches is None else half(measurement.patches)
+        for values in (residual, measurement.maps, patches):
             np.save(self.waiting, values.cpu().numpy())
+        self.num_waiting += len(measurement.maps)
 
     def set_statistics(self) -> ScoreCalibration:
         """The calibration without thresholds, all that maps need.
@@ -135,37 +140,82 @@ class CalibrationFit:
                 gaussian = feature_gaussian(self.residual_moments, leave_one_out_epsilon(max(num_seen, 3)))
                 for_seen.set_residual_gaussian(self.category, *gaussian)
             self.residual_moments = None  # larger than all else here
+        if calibration.coreset is not None:
+            self._set_coreset(calibration, for_seen)
         # 2. Mean and deviation of each map at each pixel, (S, H, W); an image is measured by the Gaussian of the others
+        smoothed = TemporaryFile()  # noqa: SIM115 (closed below)
         for maps in self._waiting_maps(for_seen, num_seen):
             self.map_moments.update(maps)
+            np.save(smoothed, maps.cpu().numpy())
         self.map_moments.reduce(self.accelerator)
         map_std = self.map_moments.standard_deviation()
         if calibration.num_distances == 2:  # the positions' distances are the last map
             map_std[-1] = self.map_moments.standard_deviation(self.position_prior_images)[-1]
         if calibration.config.of_features and num_seen < 3:  # distances to oneself have no spread: maps stay raw
             self.waiting.close()
+            if calibration.coreset is not None:  # nor does the nearest patch of another image
+                calibration.map_std[self.category, -1] = torch.inf
             return calibration
         map_mean, map_std = trust_positions(self.map_moments.mean(), map_std, self.position_trust)
         calibration.map_mean[self.category] = map_mean
         calibration.map_std[self.category] = map_std
         # 3. Deviation of the joined maps, see `finish`
-        for maps in self._waiting_maps(for_seen, num_seen):
+        for maps in read_arrays(smoothed, calibration.map_mean.device):
             joined = self.functions.join_maps(maps, self._indices(maps), calibration)
             self.joined_moments.update(joined.flatten())
             if self.leave_one_out and self.num_scores:
                 self._add_scores_of(joined)
         self.joined_moments.reduce(self.accelerator)
+        smoothed.close()
         self.waiting.close()
         return calibration
 
     def _waiting_maps(self, calibration: ScoreCalibration, num_seen: int) -> Iterator[torch.Tensor]:
         """The score maps of what waits in the file, (N, S, H, W) batch by batch."""
-        end, device = self.waiting.seek(0, os.SEEK_END), calibration.map_mean.device
+        end, device, count = self.waiting.seek(0, os.SEEK_END), calibration.map_mean.device, 0
         self.waiting.seek(0)
         while self.waiting.tell() < end:
-            residual, maps = (torch.from_numpy(np.load(self.waiting)).float().to(device) for _ in range(2))
-            measurement = Measurement(maps, residual[:, None] if residual.ndim == 4 else None)
-            yield self.functions.score_maps(measurement, self._indices(maps), calibration, num_seen)
+            measurement = self._next_waiting(count, device)
+            count += len(measurement.maps)
+            yield self.functions.score_maps(measurement, self._indices(measurement.maps), calibration, num_seen)
+
+    def _next_waiting(self, count: int, device: torch.device) -> Measurement:
+        """The next batch of what waits in the file, after `count` images."""
+        residual, maps, patches = (torch.from_numpy(np.load(self.waiting)).float().to(device) for _ in range(3))
+        first, step = (
+            (0, 1) if self.accelerator is None else (self.accelerator.process_index, self.accelerator.num_processes)
+        )
+        image = first + step * torch.arange(count, count + len(maps), device=device)  # as `process_share` has it
+        has_patches = patches.ndim == 4 and patches.shape[1] > 0
+        return Measurement(
+            maps,
+            residual[:, None] if residual.ndim == 4 else None,
+            patches if has_patches else None,
+            image if has_patches else None,
+        )
+
+    def _set_coreset(self, calibration: ScoreCalibration, for_seen: ScoreCalibration) -> None:
+        """Chooses patches that are near all of those of the statistics' images."""
+        end, device = self.waiting.seek(0, os.SEEK_END), calibration.coreset.device
+        self.waiting.seek(0)
+        count, sampled = 0, []
+        num_images = self.num_waiting
+        if self.accelerator is not None:
+            num_images = int(self.accelerator.reduce(torch.tensor(num_images, device=self.accelerator.device)))
+        while self.waiting.tell() < end:
+            measurement = self._next_waiting(count, device)
+            count += len(measurement.maps)
+            for patches, image in zip(measurement.patches, measurement.image.tolist(), strict=True):
+                sampled.append((image, sample_patches(patches, image, max(1, POOL_SIZE // num_images)).cpu().numpy()))
+        if self.accelerator is not None and self.accelerator.num_processes > 1:
+            sampled = gather_object(sampled)
+        sampled = sorted(sampled, key=lambda one: one[0])  # one process's order
+        owner = torch.tensor([image for image, patches in sampled for _ in patches], device=device)
+        pool = torch.from_numpy(np.concatenate([patches for _, patches in sampled])).to(device)
+        chosen = greedy_coreset(pool, CORESET_SIZE)
+        for one in (calibration, for_seen):
+            one.coreset[self.category] = pool[chosen].half()
+            one.coreset_owner[self.category] = owner[chosen]
 
     # -- 2. thresholds -------------------------------------------------------------------------------------------
 
@@ -244,6 +294,10 @@ class CalibrationFit:
                 grid = residual_grid((height, width), num_channels, self.num_categories)
             residual_shape = (num_channels, *residual_size((height, width), grid, num_channels))
             num_maps += 1 if grid == residual_shape[1:] else 2  # the residual's distances are maps, too
+        coreset_shape = None
+        if measurement.patches is not None:
+            coreset_shape = (CORESET_SIZE, measurement.patches.shape[1])
+            num_maps += 1
         previous = self.previous
         if previous is not None:
             self._check_previous(previous, num_maps, residual_shape)
@@ -252,6 +306,7 @@ class CalibrationFit:
             map_shape=(num_maps, *measurement.maps.shape[-2:]),
             residual_shape=residual_shape,
             residual_places=grid,
+            coreset_shape=coreset_shape,
             num_scores=max(self.num_scores, 0 if previous is None else previous.config.num_scores),
             false_alarm_rate=self.false_alarm_rate,
             **self.record,
@@ -286,6 +341,19 @@ class CalibrationFit:
                 f"{config.false_alarm_rate:g}. Pass that, or load the pipeline with `calibration=None` and calibrate "
                 "every category."
             )
+
+
+def half(values: torch.Tensor) -> torch.Tensor:
+    """In half precision, as far as it goes."""
+    return values.clamp(-65504.0, 65504.0).half()
+
+
+def read_arrays(file: IO[bytes], device: torch.device) -> Iterator[torch.Tensor]:
+    """The arrays of a file, one after another, from its beginning."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    while file.tell() < end:
+        yield torch.from_numpy(np.load(file)).to(device)
 
 
 def trust_positions(mean: torch.Tensor, std: torch.Tensor, trust: float) -> tuple[torch.Tensor, torch.Tensor]:

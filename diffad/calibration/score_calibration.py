@@ -13,6 +13,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
 from diffad.calibration.conformal import conformal_threshold, false_alarm_bound
+from diffad.calibration.coreset import nearest_distances
 from diffad.calibration.residual_gaussian import by_cell, from_cells, leave_one_out, leave_one_out_of_features
 from diffad.scoring import Measurement, resize_maps
 from diffad.warn_once import warn_once
@@ -42,6 +43,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         of_features: whether the residual is features that nothing predicts, whose Gaussian is `feature_gaussian`, in
             half precision.
         value_range: of images of more than 8 bits, where the calibration has found it and the pipeline has none.
+        coreset_shape: (M, C') of the good images' patches that are kept, or None for methods without.
 
     Attributes:
         map_mean, map_std: (K, S, H, W), of the smoothed maps over good images; the latter times one constant for each
@@ -49,6 +51,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         residual_mean: (K, h * w, C), mean of the feature residual over good images at every position.
         residual_whitening: (K, P, C (C + 1) / 2), lower triangles at P cells: with them the residual's channels
             become uncorrelated, of variance 1 (`residual_gaussian`).
+        coreset: (K, M, C') float16, patches of good images (`diffad.calibration.coreset`).
         normal_scores: (K, n), held-out good images' scores, ascending, padded with NaN.
         image_threshold: (K,): scores above it are anomalous.
         pixel_threshold: (K,): pixels of the map above it are. At most `false_alarm_rate` of good images show any.
@@ -68,6 +71,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     map_std: torch.Tensor
     residual_mean: torch.Tensor  # None, as is the whitening, for methods without a residual
     residual_whitening: torch.Tensor
+    coreset: torch.Tensor  # None for methods without
     normal_scores: torch.Tensor
     image_threshold: torch.Tensor
     pixel_threshold: torch.Tensor
@@ -85,6 +89,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         settings: dict[str, Any] | None = None,
         of_features: bool = False,
         value_range: float | None = None,
+        coreset_shape: tuple[int, int] | None = None,
     ):
         super().__init__()
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
@@ -99,6 +104,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             for name in ("residual_mean", "residual_whitening"):
                 self.register_buffer(name, None)
         self._dense_whitening: dict[int, torch.Tensor] = {}
+        coreset = None if coreset_shape is None else torch.zeros(num_categories, *coreset_shape).half()
+        self.register_buffer("coreset", coreset)
+        self.coreset_owner: dict[int, torch.Tensor] = {}  # (M,), while a category's statistics are taken
         self.register_buffer("normal_scores", torch.full((num_categories, num_scores), float("nan")))
         self.register_buffer("image_threshold", torch.full((num_categories,), float("inf")))
         self.register_buffer("pixel_threshold", torch.full((num_categories,), float("inf")))
@@ -190,10 +198,28 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         distances = self.log_distances(residual, category, num_seen)
         return torch.cat([resize_maps(distance[:, None], size) for distance in distances], dim=1)
 
+    def nearest_map(self, measurement: Measurement, category: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """How far the patches are from the nearest of good images, (N, 1, *size).
+
+        The images of the statistics are measured by the others' patches.
+        """
+        patches, image = measurement.patches, measurement.image
+        if patches is None:
+            raise ValueError("`measurement` has no patches, which this calibration scores. Take it from `measure`.")
+        distances = patches.new_empty(len(patches), *patches.shape[-2:], dtype=torch.float32)
+        with torch.autocast(patches.device.type, enabled=False):
+            for index in set(category.tolist()):
+                chosen = category == index
+                own = None if image is None else image[chosen]
+                owner = None if image is None else self.coreset_owner[index]
+                distances[chosen] = nearest_distances(patches[chosen], self.coreset[index], owner, own)
+        return resize_maps(distances[:, None], size)
+
     def check_measurement(self, measurement: Measurement) -> None:
         """Raises a ValueError where the statistics are of other scores than a pipeline's settings give."""
         residual, shape = measurement.residual, self.config.residual_shape
         distances = 0 if residual is None else max(1, self.num_distances)
+        distances += measurement.patches is not None
         found = (measurement.maps.shape[1] + distances, 0 if residual is None else residual.shape[2])
         if found != (self.config.map_shape[0], shape[0] if shape else 0):
             raise ValueError(

@@ -180,8 +180,11 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         Returns:
             (N, num_channels, *size).
         """
-        features = concatenate_layers(self.layers(pixel_values), size)  # (N, num_channels, *size)
-        return (features - self.channel_mean) / self.channel_std
+        return self.standardize(self.layers(pixel_values), size)
+
+    def standardize(self, layers: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+        """`layers`' maps at one size, standardised per channel, (N, num_channels, *size)."""
+        return (concatenate_layers(layers, size) - self.channel_mean) / self.channel_std
 
     @torch.no_grad()
     def fit_standardization(self, batches: Iterable[torch.Tensor], size: tuple[int, int]) -> TimmFeatureExtractor:

@@ -1,0 +1,95 @@
+"""Distances to the nearest features of good images (Roth et al., "Towards Total Recall in Industrial Anomaly
+Detection", CVPR 2022: PatchCore).
+
+A Gaussian at each position knows how features vary there, and nothing of what stands beside it; the nearest feature of
+any place is blind to places, and takes any number of kinds of good parts. They miss different defects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+CORESET_SIZE = 2000  # patches kept of a category: 0.6 MB for 152 channels in half precision
+POOL_SIZE = 2**15  # patches of all images, of which they are chosen
+PROJECTED_CHANNELS = 48  # in which they are chosen: random projections keep distances (Johnson and Lindenstrauss, 1984)
+FINEST_STRIDE = 8  # PatchCore leaves out what is finer
+
+
+def patch_layers(strides: Sequence[int]) -> list[int]:
+    """Indices of the layers that patches are made of: strides from 8 on, or the coarsest where there is none."""
+    chosen = [i for i, stride in enumerate(strides) if stride >= FINEST_STRIDE]
+    return chosen or [i for i, stride in enumerate(strides) if stride == max(strides)]
+
+
+def locally_aware_patches(layers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Patch features (Roth et al., eqs. 1 to 3): averages over 3 x 3 positions, of several layers at the first's size.
+
+    Args:
+        layers: (N, C_i, h_i, w_i), the finest first.
+
+    Returns:
+        (N, C, h, w), C the sum of C_i, h and w those of the finest.
+    """
+    size = layers[0].shape[-2:]
+    pooled = [F.avg_pool2d(layer.float(), 3, stride=1, padding=1) for layer in layers]
+    return torch.cat(
+        [layer if layer.shape[-2:] == size else F.interpolate(layer, size, mode="bilinear") for layer in pooled], dim=1
+    )
+
+
+def sample_patches(patches: torch.Tensor, image: int, count: int) -> torch.Tensor:
+    """`count` of one image's patches (C, h, w), or all that there are: (n, C). Which ones its number `image` says."""
+    flat = patches.flatten(1).mT  # (h * w, C)
+    chosen = np.random.default_rng(image).permutation(len(flat))[:count]
+    return flat[torch.from_numpy(np.sort(chosen)).to(flat.device)]
+
+
+def greedy_coreset(patches: torch.Tensor, size: int) -> torch.Tensor:
+    """Indices (size,) of patches that are near all the others (Roth et al., algorithm 1: greedy k-center).
+
+    Args:
+        patches: (n, C) float.
+        size: how many to choose. Where there are fewer, the first is repeated.
+    """
+    generator = torch.Generator().manual_seed(0)
+    projection = torch.randn(patches.shape[1], PROJECTED_CHANNELS, generator=generator).to(patches)
+    projected = patches @ projection  # (n, 48)
+    chosen = [0]
+    distance = (projected - projected[0]).square().sum(dim=1)
+    while len(chosen) < min(size, len(patches)):
+        farthest = int(distance.argmax())
+        chosen.append(farthest)
+        distance = torch.minimum(distance, (projected - projected[farthest]).square().sum(dim=1))
+    return torch.tensor(chosen + [0] * (size - len(chosen)), device=patches.device)
+
+
+def nearest_distances(
+    patches: torch.Tensor,
+    coreset: torch.Tensor,
+    owner: torch.Tensor | None = None,
+    image: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Euclidean distance of every patch from the nearest of the coreset.
+
+    Args:
+        patches: (N, C, h, w).
+        coreset: (M, C).
+        owner: (M,), the number of the image that each of the coreset is from; with `image`.
+        image: (N,), the images' own numbers: their patches are no neighbours of theirs.
+
+    Returns:
+        (N, h, w) float32.
+    """
+    coreset = coreset.float()
+    offset = coreset.square().sum(dim=1)  # (M,)
+    squared = patches.new_empty(len(patches), patches[0, 0].numel() if len(patches) else 0, dtype=torch.float32)
+    for i, one in enumerate(patches.float().flatten(2)):  # (C, h * w); all images' at once would take 100 MB
+        product = torch.addmm(offset, one.mT, coreset.mT, alpha=-2.0)  # (h * w, M)
+        if owner is not None and image is not None:
+            product[:, owner == image[i]] = torch.inf
+        squared[i] = product.amin(dim=1) + one.square().sum(dim=0)
+    return squared.clamp(min=0.0).sqrt().view(len(patches), *patches.shape[-2:])
