@@ -19,12 +19,14 @@ class Measurement(NamedTuple):
 
     maps: (N, S, H, W) float32 score maps at the processing resolution, not smoothed; S may be 0.
     residual: (N, T, C, h, w) float32, the true less the predicted or reconstructed features; None without one.
-    patches: (N, C', h', w') float32, features whose distance to the nearest of good images is a map; None without it.
+    features: (N, C, h, w) float32, the features themselves, whose Gaussian at each position is a map; or None.
+    patches: (N, C, h, w) float32, features whose distance from the nearest of good images is a map; or None.
     image: (N,) integers, the images' numbers among those that the statistics come from; None for new images.
     """
 
     maps: torch.Tensor
     residual: torch.Tensor | None = None
+    features: torch.Tensor | None = None
     patches: torch.Tensor | None = None
     image: torch.Tensor | None = None
 

@@ -17,6 +17,8 @@ from diffad.moments import PRIOR_IMAGES
 from diffad.pipelines.output import OUTPUT_TYPES
 from diffad.warn_once import warn_once
 
+MAP_NAMES = ("kl", "feature_error", "gaussian", "nearest")  # what AnomalyDenoise joins
+
 
 def check_call(
     images: ImageSequence,
@@ -153,3 +155,18 @@ def check_calibration(
         "This pipeline is not calibrated: maps and scores are raw, and anomaly_mask, is_anomalous and p_value "
         "are None. Call `pipe.calibrate(good_images)` once and save the pipeline again."
     )
+
+
+def map_weights(weights: dict[str, float] | None, alpha: float, has_denoiser: bool) -> dict[str, float]:
+    """The weights of all maps by their names; raises a ValueError where there is one for no map, or none above 0."""
+    if weights is None:
+        weights = {"kl": alpha, "feature_error": 1.0 - alpha} if has_denoiser else {"gaussian": 1.0}
+    unknown = sorted({*weights} - {*MAP_NAMES})
+    if unknown:
+        raise ValueError(f"`weights` must be of {', '.join(MAP_NAMES)}, but names {', '.join(unknown)}.")
+    weights = dict(weights)
+    if any(not 0.0 <= weight < math.inf for weight in weights.values()) or not sum(weights.values()):
+        raise ValueError(f"`weights` must be finite, not negative and not all 0, but are {weights}.")
+    if not has_denoiser and (weights.get("kl") or weights.get("feature_error")):
+        raise ValueError(f"`weights` must be 0 for kl and feature_error without a `unet`, but are {weights}.")
+    return {name: float(weights.get(name, 0.0)) for name in MAP_NAMES}

@@ -35,7 +35,7 @@ class DetectionPipeline(AnomalyPipeline):
 
     @property
     def scores_features(self) -> bool:
-        """Whether the residual is features that nothing predicts."""
+        """Whether no map counts that a trained network has a part in."""
         return False
 
     @property
@@ -212,7 +212,6 @@ class DetectionPipeline(AnomalyPipeline):
             leave_one_out=leave_one_out,
             precision=running_precision(self.measuring_networks, self._execution_device),
             settings=settings,
-            of_features=self.scores_features,
             value_range=value_range,
         )
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from diffad.calibration.coreset import locally_aware_patches, patch_layers
-from diffad.calibration.residual_gaussian import feature_side
+from diffad.calibration.feature_gaussian import feature_side
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.images import ImageInput, ImageSequence, images_to_pixel_values, resize_images
 from diffad.likelihood import kl_divergence_map
@@ -24,6 +24,7 @@ from diffad.pipelines.checks import (
     check_call,
     check_map_settings,
     check_value_range,
+    map_weights,
     scored_layers,
 )
 from diffad.pipelines.detection import DetectionPipeline
@@ -61,9 +62,11 @@ class AnomalyDenoisePipeline(DetectionPipeline):
     Two other pipelines share its networks: [`GradientDenoisingPipeline`] turns a defective image into a normal one, and
     [`DDPMReconstructionPipeline`] is the plain DDPM that the paper compares itself with.
 
-    Without a denoiser nothing predicts the features, and their residual is the features themselves. Its Gaussian over
-    good images is then PaDiM's (Defard et al., "PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection
-    and Localization", 2021): no training, and all else stays as it is.
+    Two more maps may join them, of the features alone. How far they are from good images' at their position, by a
+    Gaussian, is PaDiM's (Defard et al., "PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection and
+    Localization", 2021), how far from the nearest of any position PatchCore's (Roth et al., "Towards Total Recall in
+    Industrial Anomaly Detection", 2022). They take no training, and need no denoiser: where the other maps' weights are
+    0, or there is none, it does not run.
 
     Args:
         unet: the denoiser, with learned variance and a feature head; None for the features alone.
@@ -73,6 +76,9 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         gaussian: distribution of good images' features, for gradient denoising; None until `fit_gaussian`.
         timesteps: noise levels T; None takes the paper's 5, 50 and 100.
         alpha: weight of the KL in eq. 11, in [0, 1].
+        weights: of the maps, `{"kl": , "feature_error": , "gaussian": , "nearest": }`, not negative; one that is left
+            out is 0. They are divided by their sum. None takes alpha and 1 - alpha for the first two, and without a
+            denoiser the Gaussian alone. Calibrate again after a change.
         kl_sigma: smoothing of the KL maps, in pixels at the processing resolution.
         feature_sigma: smoothing of the feature error, in pixels at the processing resolution.
         score_fraction: the image's score is the mean of this share of the map's highest pixels; 0 for the maximum.
@@ -82,17 +88,14 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             average over all positions counts for in their map's deviation, from 0 (`MomentSums.standard_deviation`).
             Good images vary more along a part's edges, so that defects there would end too early; the more images, the
             less so. Calibrate again after a change.
-        nearest_weight: in [0, 1]: weight, in the joined map, of how far the patches are from the nearest of good
-            images' (`diffad.calibration.coreset`); the rest is eq. 11's. At 0 they are not looked at. Calibrate again
-            after a change.
         position_trust: in [0, 1]: how far the mean and the variance that good images' maps have at a position are
             trusted, against those over all positions. At 1 a defect counts by what is usual at its place. Where good
             images hardly vary, as on a plain background, that makes much of little.
         score_strides: which of the feature extractor's strides the feature error looks at; None for all.
         processing_resolution: side in pixels to which images are resized; None takes the network's `sample_size`, or,
             without a denoiser, the feature extractor's `image_size`.
-        feature_resolution: rows and columns of the features, without a denoiser, which otherwise says; None takes a
-            quarter of the feature extractor's `image_size`, or what `feature_side` allows.
+        feature_resolution: rows and columns of the features that have a Gaussian; None takes a quarter of the feature
+            extractor's `image_size`, or what `feature_side` allows.
         categories: names of the categories of a unified model, in the order of its class labels.
         value_range: the largest value that images of more than 8 bits can have, such as 4095 of a camera of 12 bits, as
             found in the training images; None takes, in each call, the smallest of 8, 10, 12, 14 and 16 bits that holds
@@ -118,7 +121,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         score_fraction: float = 0.0,
         suppression: float = 0.0,
         position_prior_images: float = PRIOR_IMAGES,
-        nearest_weight: float = 0.0,
+        weights: dict[str, float] | None = None,
         position_trust: float = 1.0,
         score_strides: list[int] | None = None,
         processing_resolution: int | None = None,
@@ -131,9 +134,9 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"`alpha` must lie in [0, 1], but is {alpha}.")
         check_map_settings(suppression, position_prior_images)
-        for name, value in (("position_trust", position_trust), ("nearest_weight", nearest_weight)):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"`{name}` must lie in [0, 1], but is {value}.")
+        if not 0.0 <= position_trust <= 1.0:
+            raise ValueError(f"`position_trust` must lie in [0, 1], but is {position_trust}.")
+        map_weights(weights, alpha, unet is not None)
         if (unet is None) != (scheduler is None):
             raise ValueError("`unet` and `scheduler` go together: give both, or None for both.")
         timesteps = [5, 50, 100] if timesteps is None else list(timesteps)
@@ -160,7 +163,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             score_fraction=score_fraction,
             suppression=suppression,
             position_prior_images=position_prior_images,
-            nearest_weight=nearest_weight,
+            weights=weights,
             position_trust=position_trust,
             score_strides=None if score_strides is None else sorted(score_strides),
             processing_resolution=processing_resolution
@@ -172,6 +175,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         # the denoiser halves so often
         self.size_multiple = 1 if unet is None else 2 ** (len(unet.config.block_out_channels) - 1)
         self.scored_layers = scored_layers(score_strides, feature_extractor)
+        self.patch_layers = patch_layers(feature_extractor.layer_strides)
 
     @property
     def processing_resolution(self) -> int:
@@ -237,17 +241,19 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             # 2. Pixels in [-1, 1] as the feature extractor sees them: (B, 3, R', R')
             pixel_values = images_to_pixel_values(images[batch], (side, side)).to(device)
 
-            # 3. Noise for each of the T levels, each image's from its own generator: (B, T, 3, R, R); T is 0 without a
-            #    denoiser
+            # 3. Noise for each of the T levels, each image's from its own generator: (B, T, 3, R, R); T is 0 where no
+            #    denoiser runs
             noise = draw_noise((self.num_levels, 3, resolution, resolution), generators[batch], device)
 
-            # 4. One pass of the networks: KL (B, T, R, R) of eq. 8, feature residual (B, T, C, h, w) of eq. 10
+            # 4. One pass of the networks: KL (B, T, R, R) of eq. 8, feature residual (B, T, C, h, w) of eq. 10, and
+            #    the features themselves, where they count
             measurement = self.measure(pixel_values, noise, categories[batch])
 
-            # 5. Smoothed maps: the KL at each level, and the feature error by what good images show: (B, S, R, R)
+            # 5. Smoothed maps: the KL at each level, the feature error by what good images show, the features by their
+            #    Gaussian and by the nearest of good images: (B, S, R, R)
             maps = self.score_maps(measurement, categories[batch], calibration)
 
-            # 6. In standard deviations above good images, and joined (eq. 11): (B, R, R)
+            # 6. In standard deviations above good images, and joined (eq. 11, with `weights`): (B, R, R)
             anomaly_map = self.join_maps(maps, categories[batch], calibration)
 
             # 7. The image's score: (B,)
@@ -285,8 +291,16 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             KL maps (N, T, R, R) in nats, averaged over the colours, and the residual (N, T, C, h, w) of the layers'
             features.
         """
-        if self.unet is None:
-            return self.measure_features(pixel_values, noise, layers)
+        extractor = self.feature_extractor
+        backbone_layers = extractor.layers(pixel_values.to(extractor.dtype))  # each (N, C_i, h_i, w_i)
+        features = patches = None
+        if self.weights["gaussian"]:
+            of_all = extractor.standardize(backbone_layers, (self.feature_resolution,) * 2).float()
+            features = self._of_layers(of_all[:, None], layers)[:, 0]  # (N, C, h, w)
+        if self.weights["nearest"]:
+            patches = locally_aware_patches([backbone_layers[i] for i in self.patch_layers])  # (N, C, h, w)
+        if not self.runs_denoiser:
+            return Measurement(maps=noise[:, :, 0], features=features, patches=patches)  # no KL: (N, 0, R, R)
         levels = list(self.config.timesteps if timesteps is None else timesteps)
         count, size = noise.shape[:2], tuple(noise.shape[-2:])
 
@@ -306,26 +320,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
 
         # d. f(x_0) - f_theta(x_t, t) (eq. 10), of the layers that are scored: (N, T, C, h, w)
         predicted = prediction.features.float().unflatten(0, count)
-        features, patches = self._features(pixel_values, tuple(predicted.shape[-2:]))
-        residual = self._of_layers(features[:, None] - predicted, layers)
-        return Measurement(maps=kl, residual=residual, patches=patches)
-
-    def measure_features(
-        self, pixel_values: torch.Tensor, noise: torch.Tensor, layers: Sequence[int] | None = None
-    ) -> Measurement:
-        """`measure` without a denoiser: no KL map (N, 0, R, R), and the features as the residual (N, 1, C, h, w)."""
-        features, patches = self._features(pixel_values, (self.feature_resolution,) * 2)
-        residual = self._of_layers(features[:, None], layers)
-        return Measurement(maps=noise[:, :, 0], residual=residual, patches=patches)
-
-    def _features(self, pixel_values: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Features (N, C, *size) of all layers, standardised, and patches (N, C', h, w) where they count."""
-        extractor = self.feature_extractor
-        layers = extractor.layers(pixel_values.to(extractor.dtype))
-        patches = None
-        if self.config.nearest_weight:
-            patches = locally_aware_patches([layers[i] for i in patch_layers(extractor.layer_strides)])
-        return extractor.standardize(layers, size).float(), patches
+        true = extractor.standardize(backbone_layers, tuple(predicted.shape[-2:])).float()  # (N, C, h, w)
+        return Measurement(kl, self._of_layers(true[:, None] - predicted, layers), features, patches)
 
     def _of_layers(self, features: torch.Tensor, layers: Sequence[int] | None) -> torch.Tensor:
         """(N, T, C, h, w) of all layers to those of some; None takes those that are scored."""
@@ -334,25 +330,35 @@ class AnomalyDenoisePipeline(DetectionPipeline):
 
     @property
     def feature_resolution(self) -> int:
-        """Rows and columns of the features without a denoiser."""
+        """Rows and columns of the features that have a Gaussian."""
         finest = self.feature_extractor.image_sizes[-1] // 4
         num_channels = sum(self.feature_extractor.layer_channels[i] for i in self.scored_layers)
         return self.config.feature_resolution or feature_side(finest, num_channels)
 
     @property
+    def weights(self) -> dict[str, float]:
+        """Of the maps by their names, all four."""
+        return map_weights(self.config.weights, self.config.alpha, self.unet is not None)
+
+    @property
     def num_levels(self) -> int:
         """How many noise levels a measurement has, and KL maps."""
-        return 0 if self.unet is None else len(self.config.timesteps)
+        return len(self.config.timesteps) if self.runs_denoiser else 0
+
+    @property
+    def runs_denoiser(self) -> bool:
+        """Whether a map counts that the denoiser has a part in."""
+        return self.unet is not None and bool(self.weights["kl"] or self.weights["feature_error"])
 
     @property
     def scores_features(self) -> bool:
-        """Whether the residual is features that nothing predicts."""
-        return self.unet is None
+        """Whether no map counts that the denoiser has a part in."""
+        return not self.runs_denoiser
 
     @property
     def measuring_networks(self) -> tuple[Any, ...]:
         """What `measure` runs."""
-        return self.unet, self.feature_extractor
+        return self.unet if self.runs_denoiser else None, self.feature_extractor
 
     def measure_images(
         self,
@@ -373,40 +379,48 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         calibration: ScoreCalibration | None,
         num_seen: int = 0,
     ) -> torch.Tensor:
-        """Smoothed maps (N, S, H, W): the KL at each of T levels, then the feature error.
+        """Smoothed maps (N, S, H, W): the KL at each of T levels, then the feature error and the features' own maps.
 
-        The latter is, uncalibrated, the error of each level and layer (S = T + T * L), and calibrated the one or two
-        maps of the residual's log Mahalanobis distance, averaged over the levels, and the distance of the nearest
-        patches, where it counts. `num_seen` is `ScoreCalibration.log_distances`'.
+        Uncalibrated, the feature error is that of each level and layer (S = T + T * L), or without a denoiser the
+        features' squares. Calibrated, it is the one or two maps of the residual's log Mahalanobis distance, averaged
+        over the levels; then come the features' log distance and that of the nearest patches, where they count.
+        `num_seen` is `ScoreCalibration.log_distances`'.
         """
-        kl, residual = measurement.maps, measurement.residual
-        if residual is None:
-            raise ValueError("`measurement` has no feature residual, which this method scores. Take it from `measure`.")
+        kl, residual, features, patches, _ = measurement
         size = kl.shape[-2], kl.shape[-1]
         if calibration is None:
             layer_channels = [self.feature_extractor.layer_channels[i] for i in self.scored_layers]
-            errors = resize_maps(feature_error(residual, layer_channels), size)
+            errors = features[:, None] if residual is None else residual
+            feature_maps = [resize_maps(feature_error(errors, layer_channels), size)]
         else:
             calibration.check_measurement(measurement)
-            errors = calibration.distance_maps(residual.mean(dim=1), category, size, num_seen)
-            if measurement.patches is not None:
-                errors = torch.cat([errors, calibration.nearest_map(measurement, category, size)], dim=1)
-        kl_sigma, feature_sigma = self.config.kl_sigma, self.config.feature_sigma
-        return torch.cat([gaussian_smooth(kl, kl_sigma), gaussian_smooth(errors, feature_sigma)], dim=1)
+            feature_maps = []
+            if residual is not None:
+                feature_maps.append(calibration.distance_maps(residual.mean(dim=1), category, size, num_seen))
+            if features is not None:
+                feature_maps.append(calibration.gaussian_map(features, category, size, num_seen))
+            if patches is not None:
+                feature_maps.append(calibration.nearest_map(measurement, category, size))
+        kl_maps = gaussian_smooth(kl, self.config.kl_sigma)
+        return torch.cat([kl_maps, gaussian_smooth(torch.cat(feature_maps, dim=1), self.config.feature_sigma)], dim=1)
 
     def join_maps(
         self, maps: torch.Tensor, category: torch.Tensor, calibration: ScoreCalibration | None
     ) -> torch.Tensor:
         """Eq. 11: maps (N, S, H, W) to the anomaly map (N, H, W), normalised where there is a calibration."""
-        levels, alpha = self.num_levels, self.config.alpha if self.num_levels else 0.0
+        levels = self.num_levels
         if calibration is None:
-            return joint_map(maps[:, :levels], maps[:, levels:], alpha)
-        maps = calibration.normalize(maps, category)
-        kl, errors = maps[:, :levels], maps[:, levels:].split(1, dim=1)  # of cells, and of positions if they differ
-        weight, nearest = self.config.nearest_weight, torch.zeros_like(maps[:, 0])
-        if calibration.coreset is not None:
-            *errors, nearest = *errors[:-1], errors[-1][:, 0]
-        joined = [(1.0 - weight) * joint_map(kl, error, alpha) + weight * nearest for error in errors]
+            return joint_map(maps[:, :levels], maps[:, levels:], self.config.alpha if levels else 0.0)
+        kl, *others = calibration.normalize(maps, category).split([levels] + [1] * (maps.shape[1] - levels), dim=1)
+        weights = {name: weight / sum(self.weights.values()) for name, weight in self.weights.items()}
+        errors = [others.pop(0) for _ in range(calibration.num_distances)]  # of cells, and of positions if they differ
+        rest = torch.zeros_like(maps[:, 0])
+        for name in ("gaussian", "nearest"):
+            rest = rest + weights[name] * others.pop(0)[:, 0] if weights[name] else rest
+        if not levels:
+            return suppress_surroundings(rest, self.config.suppression)
+        of_kl = weights["kl"] * kl.mean(dim=1)
+        joined = [of_kl + weights["feature_error"] * error[:, 0] + rest for error in errors]
         anomaly_map = outline_by_positions(*joined) if len(joined) == 2 else joined[0]
         return suppress_surroundings(anomaly_map, self.config.suppression)
 

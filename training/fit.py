@@ -21,7 +21,7 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 
 from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
-from diffad.calibration.residual_gaussian import feature_side
+from diffad.calibration.feature_gaussian import feature_side
 from diffad.images import ImageSequence, images_to_pixel_values
 from diffad.model_card import remove_reports
 from diffad.models.feature_extractor import LITE0_BACKBONE
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         None,
         extractor,
         position_trust=0.0,
-        nearest_weight=1 / 3,
+        weights={"gaussian": 0.75, "nearest": 0.25},
         feature_resolution=args.feature_resolution,
         categories=categories if len(categories) > 1 else None,
         value_range=args.value_range,

@@ -16,9 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from diffad.calibration.coreset import CORESET_SIZE, POOL_SIZE, greedy_coreset, sample_patches
+from diffad.calibration.feature_gaussian import feature_gaussian, leave_one_out_epsilon
 from diffad.calibration.residual_gaussian import (
-    feature_gaussian,
-    leave_one_out_epsilon,
     residual_gaussian,
     residual_grid,
     residual_size,
@@ -87,12 +86,13 @@ class CalibrationFit:
         self.accelerator, self.leave_one_out, self.record = accelerator, leave_one_out, record
         self.residual_moments: FeatureMoments | None = None  # at each cell
         self.residual_sums = MomentSums()  # at each position
+        self.feature_moments: FeatureMoments | None = None  # at each position
         self.map_moments = MomentSums()  # of each score map at each pixel
         self.joined_moments = MomentSums()  # of the joined maps of the statistics' images, over all pixels
         self.held_out_moments = MomentSums()  # the same of the thresholds' images
         self.calibration: ScoreCalibration | None = None
         self.waiting = TemporaryFile()  # noqa: SIM115 (residuals and maps, read again by `set_statistics`, which closes it)
-        self.num_waiting = 0
+        self.num_waiting = self.num_measured = 0
         self.scores: list[float] = []
         self.maxima: list[float] = []
 
@@ -111,8 +111,15 @@ class CalibrationFit:
             self.residual_moments.update(F.adaptive_avg_pool2d(residual, calibration.grid).flatten(2))  # (N, C, P)
             if calibration.num_distances == 2:  # half precision, as far as it goes, makes up for several positions
                 residual = half(residual)
-        patches = residual[:, :0] if measurement.patches is None else half(measurement.patches)
-        for values in (residual, measurement.maps, patches):
+        features, patches = (
+            half(measurement.maps[:, :0] if values is None else values)
+            for values in (measurement.features, measurement.patches)
+        )
+        if measurement.features is not None:
+            if self.feature_moments is None:
+                self.feature_moments = FeatureMoments(math.prod(features.shape[2:]), features.shape[1], features.device)
+            self.feature_moments.update(measurement.features.flatten(2))  # (N, C, P)
+        for values in (residual, measurement.maps, features, patches):
             np.save(self.waiting, values.cpu().numpy())
         self.num_waiting += len(measurement.maps)
 
@@ -123,23 +130,25 @@ class CalibrationFit:
             ValueError: `add_statistics` has not been called.
         """
         calibration = self._known_calibration()
-        # 1. The residual's Gaussian at each cell
+        # 1. The residual's Gaussian at each cell, the features' at each position, and the patches that are kept
         num_seen, for_seen = 0, calibration
         if self.residual_moments is not None:
             for sums in (self.residual_sums, self.residual_moments):
                 sums.reduce(self.accelerator)
             mean = self.residual_sums.mean().flatten(1).mT  # (h * w, C)
-            if calibration.config.of_features:
-                gaussian = feature_gaussian(self.residual_moments)
-            else:
-                gaussian = residual_gaussian(self.residual_moments, mean, calibration.grid)
+            gaussian = residual_gaussian(self.residual_moments, mean, calibration.grid)
             calibration.set_residual_gaussian(self.category, *gaussian)
             num_seen = self.residual_moments.count
+            self.residual_moments = None  # larger than all else here
+        if self.feature_moments is not None:
+            self.feature_moments.reduce(self.accelerator)
+            calibration.set_feature_gaussian(self.category, *feature_gaussian(self.feature_moments))
+            num_seen = self.feature_moments.count
             if self.leave_one_out:
                 for_seen = copy.deepcopy(calibration)
-                gaussian = feature_gaussian(self.residual_moments, leave_one_out_epsilon(max(num_seen, 3)))
-                for_seen.set_residual_gaussian(self.category, *gaussian)
-            self.residual_moments = None  # larger than all else here
+                gaussian = feature_gaussian(self.feature_moments, leave_one_out_epsilon(max(num_seen, 3)))
+                for_seen.set_feature_gaussian(self.category, *gaussian)
+            self.feature_moments = None
         if calibration.coreset is not None:
             self._set_coreset(calibration, for_seen)
         # 2. Mean and deviation of each map at each pixel, (S, H, W); an image is measured by the Gaussian of the others
@@ -149,9 +158,10 @@ class CalibrationFit:
             np.save(smoothed, maps.cpu().numpy())
         self.map_moments.reduce(self.accelerator)
         map_std = self.map_moments.standard_deviation()
-        if calibration.num_distances == 2:  # the positions' distances are the last map
-            map_std[-1] = self.map_moments.standard_deviation(self.position_prior_images)[-1]
-        if calibration.config.of_features and num_seen < 3:  # distances to oneself have no spread: maps stay raw
+        if calibration.num_distances == 2:
+            of_positions = self.num_measured + 1  # behind the measured maps and the cells' distances
+            map_std[of_positions] = self.map_moments.standard_deviation(self.position_prior_images)[of_positions]
+        if calibration.config.feature_shape and num_seen < 3:  # distances to oneself have no spread: maps stay raw
             self.waiting.close()
             if calibration.coreset is not None:  # nor does the nearest patch of another image
                 calibration.map_std[self.category, -1] = torch.inf
@@ -181,17 +191,19 @@ class CalibrationFit:
 
     def _next_waiting(self, count: int, device: torch.device) -> Measurement:
         """The next batch of what waits in the file, after `count` images."""
-        residual, maps, patches = (torch.from_numpy(np.load(self.waiting)).float().to(device) for _ in range(3))
+        residual, maps, features, patches = (
+            torch.from_numpy(np.load(self.waiting)).float().to(device) for _ in range(4)
+        )
         first, step = (
             (0, 1) if self.accelerator is None else (self.accelerator.process_index, self.accelerator.num_processes)
         )
         image = first + step * torch.arange(count, count + len(maps), device=device)  # as `process_share` has it
-        has_patches = patches.ndim == 4 and patches.shape[1] > 0
         return Measurement(
             maps,
             residual[:, None] if residual.ndim == 4 else None,
-            patches if has_patches else None,
-            image if has_patches else None,
+            features if features.shape[1] else None,
+            patches if patches.shape[1] else None,
+            image,
         )
 
     def _set_coreset(self, calibration: ScoreCalibration, for_seen: ScoreCalibration) -> None:
@@ -288,16 +300,13 @@ class CalibrationFit:
         num_maps = measurement.maps.shape[1]
         if measurement.residual is not None:
             num_channels, height, width = measurement.residual.shape[2:]
-            if self.record.get("of_features"):
-                grid = (height, width)
-            else:
-                grid = residual_grid((height, width), num_channels, self.num_categories)
+            grid = residual_grid((height, width), num_channels, self.num_categories)
             residual_shape = (num_channels, *residual_size((height, width), grid, num_channels))
             num_maps += 1 if grid == residual_shape[1:] else 2  # the residual's distances are maps, too
-        coreset_shape = None
-        if measurement.patches is not None:
-            coreset_shape = (CORESET_SIZE, measurement.patches.shape[1])
-            num_maps += 1
+        self.num_measured = measurement.maps.shape[1]
+        feature_shape = None if measurement.features is None else tuple(measurement.features.shape[1:])
+        coreset_shape = None if measurement.patches is None else (CORESET_SIZE, measurement.patches.shape[1])
+        num_maps += (feature_shape is not None) + (coreset_shape is not None)
         previous = self.previous
         if previous is not None:
             self._check_previous(previous, num_maps, residual_shape)
@@ -306,6 +315,7 @@ class CalibrationFit:
             map_shape=(num_maps, *measurement.maps.shape[-2:]),
             residual_shape=residual_shape,
             residual_places=grid,
+            feature_shape=feature_shape,
             coreset_shape=coreset_shape,
             num_scores=max(self.num_scores, 0 if previous is None else previous.config.num_scores),
             false_alarm_rate=self.false_alarm_rate,

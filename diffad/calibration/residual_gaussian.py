@@ -11,10 +11,6 @@ from diffad.moments import PRIOR_IMAGES, FeatureMoments, shrink
 # Share of the identity in the correlations of the feature residual.
 RIDGE = 0.05
 
-# PaDiM's regularisation, as a share of the features' average variance; and what the features' covariances may take.
-EPSILON = 0.01
-FEATURE_BYTES = 90_000_000
-
 # How many numbers the covariances may take, 64 MB in float32, see `residual_grid`; how many an image's residual, see
 # `residual_size`; and how many cells are factorised together, which bounds the memory of float64 copies.
 COVARIANCE_NUMBERS = 2**24
@@ -113,71 +109,6 @@ def residual_gaussian(
         inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
         whitening.append((inverse / deviation[part, None, :])[:, lower])
     return weight * mean, torch.cat(whitening)
-
-
-def feature_gaussian(moments: FeatureMoments, epsilon: float = EPSILON) -> tuple[torch.Tensor, torch.Tensor]:
-    """PaDiM's Gaussian (Defard et al., 2021, section 3.2) of features that nothing predicts, at each position.
-
-    A single image, whose positions do not vary, is told from how they vary over the image.
-
-    Args:
-        moments: sums over the features (N, C, P).
-        epsilon: what is added to the covariances' diagonals, as a share of the features' variance averaged over
-            channels and positions.
-
-    Returns:
-        The means, (P, C), and the whitening, as `residual_gaussian`. Both float64.
-    """
-    num_positions, num_channels = moments.total.shape
-    mean, smallest = (
-        moments.mean(),
-        1e-6,
-    )  # of the variance: half precision must hold the whitening where nothing varies
-    identity = torch.eye(num_channels, dtype=torch.float64, device=mean.device)
-    lower = torch.ones_like(identity).tril().bool()
-    if moments.count > 1:
-        ridge = epsilon * moments.variance().mean().clamp(min=smallest)
-        return mean, torch.cat([inverse[:, lower] for _, inverse in moments.whitening_parts(ridge)])
-    spread = mean - mean.mean(dim=0)
-    ridge = epsilon * spread.square().mean().clamp(min=smallest)
-    factor = torch.linalg.cholesky(spread.mT @ spread / num_positions + ridge * identity)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return mean, inverse[lower].expand(num_positions, -1)
-
-
-def feature_side(most: int, num_channels: int) -> int:
-    """Rows and columns of positions whose Gaussians `feature_gaussian` gives, at most `most`.
-
-    Their triangles take up to 90 MB in half precision: 49 x 49 positions of 192 channels. Against synthetic defects on
-    good bottles (MVTec-AD) a covariance of its own was worth more to a position than a finer grid: pixel AP 31.1 at
-    48 x 48, 27.8 at 56 x 56 where 2 x 2 positions share one.
-    """
-    return max(1, min(most, math.isqrt(FEATURE_BYTES // (num_channels * (num_channels + 1)))))
-
-
-def leave_one_out_epsilon(count: int, epsilon: float = EPSILON) -> float:
-    """The `epsilon` of the `feature_gaussian` of n images that `leave_one_out_of_features` takes."""
-    return epsilon * (count - 2) / (count - 1)
-
-
-def leave_one_out_of_features(distance: torch.Tensor, num_channels: int, count: int) -> torch.Tensor:
-    """What images' distances would be, had `feature_gaussian` not seen them.
-
-    With S the scatter of n images about their mean and x an image's offset from it, the others' covariance is
-    (S - n / (n - 1) x x^T) / (n - 2), and x is n / (n - 1) times as far from their mean. By the Sherman-Morrison
-    formula the distance follows from x's own, where that has been whitened by S / (n - 1) and the ridge of
-    `leave_one_out_epsilon`. The ridge's scale, the features' average variance, stays that of all n.
-
-    Args:
-        distance: |Wx|^2 / C of images among those seen; any shape.
-        num_channels: C.
-        count: n; below 3 there is no covariance of the others, and the distances come back as they are.
-    """
-    if count < 3:
-        return distance
-    leverage = count / (count - 1) ** 2 * num_channels * distance  # below 1
-    scale = (count / (count - 1)) ** 2 * (count - 2) / (count - 1)
-    return scale * distance / (1.0 - leverage).clamp(min=1e-6)
 
 
 def leave_one_out(

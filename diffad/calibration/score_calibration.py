@@ -14,7 +14,8 @@ from diffusers.configuration_utils import register_to_config
 
 from diffad.calibration.conformal import conformal_threshold, false_alarm_bound
 from diffad.calibration.coreset import nearest_distances
-from diffad.calibration.residual_gaussian import by_cell, from_cells, leave_one_out, leave_one_out_of_features
+from diffad.calibration.feature_gaussian import leave_one_out_of_features
+from diffad.calibration.residual_gaussian import by_cell, from_cells, leave_one_out
 from diffad.scoring import Measurement, resize_maps
 from diffad.warn_once import warn_once
 
@@ -40,10 +41,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         false_alarm_rate: the rate at which the thresholds were set.
         precision: in which the networks ran, such as "float32"; None where it is not known.
         settings: the pipeline's, as they were.
-        of_features: whether the residual is features that nothing predicts, whose Gaussian is `feature_gaussian`, in
-            half precision.
+        feature_shape: (C, h, w) of the features that have a Gaussian at each position (`feature_gaussian`), or None.
         value_range: of images of more than 8 bits, where the calibration has found it and the pipeline has none.
-        coreset_shape: (M, C') of the good images' patches that are kept, or None for methods without.
+        coreset_shape: (M, C) of the good images' patches that are kept, or None.
 
     Attributes:
         map_mean, map_std: (K, S, H, W), of the smoothed maps over good images; the latter times one constant for each
@@ -51,7 +51,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         residual_mean: (K, h * w, C), mean of the feature residual over good images at every position.
         residual_whitening: (K, P, C (C + 1) / 2), lower triangles at P cells: with them the residual's channels
             become uncorrelated, of variance 1 (`residual_gaussian`).
-        coreset: (K, M, C') float16, patches of good images (`diffad.calibration.coreset`).
+        feature_mean, feature_whitening: the same of the features themselves, (K, h * w, C) and, in half precision,
+            (K, h * w, C (C + 1) / 2).
+        coreset: (K, M, C) float16, patches of good images (`diffad.calibration.coreset`).
         normal_scores: (K, n), held-out good images' scores, ascending, padded with NaN.
         image_threshold: (K,): scores above it are anomalous.
         pixel_threshold: (K,): pixels of the map above it are. At most `false_alarm_rate` of good images show any.
@@ -62,6 +64,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         "map_std",
         "residual_mean",
         "residual_whitening",
+        "feature_mean",
+        "feature_whitening",
+        "coreset",
         "normal_scores",
         "image_threshold",
         "pixel_threshold",
@@ -71,7 +76,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     map_std: torch.Tensor
     residual_mean: torch.Tensor  # None, as is the whitening, for methods without a residual
     residual_whitening: torch.Tensor
-    coreset: torch.Tensor  # None for methods without
+    feature_mean: torch.Tensor  # these three are None where they do not count
+    feature_whitening: torch.Tensor
+    coreset: torch.Tensor
     normal_scores: torch.Tensor
     image_threshold: torch.Tensor
     pixel_threshold: torch.Tensor
@@ -87,7 +94,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         residual_places: tuple[int, int] | None = None,
         precision: str | None = None,
         settings: dict[str, Any] | None = None,
-        of_features: bool = False,
+        feature_shape: tuple[int, int, int] | None = None,
         value_range: float | None = None,
         coreset_shape: tuple[int, int] | None = None,
     ):
@@ -96,14 +103,21 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         self.register_buffer("map_std", torch.ones(num_categories, *map_shape))
         if residual_shape is not None:
             num_channels, *size = residual_shape
-            identity = torch.eye(num_channels)[torch.ones(num_channels, num_channels).tril().bool()]
             self.register_buffer("residual_mean", torch.zeros(num_categories, math.prod(size), num_channels))
-            identity = identity.half() if of_features else identity  # as large as it is, and as exact for distances
+            identity = identity_triangle(num_channels)
             self.register_buffer("residual_whitening", identity.repeat(num_categories, math.prod(self.grid), 1))
         else:
             for name in ("residual_mean", "residual_whitening"):
                 self.register_buffer(name, None)
-        self._dense_whitening: dict[int, torch.Tensor] = {}
+        if feature_shape is not None:
+            num_channels, *size = feature_shape
+            self.register_buffer("feature_mean", torch.zeros(num_categories, math.prod(size), num_channels))
+            identity = identity_triangle(num_channels).half()  # as large as it is, and as exact for distances
+            self.register_buffer("feature_whitening", identity.repeat(num_categories, math.prod(size), 1))
+        else:
+            for name in ("feature_mean", "feature_whitening"):
+                self.register_buffer(name, None)
+        self._dense_whitening: dict[tuple[str, int], torch.Tensor] = {}
         coreset = None if coreset_shape is None else torch.zeros(num_categories, *coreset_shape).half()
         self.register_buffer("coreset", coreset)
         self.coreset_owner: dict[int, torch.Tensor] = {}  # (M,), while a category's statistics are taken
@@ -139,6 +153,12 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         self.residual_whitening[category] = whitening
         self._dense_whitening.clear()
 
+    def set_feature_gaussian(self, category: int, mean: torch.Tensor, whitening: torch.Tensor) -> None:
+        """Stores what `feature_gaussian` found for a category."""
+        self.feature_mean[category] = mean
+        self.feature_whitening[category] = whitening
+        self._dense_whitening.clear()
+
     def log_distances(
         self, residual: torch.Tensor, category: torch.Tensor, num_seen: int = 0
     ) -> tuple[torch.Tensor, ...]:
@@ -169,7 +189,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 chosen = category == index
                 mean = self.residual_mean[index].mT.unflatten(1, size)  # (C, h, w)
                 centered = by_cell(residual[chosen] - mean, grid)  # (P, C, A, N')
-                whitened = (self._whitening(index) @ centered.flatten(2)).view_as(centered)
+                whitened = (self._whitening("residual", index) @ centered.flatten(2)).view_as(centered)
                 average = whitened.mean(dim=2, keepdim=True) if has_positions else whitened  # (P, C, 1, N')
                 cell = average.square().mean(dim=1)  # (P, 1, N')
                 if has_positions:
@@ -178,9 +198,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                         product = (whitened * average).mean(dim=1)  # (P, A, N')
                         position = leave_one_out(position, product, cell, num_channels, num_seen)
                     of_positions[chosen] = from_cells(position, grid, size)
-                if num_seen and self.config.of_features:
-                    cell = leave_one_out_of_features(cell, num_channels, num_seen)
-                elif num_seen:
+                if num_seen:
                     cell = leave_one_out(cell, cell, cell, num_channels, num_seen)
                 of_cells[chosen] = from_cells(cell, grid, grid)
         if not has_positions:
@@ -197,6 +215,26 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         """
         distances = self.log_distances(residual, category, num_seen)
         return torch.cat([resize_maps(distance[:, None], size) for distance in distances], dim=1)
+
+    def gaussian_map(
+        self, features: torch.Tensor, category: torch.Tensor, size: tuple[int, int], num_seen: int = 0
+    ) -> torch.Tensor:
+        """Logarithms of the features' squared Mahalanobis distance at each position (PaDiM), as a map (N, 1, *size).
+
+        The features are (N, C, h, w); the other arguments those of `log_distances`.
+        """
+        num_channels, *grid = self.config.feature_shape
+        distances = features.new_empty(len(features), *grid, dtype=torch.float32)
+        with torch.autocast(features.device.type, enabled=False):
+            for index in set(category.tolist()):
+                chosen = category == index
+                mean = self.feature_mean[index].mT.unflatten(1, grid)  # (C, h, w)
+                centered = by_cell(features[chosen].float() - mean, grid)  # (P, C, 1, N')
+                squared = (self._whitening("feature", index) @ centered.flatten(2)).square().mean(dim=1)  # (P, N')
+                if num_seen:
+                    squared = leave_one_out_of_features(squared, num_channels, num_seen)
+                distances[chosen] = from_cells(squared[:, None], grid, grid)
+        return resize_maps(distances.clamp(min=1e-6).log()[:, None], size)
 
     def nearest_map(self, measurement: Measurement, category: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """How far the patches are from the nearest of good images, (N, 1, *size).
@@ -219,7 +257,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         """Raises a ValueError where the statistics are of other scores than a pipeline's settings give."""
         residual, shape = measurement.residual, self.config.residual_shape
         distances = 0 if residual is None else max(1, self.num_distances)
-        distances += measurement.patches is not None
+        distances += (measurement.features is not None) + (measurement.patches is not None)
         found = (measurement.maps.shape[1] + distances, 0 if residual is None else residual.shape[2])
         if found != (self.config.map_shape[0], shape[0] if shape else 0):
             raise ValueError(
@@ -297,14 +335,15 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             raise ValueError(f"Category {category} is not calibrated. Call `pipe.calibrate` with its good images.")
         return count
 
-    def _whitening(self, category: int) -> torch.Tensor:
+    def _whitening(self, name: str, category: int) -> torch.Tensor:
         """One category's triangles as matrices, (P, C, C); made once, as that takes as long as their product."""
-        if category not in self._dense_whitening:
-            packed, num_channels = self.residual_whitening[category].float(), self.residual_mean.shape[2]
+        if (name, category) not in self._dense_whitening:
+            packed = getattr(self, f"{name}_whitening")[category].float()
+            num_channels = getattr(self, f"{name}_mean").shape[2]
             lower = torch.ones(num_channels, num_channels, dtype=torch.bool, device=packed.device).tril()
             dense = packed.new_zeros(len(packed), num_channels, num_channels)
-            self._dense_whitening[category] = dense.masked_scatter_(lower, packed)
-        return self._dense_whitening[category]
+            self._dense_whitening[name, category] = dense.masked_scatter_(lower, packed)
+        return self._dense_whitening[name, category]
 
     def normalize(self, maps: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Smoothed maps (N, S, H, W) in standard deviations above what good images show at that pixel."""
@@ -343,6 +382,11 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             warnings.simplefilter("ignore")  # said once already, for the same number of images
             maxima = torch.as_tensor(map_maxima, dtype=torch.float32).sort().values
             self.pixel_threshold[category] = _rounded_up(conformal_threshold(maxima, rate))
+
+
+def identity_triangle(num_channels: int) -> torch.Tensor:
+    """The lower triangle of an identity matrix, row by row: (C (C + 1) / 2,)."""
+    return torch.eye(num_channels)[torch.ones(num_channels, num_channels).tril().bool()]
 
 
 def _rounded_up(threshold: float) -> float:

@@ -25,7 +25,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffad import AnomalyDenoisePipeline
-from diffad.calibration.residual_gaussian import (
+from diffad.calibration.feature_gaussian import (
     EPSILON,
     feature_gaussian,
     feature_side,
@@ -89,12 +89,9 @@ def test_distances_are_those_of_the_gaussian_feature_model():
     lower = torch.ones(64, 64).tril().bool()
     torch.testing.assert_close(whitening.float(), gaussian.whitening[0][:, lower], rtol=1e-4, atol=1e-4)
     pipeline.calibrate(textures(10, 32, first_seed=90), textures(40, 32), false_alarm_rate=0.2)
-    seen = pipeline.calibration.log_distances(
-        pipeline.measure_images(
-            [(image + 1.0) / 2.0 for image in images[:4]], torch.zeros(4).long(), [None] * 4
-        ).residual[:, 0],
-        torch.zeros(4).long(),
-    )[0]
+    category = torch.zeros(4, dtype=torch.long)
+    measured = pipeline.measure_images([(image + 1.0) / 2.0 for image in images[:4]], category, [None] * 4)
+    seen = pipeline.calibration.gaussian_map(measured.features, category, (8, 8))[:, 0]
     expected = (gaussian.squared_distance(images[:4]) / 64).log()
     torch.testing.assert_close(seen, expected, rtol=0.0, atol=5e-3)  # the whitening is kept in half precision
 
@@ -217,7 +214,7 @@ def test_it_goes_where_other_pipelines_go(tmp_path):
     pipeline.save_pretrained(tmp_path / "again")
     again = AnomalyDenoisePipeline.from_pretrained(tmp_path / "again")
     again.set_progress_bar_config(disable=True)
-    assert torch.equal(again.calibration.residual_whitening, pipeline.calibration.residual_whitening)
+    assert torch.equal(again.calibration.feature_whitening, pipeline.calibration.feature_whitening)
     images = textures(2, 32, first_seed=40)
     assert np.array_equal(again(images).anomaly_map, pipeline(images).anomaly_map)
     card = str(render_model_card(pipeline, json.loads((tmp_path / "model" / "training.json").read_text())))

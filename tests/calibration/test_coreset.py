@@ -1,0 +1,94 @@
+"""The patches that are kept of good images, and distances from them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import generator, texture, textures, tiny_extractor
+
+from diffad import AnomalyDenoisePipeline
+from diffad.calibration.coreset import (
+    greedy_coreset,
+    locally_aware_patches,
+    nearest_distances,
+    patch_layers,
+    sample_patches,
+)
+
+
+def test_patches_are_of_strides_from_eight_on():
+    assert patch_layers([2, 4, 8, 16]) == [2, 3]
+    assert patch_layers([2, 4]) == [1]
+    assert patch_layers([14, 14]) == [0, 1]
+    assert patch_layers([8, 16, 8, 16]) == [0, 1, 2, 3]  # the same strides of images of two sizes
+
+
+def test_a_patch_is_an_average_over_its_surroundings():
+    layers = [torch.randn(2, 3, 8, 8, generator=generator()), torch.randn(2, 5, 4, 4, generator=generator(1))]
+    patches = locally_aware_patches(layers)
+    assert patches.shape == (2, 8, 8, 8)
+    torch.testing.assert_close(patches[:, :3, 4, 4], layers[0][:, :, 3:6, 3:6].mean(dim=(2, 3)))
+
+
+def test_distances_are_those_of_the_nearest():
+    patches, coreset = torch.randn(3, 6, 4, 5, generator=generator()), torch.randn(11, 6, generator=generator(1))
+    expected = torch.cdist(patches.flatten(2).mT, coreset).amin(dim=2).view(3, 4, 5)
+    torch.testing.assert_close(nearest_distances(patches, coreset), expected, rtol=1e-4, atol=1e-4)
+    assert nearest_distances(patches[:0], coreset).shape == (0, 4, 5)
+
+
+def test_an_image_is_no_neighbour_of_its_own():
+    patches = torch.randn(2, 6, 3, 3, generator=generator())
+    coreset = patches.flatten(2).mT.flatten(0, 1)  # all of both
+    owner, image = torch.tensor([0] * 9 + [1] * 9), torch.tensor([0, 1])
+    assert nearest_distances(patches, coreset).max() < 1e-2
+    expected = [nearest_distances(patches[:1], coreset[9:]), nearest_distances(patches[1:], coreset[:9])]
+    torch.testing.assert_close(nearest_distances(patches, coreset, owner, image), torch.cat(expected))
+
+
+def test_a_coreset_is_near_everything():
+    """Three far groups, one of a single patch: three patches keep all of them."""
+    centers = torch.tensor([[0.0, 0.0], [100.0, 0.0], [0.0, 100.0]])
+    groups = [centers[i] + torch.randn(n, 2, generator=generator(i)) for i, n in enumerate((200, 200, 1))]
+    patches = torch.cat(groups)
+    chosen = patches[greedy_coreset(patches, 3)]
+    assert torch.cdist(patches, chosen).amin(dim=1).max() < 10.0
+    assert len(set(greedy_coreset(patches, 300).tolist())) == 300
+    assert greedy_coreset(patches[:2], 5).tolist()[2:] == [0, 0, 0]  # fewer than asked for: repeated
+
+
+def test_which_patches_are_sampled_depends_on_the_image_alone():
+    patches = torch.arange(60.0).view(2, 5, 6)
+    torch.testing.assert_close(sample_patches(patches, 3, 4), sample_patches(patches, 3, 4))
+    assert not torch.equal(sample_patches(patches, 3, 4), sample_patches(patches, 4, 4))
+    assert sample_patches(patches, 0, 100).shape == (30, 2)
+
+
+@pytest.fixture(scope="module")
+def nearest() -> AnomalyDenoisePipeline:
+    pipeline = AnomalyDenoisePipeline(
+        None, None, tiny_extractor(image_size=32), position_trust=0.0, weights={"nearest": 1.0}
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.calibrate(textures(20, 32, 100), textures(30, 32), false_alarm_rate=0.2)
+
+
+def test_the_nearest_patch_finds_a_defect(nearest):
+    output = nearest([texture(500, 32, defect=True), texture(501, 32)])
+    assert output.anomaly_score[0] > output.anomaly_score[1]
+    assert output.is_anomalous[0]
+
+
+def test_it_is_saved_to_the_bit(nearest, tmp_path):
+    nearest.save_pretrained(tmp_path)
+    loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path)
+    images = textures(3, 32, first_seed=600)
+    assert (loaded(images).anomaly_map == nearest(images).anomaly_map).all()
+    assert loaded.weights == {"kl": 0.0, "feature_error": 0.0, "gaussian": 0.0, "nearest": 1.0}
+
+
+def test_new_good_images_score_as_those_of_the_statistics(nearest):
+    """Each of these is measured by the others' patches: the map's mean over new images is theirs, in deviations."""
+    maps = nearest(textures(40, 32, first_seed=800)).anomaly_map
+    assert abs(maps.mean()) < 0.3
+    assert 0.7 < maps.std() < 1.3
