@@ -117,30 +117,75 @@ def demo(
     )
 
 
-@app.command(short_help="A detector from good images in seconds, with nothing trained.")
-def fit(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Good images: a folder, data set, elpv.")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Gets the pipeline.")],
-    category: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one; may be repeated.")] = None,
-    dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout: mvtec_ad, visa, ...")] = None,
-    false_alarm_rate: Annotated[float, typer.Option(metavar="RATE", help="Of good parts that may alarm.")] = 0.01,
+GoodImages = Annotated[str, typer.Argument(metavar="DATA", help="Good images: a folder, data set, elpv.")]
+Output = Annotated[Path, typer.Option(metavar="DIR", help="Gets the pipeline.")]
+Categories = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one; may be repeated.")]
+Layout = Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout: mvtec_ad, visa, ...")]
+FalseAlarmRate = Annotated[float, typer.Option(metavar="RATE", help="Of good parts that may alarm.")]
+DataSeed = Annotated[int, typer.Option(metavar="N", help="Of which images are held out, and of noise.")]
+
+
+def training_flags(
+    data: str,
+    output: Path,
+    category: list[str] | None,
+    dataset: str | None,
+    false_alarm_rate: float,
+    part_pattern: str | None,
+    on_bad_image: OnBadImage,
+    seed: int,
+) -> list[str]:
+    """The same, as the scripts in `training` take them."""
+    source = ["--train_data_dir", data] if data == "elpv" or data.startswith("elpv/") or Path(data).exists() else []
+    flags = [*(source or ["--dataset_name", data]), "--output_dir", str(check_folder(output)), "--seed", str(seed)]
+    flags += ["--false_alarm_rate", str(false_alarm_rate), "--on_bad_image", on_bad_image.value]
+    flags += ["--dataset", dataset] if dataset else []
+    flags += ["--part_pattern", part_pattern] if part_pattern else []
+    return [*flags, *(["--category", *category] if category else [])]
+
+
+@app.command(short_help="Trains AnomalyDenoise on good images, and chooses the rest.")
+def train(
+    data: GoodImages,
+    output: Output,
+    minutes: Annotated[float, typer.Option(metavar="N", help="Of the whole run.")] = 20.0,
+    category: Categories = None,
+    dataset: Layout = None,
+    false_alarm_rate: FalseAlarmRate = 0.01,
     part_pattern: PartPattern = None,
     on_bad_image: BadImages = OnBadImage.error,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of which images are held out.")] = 0,
+    seed: DataSeed = 0,
 ) -> None:
-    """The Gaussian of good images' features (PaDiM), calibrated.
+    """A denoiser, and beside it what fit keeps; what of them counts, defects drawn on good images choose.
+
+    More settings, several processes: accelerate launch training/train_ddpm.py.
+    """
+    from diffad.training.train_ddpm import main as run
+
+    flags = training_flags(data, output, category, dataset, false_alarm_rate, part_pattern, on_bad_image, seed)
+    run([*flags, "--minutes", str(minutes)])
+    console.print(f"Next: diffad predict {escape(str(output))} NEW_PARTS --output RESULTS", highlight=False)
+
+
+@app.command(short_help="A detector from good images in seconds, with nothing trained.")
+def fit(
+    data: GoodImages,
+    output: Output,
+    category: Categories = None,
+    dataset: Layout = None,
+    false_alarm_rate: FalseAlarmRate = 0.01,
+    part_pattern: PartPattern = None,
+    on_bad_image: BadImages = OnBadImage.error,
+    seed: DataSeed = 0,
+) -> None:
+    """Good images' features: their Gaussian (PaDiM) and the nearest of them (PatchCore), calibrated.
 
     Below 20 good images of a category each is left out in turn; else a fifth is held out for the thresholds. More
     settings, several processes: accelerate launch training/fit.py.
     """
     from diffad.training.fit import main as run
 
-    source = ["--train_data_dir", data] if data == "elpv" or data.startswith("elpv/") or Path(data).exists() else []
-    flags = [*(source or ["--dataset_name", data]), "--output_dir", str(check_folder(output)), "--seed", str(seed)]
-    flags += ["--false_alarm_rate", str(false_alarm_rate), "--on_bad_image", on_bad_image.value]
-    flags += ["--dataset", dataset] if dataset else []
-    flags += ["--part_pattern", part_pattern] if part_pattern else []
-    run([*flags, *(["--category", *category] if category else [])])
+    run(training_flags(data, output, category, dataset, false_alarm_rate, part_pattern, on_bad_image, seed))
     console.print(f"Next: diffad predict {escape(str(output))} NEW_PARTS --output RESULTS", highlight=False)
 
 

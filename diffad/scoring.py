@@ -64,6 +64,11 @@ def gaussian_smooth(maps: torch.Tensor, sigma: float) -> torch.Tensor:
     return flat.reshape(maps.shape)
 
 
+def smooth_maps(maps: torch.Tensor, num_kl: int, kl_sigma: float, feature_sigma: float) -> torch.Tensor:
+    """Maps (N, S, H, W), of which the first `num_kl` are smoothed by the one sigma and the others by the other."""
+    return torch.cat([gaussian_smooth(maps[:, :num_kl], kl_sigma), gaussian_smooth(maps[:, num_kl:], feature_sigma)], 1)
+
+
 def _mirror(maps: torch.Tensor, radius: int, dim: int) -> torch.Tensor:
     """Pads by `radius` on both ends of `dim`, mirrored at the edges (d c b a | a b c d | d c b a), any radius."""
     length = maps.shape[dim]

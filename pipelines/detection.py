@@ -157,7 +157,7 @@ class DetectionPipeline(AnomalyPipeline):
             if not indices:
                 continue
             generators = image_generators(generator, len(indices))
-            for measurement in self._measurements(
+            for measurement in self.measurements(
                 part, indices, index, batch_size, generators, accelerator, self.config.value_range or found
             ):
                 learn(measurement)
@@ -215,7 +215,7 @@ class DetectionPipeline(AnomalyPipeline):
             value_range=value_range,
         )
 
-    def _measurements(
+    def measurements(
         self,
         images: Sequence[Any],
         indices: Sequence[int],

@@ -35,11 +35,11 @@ from diffad.precision import running_precision
 from diffad.scoring import (
     Measurement,
     feature_error,
-    gaussian_smooth,
     joint_map,
     max_score,
     outline_by_positions,
     resize_maps,
+    smooth_maps,
     suppress_surroundings,
     top_fraction_score,
 )
@@ -331,7 +331,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
     @property
     def feature_resolution(self) -> int:
         """Rows and columns of the features that have a Gaussian."""
-        finest = self.feature_extractor.image_sizes[-1] // 4
+        finest = max(1, self.input_resolution // 4)
         num_channels = sum(self.feature_extractor.layer_channels[i] for i in self.scored_layers)
         return self.config.feature_resolution or feature_side(finest, num_channels)
 
@@ -401,27 +401,30 @@ class AnomalyDenoisePipeline(DetectionPipeline):
                 feature_maps.append(calibration.gaussian_map(features, category, size, num_seen))
             if patches is not None:
                 feature_maps.append(calibration.nearest_map(measurement, category, size))
-        kl_maps = gaussian_smooth(kl, self.config.kl_sigma)
-        return torch.cat([kl_maps, gaussian_smooth(torch.cat(feature_maps, dim=1), self.config.feature_sigma)], dim=1)
+        maps = torch.cat([kl, *feature_maps], dim=1)
+        return smooth_maps(maps, kl.shape[1], self.config.kl_sigma, self.config.feature_sigma)
 
     def join_maps(
         self, maps: torch.Tensor, category: torch.Tensor, calibration: ScoreCalibration | None
     ) -> torch.Tensor:
         """Eq. 11: maps (N, S, H, W) to the anomaly map (N, H, W), normalised where there is a calibration."""
-        levels = self.num_levels
         if calibration is None:
+            levels = self.num_levels
             return joint_map(maps[:, :levels], maps[:, levels:], self.config.alpha if levels else 0.0)
-        kl, *others = calibration.normalize(maps, category).split([levels] + [1] * (maps.shape[1] - levels), dim=1)
+        normalized = calibration.normalize(maps, category)
+        levels = maps.shape[1] - calibration.num_feature_maps
+        kl, others = normalized[:, :levels], list(normalized[:, levels:].unbind(dim=1))  # (N, T, H, W), (N, H, W) each
         weights = {name: weight / sum(self.weights.values()) for name, weight in self.weights.items()}
         errors = [others.pop(0) for _ in range(calibration.num_distances)]  # of cells, and of positions if they differ
         rest = torch.zeros_like(maps[:, 0])
-        for name in ("gaussian", "nearest"):
-            rest = rest + weights[name] * others.pop(0)[:, 0] if weights[name] else rest
-        if not levels:
-            return suppress_surroundings(rest, self.config.suppression)
-        of_kl = weights["kl"] * kl.mean(dim=1)
-        joined = [of_kl + weights["feature_error"] * error[:, 0] + rest for error in errors]
-        anomaly_map = outline_by_positions(*joined) if len(joined) == 2 else joined[0]
+        if levels:
+            rest = rest + weights["kl"] * kl.mean(dim=1)
+        if calibration.feature_mean is not None:
+            rest = rest + weights["gaussian"] * others.pop(0)
+        if calibration.coreset is not None:
+            rest = rest + weights["nearest"] * others.pop(0)
+        joined = [rest + weights["feature_error"] * error for error in errors]
+        anomaly_map = outline_by_positions(*joined) if len(joined) == 2 else (joined or [rest])[0]
         return suppress_surroundings(anomaly_map, self.config.suppression)
 
     def image_scores(self, anomaly_map: torch.Tensor) -> torch.Tensor:

@@ -1,22 +1,26 @@
 #!/usr/bin/env python
 """Trains AnomalyDenoise (Lu et al., "Removing Anomalies as Noises for Industrial Defect Localization", ICCV 2023).
 
-    accelerate launch training/train_ddpm.py --train_data_dir DIR --preset cpu-64 --output_dir runs/mine
+    accelerate launch training/train_ddpm.py --train_data_dir DIR --output_dir runs/mine
 
 Good images in, a calibrated `AnomalyDenoisePipeline` out. Several categories in DIR train one class-conditional model.
+Without a --preset, a --config or a pipeline to start from, the flags of configs/automatic.yaml hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import concatenate_datasets
 from diffusers import DDPMScheduler
 
 from diffad import AnomalyDenoisePipeline, DenoisingUNet2DModel, TimmFeatureExtractor
@@ -24,10 +28,13 @@ from diffad.images import images_to_pixel_values, resize_images
 from diffad.likelihood import kl_divergence_map, predicted_clean_sample, variational_bound
 from diffad.models.denoising_unet_2d import DENOISING_UNET_PRESETS
 from diffad.moments import PRIOR_IMAGES
+from diffad.pipelines.detection import FEW_IMAGES
 from diffad.training.arguments import (
+    ABOVE_ZERO,
     COUNT,
     NOT_NEGATIVE,
     POSITIVE,
+    SHARE,
     FlagParser,
     add_shared_arguments,
     number,
@@ -35,17 +42,22 @@ from diffad.training.arguments import (
     whole_number,
 )
 from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
+from diffad.training.choice import choose_settings, describe_choice
 from diffad.training.data import (
     ResizedImages,
     augment,
     create_data_loader,
+    hold_out,
     load_good_images,
     load_pictures,
     spread_batches,
 )
+from diffad.training.duration import steps_in
 from diffad.training.finish import finish
 from diffad.training.loop import create_accelerator, train
 from diffad.visualization import heat_map, save_rows, to_uint8
+
+AUTOMATIC = Path(__file__).parent / "configs" / "automatic.yaml"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -55,8 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument(
         "--preset",
         choices=sorted(DENOISING_UNET_PRESETS),
-        default="paper-256",
-        help="architecture (paper-256)",
+        help="architecture (that of configs/automatic.yaml, and its other flags)",
     )
     model.add_argument("--pretrained_model_name_or_path", metavar="DIR", help="start from this pipeline's weights")
     model.add_argument("--backbone", default="tf_efficientnet_lite0", help="timm model of the features")
@@ -83,6 +94,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     model.add_argument("--beta_schedule", default="linear", help="diffusers' name (linear)")
 
+    model.add_argument(
+        "--minutes",
+        type=ABOVE_ZERO,
+        help="of the whole run, instead of --max_train_steps: a few steps are timed at the start",
+    )
+
     loss = parser.add_argument_group("loss")
     loss.add_argument("--feature_loss_weight", type=NOT_NEGATIVE, default=1.0, help="of eq. 10 (1)")
     loss.add_argument(
@@ -94,6 +111,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     score = parser.add_argument_group("score")
     score.add_argument("--timesteps", type=COUNT, nargs="+", default=[5, 50, 100], help="noise levels (5 50 100)")
+    score.add_argument(
+        "--choose",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="choose weights of the maps and their smoothing by synthetic defects on good images held out for it",
+    )
+    score.add_argument("--position_trust", type=SHARE, default=1.0, help="of statistics at a position (1)")
     score.add_argument("--alpha", type=number(), default=0.5, help="weight of the KL in eq. 11 (0.5)")
     score.add_argument("--kl_sigma", type=NOT_NEGATIVE, default=2.0, help="smoothing of the KL maps, pixels (2)")
     score.add_argument("--feature_sigma", type=NOT_NEGATIVE, default=4.0, help="of the feature error, pixels (4)")
@@ -108,7 +132,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=PRIOR_IMAGES,
         help=f"images that the average deviation counts for where positions share a cell ({PRIOR_IMAGES:g})",
     )
+    argv = [*(sys.argv[1:] if argv is None else argv)]
+    early, _ = parser.parse_known_args(argv)
+    if early.preset is None and early.config is None and early.pretrained_model_name_or_path is None:
+        argv = ["--config", str(AUTOMATIC), *argv]
     args = parse_arguments(parser, argv)
+    args.preset = args.preset or "paper-256"
+    if args.minutes is not None and {"--max_train_steps"} & {one.split("=")[0] for one in argv}:
+        args.minutes = None
     # what else only the end of the run would find
     if not 0.0 <= args.alpha <= 1.0:
         parser.error("--alpha must lie in [0, 1]")
@@ -179,6 +210,7 @@ def create_pipeline(
         kl_sigma=args.kl_sigma,
         feature_sigma=args.feature_sigma,
         score_fraction=args.score_fraction,
+        position_trust=args.position_trust,
         suppression=args.suppression,
         position_prior_images=args.position_prior_images,
         score_strides=args.score_strides,
@@ -264,6 +296,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 1. Good images, and some held out for the thresholds
     training, held_out, categories = load_good_images(args)
+    unseen = None  # of the networks, for the choice
+    if args.choose and min(Counter(training["category"]).values()) >= FEW_IMAGES:
+        training, unseen, _ = hold_out(training, args)
     unet, scheduler, extractor = create_components(args, len(categories))
     size, feature_size = unet.config.sample_size, (unet.config.feature_resolution,) * 2
     images = ResizedImages(training, extractor.input_resolution(size), categories, args.value_range)
@@ -307,13 +342,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    data_loader = create_data_loader(examples, args)
     wanted = args.validation_steps and accelerator.is_main_process
     pictures = load_pictures(held_out, 4, args.value_range) if wanted else []
-    record = train(unet, batch_loss, create_data_loader(examples, args), args, accelerator, save_pictures)
+    if args.minutes is not None:
+        args.max_train_steps = steps_in(args.minutes, unet, batch_loss, data_loader, accelerator)
+        accelerator.print(f"{args.minutes:g} minutes are {args.max_train_steps} steps: --max_train_steps repeats it.")
+    record = train(unet, batch_loss, data_loader, args, accelerator, save_pictures)
 
     # 4. Calibrate on good images and save the pipeline
     pipeline = create_pipeline(unet, scheduler, extractor, categories, args)
     pipeline.set_progress_bar_config(disable=not accelerator.is_local_main_process)
+    if unseen is not None:
+        ranking = choose_settings(pipeline, training, unseen, categories, args.seed, accelerator)
+        best = {name: ranking[0][name] for name in ("weights", "kl_sigma", "feature_sigma")}
+        pipeline.register_to_config(**best)
+        accelerator.print(describe_choice(ranking))
+        record["choice"] = ranking
+        training = concatenate_datasets([training, unseen])  # whose statistics they may serve
     finish(pipeline, training, held_out, categories, args, record, accelerator)
     accelerator.print(f"Saved a calibrated pipeline to {args.output_dir} after {time.time() - started:.0f} s.")
     accelerator.end_training()

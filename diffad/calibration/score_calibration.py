@@ -147,6 +147,11 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             return 0
         return 1 if self.grid == tuple(self.config.residual_shape[1:]) else 2
 
+    @property
+    def num_feature_maps(self) -> int:
+        """How many of the maps are of features: of their residual, by their Gaussian, and of the nearest patches."""
+        return self.num_distances + (self.feature_mean is not None) + (self.coreset is not None)
+
     def set_residual_gaussian(self, category: int, mean: torch.Tensor, whitening: torch.Tensor) -> None:
         """Stores what `residual_gaussian` found for a category."""
         self.residual_mean[category] = mean

@@ -1,0 +1,126 @@
+"""The choice among maps by synthetic defects, and a training that needs nothing but data and a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import textures, tiny_pipeline, write_folder
+from datasets import Dataset
+from ddpm_runs import flags
+from diffusers import DiffusionPipeline
+
+from diffad.cli import app
+from diffad.data import load_anomaly_dataset
+from diffad.training import train_ddpm
+from diffad.training.choice import choose_settings, describe_choice, simplex
+from diffad.training.duration import FEWEST_STEPS
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+def test_weights_are_all_multiples_that_add_up():
+    found = list(simplex(3, 4))
+    assert len(found) == len(set(found)) == 15
+    assert all(sum(weights) == 1.0 for weights in found)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Dataset:
+    return load_anomaly_dataset(str(write_folder(tmp_path_factory.mktemp("choice") / "part", 24, size=64)))
+
+
+@pytest.fixture(scope="module")
+def ranking(good) -> list[dict]:
+    pipeline = tiny_pipeline(timesteps=[100])
+    statistics, unseen = good.select(range(16)), good.select(range(16, 24))
+    return choose_settings(pipeline, statistics, unseen, [good[0]["category"]], 0, Accelerator(cpu=True))
+
+
+def test_every_map_alone_is_ranked_and_the_best_comes_first(ranking):
+    objectives = [one["objective"] for one in ranking]
+    assert objectives == sorted(objectives, reverse=True)
+    alone = [one["weights"] for one in ranking if 1.0 in one["weights"].values()]
+    assert {max(weights, key=weights.get) for weights in alone} == {"kl", "feature_error", "gaussian", "nearest"}
+    assert all(0.0 <= one[name] <= 1.0 for one in ranking for name in ("image_auroc", "pixel_ap", "pixel_pro"))
+
+
+def test_it_is_repeatable(good, ranking):
+    statistics, unseen = good.select(range(16)), good.select(range(16, 24))
+    again = choose_settings(
+        tiny_pipeline(timesteps=[100]), statistics, unseen, [good[0]["category"]], 0, Accelerator(cpu=True)
+    )
+    assert again == ranking
+
+
+def test_what_it_says_fits_a_screen(ranking):
+    lines = describe_choice(ranking).splitlines()
+    assert lines[0].startswith("Chosen by synthetic defects: ")
+    assert [line.split()[0] for line in lines[2:3]] == ["chosen"]
+    assert len(lines) < 10
+
+
+def run(data: Path, output: Path, *more: object) -> dict:
+    train_ddpm.main([*flags(data, output, *more), "--choose"])
+    return json.loads((output / "training.json").read_text())
+
+
+def test_the_choice_is_saved_and_recorded(tmp_path):
+    data = write_folder(tmp_path / "part", 30, size=64)
+    record = run(data, tmp_path / "run", "--resolution", 32, "--timesteps", 100)
+    best = record["choice"][0]
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.weights == best["weights"]
+    assert (pipeline.config.kl_sigma, pipeline.config.feature_sigma) == (best["kl_sigma"], best["feature_sigma"])
+    output = pipeline(textures(2, 64))
+    assert np.isfinite(output.anomaly_map).all()
+    assert output.p_value is not None
+
+
+def test_a_denoiser_without_weight_does_not_run(tmp_path, monkeypatch):
+    pipeline = tiny_pipeline(weights={"gaussian": 3, "nearest": 1}, image_size=32)
+    pipeline.calibrate(textures(12, 32), false_alarm_rate=0.3)
+    assert pipeline.calibration.config.residual_shape is None
+    monkeypatch.setattr(pipeline.unet, "forward", None)  # a call would fail
+    assert pipeline(textures(2, 32)).anomaly_map.shape == (2, 32, 32)
+
+
+def test_minutes_are_steps_that_repeat_the_run(tmp_path, capsys):
+    data = write_folder(tmp_path / "part", 30, size=64)
+    first = flags(data, tmp_path / "timed", "--minutes", 0.001)
+    del first[first.index("--max_train_steps") : first.index("--max_train_steps") + 2]
+    train_ddpm.main(first)
+    assert f"{FEWEST_STEPS} steps: --max_train_steps repeats it" in capsys.readouterr().out
+    train_ddpm.main(flags(data, tmp_path / "again", steps=FEWEST_STEPS))
+    one, two = (DiffusionPipeline.from_pretrained(tmp_path / name).unet.state_dict() for name in ("timed", "again"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("weights", [{"gaussian": -1.0}, {"kl": 0.0}, {"nearest": float("nan")}])
+def test_weights_without_sense_are_an_error(weights):
+    with pytest.raises(ValueError, match="`weights` must be finite, not negative and not all 0"):
+        tiny_pipeline(weights=weights)
+
+
+def test_a_weight_of_no_map_is_an_error():
+    with pytest.raises(ValueError, match=r"`weights` must be of kl, feature_error, gaussian, nearest, but names klt"):
+        tiny_pipeline(weights={"klt": 1.0})
+
+
+def test_without_a_preset_the_automatic_configuration_holds(tmp_path):
+    args = train_ddpm.parse_args(["--train_data_dir", "parts", "--output_dir", str(tmp_path)])
+    assert (args.preset, args.minutes, args.choose) == ("cpu-64", 20.0, True)
+    args = train_ddpm.parse_args(["--train_data_dir", "parts", "--output_dir", "x", "--max_train_steps", "7"])
+    assert (args.minutes, args.max_train_steps) == (None, 7)
+    args = train_ddpm.parse_args(["--train_data_dir", "parts", "--output_dir", "x", "--preset", "cpu-128"])
+    assert (args.preset, args.minutes, args.choose) == ("cpu-128", None, False)
+
+
+def test_the_command_says_what_it_takes():
+    from typer.testing import CliRunner
+
+    assert "--minutes" in CliRunner().invoke(app, ["train", "--help"]).output

@@ -1,0 +1,222 @@
+"""Chooses how maps are smoothed and joined, by synthetic defects on good images that no network has seen.
+
+Nobody who trains on good parts has defects to choose by. Defects that are drawn on good images stand in for them
+(`diffad.data.synthetic_defects`). One pass of the networks over the images with and without them serves all settings,
+as these act after the networks alone. docs/results.md says how well the choice ranks settings against real defects.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+
+from diffad import AnomalyDenoisePipeline
+from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.data.synthetic_defects import add_defects
+from diffad.images import ImageSequence, resize_images
+from diffad.metrics import AnomalyMetrics
+from diffad.pipelines.checks import MAP_NAMES
+from diffad.pipelines.detection import MAX_STATISTICS_IMAGES, setting_names, spread
+from diffad.scoring import smooth_maps
+from diffad.seeding import image_generators
+
+WEIGHT_STEPS = 4  # weights are multiples of a quarter
+SIGMAS = (0.5, 1.0, 2.0, 4.0)  # pixels at the processing resolution
+MAX_IMAGES = 60  # on which defects are drawn; more hardly move the ranking
+DEFECTS_AN_IMAGE = 4
+BATCH_SIZE = 16
+DEFECT_RESOLUTION = 256  # px, at which they are drawn
+
+
+# Of what a setting reaches. By outlines alone the KL would always count: it outlines scratches on cells, and finds
+# fewer bad cells. Which parts are bad counts first.
+IMPORTANCE = {"image_auroc": 0.8, "pixel_ap": 0.1, "pixel_pro": 0.1}
+
+
+class CategoryMaps(NamedTuple):
+    """What is known of one category's images, good ones first.
+
+    maps: (N, S, R, R), neither smoothed nor normalised, in the order of `AnomalyDenoisePipeline.score_maps`.
+    masks: (N, R, R) bool, all False for good images.
+    calibration: with the statistics that `maps` come from.
+    """
+
+    maps: torch.Tensor
+    masks: np.ndarray
+    calibration: ScoreCalibration
+    category: int
+
+
+def choose_settings(
+    pipeline: AnomalyDenoisePipeline,
+    statistics: Dataset,
+    unseen: Dataset,
+    categories: Sequence[str],
+    seed: int,
+    accelerator: Accelerator,
+) -> list[dict[str, Any]]:
+    """Ranks weights of the maps and their smoothing; the best comes first.
+
+    Args:
+        pipeline: a trained one. Its own settings stay as they are.
+        statistics: good images for the Gaussians and the nearest patches; those of training may serve.
+        unseen: good images that no network has seen, on which defects are drawn.
+        categories: the names; settings are the same for all of them, and chosen by the mean over them.
+        seed: of defects and noise.
+        accelerator: shares the statistics' images among its processes. Each ends with the same ranking.
+
+    Returns:
+        For each setting a dictionary of `weights`, `kl_sigma`, `feature_sigma`, the `image_auroc`, `pixel_ap` and
+        `pixel_pro` that it reaches against synthetic defects, and the `objective`, their mean by `IMPORTANCE`.
+    """
+    raw = with_settings(pipeline, weights=dict.fromkeys(MAP_NAMES, 1.0), kl_sigma=0.0, feature_sigma=0.0)
+    of_categories = []
+    for index, name in enumerate(categories):
+        good = [of_category(dataset, name)["image"] for dataset in (statistics, unseen)]
+        of_categories.append(measure_category(raw, *good, index, seed, accelerator))
+
+    # 1. Weights, at the middle sigmas; 2. sigmas, for the best weights
+    ranking = [score(raw, of_categories, weights, 1.0, 1.0) for weights in simplex(len(MAP_NAMES), WEIGHT_STEPS)]
+    best = max(ranking, key=lambda one: one["objective"])
+    weights = tuple(best["weights"].values())
+    kl_sigmas = SIGMAS if best["weights"]["kl"] else (1.0,)
+    sigmas = [pair for pair in itertools.product(kl_sigmas, SIGMAS) if pair != (1.0, 1.0)]
+    ranking += [score(raw, of_categories, weights, *pair) for pair in sigmas]
+    return sorted(ranking, key=lambda one: -one["objective"])
+
+
+def with_settings(pipeline: AnomalyDenoisePipeline, **changed: Any) -> AnomalyDenoisePipeline:
+    """A pipeline of the same networks, without a calibration, and with other settings."""
+    settings = {name: pipeline.config[name] for name in setting_names(type(pipeline))}
+    networks = {name: getattr(pipeline, name) for name in ("unet", "scheduler", "feature_extractor", "gaussian")}
+    other = type(pipeline)(**networks, **{**settings, **changed})
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def of_category(dataset: Dataset, name: str) -> Dataset:
+    return dataset.select(np.flatnonzero(np.asarray(dataset["category"]) == name))
+
+
+def simplex(length: int, steps: int) -> Iterator[tuple[float, ...]]:
+    """All weights that are multiples of 1 / steps, and add up to 1."""
+    for whole in itertools.product(range(steps + 1), repeat=length):
+        if sum(whole) == steps:
+            yield tuple(part / steps for part in whole)
+
+
+@torch.no_grad()
+def measure_category(
+    pipeline: AnomalyDenoisePipeline,
+    statistics: Sequence[Any],
+    unseen: Sequence[Any],
+    category: int,
+    seed: int,
+    accelerator: Accelerator,
+) -> CategoryMaps:
+    """One pass of the networks over the statistics' images, the unseen ones, and these with defects."""
+    # 1. Gaussians and nearest patches
+    generator = torch.Generator().manual_seed(seed)
+    fit = pipeline.calibration_fit(category, 0, 0.5, accelerator)
+    indices = spread(range(len(statistics)), MAX_STATISTICS_IMAGES)
+    of_images = image_generators(generator, len(indices))
+    for measurement in pipeline.measurements(
+        statistics, indices, category, BATCH_SIZE, of_images, accelerator, pipeline.value_range
+    ):
+        fit.add_statistics(measurement)
+    calibration = fit.set_statistics()
+
+    # 2. Good images (3, R', R') in [0, 1], and the same with defects
+    chosen = np.linspace(0, len(unseen) - 1, min(len(unseen), MAX_IMAGES)).round().astype(int).tolist()
+    side = (DEFECT_RESOLUTION,) * 2
+    rows = ImageSequence.of_rows(unseen, chosen, pipeline.value_range).resized(side)
+    good = [row[0].clamp(0.0, 1.0).permute(1, 2, 0).numpy() for row in rows]  # (R', R', 3) each
+    defects = [defect for _, defect in add_defects(good, DEFECTS_AN_IMAGE, seed)]
+    images = [torch.from_numpy(image).permute(2, 0, 1) for image in [*good, *(defect.image for defect in defects)]]
+
+    # 3. Their maps (N, S, R, R)
+    generators = image_generators(generator, len(images))
+    parts = []
+    for start in range(0, len(images), BATCH_SIZE):
+        batch = slice(start, start + BATCH_SIZE)
+        index = torch.full((len(images[batch]),), category, device=calibration.map_mean.device)
+        measurement = pipeline.measure_images(images[batch], index, generators[batch])
+        parts.append(pipeline.score_maps(measurement, index, calibration))
+    maps = torch.cat(parts)
+    masks = np.zeros((len(good), *side), dtype=bool)
+    masks = np.concatenate([masks, *(defect.mask[None] for defect in defects)])
+    shares = resize_images(torch.from_numpy(masks).float()[:, None], (maps.shape[-2], maps.shape[-1]))[:, 0]
+    small = (shares > 0.5).numpy()
+    for mask, share in zip(small, shares.numpy(), strict=True):
+        if not mask.any() and share.max() > 0.0:
+            mask[share == share.max()] = True  # a defect below a pixel of the map keeps one
+    return CategoryMaps(maps, small, calibration, category)
+
+
+def score(
+    pipeline: AnomalyDenoisePipeline,
+    of_categories: Sequence[CategoryMaps],
+    weights: Sequence[float],
+    kl_sigma: float,
+    feature_sigma: float,
+) -> dict[str, Any]:
+    """What a setting reaches against the synthetic defects, averaged over the categories."""
+    named = dict(zip(MAP_NAMES, weights, strict=True))
+    pipeline.register_to_config(weights=named)
+    names = tuple(IMPORTANCE)
+    found = []
+    for maps, masks, calibration, category in of_categories:
+        num_kl = maps.shape[1] - calibration.num_feature_maps
+        smoothed = smooth_maps(maps, num_kl, kl_sigma, feature_sigma)
+        is_good = ~torch.from_numpy(masks.any(axis=(1, 2)))
+        # one mean and one deviation a map, of good images
+        mean = smoothed[is_good].mean(dim=(0, 2, 3))
+        std = smoothed[is_good].std(dim=(0, 2, 3)).clamp(min=1e-6)
+        calibration.map_mean[category] = mean[:, None, None]
+        calibration.map_std[category] = std[:, None, None]
+        index = torch.full((len(maps),), category, device=maps.device)
+        joined = pipeline.join_maps(smoothed, index, calibration)
+        metrics = AnomalyMetrics()
+        metrics.update(
+            anomaly_map=joined.cpu().numpy(),
+            mask=masks,
+            anomaly_score=pipeline.image_scores(joined).cpu().numpy(),
+            label=(~is_good).numpy(),
+        )
+        values = metrics.compute()
+        found.append([values[name] for name in names])
+    means = np.mean(found, axis=0).tolist()
+    return {
+        "weights": named,
+        "kl_sigma": kl_sigma,
+        "feature_sigma": feature_sigma,
+        **dict(zip(names, means, strict=True)),
+        "objective": float(np.average(means, weights=[IMPORTANCE[name] for name in names])),
+    }
+
+
+def describe_choice(ranking: list[dict[str, Any]]) -> str:
+    """What was chosen, and what each map reaches alone."""
+    best = ranking[0]
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in best["weights"].items() if weight)
+    lines = [
+        f"Chosen by synthetic defects: {weights}; smoothing {best['feature_sigma']:g} px"
+        + (f", of the KL {best['kl_sigma']:g} px" if best["weights"]["kl"] else ""),
+        f"{'':14} image AUROC  pixel AP  PRO",
+    ]
+    alone = [
+        one
+        for one in ranking
+        if max(one["weights"].values()) == 1.0 and (one["kl_sigma"], one["feature_sigma"]) == (1.0, 1.0)
+    ]
+    named = [("chosen", best), *((max(one["weights"], key=one["weights"].get), one) for one in alone)]
+    for name, one in named:
+        figures = (100.0 * one[metric] for metric in IMPORTANCE)
+        lines.append("{:14} {:11.1f} {:9.1f} {:4.1f}".format(name, *figures))
+    return "\n".join(lines)
