@@ -29,6 +29,10 @@ REPORT_NAME = "report.json"
 PIPELINE_TAG = "image-segmentation"
 TAGS = ["anomaly-detection", "anomaly-localization", "defect-detection", "industrial-inspection", "diffusion", "diffad"]
 
+FEATURE_MAPS = {
+    "gaussian": "a Gaussian at each position ([PaDiM](https://arxiv.org/abs/2011.08785), Defard et al., 2021)",
+    "nearest": "the nearest of those kept ([PatchCore](https://arxiv.org/abs/2106.08265), Roth et al., 2022)",
+}
 PAPERS = {
     "AnomalyDenoise": "https://openaccess.thecvf.com/content/ICCV2023/html/"
     "Lu_Removing_Anomalies_as_Noises_for_Industrial_Defect_Localization_ICCV_2023_paper.html",
@@ -94,6 +98,9 @@ def render_model_card(
         title=title,
         method=method,
         denoiser=pipeline.unet is not None,
+        at_place=pipeline.config.get("position_trust", 1.0) == 1.0,
+        choice=bool((training or {}).get("choice")),
+        **_maps(pipeline),
         paper_url=PAPERS[method],
         class_name=class_name,
         repo_id=repo_id,
@@ -110,6 +117,19 @@ def render_model_card(
         license_note=_license_note(license, bound),
         **_thresholds(getattr(pipeline, "calibration", None), categories),
     )
+
+
+def _maps(pipeline: Any) -> dict[str, Any]:
+    """What AnomalyDenoise joins: whether the denoiser has a part in it, how features are looked at, the weights."""
+    weights = getattr(pipeline, "weights", None) or {}
+    features = [FEATURE_MAPS[name] for name in FEATURE_MAPS if weights.get(name)]
+    total = sum(weights.values())
+    shares = [f"{name.replace('_', ' ')} {weight / total:.2g}" for name, weight in weights.items() if weight]
+    return {
+        "runs_denoiser": getattr(pipeline, "runs_denoiser", True),
+        "feature_maps": f"The distance is that from {' and from '.join(features)}." if features else "",
+        "weights": ", ".join(shares) if features else "",
+    }
 
 
 def copy_records(

@@ -138,6 +138,11 @@ def load_yaml(path: Path | Any) -> dict[str, Any]:
 
 def row_pipeline(model: DetectionPipeline, row: dict[str, Any], device: torch.device) -> DetectionPipeline:
     """A pipeline of the model's own networks with a row's settings, not calibrated."""
+    if getattr(model, "weights", None) and (model.weights["gaussian"] or model.weights["nearest"]):
+        raise ValueError(
+            "--model: a table compares what acts on the denoiser's maps, and this model joins others to them "
+            "(`weights`). Give one that was trained with --no-choose."
+        )
     components = {**model.components, "calibration": None}
     if "backbone" in row:
         strides = row.get("score_strides", model.feature_extractor.config.strides)

@@ -71,7 +71,7 @@ def test_the_shipped_configurations_are_valid(name, data):
         ((*DATA, "--max_train_steps", "many"), None, "--max_train_steps.*'many'"),
         ((*DATA, "--preset", "gpu-9000"), None, "--preset.*'gpu-9000'.*cpu-64"),
         ((*DATA, "--on_bad_image", "ignore"), None, "--on_bad_image.*error.*skip"),
-        ((*DATA, "--cache_features"), None, "--cache_features.*--rotation_degrees 0"),
+        ((*DATA, "--preset", "cpu-64", "--cache_features"), None, "--cache_features.*--rotation_degrees 0"),
         ((*DATA, "--no_such_flag"), None, "--no_such_flag"),
         ((*DATA, "--config", "no_such.yaml"), None, "--config: no file at no_such.yaml"),
         (DATA, "max_train_step: 5\nlearning_rates: 1\n", "sets unknown flags learning_rates, max_train_step"),
