@@ -33,7 +33,8 @@ class Measurement(NamedTuple):
 
 def empty_measurement(measurement: Measurement) -> Measurement:
     """A measurement of the same shapes and of no images: what a process adds that has no image to look at."""
-    return Measurement(*(None if values is None else values[:0] for values in measurement))
+    maps, *others = measurement
+    return Measurement(maps[:0], *(None if values is None else values[:0] for values in others))
 
 
 def gaussian_smooth(maps: torch.Tensor, sigma: float) -> torch.Tensor:

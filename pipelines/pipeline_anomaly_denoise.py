@@ -390,7 +390,9 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         size = kl.shape[-2], kl.shape[-1]
         if calibration is None:
             layer_channels = [self.feature_extractor.layer_channels[i] for i in self.scored_layers]
-            errors = features[:, None] if residual is None else residual
+            errors = features[:, None] if residual is None and features is not None else residual
+            if errors is None:
+                raise ValueError("`weights`: the nearest good patches alone give a map after `calibrate` only.")
             feature_maps = [resize_maps(feature_error(errors, layer_channels), size)]
         else:
             calibration.check_measurement(measurement)

@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from diffad import AnomalyDenoisePipeline
-from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.data.synthetic_defects import add_defects
 from diffad.images import ImageSequence, resize_images
 from diffad.metrics import AnomalyMetrics
@@ -43,14 +42,13 @@ class CategoryMaps(NamedTuple):
     """What is known of one category's images, good ones first.
 
     maps: (N, S, R, R), neither smoothed nor normalised, in the order of `AnomalyDenoisePipeline.score_maps`.
-    masks: (N, R, R) bool, all False for good images.
-    calibration: with the statistics that `maps` come from.
+    is_good: (N,) bool.
+    masks: (N, R, R) bool, all False for good images; None where there are none.
     """
 
     maps: torch.Tensor
-    masks: np.ndarray
-    calibration: ScoreCalibration
-    category: int
+    is_good: np.ndarray
+    masks: np.ndarray | None
 
 
 def choose_settings(
@@ -78,8 +76,8 @@ def choose_settings(
     raw = with_settings(pipeline, weights=dict.fromkeys(MAP_NAMES, 1.0), kl_sigma=0.0, feature_sigma=0.0)
     of_categories = []
     for index, name in enumerate(categories):
-        good = [of_category(dataset, name)["image"] for dataset in (statistics, unseen)]
-        of_categories.append(measure_category(raw, *good, index, seed, accelerator))
+        take_statistics(raw, of_category(statistics, name)["image"], index, seed, accelerator)
+        of_categories.append(measure_defects(raw, of_category(unseen, name)["image"], index, seed))
 
     # 1. Weights, at the middle sigmas; 2. sigmas, for the best weights
     ranking = [score(raw, of_categories, weights, 1.0, 1.0) for weights in simplex(len(MAP_NAMES), WEIGHT_STEPS)]
@@ -112,36 +110,45 @@ def simplex(length: int, steps: int) -> Iterator[tuple[float, ...]]:
 
 
 @torch.no_grad()
-def measure_category(
-    pipeline: AnomalyDenoisePipeline,
-    statistics: Sequence[Any],
-    unseen: Sequence[Any],
-    category: int,
-    seed: int,
-    accelerator: Accelerator,
-) -> CategoryMaps:
-    """One pass of the networks over the statistics' images, the unseen ones, and these with defects."""
-    # 1. Gaussians and nearest patches
-    generator = torch.Generator().manual_seed(seed)
+def take_statistics(
+    pipeline: AnomalyDenoisePipeline, images: Sequence[Any], category: int, seed: int, accelerator: Accelerator
+) -> None:
+    """Gives a pipeline the Gaussians and the patches of one category's good images."""
     fit = pipeline.calibration_fit(category, 0, 0.5, accelerator)
-    indices = spread(range(len(statistics)), MAX_STATISTICS_IMAGES)
-    of_images = image_generators(generator, len(indices))
+    indices = spread(range(len(images)), MAX_STATISTICS_IMAGES)
+    generators = image_generators(torch.Generator().manual_seed(seed), len(indices))
+    value_range = pipeline.value_range
     for measurement in pipeline.measurements(
-        statistics, indices, category, BATCH_SIZE, of_images, accelerator, pipeline.value_range
+        images, indices, category, BATCH_SIZE, generators, accelerator, value_range
     ):
         fit.add_statistics(measurement)
-    calibration = fit.set_statistics()
+    pipeline.register_modules(calibration=fit.set_statistics())
 
-    # 2. Good images (3, R', R') in [0, 1], and the same with defects
+
+def measure_defects(pipeline: AnomalyDenoisePipeline, unseen: Sequence[Any], category: int, seed: int) -> CategoryMaps:
+    """What a pipeline with statistics says of good images, and of the same with defects."""
     chosen = np.linspace(0, len(unseen) - 1, min(len(unseen), MAX_IMAGES)).round().astype(int).tolist()
     side = (DEFECT_RESOLUTION,) * 2
     rows = ImageSequence.of_rows(unseen, chosen, pipeline.value_range).resized(side)
     good = [row[0].clamp(0.0, 1.0).permute(1, 2, 0).numpy() for row in rows]  # (R', R', 3) each
     defects = [defect for _, defect in add_defects(good, DEFECTS_AN_IMAGE, seed)]
     images = [torch.from_numpy(image).permute(2, 0, 1) for image in [*good, *(defect.image for defect in defects)]]
+    masks = np.stack([*(np.zeros(side, dtype=bool) for _ in good), *(defect.mask for defect in defects)])
+    return measure_maps(pipeline, images, masks, np.arange(len(images)) < len(good), category, seed)
 
-    # 3. Their maps (N, S, R, R)
-    generators = image_generators(generator, len(images))
+
+@torch.no_grad()
+def measure_maps(
+    pipeline: AnomalyDenoisePipeline,
+    images: Sequence[torch.Tensor],
+    masks: np.ndarray | None,
+    is_good: np.ndarray,
+    category: int,
+    seed: int,
+) -> CategoryMaps:
+    """The maps of images (3, H, W) in [0, 1], and their masks (N, H, W) at the maps' size."""
+    calibration = pipeline.calibration
+    generators = image_generators(torch.Generator().manual_seed(seed), len(images))
     parts = []
     for start in range(0, len(images), BATCH_SIZE):
         batch = slice(start, start + BATCH_SIZE)
@@ -149,14 +156,14 @@ def measure_category(
         measurement = pipeline.measure_images(images[batch], index, generators[batch])
         parts.append(pipeline.score_maps(measurement, index, calibration))
     maps = torch.cat(parts)
-    masks = np.zeros((len(good), *side), dtype=bool)
-    masks = np.concatenate([masks, *(defect.mask[None] for defect in defects)])
-    shares = resize_images(torch.from_numpy(masks).float()[:, None], (maps.shape[-2], maps.shape[-1]))[:, 0]
-    small = (shares > 0.5).numpy()
-    for mask, share in zip(small, shares.numpy(), strict=True):
+    if masks is None:
+        return CategoryMaps(maps, is_good, None)
+    shares = resize_images(torch.from_numpy(masks).float()[:, None], (maps.shape[-2], maps.shape[-1]))[:, 0].numpy()
+    small = shares > 0.5
+    for mask, share in zip(small, shares, strict=True):
         if not mask.any() and share.max() > 0.0:
             mask[share == share.max()] = True  # a defect below a pixel of the map keeps one
-    return CategoryMaps(maps, small, calibration, category)
+    return CategoryMaps(maps, is_good, small)
 
 
 def score(
@@ -165,29 +172,29 @@ def score(
     weights: Sequence[float],
     kl_sigma: float,
     feature_sigma: float,
+    references: Sequence[CategoryMaps] | None = None,
 ) -> dict[str, Any]:
-    """What a setting reaches against the synthetic defects, averaged over the categories."""
+    """What a setting reaches, averaged over the categories; NaN for what the masks that are missing would tell.
+
+    Maps are normalised by one mean and one deviation each, of the good images of `references`, or of the same images.
+    """
     named = dict(zip(MAP_NAMES, weights, strict=True))
     pipeline.register_to_config(weights=named)
-    names = tuple(IMPORTANCE)
+    calibration, names = pipeline.calibration, tuple(IMPORTANCE)
     found = []
-    for maps, masks, calibration, category in of_categories:
-        num_kl = maps.shape[1] - calibration.num_feature_maps
-        smoothed = smooth_maps(maps, num_kl, kl_sigma, feature_sigma)
-        is_good = ~torch.from_numpy(masks.any(axis=(1, 2)))
-        # one mean and one deviation a map, of good images
-        mean = smoothed[is_good].mean(dim=(0, 2, 3))
-        std = smoothed[is_good].std(dim=(0, 2, 3)).clamp(min=1e-6)
-        calibration.map_mean[category] = mean[:, None, None]
-        calibration.map_std[category] = std[:, None, None]
-        index = torch.full((len(maps),), category, device=maps.device)
-        joined = pipeline.join_maps(smoothed, index, calibration)
+    for category, (measured, reference) in enumerate(zip(of_categories, references or of_categories, strict=True)):
+        num_kl = measured.maps.shape[1] - calibration.num_feature_maps
+        good = smooth_maps(reference.maps[torch.from_numpy(reference.is_good)], num_kl, kl_sigma, feature_sigma)
+        calibration.map_mean[category] = good.mean(dim=(0, 2, 3))[:, None, None]
+        calibration.map_std[category] = good.std(dim=(0, 2, 3)).clamp(min=1e-6)[:, None, None]
+        smoothed = smooth_maps(measured.maps, num_kl, kl_sigma, feature_sigma)
+        joined = pipeline.join_maps(smoothed, torch.full((len(smoothed),), category, device=good.device), calibration)
         metrics = AnomalyMetrics()
         metrics.update(
-            anomaly_map=joined.cpu().numpy(),
-            mask=masks,
+            anomaly_map=None if measured.masks is None else joined.cpu().numpy(),
+            mask=measured.masks,
             anomaly_score=pipeline.image_scores(joined).cpu().numpy(),
-            label=(~is_good).numpy(),
+            label=~measured.is_good,
         )
         values = metrics.compute()
         found.append([values[name] for name in names])

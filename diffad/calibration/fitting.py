@@ -217,6 +217,8 @@ class CalibrationFit:
         while self.waiting.tell() < end:
             measurement = self._next_waiting(count, device)
             count += len(measurement.maps)
+            if measurement.patches is None or measurement.image is None:
+                continue
             for patches, image in zip(measurement.patches, measurement.image.tolist(), strict=True):
                 sampled.append((image, sample_patches(patches, image, max(1, POOL_SIZE // num_images)).cpu().numpy()))
         if self.accelerator is not None and self.accelerator.num_processes > 1:

@@ -79,6 +79,12 @@ def test_the_nearest_patch_finds_a_defect(nearest):
     assert output.is_anomalous[0]
 
 
+def test_without_a_calibration_there_is_no_nearest_patch():
+    pipeline = AnomalyDenoisePipeline(None, None, tiny_extractor(image_size=32), weights={"nearest": 1.0})
+    with pytest.raises(ValueError, match="`weights`: the nearest good patches alone give a map after `calibrate` only"):
+        pipeline(texture(0, 32))
+
+
 def test_it_is_saved_to_the_bit(nearest, tmp_path):
     nearest.save_pretrained(tmp_path)
     loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path)

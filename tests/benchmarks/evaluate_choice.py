@@ -1,0 +1,95 @@
+"""How well the choice by synthetic defects ranks settings against a test split's real ones.
+
+    python tests/benchmarks/evaluate_choice.py runs/parts --data DATA
+
+takes a model that `diffad train` made. Every weighting of the four maps is scored against defects drawn on the good
+images that the training held out for its choice, and against the test split; both are ranked. Spearman's rank
+correlation says how far they agree, and the table what the choice gave away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from scipy.stats import spearmanr
+
+from diffad import AnomalyDenoisePipeline
+from diffad.data import load_anomaly_dataset
+from diffad.images import ImageSequence
+from diffad.pipelines.checks import MAP_NAMES
+from diffad.training.choice import (
+    DEFECT_RESOLUTION,
+    WEIGHT_STEPS,
+    CategoryMaps,
+    measure_defects,
+    measure_maps,
+    score,
+    simplex,
+    take_statistics,
+    with_settings,
+)
+from diffad.training.data import hold_out, read_good_images
+
+METRICS = ("image_auroc", "pixel_ap", "pixel_pro")
+
+
+def measure_test(pipeline: AnomalyDenoisePipeline, data: str, seed: int) -> CategoryMaps:
+    """The test split's maps; no masks unless every defective image has one."""
+    test = load_anomaly_dataset(data, "test")
+    side = (DEFECT_RESOLUTION,) * 2
+    rows = ImageSequence.of_rows(test["image"], range(len(test)), pipeline.value_range).resized(side)
+    images = [row[0].clamp(0.0, 1.0) for row in rows]
+    is_good = np.asarray(test["label"]) == 0
+    masks = []
+    for good, row in zip(is_good, test, strict=True):
+        if row["mask"] is not None:
+            masks.append(np.asarray(row["mask"].convert("L").resize(side, 0)) > 0)
+        elif good:
+            masks.append(np.zeros(side, dtype=bool))
+    return measure_maps(pipeline, images, np.stack(masks) if len(masks) == len(test) else None, is_good, 0, seed)
+
+
+def main() -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="folder that `diffad train` wrote, of one category")
+    parser.add_argument("--data", required=True, help="with a test split")
+    options = parser.parse_args()
+    args = argparse.Namespace(**json.loads(Path(options.model, "training.json").read_text())["arguments"])
+    good, _, categories = hold_out(read_good_images(args), args)
+    training, unseen, _ = hold_out(good, args)
+    if len(categories) > 1:
+        raise SystemExit("This compares models of one category.")
+    trained = AnomalyDenoisePipeline.from_pretrained(options.model)
+    pipeline = with_settings(trained, weights=dict.fromkeys(MAP_NAMES, 1.0), kl_sigma=0.0, feature_sigma=0.0)
+    take_statistics(pipeline, training["image"], 0, args.seed, Accelerator(cpu=True))
+    drawn = [measure_defects(pipeline, unseen["image"], 0, args.seed)]
+    real = [measure_test(pipeline, options.data, args.seed)]
+    rows = []
+    for weights in simplex(len(MAP_NAMES), WEIGHT_STEPS):
+        synthetic = score(pipeline, drawn, weights, 1.0, 1.0)
+        tested = score(pipeline, real, weights, 1.0, 1.0, references=drawn)
+        rows.append((weights, synthetic, tested))
+    rows.sort(key=lambda row: -row[1]["objective"])
+    found = {}
+    for metric in METRICS:
+        values = np.array([tested[metric] for *_, tested in rows])
+        if np.isfinite(values).all():
+            rank = spearmanr([synthetic["objective"] for _, synthetic, _ in rows], values).statistic
+            found[metric] = {"spearman": float(rank), "chosen": values[0], "best": values.max(), "mean": values.mean()}
+    print(f"{'weights of ' + ', '.join(MAP_NAMES):50} objective  " + "  ".join(METRICS))
+    for weights, synthetic, tested in rows[:3] + [row for row in rows[3:] if max(row[0]) == 1.0]:
+        numbers = "  ".join(f"{100 * tested[metric]:{len(metric)}.1f}" for metric in METRICS)
+        print(f"{weights!s:50} {100 * synthetic['objective']:9.1f}  {numbers}")
+    print(json.dumps(found, indent=2))
+    return found
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
