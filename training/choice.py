@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
 from diffad import AnomalyDenoisePipeline
@@ -86,7 +87,8 @@ def choose_settings(
     kl_sigmas = SIGMAS if best["weights"]["kl"] else (1.0,)
     sigmas = [pair for pair in itertools.product(kl_sigmas, SIGMAS) if pair != (1.0, 1.0)]
     ranking += [score(raw, of_categories, weights, *pair) for pair in sigmas]
-    return sorted(ranking, key=lambda one: -one["objective"])
+    ranking.sort(key=lambda one: -one["objective"])
+    return broadcast_object_list([ranking])[0]  # processes may differ in the last digit
 
 
 def with_settings(pipeline: AnomalyDenoisePipeline, **changed: Any) -> AnomalyDenoisePipeline:

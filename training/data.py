@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from diffad.data.image_feature import ImageFile, stored_content
 from diffad.data.layouts import FEATURES
 from diffad.data.parts import part_index
 from diffad.images import images_to_tensors, resize_image
+from diffad.pipelines.detection import FEW_IMAGES
 from diffad.training.shared_map import shared_map
 from diffad.training.stop_signals import ignore_stop_signals
 
@@ -90,6 +92,17 @@ def hold_out(good: Dataset, args: argparse.Namespace) -> tuple[Dataset, Dataset,
         held_out.extend(images[is_held_out].tolist())
         training.extend(images[~is_held_out].tolist())
     return good.select(sorted(training)), good.select(sorted(held_out)), categories
+
+
+def hold_out_for_choice(training: Dataset, args: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
+    """Good images for training, and others for a choice after it; None where images or parts are too few for that."""
+    if min(Counter(training["category"]).values()) < FEW_IMAGES:
+        return training, None
+    try:
+        rest, held_out, _ = hold_out(training, args)
+    except ValueError:  # of fewer than three parts
+        return training, None
+    return rest, held_out
 
 
 def keep_good_images(stream: IterableDataset) -> Dataset:

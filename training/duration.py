@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
+import json
 import statistics
 import time
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
+from diffad.files import write_text_whole
 from diffad.training.loop import BatchLoss
 
 TIMED_STEPS, FEWEST_STEPS = 6, 50
+KEPT_NAME = "steps.json"
 TRAINING_SHARE = 0.8  # of the minutes; the rest is for the choice and the calibration
 
 
 def steps_in(
-    minutes: float,
+    args: argparse.Namespace,
+    seconds_spent: float,
     unet: torch.nn.Module,
     batch_loss: BatchLoss,
     data_loader: DataLoader,
@@ -31,20 +37,25 @@ def steps_in(
     one repeats it.
 
     Args:
-        minutes: of the whole run; `TRAINING_SHARE` of them are for training.
+        args: of the run. `TRAINING_SHARE` of its `minutes` are for what comes before the end of training. A run that
+            goes on takes the number that it began with, which is kept in `output_dir`.
+        seconds_spent: of the run so far.
         unet: the network to train.
         batch_loss: as in `diffad.training.loop.train`.
         data_loader: of the training.
         accelerator: of the run.
     """
+    kept = Path(args.output_dir, KEPT_NAME)
+    if args.resume_from_checkpoint and kept.is_file():
+        return int(json.loads(kept.read_text())["max_train_steps"])
     model = copy.deepcopy(unet).to(accelerator.device).train()
     optimizer = torch.optim.AdamW(model.parameters())
     seconds = []
     with torch.random.fork_rng():  # which says the order of the images
-        batches = itertools.islice(itertools.cycle(data_loader), TIMED_STEPS)
-        for step, batch in enumerate(batches):
-            batch = [one.to(accelerator.device) for one in batch]
+        batches = itertools.cycle(data_loader)
+        for step in range(TIMED_STEPS):
             started = time.perf_counter()
+            batch = [one.to(accelerator.device) for one in next(batches)]
             with accelerator.autocast():
                 loss, _ = batch_loss(model, batch, torch.Generator(accelerator.device).manual_seed(step))
             loss.backward()
@@ -52,5 +63,10 @@ def steps_in(
             optimizer.zero_grad()
             float(loss.detach())  # waits for a GPU
             seconds.append(time.perf_counter() - started)
-    slowest = gather_object([statistics.median(seconds[1:])])
-    return max(FEWEST_STEPS, int(TRAINING_SHARE * 60.0 * minutes / max(slowest)))
+    a_step = statistics.median(seconds[1:]) * args.gradient_accumulation_steps
+    left = TRAINING_SHARE * 60.0 * args.minutes - seconds_spent
+    steps = min(gather_object([max(FEWEST_STEPS, int(left / a_step))]))
+    if accelerator.is_main_process:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_text_whole(kept, json.dumps({"minutes": args.minutes, "max_train_steps": steps}) + "\n")
+    return steps

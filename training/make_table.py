@@ -56,7 +56,7 @@ SHARED = ("baseline", "num_inference_steps", "strength")
 # what acts on calibrated maps: rows that differ in nothing else share one calibration
 AFTER_CALIBRATION = ("alpha", "score_fraction", "suppression", "pooling_size", "pooling_rounds")
 # what belongs to the model and not to a row
-FIXED = ("processing_resolution", "categories", "image_mean", "image_std")
+FIXED = ("processing_resolution", "categories", "image_mean", "image_std", "weights")
 # the last row of every table
 PADIM = {"name": "PaDiM", "baseline": "padim"}
 
@@ -138,7 +138,7 @@ def load_yaml(path: Path | Any) -> dict[str, Any]:
 
 def row_pipeline(model: DetectionPipeline, row: dict[str, Any], device: torch.device) -> DetectionPipeline:
     """A pipeline of the model's own networks with a row's settings, not calibrated."""
-    if getattr(model, "weights", None) and (model.weights["gaussian"] or model.weights["nearest"]):
+    if model.config.get("weights"):
         raise ValueError(
             "--model: a table compares what acts on the denoiser's maps, and this model joins others to them "
             "(`weights`). Give one that was trained with --no-choose."

@@ -13,7 +13,6 @@ import argparse
 import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from diffad.images import images_to_pixel_values, resize_images
 from diffad.likelihood import kl_divergence_map, predicted_clean_sample, variational_bound
 from diffad.models.denoising_unet_2d import DENOISING_UNET_PRESETS
 from diffad.moments import PRIOR_IMAGES
-from diffad.pipelines.detection import FEW_IMAGES
 from diffad.training.arguments import (
     ABOVE_ZERO,
     COUNT,
@@ -47,7 +45,7 @@ from diffad.training.data import (
     ResizedImages,
     augment,
     create_data_loader,
-    hold_out,
+    hold_out_for_choice,
     load_good_images,
     load_pictures,
     spread_batches,
@@ -138,7 +136,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         argv = ["--config", str(AUTOMATIC), *argv]
     args = parse_arguments(parser, argv)
     args.preset = args.preset or "paper-256"
-    if args.minutes is not None and {"--max_train_steps"} & {one.split("=")[0] for one in argv}:
+    if args.minutes is not None and any(one.startswith("--max_t") for one in argv):
         args.minutes = None
     # what else only the end of the run would find
     if not 0.0 <= args.alpha <= 1.0:
@@ -296,9 +294,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 1. Good images, and some held out for the thresholds
     training, held_out, categories = load_good_images(args)
-    unseen = None  # of the networks, for the choice
-    if args.choose and min(Counter(training["category"]).values()) >= FEW_IMAGES:
-        training, unseen, _ = hold_out(training, args)
+    training, unseen = hold_out_for_choice(training, args) if args.choose else (training, None)
+    if args.choose and unseen is None:
+        accelerator.print("Too few good images or parts to hold out any for a choice: `weights` stay as they are.")
     unet, scheduler, extractor = create_components(args, len(categories))
     size, feature_size = unet.config.sample_size, (unet.config.feature_resolution,) * 2
     images = ResizedImages(training, extractor.input_resolution(size), categories, args.value_range)
@@ -346,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = args.validation_steps and accelerator.is_main_process
     pictures = load_pictures(held_out, 4, args.value_range) if wanted else []
     if args.minutes is not None:
-        args.max_train_steps = steps_in(args.minutes, unet, batch_loss, data_loader, accelerator)
+        args.max_train_steps = steps_in(args, time.time() - started, unet, batch_loss, data_loader, accelerator)
         accelerator.print(f"{args.minutes:g} minutes are {args.max_train_steps} steps: --max_train_steps repeats it.")
     record = train(unet, batch_loss, data_loader, args, accelerator, save_pictures)
 
@@ -356,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unseen is not None:
         ranking = choose_settings(pipeline, training, unseen, categories, args.seed, accelerator)
         best = {name: ranking[0][name] for name in ("weights", "kl_sigma", "feature_sigma")}
-        pipeline.register_to_config(**best)
+        pipeline.register_to_config(**best, position_trust=0.0)  # as the choice normalises
         accelerator.print(describe_choice(ranking))
         record["choice"] = ranking
         training = concatenate_datasets([training, unseen])  # whose statistics they may serve

@@ -7,6 +7,7 @@ any place is blind to places, and takes any number of kinds of good parts. They 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,15 +27,15 @@ def patch_layers(strides: Sequence[int]) -> list[int]:
 
 
 def locally_aware_patches(layers: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Patch features (Roth et al., eqs. 1 to 3): averages over 3 x 3 positions, of several layers at the first's size.
+    """Patch features (Roth et al., eqs. 1 to 3): averages over 3 x 3 positions, of several layers at the finest's size.
 
     Args:
-        layers: (N, C_i, h_i, w_i), the finest first.
+        layers: (N, C_i, h_i, w_i).
 
     Returns:
         (N, C, h, w), C the sum of C_i, h and w those of the finest.
     """
-    size = layers[0].shape[-2:]
+    size = max((layer.shape[-2:] for layer in layers), key=math.prod)
     pooled = [F.avg_pool2d(layer.float(), 3, stride=1, padding=1) for layer in layers]
     return torch.cat(
         [layer if layer.shape[-2:] == size else F.interpolate(layer, size, mode="bilinear") for layer in pooled], dim=1
@@ -64,6 +65,7 @@ def greedy_coreset(patches: torch.Tensor, size: int) -> torch.Tensor:
         farthest = int(distance.argmax())
         chosen.append(farthest)
         distance = torch.minimum(distance, (projected - projected[farthest]).square().sum(dim=1))
+        distance[chosen[-2:]] = -1.0  # not twice, where patches are equal
     return torch.tensor(chosen + [0] * (size - len(chosen)), device=patches.device)
 
 
@@ -90,6 +92,7 @@ def nearest_distances(
     for i, one in enumerate(patches.float().flatten(2)):  # (C, h * w); all images' at once would take 100 MB
         product = torch.addmm(offset, one.mT, coreset.mT, alpha=-2.0)  # (h * w, M)
         if owner is not None and image is not None:
-            product[:, owner == image[i]] = torch.inf
+            own = owner == image[i]
+            product[:, own & ~own.all()] = torch.inf  # where all that are kept are its own, they are what there is
         squared[i] = product.amin(dim=1) + one.square().sum(dim=0)
     return squared.clamp(min=0.0).sqrt().view(len(patches), *patches.shape[-2:])

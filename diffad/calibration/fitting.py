@@ -26,6 +26,8 @@ from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.moments import PRIOR_IMAGES, FeatureMoments, MomentSums
 from diffad.scoring import Measurement
 
+NO_WEIGHT = 1e6  # as a map's deviation: what is divided by it no longer counts
+
 
 class ScoreFunctions(NamedTuple):
     """How a method comes from measurements to scores: three functions over tensors.
@@ -111,10 +113,10 @@ class CalibrationFit:
             self.residual_moments.update(F.adaptive_avg_pool2d(residual, calibration.grid).flatten(2))  # (N, C, P)
             if calibration.num_distances == 2:  # half precision, as far as it goes, makes up for several positions
                 residual = half(residual)
-        features, patches = (
-            half(measurement.maps[:, :0] if values is None else values)
-            for values in (measurement.features, measurement.patches)
-        )
+        none = measurement.maps[:, :0]
+        # in full: an image that few others surround is left out by a small difference of large numbers
+        features = none if measurement.features is None else measurement.features
+        patches = none if measurement.patches is None else half(measurement.patches)
         if measurement.features is not None:
             if self.feature_moments is None:
                 self.feature_moments = FeatureMoments(math.prod(features.shape[2:]), features.shape[1], features.device)
@@ -142,15 +144,18 @@ class CalibrationFit:
             self.residual_moments = None  # larger than all else here
         if self.feature_moments is not None:
             self.feature_moments.reduce(self.accelerator)
-            calibration.set_feature_gaussian(self.category, *feature_gaussian(self.feature_moments))
             num_seen = self.feature_moments.count
+            mean, whitening = gaussian = feature_gaussian(self.feature_moments)
+            calibration.set_feature_gaussian(self.category, *gaussian)
             if self.leave_one_out:
-                for_seen = copy.deepcopy(calibration)
-                gaussian = feature_gaussian(self.feature_moments, leave_one_out_epsilon(max(num_seen, 3)))
-                for_seen.set_feature_gaussian(self.category, *gaussian)
+                epsilon = leave_one_out_epsilon(max(num_seen, 3))
+                mean, whitening = feature_gaussian(self.feature_moments, epsilon)
             self.feature_moments = None
+            for_seen = copy.deepcopy(calibration)
+            for_seen.feature_whitening = for_seen.feature_whitening.float()
+            for_seen.set_feature_gaussian(self.category, mean, whitening)
         if calibration.coreset is not None:
-            self._set_coreset(calibration, for_seen)
+            num_seen = self._set_coreset(calibration, for_seen)
         # 2. Mean and deviation of each map at each pixel, (S, H, W); an image is measured by the Gaussian of the others
         smoothed = TemporaryFile()  # noqa: SIM115 (closed below)
         for maps in self._waiting_maps(for_seen, num_seen):
@@ -161,12 +166,12 @@ class CalibrationFit:
         if calibration.num_distances == 2:
             of_positions = self.num_measured + 1  # behind the measured maps and the cells' distances
             map_std[of_positions] = self.map_moments.standard_deviation(self.position_prior_images)[of_positions]
-        if calibration.config.feature_shape and num_seen < 3:  # distances to oneself have no spread: maps stay raw
-            self.waiting.close()
-            if calibration.coreset is not None:  # nor does the nearest patch of another image
-                calibration.map_std[self.category, -1] = torch.inf
-            return calibration
         map_mean, map_std = trust_positions(self.map_moments.mean(), map_std, self.position_trust)
+        of_features = calibration.num_feature_maps - calibration.num_distances
+        if of_features and num_seen < 3:  # of one or two images, the distances to each other say nothing
+            map_mean[-of_features:], map_std[-of_features:] = 0.0, NO_WEIGHT
+            if of_features == len(map_std) and calibration.feature_mean is not None:
+                map_std[0] = 1.0  # the Gaussian alone, as it is
         calibration.map_mean[self.category] = map_mean
         calibration.map_std[self.category] = map_std
         # 3. Deviation of the joined maps, see `finish`
@@ -206,8 +211,8 @@ class CalibrationFit:
             image,
         )
 
-    def _set_coreset(self, calibration: ScoreCalibration, for_seen: ScoreCalibration) -> None:
-        """Chooses patches that are near all of those of the statistics' images."""
+    def _set_coreset(self, calibration: ScoreCalibration, for_seen: ScoreCalibration) -> int:
+        """Chooses patches that are near all of those of the statistics' images; returns how many images these are."""
         end, device = self.waiting.seek(0, os.SEEK_END), calibration.coreset.device
         self.waiting.seek(0)
         count, sampled = 0, []
@@ -230,6 +235,7 @@ class CalibrationFit:
         for one in (calibration, for_seen):
             one.coreset[self.category] = pool[chosen].half()
             one.coreset_owner[self.category] = owner[chosen]
+        return num_images
 
     # -- 2. thresholds -------------------------------------------------------------------------------------------
 
@@ -311,7 +317,7 @@ class CalibrationFit:
         num_maps += (feature_shape is not None) + (coreset_shape is not None)
         previous = self.previous
         if previous is not None:
-            self._check_previous(previous, num_maps, residual_shape)
+            self._check_previous(previous, num_maps, residual_shape, feature_shape, coreset_shape)
         calibration = ScoreCalibration(
             num_categories=self.num_categories,
             map_shape=(num_maps, *measurement.maps.shape[-2:]),
@@ -329,13 +335,20 @@ class CalibrationFit:
         return calibration
 
     def _check_previous(
-        self, previous: ScoreCalibration, num_maps: int, residual_shape: tuple[int, int, int] | None
+        self,
+        previous: ScoreCalibration,
+        num_maps: int,
+        residual_shape: tuple[int, ...] | None,
+        feature_shape: tuple[int, ...] | None,
+        coreset_shape: tuple[int, ...] | None,
     ) -> None:
         config = previous.config
         others = previous.image_threshold.isfinite()
         others[self.category] = False
-        found = (num_maps, residual_shape and list(residual_shape))
-        if found != (config.map_shape[0], config.residual_shape and list(config.residual_shape)):
+        shapes = (residual_shape, feature_shape, coreset_shape)
+        found = (num_maps, *(shape and list(shape) for shape in shapes))
+        known = (config.residual_shape, config.feature_shape, config.coreset_shape)
+        if found != (config.map_shape[0], *(shape and list(shape) for shape in known)):
             raise ValueError(
                 "`calibration` holds other categories' statistics of other scores than this pipeline's settings give, "
                 "or an earlier version's. Load the pipeline with `calibration=None` and calibrate every category."

@@ -264,10 +264,19 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         distances = 0 if residual is None else max(1, self.num_distances)
         distances += (measurement.features is not None) + (measurement.patches is not None)
         found = (measurement.maps.shape[1] + distances, 0 if residual is None else residual.shape[2])
-        if found != (self.config.map_shape[0], shape[0] if shape else 0):
+        features, patches = measurement.features, measurement.patches
+        of_features = None if features is None else list(features.shape[1:])
+        known = self.config.feature_shape and list(self.config.feature_shape)
+        width = 0 if patches is None else patches.shape[1]
+        if (
+            found != (self.config.map_shape[0], shape[0] if shape else 0)
+            or of_features != known
+            or width != (self.config.coreset_shape[1] if self.config.coreset_shape else 0)
+        ):
             raise ValueError(
-                "`calibration` was made for other scores than this pipeline's settings give (timesteps, strides or "
-                "distance). Load the pipeline with `calibration=None` and call `calibrate` with good images."
+                "`calibration` was made for other scores than this pipeline's settings give (timesteps, strides, "
+                "distance, weights or feature_resolution), or by an earlier version. Load the pipeline with "
+                "`calibration=None` and call `calibrate` with good images."
             )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import generator, texture, textures, tiny_extractor
+from conftest import generator, texture, textures, tiny_extractor, tiny_pipeline
 
 from diffad import AnomalyDenoisePipeline
 from diffad.calibration.coreset import (
@@ -98,3 +98,51 @@ def test_new_good_images_score_as_those_of_the_statistics(nearest):
     maps = nearest(textures(40, 32, first_seed=800)).anomaly_map
     assert abs(maps.mean()) < 0.3
     assert 0.7 < maps.std() < 1.3
+
+
+@pytest.mark.parametrize("count", [3, 5, 10])
+def test_few_images_left_out_in_turn_look_like_new_ones(count):
+    """Far fewer images than channels: what each is without itself is a small difference of large numbers."""
+    pipeline = AnomalyDenoisePipeline(
+        None, None, tiny_extractor(image_size=32), position_trust=0.0, weights={"gaussian": 3.0, "nearest": 1.0}
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.calibrate(textures(count, 32), false_alarm_rate=0.3, leave_one_out=True)
+    good = pipeline(textures(8, 32, first_seed=300)).anomaly_score
+    bad = pipeline([texture(400 + i, 32, defect=True) for i in range(4)]).anomaly_score
+    assert bad.min() > float(pipeline.calibration.image_threshold[0])
+    assert good.max() < bad.min()
+    assert good.min() > -5.0  # in deviations of the images left out
+
+
+def test_equal_images_are_enough():
+    pipeline = AnomalyDenoisePipeline(
+        None, None, tiny_extractor(image_size=32), position_trust=0.0, weights={"gaussian": 3.0, "nearest": 1.0}
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.calibrate([texture(0, 32)] * 12, false_alarm_rate=0.3, leave_one_out=True)
+    output = pipeline([texture(0, 32), texture(400, 32, defect=True)])
+    assert output.anomaly_score[0] < output.anomaly_score[1]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_denoiser_s_maps_count_where_one_or_two_images_say_nothing_of_the_features(count):
+    weights = {"kl": 0.5, "feature_error": 0.25, "gaussian": 0.125, "nearest": 0.125}
+    pipeline = tiny_pipeline(weights=weights, timesteps=[100], image_size=32)
+    pipeline.calibrate(textures(count, 32), false_alarm_rate=0.3)
+    assert torch.isfinite(pipeline.calibration.image_threshold).all()
+    assert pipeline(texture(500, 32, defect=True)).anomaly_score[0] > pipeline(texture(501, 32)).anomaly_score[0]
+
+
+def test_one_image_s_maps_are_finite_at_any_size():
+    pipeline = AnomalyDenoisePipeline(None, None, tiny_extractor(image_size=32), weights={"gaussian": 3, "nearest": 1})
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.calibrate(textures(1, 32), leave_one_out=True)
+    assert torch.isfinite(torch.from_numpy(pipeline(texture(2, 32), processing_resolution=24).anomaly_map)).all()
+
+
+def test_other_weights_than_the_calibration_s_are_an_error(nearest, tmp_path):
+    nearest.save_pretrained(tmp_path)
+    loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path, weights={"gaussian": 1.0})
+    with pytest.raises(ValueError, match=r"`calibration` was made for other scores .*weights"):
+        loaded(texture(0, 32))
