@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def shared(**values) -> Namespace:
-    return Namespace(**{**vars(train_ddpm.parse_args(["--train_data_dir", "x"])), **values})
+    return Namespace(**{**vars(train_ddpm.parse_args(["--train_data_dir", "x", "--preset", "cpu-64"])), **values})
 
 
 def test_the_same_share_of_every_category_is_held_out_by_the_seed(tmp_path):
