@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from diffad.files import write_text_whole
 from diffad.training.loop import BatchLoss
 
-TIMED_STEPS, FEWEST_STEPS = 6, 50
+TIMED_STEPS, FEWEST_STEPS = 6, 10
 KEPT_NAME = "steps.json"
 TRAINING_SHARE = 0.8  # of the minutes; the rest is for the choice and the calibration
 
