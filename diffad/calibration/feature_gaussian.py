@@ -30,10 +30,8 @@ def feature_gaussian(moments: FeatureMoments, epsilon: float = EPSILON) -> tuple
         The means, (P, C), and the whitening, as `residual_gaussian`. Both float64.
     """
     num_positions, num_channels = moments.total.shape
-    mean, smallest = (
-        moments.mean(),
-        1e-6,
-    )  # of the variance: half precision must hold the whitening where nothing varies
+    mean = moments.mean()
+    smallest = 1e-6  # of the variance: half precision must hold the whitening where nothing varies
     identity = torch.eye(num_channels, dtype=torch.float64, device=mean.device)
     lower = torch.ones_like(identity).tril().bool()
     if moments.count > 1:

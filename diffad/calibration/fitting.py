@@ -187,41 +187,32 @@ class CalibrationFit:
 
     def _waiting_maps(self, calibration: ScoreCalibration, num_seen: int) -> Iterator[torch.Tensor]:
         """The score maps of what waits in the file, (N, S, H, W) batch by batch."""
-        end, device, count = self.waiting.seek(0, os.SEEK_END), calibration.map_mean.device, 0
-        self.waiting.seek(0)
-        while self.waiting.tell() < end:
-            measurement = self._next_waiting(count, device)
-            count += len(measurement.maps)
+        for measurement in self._waiting_measurements(calibration.map_mean.device):
             yield self.functions.score_maps(measurement, self._indices(measurement.maps), calibration, num_seen)
 
-    def _next_waiting(self, count: int, device: torch.device) -> Measurement:
-        """The next batch of what waits in the file, after `count` images."""
-        residual, maps, features, patches = (
-            torch.from_numpy(np.load(self.waiting)).float().to(device) for _ in range(4)
-        )
+    def _waiting_measurements(self, device: torch.device) -> Iterator[Measurement]:
+        """What waits in the file, batch by batch; images have their numbers as `process_share` gives them out."""
         first, step = (
             (0, 1) if self.accelerator is None else (self.accelerator.process_index, self.accelerator.num_processes)
         )
-        image = first + step * torch.arange(count, count + len(maps), device=device)  # as `process_share` has it
-        return Measurement(
-            maps,
-            residual[:, None] if residual.ndim == 4 else None,
-            features if features.shape[1] else None,
-            patches if patches.shape[1] else None,
-            image,
-        )
+        count, arrays = 0, read_arrays(self.waiting, device)
+        for residual, maps, features, patches in zip(arrays, arrays, arrays, arrays, strict=True):
+            image = first + step * torch.arange(count, count + len(maps), device=device)
+            count += len(maps)
+            yield Measurement(
+                maps,
+                residual[:, None].float() if residual.ndim == 4 else None,
+                features if features.shape[1] else None,
+                patches.float() if patches.shape[1] else None,
+                image,
+            )
 
     def _set_coreset(self, calibration: ScoreCalibration, for_seen: ScoreCalibration) -> int:
         """Chooses patches that are near all of those of the statistics' images; returns how many images these are."""
-        end, device = self.waiting.seek(0, os.SEEK_END), calibration.coreset.device
-        self.waiting.seek(0)
-        count, sampled = 0, []
-        num_images = self.num_waiting
+        device, sampled, num_images = calibration.coreset.device, [], self.num_waiting
         if self.accelerator is not None:
             num_images = int(self.accelerator.reduce(torch.tensor(num_images, device=self.accelerator.device)))
-        while self.waiting.tell() < end:
-            measurement = self._next_waiting(count, device)
-            count += len(measurement.maps)
+        for measurement in self._waiting_measurements(device):
             if measurement.patches is None or measurement.image is None:
                 continue
             for patches, image in zip(measurement.patches, measurement.image.tolist(), strict=True):
