@@ -66,7 +66,7 @@ def shrink(variance: torch.Tensor, count: int, prior_images: float) -> torch.Ten
     return shrunk.clamp(min=1e-12)
 
 
-POSITIONS_AT_ONCE = 256  # factorised and exchanged in parts: float64 copies of a part, not of everything
+POSITIONS_AT_ONCE = 196  # factorised, exchanged and measured in parts: copies of a part, not of everything
 
 
 class FeatureMoments:
@@ -127,6 +127,11 @@ class FeatureMoments:
 
     def covariance(self, positions: slice = slice(None)) -> torch.Tensor:
         """Unbiased covariance at some positions, (P', C, C) float64."""
-        mean = self.total[positions] / self.count
-        products = self.total_of_products[positions] / self.count
-        return (products - mean[:, :, None] * mean[:, None, :]) * (self.count / (self.count - 1))
+        mean, degrees = self.total[positions] / self.count, self.count - 1
+        return torch.baddbmm(  # in one pass over the products
+            self.total_of_products[positions],
+            mean[:, :, None],
+            mean[:, None, :],
+            beta=1.0 / degrees,
+            alpha=-self.count / degrees,
+        )

@@ -17,6 +17,7 @@ from diffad.pipelines.base import AnomalyPipeline
 from diffad.pipelines.checks import check_value_range
 from diffad.precision import running_precision
 from diffad.process_share import process_share
+from diffad.read_ahead import read_ahead
 from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import image_generators
 
@@ -157,9 +158,10 @@ class DetectionPipeline(AnomalyPipeline):
             if not indices:
                 continue
             generators = image_generators(generator, len(indices))
-            for measurement in self.measurements(
+            measurements = self.measurements(
                 part, indices, index, batch_size, generators, accelerator, self.config.value_range or found
-            ):
+            )
+            for measurement in read_ahead(measurements):
                 learn(measurement)
         self.maybe_free_model_hooks()
         self.register_modules(calibration=fit.finish())

@@ -40,7 +40,7 @@ from diffad.training.arguments import (
 from diffad.training.data import hold_out, read_good_images
 from diffad.training.finish import save_examples, save_record
 
-STANDARDIZATION_IMAGES = 64  # some 200,000 positions, which tell a channel's mean and deviation
+STANDARDIZATION_IMAGES = 32  # some 80,000 positions, which tell a channel's mean and deviation
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -59,13 +59,16 @@ def greedy_coreset(patches: torch.Tensor, size: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     projection = torch.randn(patches.shape[1], PROJECTED_CHANNELS, generator=generator).to(patches)
     projected = patches @ projection  # (n, 48)
+    square = projected.square().sum(dim=1)
     chosen = [0]
-    distance = (projected - projected[0]).square().sum(dim=1)
+    distance = torch.full_like(square, torch.inf)
     while len(chosen) < min(size, len(patches)):
-        farthest = int(distance.argmax())
-        chosen.append(farthest)
-        distance = torch.minimum(distance, (projected - projected[farthest]).square().sum(dim=1))
-        distance[chosen[-2:]] = -1.0  # not twice, where patches are equal
+        last = chosen[-1]
+        # |p - q|^2 = |p|^2 - 2 p q + |q|^2: one pass over the patches
+        to_last = torch.addmv(square, projected, projected[last], alpha=-2.0).add_(square[last])
+        torch.minimum(distance, to_last, out=distance)
+        distance[last] = -torch.inf  # not twice, where patches are equal
+        chosen.append(int(distance.argmax()))
     return torch.tensor(chosen + [0] * (size - len(chosen)), device=patches.device)
 
 

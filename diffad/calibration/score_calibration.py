@@ -16,6 +16,7 @@ from diffad.calibration.conformal import conformal_threshold, false_alarm_bound
 from diffad.calibration.coreset import nearest_distances
 from diffad.calibration.feature_gaussian import leave_one_out_of_features
 from diffad.calibration.residual_gaussian import by_cell, from_cells, leave_one_out
+from diffad.moments import POSITIONS_AT_ONCE
 from diffad.scoring import Measurement, resize_maps
 from diffad.warn_once import warn_once
 
@@ -229,16 +230,21 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         The features are (N, C, h, w); the other arguments those of `log_distances`.
         """
         num_channels, *grid = self.config.feature_shape
-        distances = features.new_empty(len(features), *grid, dtype=torch.float32)
+        distances = features.new_empty(len(features), math.prod(grid), dtype=torch.float32)
         with torch.autocast(features.device.type, enabled=False):
             for index in set(category.tolist()):
                 chosen = category == index
-                mean = self.feature_mean[index].mT.unflatten(1, grid)  # (C, h, w)
-                centered = by_cell(features[chosen].float() - mean, grid)  # (P, C, 1, N')
-                squared = (self._whitening("feature", index) @ centered.flatten(2)).square().mean(dim=1)  # (P, N')
+                mean, whitening = self.feature_mean[index].mT, self._whitening("feature", index)  # (C, P), (P, C, C)
+                values = features[chosen].float().flatten(2)  # (N', C, P)
+                squared = values.new_empty(values.shape[2], len(values))  # (P, N')
+                for here in torch.arange(len(squared)).split(POSITIONS_AT_ONCE):  # as many as a cache holds
+                    positions = slice(int(here[0]), int(here[-1]) + 1)
+                    centered = (values[:, :, positions] - mean[:, positions]).permute(2, 1, 0).contiguous()
+                    squared[positions] = (whitening[positions] @ centered).square_().mean(dim=1)
                 if num_seen:
                     squared = leave_one_out_of_features(squared, num_channels, num_seen)
-                distances[chosen] = from_cells(squared[:, None], grid, grid)
+                distances[chosen] = squared.mT
+        distances = distances.unflatten(1, grid)
         return resize_maps(distances.clamp(min=1e-6).log()[:, None], size)
 
     def nearest_map(self, measurement: Measurement, category: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

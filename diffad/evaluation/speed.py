@@ -44,7 +44,8 @@ def benchmark_pipeline(pipeline: Any, batch_size: int = 16, repeats: int = 5) ->
 
     networks = {n: m for n, m in pipeline.components.items() if isinstance(m, torch.nn.Module) and n != "calibration"}
     if "feature_extractor" in networks:  # which a pipeline asks for its layers
-        networks["feature_extractor"] = pipeline.feature_extractor.network
+        pipeline(images[:1], batch_size=1, **category)
+        networks["feature_extractor"] = pipeline.feature_extractor.running_network()
     hooks = [m.register_forward_pre_hook(begin(n)) for n, m in networks.items()]
     hooks += [m.register_forward_hook(end(n)) for n, m in networks.items()]
     times = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from diffad.models.inference_network import inference_network
 from diffad.moments import MomentSums
 
 LITE0_BACKBONE = "tf_efficientnet_lite0"
@@ -58,6 +59,7 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         indices, strides = _choose_layers(backbone, strides, out_indices)
         self.register_to_config(strides=strides)
         self.network = _create_backbone(backbone, indices, pretrained=False)
+        self._running: dict[tuple[Any, ...], Any] = {}  # see `running_network`; a dict, so that it is not saved
         per_image = max(1, len(self.image_sizes))  # layers come image by image, from the smallest on
         self.layer_strides = list(strides) * per_image
         self.layer_channels: list[int] = self.network.feature_info.channels() * per_image
@@ -166,9 +168,29 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
                 )
             images = (images / 2.0 + 0.5 - self.image_mean) / self.image_std
             # channels last runs depthwise convolutions a quarter faster on CPUs and tensor cores
-            of_image = self.network(images.contiguous(memory_format=torch.channels_last))
+            images = images.contiguous(memory_format=torch.channels_last)
+            of_image = self.running_network(images)(images)
             layers += [layer.movedim(-1, 1) for layer in of_image] if self.channels_last else of_image
         return layers
+
+    def running_network(self, images: torch.Tensor | None = None) -> Any:
+        """The backbone in its fastest form (`inference_network`), tried on the first of `images` (N, 3, H, W).
+
+        It is made anew where the weights have changed, or have moved. Without images, it is the one that ran last.
+        """
+        if images is None or not len(images) or torch.compiler.is_compiling():
+            return next(iter(self._running.values()), self.network)
+        tensors = [*self.network.parameters(), *self.network.buffers()]
+        if any(tensor.is_meta for tensor in tensors):  # offloaded layer by layer: accelerate fetches each by a hook
+            return self.network
+        state = (images.device, images.dtype, *(0 if t.is_inference() else t._version for t in tensors))
+        if state not in self._running:
+            self._running = {state: inference_network(self.network, images[:1].detach())}
+        return self._running[state]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TimmFeatureExtractor:
+        self._running = {}  # of weights that this moves
+        return super()._apply(fn, recurse)
 
     def forward(self, pixel_values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """All layers at one size, standardised per channel.

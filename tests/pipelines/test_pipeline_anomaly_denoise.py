@@ -315,8 +315,10 @@ def test_the_raw_map_is_equation_11(alpha):
 
 def test_one_pass_of_the_network_for_all_noise_levels_of_a_batch(pipe):
     passes, looks = [], []
+    pipe(textures(1))  # which makes the network that runs
     pipe.unet.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
-    pipe.feature_extractor.network.register_forward_pre_hook(lambda module, args: looks.append(len(args[0])))
+    extractor = pipe.feature_extractor.running_network()
+    extractor.register_forward_pre_hook(lambda module, args: looks.append(len(args[0])))
     pipe(textures(10), batch_size=4)
     assert passes == [12, 12, 6]  # three noise levels an image
     assert looks == [4, 4, 2]  # the clean image's features once, not once a noise level

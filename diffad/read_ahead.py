@@ -1,0 +1,30 @@
+"""The next of a stream, made while the last one is worked on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+END = object()
+
+
+def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each next one made in a thread of its own while the caller works: one more is in memory.
+
+    Decoding and much of torch release the interpreter's lock. An error comes where the item would have.
+    """
+    grad = torch.is_grad_enabled()  # each thread has its own
+
+    def following() -> Item | object:
+        with torch.set_grad_enabled(grad):
+            return next(items, END)
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(following)
+        while (item := coming.result()) is not END:
+            coming = pool.submit(following)
+            yield item  # type: ignore[misc]  (END has been ruled out)
