@@ -27,4 +27,4 @@ def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
         coming = pool.submit(following)
         while (item := coming.result()) is not END:
             coming = pool.submit(following)
-            yield item  # type: ignore[misc]  (END has been ruled out)
+            yield item  # type: ignore[misc]
