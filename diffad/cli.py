@@ -361,20 +361,26 @@ def benchmark(
 
 @app.command()
 def convert(
-    method: Annotated[str, typer.Argument(metavar="diad", help="Method of the checkpoint.")],
-    state_dict_or_path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=".ckpt, .pth or .safetensors")],
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for the pipeline.")],
+    method: Annotated[str, typer.Argument(metavar="diad|taef2", help="What it is a checkpoint of.")],
+    state_dict_or_path: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help=".ckpt, .pth or .safetensors; for taef2 the folder of both")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for what comes of it.")],
     prompt_embeds: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Empty prompt's embedding, .safetensors.")
     ] = None,
 ) -> None:
-    """A published checkpoint to a saved pipeline."""
-    if method != "diad":
-        raise ValueError(f"Only 'diad' checkpoints can be converted, not {method!r}.")
+    """A published checkpoint to a saved pipeline, or autoencoder."""
+    if method not in ("diad", "taef2"):
+        raise ValueError(f"Only 'diad' and 'taef2' checkpoints can be converted, not {method!r}.")
     check_folder(output)
 
-    from diffad.conversion import load_diad_checkpoint
+    from diffad.conversion import load_diad_checkpoint, load_taef2
 
+    if method == "taef2":
+        load_taef2(state_dict_or_path).save_pretrained(output)
+        console.print(f"Saved to {escape(str(output))}. Next: training/train_diad.py --vae_path {escape(str(output))}")
+        return
     pipeline = load_diad_checkpoint(state_dict_or_path, prompt_embeds=prompt_embeds)
     pipeline.save_pretrained(output)
     if pipeline.feature_extractor is None:

@@ -23,6 +23,7 @@ PIPELINES = {
     "GradientDenoisingPipeline": "diffad.pipelines.pipeline_gradient_denoising",
 }
 COMPONENTS = {
+    "AutoencoderTAEF2": "diffad.models.autoencoder_taef2",
     "DenoisingUNet2DModel": "diffad.models.denoising_unet_2d",
     "GaussianFeatureModel": "diffad.models.gaussian_feature_model",
     "PromptEmbedding": "diffad.models.prompt_embedding",

@@ -24,6 +24,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from diffad.installation import needs_extra
+from diffad.models.autoencoder_taef2 import AutoencoderTAEF2
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
@@ -55,6 +56,48 @@ _IGNORED = re.compile(
     r"|(model_ema|loss|cond_stage_model|pretrained_model)\."
     r"|first_stage_model\.(loss|model_ema)\."
 )
+
+
+def load_taef2(folder: str | os.PathLike[str]) -> AutoencoderTAEF2:
+    """TAEF2's published weights as an autoencoder that `save_pretrained` writes.
+
+    Args:
+        folder: holds `taef2_encoder.safetensors` and `taef2_decoder.safetensors`, tensors named by layer number, as at
+            https://github.com/madebyollin/taesd. Any width, depth and number of latent channels.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: a file's tensors are not those of such an autoencoder.
+
+    Example:
+        ```py
+        >>> vae = load_taef2("taesd")  # doctest: +SKIP
+        >>> vae.save_pretrained("taef2")  # doctest: +SKIP
+        ```
+    """
+    state_dict: dict[str, torch.Tensor] = {}
+    for part, first in (("encoder", 0), ("decoder", 1)):  # the published decoder's layer 0, a tanh, has no number here
+        path = Path(folder, f"taef2_{part}.safetensors")
+        if not path.is_file():
+            raise FileNotFoundError(f"`folder` has no {path.name}: {folder}. Give the folder of both published files.")
+        for name, tensor in load_file(path).items():
+            layer, _, rest = name.partition(".")
+            if not layer.isdigit():
+                raise ValueError(f"{path} holds the tensor {name!r}, where names begin with a layer's number.")
+            state_dict[f"{part}.{int(layer) - first}.{rest}"] = tensor.float()
+    last = max(int(name.split(".")[1]) for name in state_dict if name.startswith("encoder."))
+    width, in_channels = state_dict["encoder.0.weight"].shape[:2]
+    vae = AutoencoderTAEF2(in_channels, len(state_dict[f"encoder.{last}.weight"]), (width,) * (1 + (last - 2) // 4))
+    expected = vae.state_dict()
+    wrong = [n for n in expected.keys() | state_dict.keys() if n not in expected or n not in state_dict]
+    wrong += [n for n in expected.keys() & state_dict.keys() if expected[n].shape != state_dict[n].shape]
+    if wrong:
+        raise ValueError(
+            f"`folder` {folder} does not hold TAEF2: {len(wrong)} tensors are missing, unknown or of another shape, "
+            f"the first {min(wrong)!r}."
+        )
+    vae.load_state_dict(state_dict)
+    return vae.requires_grad_(False).eval()
 
 
 def load_diad_checkpoint(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 
 from diffad.latents import latent_factor
 from diffad.models.prompt_embedding import PromptEmbedding
@@ -11,7 +14,7 @@ from diffad.models.semantic_guided_network import SemanticGuidedNetwork
 
 
 def check_components(
-    vae: AutoencoderKL | AutoencoderTiny,
+    vae: Any,
     unet: UNet2DConditionModel,
     prompt_embedding: PromptEmbedding,
     sg_network: SemanticGuidedNetwork | None,
@@ -37,6 +40,18 @@ def check_components(
             )
 
 
+def check_latent_statistics(vae: Any, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Raises a ValueError where they do not normalise the autoencoder's latents."""
+    if mean is None and std is None:
+        return
+    channels = vae.config.latent_channels
+    if mean is None or std is None or len(mean) != channels or len(std) != channels or min(std) <= 0.0:
+        raise ValueError(
+            f"`latents_mean` and `latents_std` go together: a number for each of the {channels} channels of `vae`, "
+            f"above 0 in the latter, but they are {mean} and {std}."
+        )
+
+
 def check_settings(distance: str, sigma: float, pooling_size: int, pooling_rounds: int) -> None:
     """Raises a ValueError where a setting is out of its range."""
     if distance not in ("cosine", "mahalanobis"):
@@ -50,7 +65,7 @@ def check_settings(distance: str, sigma: float, pooling_size: int, pooling_round
         )
 
 
-def check_pixel_values(pixel_values: torch.Tensor, vae: AutoencoderKL | AutoencoderTiny) -> tuple[int, int]:
+def check_pixel_values(pixel_values: torch.Tensor, vae: Any) -> tuple[int, int]:
     """Height and width of images that the networks take, (N, 3, H, W).
 
     Raises:
@@ -70,9 +85,7 @@ def check_pixel_values(pixel_values: torch.Tensor, vae: AutoencoderKL | Autoenco
     return height, width
 
 
-def check_latents(
-    latents: torch.Tensor | None, vae: AutoencoderKL | AutoencoderTiny, sizes: tuple[int, int, int]
-) -> torch.Tensor | None:
+def check_latents(latents: torch.Tensor | None, vae: Any, sizes: tuple[int, int, int]) -> torch.Tensor | None:
     """`latents` as they are, if they fit images of `sizes` (N, H, W).
 
     Raises:

@@ -42,6 +42,7 @@ from diffad.pipelines.checks import (
 from diffad.pipelines.detection import DetectionPipeline
 from diffad.pipelines.diad_checks import (
     check_components,
+    check_latent_statistics,
     check_latents,
     check_pixel_values,
     check_settings,
@@ -108,6 +109,8 @@ class DiADPipeline(DetectionPipeline):
             all of its images.
         image_mean, image_std: of the images' colours in [0, 1], by which the networks take them normalised; None takes
             ImageNet's, as the paper does.
+        latents_mean, latents_std: of each channel of the latents, which are normalised by them; None takes the
+            autoencoder's own shift and scale. For autoencoders that have none.
     """
 
     # The semantic-guided network stays out of the sequence: it and the denoiser take turns at every step, so each
@@ -140,10 +143,13 @@ class DiADPipeline(DetectionPipeline):
         value_range: float | None = None,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
     ):
         super().__init__()
         check_value_range(value_range)
         check_components(vae, unet, prompt_embedding, sg_network)
+        check_latent_statistics(vae, latents_mean, latents_std)
         check_settings(distance, sigma, pooling_size, pooling_rounds)
         if feature_extractor is not None:
             scored_layers(score_strides, feature_extractor)
@@ -173,6 +179,8 @@ class DiADPipeline(DetectionPipeline):
             value_range=value_range,
             image_mean=list(image_mean or IMAGENET_MEAN),
             image_std=list(image_std or IMAGENET_STD),
+            latents_mean=latents_mean,
+            latents_std=latents_std,
         )
         self.size_multiple = latent_factor(vae)  # how many times smaller latents are than images
 
@@ -322,7 +330,8 @@ class DiADPipeline(DetectionPipeline):
             (N, latent channels, H / f, W / f) float32: the mode of the encoder's Gaussian, scaled to unit variance.
         """
         check_pixel_values(pixel_values, self.vae)
-        return encode_latents(self.vae, pixel_values.to(self._execution_device))
+        statistics = (self.config.latents_mean, self.config.latents_std)
+        return encode_latents(self.vae, pixel_values.to(self._execution_device), *statistics)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -334,7 +343,8 @@ class DiADPipeline(DetectionPipeline):
         Returns:
             (N, 3, f h, f w) float32, f the autoencoder's factor.
         """
-        return decode_latents(self.vae, latents.to(self._execution_device))
+        statistics = (self.config.latents_mean, self.config.latents_std)
+        return decode_latents(self.vae, latents.to(self._execution_device), *statistics)
 
     @torch.no_grad()
     def denoise(

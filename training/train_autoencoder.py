@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
@@ -24,10 +25,12 @@ from datasets import Dataset
 from diffusers import AutoencoderKL
 from torch import nn
 
+import diffad
 from diffad import TimmFeatureExtractor
 from diffad.images import denormalize_images, images_to_pixel_values, images_to_tensors, normalize_images
 from diffad.latents import encode_latents
 from diffad.pipelines.saving import finish_saving, save_whole
+from diffad.registration import COMPONENTS
 from diffad.training.arguments import (
     NOT_NEGATIVE,
     FlagParser,
@@ -93,15 +96,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_autoencoder(name_or_path: str) -> AutoencoderKL:
-    """An `AutoencoderKL`, or the one in the `vae` folder of a pipeline."""
+def load_autoencoder(name_or_path: str) -> Any:
+    """An autoencoder of diffusers or of this package, or the one in the `vae` folder of a pipeline."""
     if Path(name_or_path).is_dir():
         finish_saving(name_or_path)
+    options: dict[str, Any] = {}
     try:
-        AutoencoderKL.load_config(name_or_path)
+        config = AutoencoderKL.load_config(name_or_path)
     except OSError:  # no config.json at the top: a pipeline
-        return AutoencoderKL.from_pretrained(name_or_path, subfolder="vae")
-    return AutoencoderKL.from_pretrained(name_or_path)
+        options["subfolder"] = "vae"
+        config = AutoencoderKL.load_config(name_or_path, **options)
+    name = config["_class_name"]
+    return getattr(diffad if name in COMPONENTS else diffusers, name).from_pretrained(name_or_path, **options)
 
 
 class Autoencoding(nn.Module):
@@ -228,6 +234,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.resolution = args.resolution or vae.config.sample_size
     else:
         vae = load_autoencoder(args.pretrained_model_name_or_path)
+        if not isinstance(vae, AutoencoderKL):
+            raise ValueError(
+                f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} holds a {type(vae).__name__}, "
+                "and only an AutoencoderKL is fine-tuned here. Give it to train_diad.py as it is, by --vae_path."
+            )
         args.resolution = args.resolution or 256
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if args.resolution % factor:

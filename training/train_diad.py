@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffad import DiADPipeline, SemanticGuidedNetwork, TimmFeatureExtractor
-from diffad.images import denormalize_images, images_to_pixel_values, normalize_images
-from diffad.latents import encode_latents
+from diffad.images import IMAGENET_MEAN, IMAGENET_STD, denormalize_images, images_to_pixel_values, normalize_images
+from diffad.latents import encode_latents, has_scale, latent_statistics
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import FUSIONS, GUIDANCE_OUTPUTS
 from diffad.moments import PRIOR_IMAGES
@@ -41,7 +41,14 @@ from diffad.training.arguments import (
     parse_arguments,
 )
 from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
-from diffad.training.data import ResizedImages, augment, create_data_loader, load_good_images, load_pictures
+from diffad.training.data import (
+    ResizedImages,
+    augment,
+    create_data_loader,
+    load_good_images,
+    load_pictures,
+    spread_batches,
+)
 from diffad.training.finish import finish
 from diffad.training.loop import create_accelerator, train
 from diffad.training.train_autoencoder import load_autoencoder
@@ -73,7 +80,30 @@ DIAD_PRESETS: dict[str, dict[str, Any]] = {
             "timestep_spacing": "trailing",
         },
     },
+    # The paper's 256 px and 4 x 4 for the guiding skips, for latents of many channels, as TAEF2's, that a small
+    # autoencoder makes without blur.
+    "cpu-256": {
+        "resolution": 256,
+        "unet": {
+            "sample_size": 32,
+            "block_out_channels": (64, 64, 128, 192),
+            "layers_per_block": 2,
+            "down_block_types": ("DownBlock2D",) * 4,
+            "mid_block_type": "UNetMidBlock2D",
+            "up_block_types": ("UpBlock2D",) * 4,
+            "cross_attention_dim": 1,
+            "norm_num_groups": 16,
+        },
+        "conditioning_embedding_out_channels": (8, 16, 32, 64),
+        "scheduler": {
+            "prediction_type": "v_prediction",
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+        },
+    },
 }
+
+STATISTICS_IMAGES = 64  # spread over all categories, which tell the latents' mean and deviation
 
 # Stable Diffusion's noise
 SCHEDULER = {
@@ -101,6 +131,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         lr_scheduler="constant",
         lr_warmup_steps=0,
         adam_weight_decay=0.01,
+        image_mean=None,
+        image_std=None,
     )
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -109,7 +141,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="start from this Stable Diffusion, or from this DiADPipeline (folder or Hub id)",
     )
     model.add_argument("--preset", choices=sorted(DIAD_PRESETS), help="train this architecture from scratch")
-    model.add_argument("--vae_path", metavar="ID", help="fine-tuned AutoencoderKL (default: the pretrained model's)")
+    model.add_argument("--vae_path", metavar="ID", help="autoencoder (default: the pretrained model's)")
     model.add_argument(
         "--train_whole_unet",
         action=argparse.BooleanOptionalAction,
@@ -176,11 +208,14 @@ def create_components(args: argparse.Namespace) -> dict[str, Any]:
     """The pipeline's networks and scheduler, new or pretrained."""
     guidance = None if args.guidance_outputs == ["none"] else tuple(args.guidance_outputs)
     fusion = None if args.fusion == "none" else args.fusion
+    components: dict[str, Any] = {}
     if args.preset:
         preset = DIAD_PRESETS[args.preset]
-        unet = UNet2DConditionModel(**preset["unet"])
+        components["vae"] = load_autoencoder(args.vae_path)
+        channels = components["vae"].config.latent_channels
+        unet = UNet2DConditionModel(**preset["unet"], in_channels=channels, out_channels=channels)
         stack = preset["conditioning_embedding_out_channels"]
-        components = {
+        components |= {
             "unet": unet,
             "sg_network": guidance
             and SemanticGuidedNetwork.from_unet(unet, guidance, fusion, conditioning_embedding_out_channels=stack),
@@ -197,6 +232,10 @@ def create_components(args: argparse.Namespace) -> dict[str, Any]:
             }
             if trained.feature_extractor is not None:
                 components["feature_extractor"] = trained.feature_extractor
+            if not args.vae_path:  # the colours that its autoencoder takes, and the latents that its denoiser knows
+                components |= {name: trained.config[name] for name in ("latents_mean", "latents_std")}
+                args.image_mean = args.image_mean or trained.config.image_mean
+                args.image_std = args.image_std or trained.config.image_std
         else:
             unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet")
             tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
@@ -207,8 +246,12 @@ def create_components(args: argparse.Namespace) -> dict[str, Any]:
                 "scheduler": DDIMScheduler.from_pretrained(name, subfolder="scheduler"),
                 "prompt_embedding": PromptEmbedding.from_text_encoder(tokenizer, text_encoder),
             }
-    if args.vae_path or "vae" not in components:
+    if "vae" not in components or (args.vae_path and not args.preset):
         components["vae"] = load_autoencoder(args.vae_path or args.pretrained_model_name_or_path)
+    # the paper fine-tunes Stable Diffusion's autoencoder on ImageNet's colours; all others take [-1, 1]
+    fine_tuned = isinstance(components["vae"], AutoencoderKL)
+    args.image_mean = args.image_mean or list(IMAGENET_MEAN if fine_tuned else (0.5, 0.5, 0.5))
+    args.image_std = args.image_std or list(IMAGENET_STD if fine_tuned else (0.5, 0.5, 0.5))
     if "feature_extractor" not in components:
         components["feature_extractor"] = TimmFeatureExtractor.from_backbone(
             args.backbone,
@@ -363,9 +406,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         """Latents (N, C, h, w) of images in [-1, 1]."""
         with accelerator.autocast():
             pixel_values = normalize_images(images.to(accelerator.device), args.image_mean, args.image_std)
-            return encode_latents(pipeline.vae, pixel_values)
+            return encode_latents(pipeline.vae, pixel_values, pipeline.config.latents_mean, pipeline.config.latents_std)
 
     images = ResizedImages(training, args.resolution, categories, args.value_range)
+    if pipeline.config.latents_mean is None and not has_scale(pipeline.vae):
+        batches = spread_batches(images, STATISTICS_IMAGES, accelerator.device)
+        normalized = (normalize_images(batch, args.image_mean, args.image_std) for batch in batches)
+        with torch.no_grad():
+            mean, std = latent_statistics(pipeline.vae, normalized)
+        pipeline.register_to_config(latents_mean=mean, latents_std=std)
     pairs = flip_pairs(args)
     flips = torch.tensor(pairs, device=accelerator.device)  # (F, 2)
     examples: ResizedImages | CachedEncodings = images

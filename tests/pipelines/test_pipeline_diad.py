@@ -392,6 +392,14 @@ def test_bad_arguments_are_named(pipe, options, words):
         pipe(texture(0), **options)
 
 
+def test_statistics_of_the_latents_go_together():
+    for mean, std in (([0.0] * 4, None), ([0.0] * 3, [1.0] * 3), ([0.0] * 4, [1.0, 1.0, 0.0, 1.0])):
+        with pytest.raises(
+            ValueError, match="`latents_mean` and `latents_std` go together: a number for each of the 4"
+        ):
+            make_pipeline(latents_mean=mean, latents_std=std)
+
+
 def test_bad_tensors_are_named(pipe):
     for call in (pipe.denoise, pipe.encode):
         with pytest.raises(ValueError, match=r"`pixel_values` of 15 x 16.*multiples of 2"):

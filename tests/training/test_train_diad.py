@@ -35,7 +35,8 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 from diffad import DiADPipeline
-from diffad.images import images_to_tensors, normalize_images
+from diffad.images import images_to_pixel_values, images_to_tensors, normalize_images
+from diffad.models.autoencoder_taef2 import AutoencoderTAEF2
 from diffad.training import train_autoencoder, train_diad
 from diffad.training.checkpoints import list_checkpoints
 
@@ -123,6 +124,26 @@ def test_two_categories_are_one_model_with_statistics_of_each(tiny, tmp_path):
     before = load_file(tiny / UNET)
     assert moved(before, pipeline.unet.state_dict()) == set(before)
     assert moved(load_file(tiny / "vae" / VAE), pipeline.vae.state_dict()) == set()
+
+
+def test_latents_without_a_scale_are_normalised_by_good_images_and_stay_so(good, tiny, tmp_path):
+    """With a pretrained autoencoder of another class, first from a model that knew another one."""
+    torch.manual_seed(0)
+    vae = AutoencoderTAEF2(latent_channels=4, block_out_channels=(8, 8), layers_per_block=1)
+    vae.save_pretrained(tmp_path / "vae")
+    train(good, tmp_path / "first", tiny, "--vae_path", tmp_path / "vae", "--cache_latents")
+    first = load(tmp_path / "first")
+    assert type(first.vae) is AutoencoderTAEF2
+    assert first.config.image_mean == first.config.image_std == [0.5, 0.5, 0.5]  # [-1, 1], as it takes them
+    assert moved(vae.state_dict(), first.vae.state_dict()) == set()
+    latents = first.encode(images_to_pixel_values(ImageSequence([*good.rglob("*.png")]), (16, 16)))
+    torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=0.1)
+    torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(4), rtol=0.1, atol=0)
+
+    train(good, tmp_path / "second", tmp_path / "first", "--category", "part")
+    second = load(tmp_path / "second")
+    for name in ("latents_mean", "latents_std", "image_mean", "image_std"):
+        assert second.config[name] == first.config[name]
 
 
 @pytest.mark.parametrize("preset", sorted(train_diad.DIAD_PRESETS))
@@ -268,6 +289,17 @@ def test_configurations_are_valid(script, data):
     assert args.preset == "cpu-128"
     assert args.feature_strides == [4, 8, 16]
     assert args.mixed_precision == "auto"
+
+
+def test_the_configuration_for_256_px_is_valid():
+    args = train_diad.parse_args(
+        ["--config", str(SCRIPT.parent / "configs" / "diad_256_cpu.yaml"), "--train_data_dir", "parts"]
+    )
+    assert (args.preset, args.vae_path, args.cache_latents) == ("cpu-256", "runs/taef2", True)
+    preset = train_diad.DIAD_PRESETS[args.preset]
+    unet = preset["unet"]
+    # the guiding skips of the coarsest decoder level stand at 4 x 4, as in the paper
+    assert preset["resolution"] // 8 // 2 ** (len(unet["block_out_channels"]) - 1) == 4
 
 
 DATA = ("--train_data_dir", "parts")
