@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 from diffad import DiADPipeline
-from diffad.images import images_to_pixel_values, images_to_tensors, normalize_images
+from diffad.images import ImageSequence, images_to_pixel_values, images_to_tensors, normalize_images
 from diffad.models.autoencoder_taef2 import AutoencoderTAEF2
 from diffad.training import train_autoencoder, train_diad
 from diffad.training.checkpoints import list_checkpoints
