@@ -146,7 +146,14 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         "--gradient_accumulation_steps", type=POSITIVE, default=1, help="batches a step (%(default)s)"
     )
     optimization.add_argument("--max_train_steps", type=POSITIVE, default=10_000, help="optimizer steps (%(default)s)")
+    optimization.add_argument(
+        "--num_train_epochs", type=POSITIVE, help="passes over the images, instead of --max_train_steps"
+    )
     optimization.add_argument("--learning_rate", type=ABOVE_ZERO, default=1e-4, help="(%(default)s)")
+    optimization.add_argument(
+        "--scale_lr", **switch, help="multiply the learning rate by the images a step, over all processes"
+    )
+    optimization.add_argument("--use_8bit_adam", **switch, help="AdamW's state in a quarter of the memory")
     optimization.add_argument("--lr_scheduler", default="cosine", help="diffusers' name of it (%(default)s)")
     optimization.add_argument("--lr_warmup_steps", type=COUNT, default=100, help="(%(default)s)")
     optimization.add_argument("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-4, help="(%(default)s)")

@@ -88,6 +88,9 @@ def train(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     accumulation = args.gradient_accumulation_steps
     images_a_step = accumulation * data_loader.batch_size * accelerator.num_processes
+    if args.num_train_epochs is not None:
+        batches = math.ceil(len(data_loader) / accelerator.num_processes)  # of each process
+        args.max_train_steps = math.ceil(args.num_train_epochs * batches / accumulation)
     optimizer, schedule = create_optimizer(trained, args, accelerator)
     model, optimizer, data_loader, schedule = accelerator.prepare(model, optimizer, data_loader, schedule)
     ema = create_ema(trained, args, accelerator)
@@ -172,7 +175,20 @@ def training_batches(
 def create_optimizer(
     parameters: Sequence[nn.Parameter], args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[torch.optim.Optimizer, Any]:
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.adam_weight_decay, fused=True)
+    """AdamW, in 8 bits where asked for (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022)."""
+    images_a_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    options = {
+        "lr": args.learning_rate * (images_a_step if args.scale_lr else 1),
+        "weight_decay": args.adam_weight_decay,
+    }
+    if args.use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("--use_8bit_adam takes bitsandbytes: pip install bitsandbytes") from error
+        optimizer = AdamW8bit(parameters, **options)
+    else:
+        optimizer = torch.optim.AdamW(parameters, fused=True, **options)
     # accelerate steps the schedule once for every process
     schedule = get_scheduler(
         args.lr_scheduler,

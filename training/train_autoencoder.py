@@ -76,6 +76,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="ID",
         help="fine-tune this AutoencoderKL, or this pipeline's (folder or Hub id)",
     )
+    model.add_argument("--revision", help="of the pretrained model on the Hub: a branch, tag or commit")
+    model.add_argument("--variant", help="of the pretrained model's files, such as fp16")
     model.add_argument("--preset", choices=sorted(AUTOENCODER_PRESETS), help="train this architecture from scratch")
 
     loss = parser.add_argument_group("loss")
@@ -96,18 +98,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_autoencoder(name_or_path: str) -> Any:
+def load_autoencoder(name_or_path: str, revision: str | None = None, variant: str | None = None) -> Any:
     """An autoencoder of diffusers or of this package, or the one in the `vae` folder of a pipeline."""
     if Path(name_or_path).is_dir():
         finish_saving(name_or_path)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"revision": revision}
     try:
-        config = AutoencoderKL.load_config(name_or_path)
+        config = AutoencoderKL.load_config(name_or_path, **options)
     except OSError:  # no config.json at the top: a pipeline
         options["subfolder"] = "vae"
         config = AutoencoderKL.load_config(name_or_path, **options)
     name = config["_class_name"]
-    return getattr(diffad if name in COMPONENTS else diffusers, name).from_pretrained(name_or_path, **options)
+    known = getattr(diffad if name in COMPONENTS else diffusers, name)
+    return known.from_pretrained(name_or_path, variant=variant, **options)
 
 
 class Autoencoding(nn.Module):
@@ -233,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         vae = AutoencoderKL(**AUTOENCODER_PRESETS[args.preset])
         args.resolution = args.resolution or vae.config.sample_size
     else:
-        vae = load_autoencoder(args.pretrained_model_name_or_path)
+        vae = load_autoencoder(args.pretrained_model_name_or_path, args.revision, args.variant)
         if not isinstance(vae, AutoencoderKL):
             raise ValueError(
                 f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} holds a {type(vae).__name__}, "

@@ -136,7 +136,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         argv = ["--config", str(AUTOMATIC), *argv]
     args = parse_arguments(parser, argv)
     args.preset = args.preset or "paper-256"
-    if args.minutes is not None and any(one.startswith("--max_t") for one in argv):
+    if args.minutes is not None and any(one.startswith(("--max_t", "--num_t")) for one in argv):
         args.minutes = None
     # what else only the end of the run would find
     if not 0.0 <= args.alpha <= 1.0:

@@ -140,6 +140,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="ID",
         help="start from this Stable Diffusion, or from this DiADPipeline (folder or Hub id)",
     )
+    model.add_argument("--revision", help="of the pretrained model on the Hub: a branch, tag or commit")
+    model.add_argument("--variant", help="of the pretrained model's files, such as fp16")
     model.add_argument("--preset", choices=sorted(DIAD_PRESETS), help="train this architecture from scratch")
     model.add_argument("--vae_path", metavar="ID", help="autoencoder (default: the pretrained model's)")
     model.add_argument(
@@ -224,9 +226,10 @@ def create_components(args: argparse.Namespace) -> dict[str, Any]:
             "prompt_embedding": PromptEmbedding(length=1, width=unet.config.cross_attention_dim),
         }
     else:
-        name = args.pretrained_model_name_or_path
-        if DiADPipeline.load_config(name)["_class_name"] == "DiADPipeline":
-            trained = DiADPipeline.from_pretrained(name)
+        name, chosen = args.pretrained_model_name_or_path, {"revision": args.revision}
+        files = {**chosen, "variant": args.variant}
+        if DiADPipeline.load_config(name, **chosen)["_class_name"] == "DiADPipeline":
+            trained = DiADPipeline.from_pretrained(name, **files)
             components = {
                 part: getattr(trained, part) for part in ("vae", "unet", "sg_network", "scheduler", "prompt_embedding")
             }
@@ -237,17 +240,21 @@ def create_components(args: argparse.Namespace) -> dict[str, Any]:
                 args.image_mean = args.image_mean or trained.config.image_mean
                 args.image_std = args.image_std or trained.config.image_std
         else:
-            unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet")
-            tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer")
-            text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=torch.float32)
+            unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **files)
+            tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **chosen)
+            text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=torch.float32, **files)
             components = {
                 "unet": unet,
                 "sg_network": guidance and SemanticGuidedNetwork.from_unet(unet, guidance, fusion),
-                "scheduler": DDIMScheduler.from_pretrained(name, subfolder="scheduler"),
+                "scheduler": DDIMScheduler.from_pretrained(name, subfolder="scheduler", **chosen),
                 "prompt_embedding": PromptEmbedding.from_text_encoder(tokenizer, text_encoder),
             }
     if "vae" not in components or (args.vae_path and not args.preset):
-        components["vae"] = load_autoencoder(args.vae_path or args.pretrained_model_name_or_path)
+        components["vae"] = (
+            load_autoencoder(args.vae_path)
+            if args.vae_path
+            else load_autoencoder(args.pretrained_model_name_or_path, args.revision, args.variant)
+        )
     # the paper fine-tunes Stable Diffusion's autoencoder on ImageNet's colours; all others take [-1, 1]
     fine_tuned = isinstance(components["vae"], AutoencoderKL)
     args.image_mean = args.image_mean or list(IMAGENET_MEAN if fine_tuned else (0.5, 0.5, 0.5))

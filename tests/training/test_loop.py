@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import signal
 import subprocess
 import sys
@@ -13,7 +15,9 @@ import torch
 import toy_training
 from conftest import launch, launch_command
 
+from diffad.training.arguments import add_shared_arguments, parse_arguments
 from diffad.training.checkpoints import list_checkpoints
+from diffad.training.loop import create_accelerator, create_optimizer
 from diffad.training.stop_signals import catch_stop_signals
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -199,3 +203,34 @@ def test_all_processes_see_that_the_loss_of_one_is_not_finite(tmp_path):
     assert done.returncode != 0
     assert done.stderr.count("RuntimeError: Training has diverged: at step 4") == 2, done.stderr[-4000:]
     assert checkpoints(tmp_path / "run") == ["checkpoint-2"]
+
+
+# -- length and optimizer, as in diffusers' examples -------------------------------------------------------------
+
+
+def test_epochs_are_passes_over_the_images(tmp_path):
+    """Three batches an epoch and two a step: three epochs are nine batches, the last of them in a step of its own."""
+    assert toy_training.run(tmp_path, "--num_train_epochs", 2)["steps"] == 3
+    assert toy_training.run(tmp_path, "--num_train_epochs", 3)["steps"] == 5
+
+
+def optimizer_of(tmp_path, *flags):
+    parser = argparse.ArgumentParser()
+    add_shared_arguments(parser)
+    args = parse_arguments(
+        parser, [*toy_training.FLAGS, "--output_dir", str(tmp_path), "--learning_rate", "0.1", *flags]
+    )
+    return create_optimizer([torch.nn.Parameter(torch.zeros(2))], args, create_accelerator(args))[0]
+
+
+def test_the_learning_rate_is_that_of_an_image_where_it_is_scaled(tmp_path):
+    assert optimizer_of(tmp_path).defaults["lr"] == pytest.approx(0.1)
+    assert optimizer_of(tmp_path, "--scale_lr").defaults["lr"] == pytest.approx(0.8)  # two batches of four
+
+
+def test_8_bits_take_bitsandbytes(tmp_path):
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(ModuleNotFoundError, match="--use_8bit_adam takes bitsandbytes: pip install bitsandbytes"):
+            optimizer_of(tmp_path, "--use_8bit_adam")
+    else:
+        assert type(optimizer_of(tmp_path, "--use_8bit_adam")).__name__ == "AdamW8bit"
