@@ -55,6 +55,8 @@ def workplace(tmp_path, monkeypatch, stable_diffusion) -> Path:
     make_pipeline().calibrate(textures(12), false_alarm_rate=0.25).save_pretrained("runs/diad")
     AutoencoderKL(**AUTOENCODER_PRESETS["cpu-128"]).save_pretrained("runs/autoencoder")
     AutoencoderKL.from_pretrained(stable_diffusion / "vae").save_pretrained("runs/autoencoder-sd")
+    save_as_published(tiny_taef2(levels=4), tmp_path / "taesd")
+    tiny_taef2(levels=4).save_pretrained("runs/taef2")
     (tmp_path / "training").symlink_to(ROOT / "training")
     (tmp_path / "stable-diffusion-v1-5").mkdir()
     (tmp_path / "stable-diffusion-v1-5" / "stable-diffusion-v1-5").symlink_to(stable_diffusion)
@@ -105,6 +107,7 @@ def test_accelerate_examples_run(words, workplace, fresh_accelerate):
         arguments += [*SHORT, "--feature_image_size", "64"]
     elif "--config" in arguments:
         arguments += [*SHORT, *MINIATURE, "--train_data_dir", "good_parts"]
+        arguments += ["--resolution", "64"] if "training/configs/diad_256_cpu.yaml" in arguments else []
     elif "--pretrained_model_name_or_path" in arguments:
         arguments += [*SHORT, *MINIATURE, "--resolution", "32", "--gradient_accumulation_steps", "1"]
     elif script == "training/fit_gaussian.py":

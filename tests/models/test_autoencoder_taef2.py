@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from tiny_taef2 import save_as_published, tiny_taef2
 
 from diffad.conversion import load_taef2
 from diffad.latents import decode_latents, encode_latents, latent_statistics
@@ -12,21 +13,7 @@ from diffad.models.autoencoder_taef2 import AutoencoderTAEF2
 
 @pytest.fixture
 def vae():
-    torch.manual_seed(0)
-    vae = AutoencoderTAEF2(latent_channels=6, block_out_channels=(8, 8, 8), layers_per_block=3)
-    return vae.requires_grad_(False).eval()
-
-
-def save_as_published(vae: AutoencoderTAEF2, folder) -> None:
-    """Tensors by layer number; the decoder's first layer, which has none, counts."""
-    state_dict = vae.state_dict()
-    for part, first in (("encoder", 0), ("decoder", 1)):
-        tensors = {}
-        for name, tensor in state_dict.items():
-            kind, layer, rest = name.split(".", 2)
-            if kind == part:
-                tensors[f"{int(layer) + first}.{rest}"] = tensor.half()
-        save_file(tensors, folder / f"taef2_{part}.safetensors")
+    return tiny_taef2()
 
 
 def conv(hidden, weights, layer, stride=1):
