@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL
 from hub_server import running_hub
 from scipy import stats
 from test_pipeline_diad import make_pipeline
+from tiny_taef2 import save_as_published, tiny_taef2
 from typer.testing import CliRunner
 
 from diffad.cli import app
