@@ -44,6 +44,9 @@ from diffad.scoring import (
     top_fraction_score,
 )
 from diffad.seeding import draw_noise
+from diffad.warn_once import warn_once
+
+DEFAULT_ALPHA = 0.5  # the paper's
 
 
 class AnomalyDenoisePipeline(DetectionPipeline):
@@ -115,7 +118,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         calibration: ScoreCalibration | None = None,
         gaussian: GaussianFeatureModel | None = None,
         timesteps: list[int] | None = None,
-        alpha: float = 0.5,
+        alpha: float = DEFAULT_ALPHA,
         kl_sigma: float = 2.0,
         feature_sigma: float = 4.0,
         score_fraction: float = 0.0,
@@ -137,6 +140,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         if not 0.0 <= position_trust <= 1.0:
             raise ValueError(f"`position_trust` must lie in [0, 1], but is {position_trust}.")
         map_weights(weights, alpha, unet is not None)
+        if weights is not None and alpha != DEFAULT_ALPHA:
+            warn_once(f"`alpha` of {alpha} does not count where there are `weights`: give these instead.")
         if (unet is None) != (scheduler is None):
             raise ValueError("`unet` and `scheduler` go together: give both, or None for both.")
         timesteps = [5, 50, 100] if timesteps is None else list(timesteps)

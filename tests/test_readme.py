@@ -108,7 +108,7 @@ def test_accelerate_examples_run(words, workplace, fresh_accelerate):
         arguments += [*SHORT, "--feature_image_size", "64"]
     elif "--config" in arguments:
         arguments += [*SHORT, *MINIATURE, "--train_data_dir", "good_parts"]
-        arguments += ["--resolution", "64"] if "training/configs/diad_256_cpu.yaml" in arguments else []
+        arguments += ["--resolution", "128"] if "training/configs/diad_256_cpu.yaml" in arguments else []
     elif "--pretrained_model_name_or_path" in arguments:
         arguments += [*SHORT, *MINIATURE, "--resolution", "32", "--gradient_accumulation_steps", "1"]
     elif script == "training/fit_gaussian.py":

@@ -716,3 +716,11 @@ def test_a_compiled_denoiser_gives_the_same_maps(calibrated):
     calibrated.unet = torch.compile(calibrated.unet, backend="eager")
     output = calibrated(images, generator=generator())
     np.testing.assert_allclose(output.anomaly_map, expected.anomaly_map, atol=1e-3, rtol=1e-4)
+
+
+def test_an_alpha_that_does_not_count_is_told(caplog):
+    with caplog.at_level("WARNING", "diffad"):
+        tiny_pipeline(weights={"kl": 1.0})
+        assert not caplog.records
+        tiny_pipeline(weights={"kl": 1.0}, alpha=0.3)
+    assert "`alpha` of 0.3 does not count where there are `weights`" in caplog.text
