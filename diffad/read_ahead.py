@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TypeVar
 
 import torch
 
 Item = TypeVar("Item")
 END = object()
+DEVICE_TYPES = ("cpu", "cuda", "mps")
 
 
 def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
@@ -17,10 +19,15 @@ def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
 
     Decoding and much of torch release the interpreter's lock. An error comes where the item would have.
     """
-    grad = torch.is_grad_enabled()  # each thread has its own
+    # each thread has modes of its own
+    grad = torch.is_grad_enabled()
+    autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in DEVICE_TYPES if torch.is_autocast_enabled(kind)]
 
     def following() -> Item | object:
-        with torch.set_grad_enabled(grad):
+        with ExitStack() as modes:
+            modes.enter_context(torch.set_grad_enabled(grad))
+            for kind, dtype in autocast:
+                modes.enter_context(torch.autocast(kind, dtype))
             return next(items, END)
 
     with ThreadPoolExecutor(1) as pool:

@@ -38,3 +38,12 @@ def test_the_next_item_is_made_while_the_last_is_worked_on():
 def test_gradients_are_as_the_caller_has_them(enabled):
     with torch.set_grad_enabled(enabled):
         assert list(read_ahead(torch.is_grad_enabled() for _ in range(2))) == [enabled] * 2
+
+
+def test_so_is_autocast():
+    def products():
+        yield torch.ones(2, 2) @ torch.ones(2, 2)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [product.dtype for product in read_ahead(products())] == [torch.bfloat16]
+    assert [product.dtype for product in read_ahead(products())] == [torch.float32]

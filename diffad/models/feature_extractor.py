@@ -181,11 +181,11 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         if images is None or not len(images) or torch.compiler.is_compiling():
             return next(iter(self._running.values()), self.network)
         tensors = [*self.network.parameters(), *self.network.buffers()]
-        if any(tensor.is_meta for tensor in tensors):  # offloaded layer by layer: accelerate fetches each by a hook
-            return self.network
+        if any(tensor.is_meta for tensor in tensors) or any(map(is_hooked, self.network.modules())):
+            return self.network  # offloaded layer by layer: hooks fetch each
         state = (images.device, images.dtype, *(0 if t.is_inference() else t._version for t in tensors))
         if state not in self._running:
-            self._running = {state: inference_network(self.network, images[:1].detach())}
+            self._running = {state: inference_network(self.network, images.detach())}
         return self._running[state]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TimmFeatureExtractor:
@@ -234,6 +234,11 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         self.channel_mean.copy_(mean.float().view(1, -1, 1, 1))
         self.channel_std.copy_(std.float().view(1, -1, 1, 1))
         return self
+
+
+def is_hooked(module: torch.nn.Module) -> bool:
+    """Whether accelerate or diffusers moves a module's weights by a hook."""
+    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
 
 
 def concatenate_layers(layers: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:

@@ -59,6 +59,17 @@ def test_a_network_that_folding_would_change_stays_as_it_is():
     assert inference_network(network, torch.randn(1, 3, 8, 8)) is network
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_in_half_precision_it_is_tried_in_full(dtype):
+    images = torch.randn(1, 3, 64, 64)
+    assert inference_network(Reordered().eval().to(dtype), images.to(dtype)).norm.running_mean.dtype == dtype
+    faster = inference_network(backbone("resnet18").to(dtype), images.to(dtype))
+    assert {parameter.dtype for parameter in faster.parameters()} == {dtype}
+    for found, expected in zip(faster(images.to(dtype)), backbone("resnet18")(images), strict=True):
+        torch.testing.assert_close(found.float(), expected, rtol=0.0, atol=0.05 * float(expected.abs().max()))
+
+
 @torch.no_grad()
 def test_a_network_without_batch_norms_is_not_copied():
     network = timm.create_model("convnext_atto", features_only=True, out_indices=[3], pretrained=False).eval()
