@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
 import yaml
 from accelerate import Accelerator
@@ -51,12 +52,20 @@ METHODS: dict[str, type[DetectionPipeline]] = {"AnomalyDenoise": AnomalyDenoiseP
 SCRIPTS = {"AnomalyDenoise": "train_ddpm", "DiAD": "train_diad"}
 # what a row may say beside the pipeline's own settings
 ROW_KEYS = ("name", "calibrated", "backbone", "backbone_weights", "train", "each_category", "all_steps", "baseline")
-# rows of a model that agree in these share one evaluation; the last two give DiAD another reconstruction
-SHARED = ("baseline", "num_inference_steps", "strength")
+# rows of a model that agree in these share one evaluation; the last three give DiAD another reconstruction
+SHARED = ("baseline", "num_inference_steps", "strength", "scheduler")
 # what acts on calibrated maps: rows that differ in nothing else share one calibration
 AFTER_CALIBRATION = ("alpha", "score_fraction", "suppression", "pooling_size", "pooling_rounds")
 # what belongs to the model and not to a row
-FIXED = ("processing_resolution", "categories", "image_mean", "image_std", "weights")
+FIXED = (
+    "processing_resolution",
+    "categories",
+    "image_mean",
+    "image_std",
+    "latents_mean",
+    "latents_std",
+    "weights",
+)
 # the last row of every table
 PADIM = {"name": "PaDiM", "baseline": "padim"}
 
@@ -101,6 +110,8 @@ def load_table(name: str) -> dict[str, Any]:
     known = {*ROW_KEYS, *setting_names(METHODS[table["method"]])} - set(FIXED)
     if table["method"] == "AnomalyDenoise":
         known -= {"backbone", "backbone_weights"}  # its denoiser predicts the features of one backbone
+    else:
+        known |= {"scheduler"}  # of the reverse process, by diffusers' name of the class
     baselines = ["padim", "ddpm"] if table["method"] == "AnomalyDenoise" else ["padim"]
     for row in table["rows"]:
         unknown = sorted(set(row) - known)
@@ -109,6 +120,7 @@ def load_table(name: str) -> dict[str, Any]:
         mistakes = {
             f"sets unknown {unknown}": unknown,
             "has no name": "name" not in row,
+            "asks for a scheduler that is none of diffusers'": not is_scheduler(row.get("scheduler", "DDIMScheduler")),
             f"asks for a baseline that is none of {', '.join(baselines)}": wrong_baseline,
             "says `false` under `train`, where a flag is left out": switched_off,
         }
@@ -119,6 +131,11 @@ def load_table(name: str) -> dict[str, Any]:
     if len(set(names)) < len(names):
         raise ValueError(f"--table: two rows of {path} have the same name, or one is called PaDiM, as the last row is.")
     return table
+
+
+def is_scheduler(name: str) -> bool:
+    found = getattr(diffusers, str(name), None)
+    return isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)
 
 
 def load_yaml(path: Path | Any) -> dict[str, Any]:
@@ -149,6 +166,8 @@ def row_pipeline(model: DetectionPipeline, row: dict[str, Any], device: torch.de
         components["feature_extractor"] = TimmFeatureExtractor.from_backbone(
             row["backbone"], strides, model.feature_extractor.config.image_size, row.get("backbone_weights")
         ).to(device)
+    if "scheduler" in row:
+        components["scheduler"] = getattr(diffusers, row["scheduler"]).from_config(model.scheduler.config)
     kept = {name: model.config[name] for name in setting_names(type(model))}
     changed = {name: value for name, value in row.items() if name in kept}
     pipeline = type(model)(**components, **{**kept, **changed})

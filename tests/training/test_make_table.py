@@ -10,11 +10,12 @@ import torch
 import yaml
 from accelerate import Accelerator
 from conftest import BACKBONE, STRIDES, texture, tiny_pipeline, write_mvtec, write_png
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from test_pipeline_diad import make_pipeline
 from torch import nn
 
-from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
+from diffad import AnomalyDenoisePipeline, DiADPipeline, TimmFeatureExtractor
 from diffad.training import make_table
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -154,6 +155,24 @@ def test_padim_has_a_row_over_the_features_of_each_model(model, data, tmp_path):
     assert results["own"]["pixel_pro"] >= 0.0
     assert results["own"] != results["given"]
     assert results["PaDiM"] == results["given"]
+
+
+def test_a_row_may_have_another_scheduler(data, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "diad")
+    rows = [
+        {"name": "DDIM", "num_inference_steps": 3},
+        {"name": "DPM-Solver++", "num_inference_steps": 3, "scheduler": "DPMSolverMultistepScheduler"},
+    ]
+    results = run(write_table(tmp_path / "t.yaml", rows, "DiAD"), tmp_path / "diad", data, tmp_path / "t.json")
+    assert results["DDIM"]["pixel_auroc"] != results["DPM-Solver++"]["pixel_auroc"]
+    model = DiADPipeline.from_pretrained(tmp_path / "diad")
+    model.register_modules(scheduler=DPMSolverMultistepScheduler.from_config(model.scheduler.config))
+    model.save_pretrained(tmp_path / "other")
+    rows = [{"name": "as it is", "num_inference_steps": 3}]
+    own = run(write_table(tmp_path / "o.yaml", rows, "DiAD"), tmp_path / "other", data, tmp_path / "o.json")
+    assert own["as it is"]["pixel_auroc"] == results["DPM-Solver++"]["pixel_auroc"]
+    with pytest.raises(ValueError, match="asks for a scheduler that is none of diffusers'"):
+        run(write_table(tmp_path / "w.yaml", [{"name": "a", "scheduler": "UNet2DModel"}], "DiAD"), "x", data, "y")
 
 
 @pytest.mark.parametrize(
