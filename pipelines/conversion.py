@@ -80,14 +80,19 @@ def load_taef2(folder: str | os.PathLike[str]) -> AutoencoderTAEF2:
         path = Path(folder, f"taef2_{part}.safetensors")
         if not path.is_file():
             raise FileNotFoundError(f"`folder` has no {path.name}: {folder}. Give the folder of both published files.")
-        for name, tensor in load_file(path).items():
+        for name, tensor in _read_file("folder", path).items():
             layer, _, rest = name.partition(".")
             if not layer.isdigit():
                 raise ValueError(f"{path} holds the tensor {name!r}, where names begin with a layer's number.")
             state_dict[f"{part}.{int(layer) - first}.{rest}"] = tensor.float()
-    last = max(int(name.split(".")[1]) for name in state_dict if name.startswith("encoder."))
-    width, in_channels = state_dict["encoder.0.weight"].shape[:2]
-    vae = AutoencoderTAEF2(in_channels, len(state_dict[f"encoder.{last}.weight"]), (width,) * (1 + (last - 2) // 4))
+    layers = [int(name.split(".")[1]) for name in state_dict if name.startswith("encoder.")]
+    last = max(layers, default=0)  # behind 1 + 1 layers at the full size and 1 + 3 at each other level
+    ends = [state_dict.get(name) for name in ("encoder.0.weight", f"encoder.{last}.weight")]
+    shapes = [tuple(tensor.shape) for tensor in ends if tensor is not None and tensor.ndim == 4]
+    if len(shapes) < 2 or last < 6:
+        raise ValueError(f"`folder` {folder} does not hold TAEF2: its encoder's first or last convolution is missing.")
+    (width, in_channels, *_), (latent_channels, *_) = shapes
+    vae = AutoencoderTAEF2(in_channels, latent_channels, (width,) * (1 + (last - 2) // 4))
     expected = vae.state_dict()
     wrong = [n for n in expected.keys() | state_dict.keys() if n not in expected or n not in state_dict]
     wrong += [n for n in expected.keys() & state_dict.keys() if expected[n].shape != state_dict[n].shape]

@@ -20,6 +20,12 @@ def check_components(
     sg_network: SemanticGuidedNetwork | None,
 ) -> None:
     """Raises a ValueError where two components do not fit together."""
+    missing = [name for name in ("block_out_channels", "latent_channels") if name not in vae.config]
+    if missing:
+        raise ValueError(
+            f"`vae` is a {type(vae).__name__}, whose configuration has no {missing[0]}. Use an autoencoder of images, "
+            "such as AutoencoderKL, AutoencoderTiny or AutoencoderTAEF2."
+        )
     factor = latent_factor(vae)
     if unet.config.in_channels != vae.config.latent_channels:
         raise ValueError(
@@ -45,7 +51,7 @@ def check_latent_statistics(vae: Any, mean: Sequence[float] | None, std: Sequenc
     if mean is None and std is None:
         return
     channels = vae.config.latent_channels
-    if mean is None or std is None or len(mean) != channels or len(std) != channels or min(std) <= 0.0:
+    if mean is None or std is None or len(mean) != channels or len(std) != channels or not min(std) > 0.0:
         raise ValueError(
             f"`latents_mean` and `latents_std` go together: a number for each of the {channels} channels of `vae`, "
             f"above 0 in the latter, but they are {mean} and {std}."

@@ -179,8 +179,8 @@ class DiADPipeline(DetectionPipeline):
             value_range=value_range,
             image_mean=list(image_mean or IMAGENET_MEAN),
             image_std=list(image_std or IMAGENET_STD),
-            latents_mean=latents_mean,
-            latents_std=latents_std,
+            latents_mean=None if latents_mean is None else list(latents_mean),
+            latents_std=None if latents_std is None else list(latents_std),
         )
         self.size_multiple = latent_factor(vae)  # how many times smaller latents are than images
 

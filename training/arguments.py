@@ -221,6 +221,11 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
                 configured += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
         argv = [*configured, *argv]
     args = parser.parse_args(argv)
+    # of --max_train_steps and --num_train_epochs the later one counts, and any flag of the command line is later than
+    # those of --config
+    lengths = [flag for flag in argv or sys.argv[1:] if flag.startswith(("--max_t", "--num_t"))]
+    if lengths and lengths[-1].startswith("--max_t"):
+        args.num_train_epochs = None
     check_source(parser, args)
     if args.part_pattern is not None:
         try:

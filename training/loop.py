@@ -89,9 +89,9 @@ def train(
     accumulation = args.gradient_accumulation_steps
     images_a_step = accumulation * data_loader.batch_size * accelerator.num_processes
     if args.num_train_epochs is not None:
-        batches = math.ceil(len(data_loader) / accelerator.num_processes)  # of each process
+        batches = len(data_loader) // accelerator.num_processes  # of each process, whole ones
         args.max_train_steps = math.ceil(args.num_train_epochs * batches / accumulation)
-    optimizer, schedule = create_optimizer(trained, args, accelerator)
+    optimizer, schedule = create_optimizer(trained, args, accelerator, images_a_step)
     model, optimizer, data_loader, schedule = accelerator.prepare(model, optimizer, data_loader, schedule)
     ema = create_ema(trained, args, accelerator)
     step = first_step = resume(accelerator, args)
@@ -173,10 +173,9 @@ def training_batches(
 
 
 def create_optimizer(
-    parameters: Sequence[nn.Parameter], args: argparse.Namespace, accelerator: Accelerator
+    parameters: Sequence[nn.Parameter], args: argparse.Namespace, accelerator: Accelerator, images_a_step: int
 ) -> tuple[torch.optim.Optimizer, Any]:
     """AdamW, in 8 bits where asked for (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022)."""
-    images_a_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     options = {
         "lr": args.learning_rate * (images_a_step if args.scale_lr else 1),
         "weight_decay": args.adam_weight_decay,

@@ -108,8 +108,10 @@ def load_autoencoder(name_or_path: str, revision: str | None = None, variant: st
     except OSError:  # no config.json at the top: a pipeline
         options["subfolder"] = "vae"
         config = AutoencoderKL.load_config(name_or_path, **options)
-    name = config["_class_name"]
-    known = getattr(diffad if name in COMPONENTS else diffusers, name)
+    name = config.get("_class_name", "")
+    known = getattr(diffad if name in COMPONENTS else diffusers, name, None)
+    if not name.startswith("Autoencoder") or known is None:
+        raise ValueError(f"{name_or_path} holds a {name or 'model of no class'}, and no autoencoder of diffusers.")
     return known.from_pretrained(name_or_path, variant=variant, **options)
 
 

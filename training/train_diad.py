@@ -12,6 +12,7 @@ stay frozen. From scratch (`--preset`) there is no trained encoder to keep, so t
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -20,11 +21,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffad import DiADPipeline, SemanticGuidedNetwork, TimmFeatureExtractor
+from diffad.files import write_text_whole
 from diffad.images import IMAGENET_MEAN, IMAGENET_STD, denormalize_images, images_to_pixel_values, normalize_images
 from diffad.latents import encode_latents, has_scale, latent_statistics
 from diffad.models.prompt_embedding import PromptEmbedding
@@ -103,6 +106,7 @@ DIAD_PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+STATISTICS_NAME = "latent_statistics.json"
 STATISTICS_IMAGES = 64  # spread over all categories, which tell the latents' mean and deviation
 
 # Stable Diffusion's noise
@@ -302,6 +306,23 @@ def create_pipeline(components: dict[str, Any], categories: list[str], args: arg
     return pipeline
 
 
+@torch.no_grad()
+def find_latent_statistics(
+    pipeline: DiADPipeline, images: ResizedImages, args: argparse.Namespace, accelerator: Accelerator
+) -> tuple[list[float], list[float]]:
+    """Mean and deviation of the latents' channels over good images; a resumed run has those that it began with."""
+    kept = Path(args.output_dir, STATISTICS_NAME)
+    if args.resume_from_checkpoint and kept.exists():
+        known = json.loads(kept.read_text(encoding="utf-8"))
+        return known["mean"], known["std"]
+    batches = spread_batches(images, STATISTICS_IMAGES, accelerator.device)
+    normalized = (normalize_images(batch, args.image_mean, args.image_std) for batch in batches)
+    mean, std = latent_statistics(pipeline.vae, normalized)
+    if accelerator.is_main_process:
+        write_text_whole(kept, json.dumps({"mean": mean, "std": std}) + "\n")
+    return mean, std
+
+
 class GuidedDenoiser(nn.Module):
     """Both trained networks in one forward, so that several processes exchange every gradient."""
 
@@ -416,11 +437,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return encode_latents(pipeline.vae, pixel_values, pipeline.config.latents_mean, pipeline.config.latents_std)
 
     images = ResizedImages(training, args.resolution, categories, args.value_range)
-    if pipeline.config.latents_mean is None and not has_scale(pipeline.vae):
-        batches = spread_batches(images, STATISTICS_IMAGES, accelerator.device)
-        normalized = (normalize_images(batch, args.image_mean, args.image_std) for batch in batches)
-        with torch.no_grad():
-            mean, std = latent_statistics(pipeline.vae, normalized)
+    if args.preset and not has_scale(pipeline.vae):  # a new denoiser, which knows no other latents
+        mean, std = find_latent_statistics(pipeline, images, args, accelerator)
         pipeline.register_to_config(latents_mean=mean, latents_std=std)
     pairs = flip_pairs(args)
     flips = torch.tensor(pairs, device=accelerator.device)  # (F, 2)

@@ -56,6 +56,7 @@ def greedy_coreset(patches: torch.Tensor, size: int) -> torch.Tensor:
         patches: (n, C) float.
         size: how many to choose. Where there are fewer, the first is repeated.
     """
+    patches = patches.float()
     generator = torch.Generator().manual_seed(0)
     projection = torch.randn(patches.shape[1], PROJECTED_CHANNELS, generator=generator).to(patches)
     projected = patches @ projection  # (n, 48)

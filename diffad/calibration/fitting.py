@@ -222,7 +222,8 @@ class CalibrationFit:
         sampled = sorted(sampled, key=lambda one: one[0])  # one process's order
         owner = torch.tensor([image for image, patches in sampled for _ in patches], device=device)
         pool = torch.from_numpy(np.concatenate([patches for _, patches in sampled])).to(device)
-        chosen = greedy_coreset(pool, CORESET_SIZE)
+        with torch.autocast(device.type, enabled=False):  # small distances are differences of large numbers
+            chosen = greedy_coreset(pool, CORESET_SIZE)
         for one in (calibration, for_seen):
             one.coreset[self.category] = pool[chosen].half()
             one.coreset_owner[self.category] = owner[chosen]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -18,6 +18,20 @@ from diffad.models.inference_network import inference_network
 from diffad.moments import MomentSums
 
 LITE0_BACKBONE = "tf_efficientnet_lite0"
+
+
+class RunningNetwork(NamedTuple):
+    """A backbone's fastest form, and the tensors that it was made of, as they were."""
+
+    network: Any
+    tensors: list[torch.Tensor]
+    versions: list[int]
+
+    def is_of(self, tensors: list[torch.Tensor]) -> bool:
+        if len(tensors) != len(self.tensors):
+            return False
+        of_these = zip(tensors, self.tensors, self.versions, strict=True)
+        return all(tensor is known and tensor._version == version for tensor, known, version in of_these)
 
 
 class TimmFeatureExtractor(ModelMixin, ConfigMixin):
@@ -59,7 +73,7 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         indices, strides = _choose_layers(backbone, strides, out_indices)
         self.register_to_config(strides=strides)
         self.network = _create_backbone(backbone, indices, pretrained=False)
-        self._running: dict[tuple[Any, ...], Any] = {}  # see `running_network`; a dict, so that it is not saved
+        self._running: RunningNetwork | None = None  # see `running_network`; no module, so that it is not saved
         per_image = max(1, len(self.image_sizes))  # layers come image by image, from the smallest on
         self.layer_strides = list(strides) * per_image
         self.layer_channels: list[int] = self.network.feature_info.channels() * per_image
@@ -176,20 +190,26 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
     def running_network(self, images: torch.Tensor | None = None) -> Any:
         """The backbone in its fastest form (`inference_network`), tried on the first of `images` (N, 3, H, W).
 
-        It is made anew where the weights have changed, or have moved. Without images, it is the one that ran last.
+        It is made anew where weights have changed, been replaced or moved. The backbone itself is what is trained,
+        compiled or exported, and what runs where hooks move weights. Without images, it is the one that ran last.
         """
-        if images is None or not len(images) or torch.compiler.is_compiling():
-            return next(iter(self._running.values()), self.network)
+        kept = self._running
+        if images is None:
+            return kept.network if kept is not None else self.network
+        if torch.compiler.is_compiling() or not len(images) or any(map(is_hooked, [self, *self.network.modules()])):
+            return self.network
         tensors = [*self.network.parameters(), *self.network.buffers()]
-        if any(tensor.is_meta for tensor in tensors) or any(map(is_hooked, self.network.modules())):
-            return self.network  # offloaded layer by layer: hooks fetch each
-        state = (images.device, images.dtype, *(0 if t.is_inference() else t._version for t in tensors))
-        if state not in self._running:
-            self._running = {state: inference_network(self.network, images.detach())}
-        return self._running[state]
+        if any(tensor.is_meta or tensor.is_inference() or tensor.requires_grad for tensor in tensors):
+            return self.network
+        if kept is None or not kept.is_of(tensors):
+            versions = [tensor._version for tensor in tensors]
+            with torch.inference_mode(False):  # gradients may be asked of it later
+                kept = RunningNetwork(inference_network(self.network, images.detach().clone()), tensors, versions)
+            self._running = kept
+        return kept.network
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> TimmFeatureExtractor:
-        self._running = {}  # of weights that this moves
+        self._running = None  # of weights that this moves
         return super()._apply(fn, recurse)
 
     def forward(self, pixel_values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

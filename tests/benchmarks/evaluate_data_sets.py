@@ -4,8 +4,8 @@
     python tests/benchmarks/evaluate_data_sets.py DATA... --output runs/data_sets [--command fit] [--seeds 0 1 2]
 
 Each run is the shipped command with data and output alone, in a process of its own, then `training/evaluate.py`. What
-is done stays in the output folder, `DATA-seed-N/report.json`, so the same command goes on where it was stopped. The
-table, `table.json`, holds means and deviations over the seeds, and a 95% interval of the mean image AUROC: 2,000
+is done stays in the output folder, `COMMAND-DATA-seed-N/report.json`, so the same command goes on where it was stopped.
+The table, `table.json`, holds means and deviations over the seeds, and a 95% interval of the mean image AUROC: 2,000
 bootstrap samples of the test images, good and defective ones apart, the same for all seeds.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -28,20 +29,21 @@ from diffad.files import write_text_whole
 NUM_SAMPLES = 2000
 
 
-def evaluate(data: str, command: str, seed: int, folder: Path, minutes: float) -> dict[str, Any]:
-    """The report of one run, made unless it is there."""
+def evaluate(data: str, command: str, seed: int, folder: Path, minutes: float, with_padim: bool) -> dict[str, Any]:
+    """The report of one run, made unless it is there. PaDiM draws nothing, so one seed's is enough."""
     report = folder / "report.json"
     if report.exists():
-        return json.loads(report.read_text(encoding="utf-8"))
+        known = json.loads(report.read_text(encoding="utf-8"))
+        if known["baselines"] or not with_padim:
+            return known
     model, flags = folder / "model", ["--minutes", str(minutes)] if command == "train" else []
     started = time.time()
     run("diffad.cli", command, data, "--output", str(model), "--seed", str(seed), *flags)
     seconds = time.time() - started
     found = folder / "found.json"
-    baselines = ["padim"] if seed == 0 else ["none"]  # PaDiM draws nothing
     run(
         *("diffad.training.evaluate", "--model", str(model), "--data", data, "--output", str(found)),
-        *("--baselines", *baselines),
+        *("--baselines", "padim" if with_padim else "none"),
     )
     result = json.loads(found.read_text(encoding="utf-8")) | {"seconds": round(seconds, 1)}
     write_text_whole(report, json.dumps(result, indent=1) + "\n")
@@ -96,12 +98,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     table = {}
     for data in args.data:
-        name = "-".join(Path(data).parts[-2:])
+        name = re.sub(r"[^\w.]+", "-", f"{args.command} {data}").strip("-")
+        name += f"-{args.minutes:g}-minutes" if args.command == "train" else ""
         folders = [args.output / f"{name}-seed-{seed}" for seed in args.seeds]
         reports = []
         for seed, folder in zip(args.seeds, folders, strict=True):
             folder.mkdir(parents=True, exist_ok=True)
-            reports.append(evaluate(data, args.command, seed, folder, args.minutes))
+            reports.append(evaluate(data, args.command, seed, folder, args.minutes, with_padim=not reports))
         table[data] = summarise(reports)
         record = {"command": args.command, "seeds": args.seeds, "machine": reports[0]["machine"], "results": table}
         write_text_whole(args.output / "table.json", json.dumps(record, indent=1) + "\n")

@@ -73,8 +73,15 @@ def test_what_is_no_taef2_is_refused_with_the_reason(vae, tmp_path):
     save_file({"1.weight": torch.zeros(8, 6, 3, 3)}, tmp_path / "taef2_decoder.safetensors")
     with pytest.raises(ValueError, match=r"of another shape, the first 'decoder\.0\.bias'"):
         load_taef2(tmp_path)
+    (tmp_path / "taef2_decoder.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"taef2_decoder\.safetensors is damaged"):
+        load_taef2(tmp_path)
     save_file({"head.weight": torch.zeros(1)}, tmp_path / "taef2_decoder.safetensors")
     with pytest.raises(ValueError, match=r"'head\.weight', where names begin with a layer's number"):
+        load_taef2(tmp_path)
+    save_file({"1.weight": torch.zeros(8, 6, 3, 3)}, tmp_path / "taef2_decoder.safetensors")
+    save_file({"1.weight": torch.zeros(8, 6, 3, 3)}, tmp_path / "taef2_encoder.safetensors")
+    with pytest.raises(ValueError, match="does not hold TAEF2: its encoder's first or last convolution is missing"):
         load_taef2(tmp_path)
     with pytest.raises(ValueError, match=r"`block_out_channels` must be one width.*\(8, 16\)"):
         AutoencoderTAEF2(block_out_channels=(8, 16))

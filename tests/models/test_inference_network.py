@@ -84,6 +84,36 @@ def test_weights_that_change_after_a_call_count():
     nn.init.zeros_(extractor.network.conv1.weight)
     after = extractor.layers(images)
     assert (before[0] != after[0]).any()
-    torch.testing.assert_close(after, extractor.network(images))
+    torch.testing.assert_close(after, extractor.network(normalized(extractor, images)))
     assert [layer.dtype for layer in extractor.half().float().layers(images)] == [torch.float32] * 2
     assert set(extractor.state_dict()) == set(TimmFeatureExtractor("resnet18", [2, 4]).state_dict())
+
+
+@torch.no_grad()
+def test_weights_that_are_replaced_count():
+    extractor, other = (TimmFeatureExtractor("resnet18", [2, 4]) for _ in range(2))
+    images = torch.rand(1, 3, 32, 32)
+    extractor.layers(images)
+    extractor.network = other.network
+    torch.testing.assert_close(extractor.layers(images), other.network(normalized(extractor, images)))
+    for seed in range(2):
+        torch.manual_seed(seed)
+        weights = TimmFeatureExtractor("resnet18", [2, 4]).state_dict()
+        extractor.load_state_dict(weights, assign=True)
+        torch.testing.assert_close(extractor.layers(images), extractor.network(normalized(extractor, images)))
+
+
+def normalized(extractor, images):
+    return (images / 2.0 + 0.5 - extractor.image_mean) / extractor.image_std
+
+
+def test_gradients_reach_images_after_inference_mode_and_weights_that_are_trained():
+    extractor = TimmFeatureExtractor("resnet18", [2, 4])
+    with torch.inference_mode():
+        extractor.layers(torch.rand(1, 3, 32, 32))
+    images = torch.rand(1, 3, 32, 32, requires_grad=True)
+    extractor.layers(images)[0].sum().backward()
+    assert images.grad.abs().sum() > 0.0
+    extractor.requires_grad_(True)
+    extractor.layers(images)[0].sum().backward()
+    assert extractor.network.conv1.weight.grad.abs().sum() > 0.0

@@ -212,6 +212,13 @@ def test_epochs_are_passes_over_the_images(tmp_path):
     """Three batches an epoch and two a step: three epochs are nine batches, the last of them in a step of its own."""
     assert toy_training.run(tmp_path, "--num_train_epochs", 2)["steps"] == 3
     assert toy_training.run(tmp_path, "--num_train_epochs", 3)["steps"] == 5
+    assert toy_training.run(tmp_path, "--num_train_epochs", 3, "--max_train_steps", 2)["steps"] == 2  # the later one
+
+
+def test_epochs_are_as_long_for_two_processes(tmp_path):
+    """Of three batches an epoch each process has one, and the third is nobody's: four epochs are two steps of two."""
+    launch(2, toy_training.__file__, tmp_path, "--num_train_epochs", 4, cwd=tmp_path)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
 def optimizer_of(tmp_path, *flags):
@@ -220,12 +227,12 @@ def optimizer_of(tmp_path, *flags):
     args = parse_arguments(
         parser, [*toy_training.FLAGS, "--output_dir", str(tmp_path), "--learning_rate", "0.1", *flags]
     )
-    return create_optimizer([torch.nn.Parameter(torch.zeros(2))], args, create_accelerator(args))[0]
+    return create_optimizer([torch.nn.Parameter(torch.zeros(2))], args, create_accelerator(args), 8)[0]
 
 
 def test_the_learning_rate_is_that_of_an_image_where_it_is_scaled(tmp_path):
     assert optimizer_of(tmp_path).defaults["lr"] == pytest.approx(0.1)
-    assert optimizer_of(tmp_path, "--scale_lr").defaults["lr"] == pytest.approx(0.8)  # two batches of four
+    assert optimizer_of(tmp_path, "--scale_lr").defaults["lr"] == pytest.approx(0.8)  # eight images a step
 
 
 def test_8_bits_take_bitsandbytes(tmp_path):
