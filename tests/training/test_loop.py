@@ -217,8 +217,8 @@ def test_epochs_are_passes_over_the_images(tmp_path):
 
 def test_epochs_are_as_long_for_two_processes(tmp_path):
     """Of three batches an epoch each process has one, and the third is nobody's: four epochs are two steps of two."""
-    launch(2, toy_training.__file__, tmp_path, "--num_train_epochs", 4, cwd=tmp_path)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    launch(SCRIPT, tmp_path, 99, 0, "nan", "--num_train_epochs", 4, processes=2, cwd=tmp_path)
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
 
 
 def optimizer_of(tmp_path, *flags):
