@@ -140,13 +140,13 @@ def evaluate_model(
     device = accelerator.device
     feature_extractor = TimmFeatureExtractor.from_backbone(LITE0_BACKBONE, STRIDES[name]).to(device)
     model = create_model(name, feature_extractor, args.n_features).to(device)
-    first = next(image_batches(good.select([0]), 1, args.image_size)).to(device)
+    first = next(image_batches(good.select([0]), 1, args.image_size, None)).to(device)
     difference = check_features(model, feature_extractor, first)
 
     started = time.perf_counter()
     model.train()  # it gathers embeddings so; the backbone stays in evaluation mode
     with torch.no_grad():
-        for pixel_values in image_batches(good, args.batch_size, args.image_size):
+        for pixel_values in image_batches(good, args.batch_size, args.image_size, None):
             model(normalize(feature_extractor, pixel_values.to(device)))
         if name == "padim":
             model.fit()

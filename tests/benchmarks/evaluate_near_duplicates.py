@@ -37,7 +37,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 def image_features(extractor: TimmFeatureExtractor, images: Dataset, batch_size: int = 32) -> torch.Tensor:
     """(N, C * rows * columns): features of whole images, coarse enough for photographs that do not quite agree."""
     batches = []
-    for pixel_values in image_batches(images, batch_size, extractor.config.image_size):
+    for pixel_values in image_batches(images, batch_size, extractor.config.image_size, None):
         layers = extractor.layers(pixel_values)
         batches.append(torch.cat([F.adaptive_avg_pool2d(layer, GRID) for layer in layers], dim=1).flatten(1))
     return torch.cat(batches)
