@@ -406,7 +406,7 @@ def test_the_map_is_higher_on_the_defect():
 
 @pytest.mark.parametrize("statistics", [False, True])
 def test_each_good_image_is_read_once_and_never_all_at_once(pipe, statistics):
-    """One pass and constant memory: what the networks measured of a batch is gone before the batch after the next."""
+    """One pass and constant memory: a batch is learned from while the next is measured, and then is gone."""
     read, alive, references = [], [], []
 
     class Images:
@@ -434,7 +434,7 @@ def test_each_good_image_is_read_once_and_never_all_at_once(pipe, statistics):
     firsts = [0, 64] if statistics else [0, 0]  # looked at before: have they more than 8 bits?
     assert sorted(read) == sorted([*range(96 if statistics else 64), *firsts])
     assert len(alive) >= 16
-    assert max(alive) <= 2  # of one batch, while the next is measured
+    assert max(alive) <= 4  # of two batches: that which is learned from, and that which has just been
 
 
 def test_statistics_images_leave_all_others_for_the_thresholds(pipe):

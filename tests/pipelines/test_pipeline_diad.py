@@ -695,7 +695,8 @@ def test_every_network_is_fetched_before_it_is_used():
     for part in (pipe.vae, pipe.unet, pipe.sg_network, pipe.feature_extractor):
         add_hook_to_module(part, Arrival(part))
     output = pipe(textures(2), latents=noise(), strength=0.7)
-    assert np.array_equal(output.anomaly_map, expected.anomaly_map)
+    # where hooks move weights, the extractor's batch norms are not folded: other roundings
+    np.testing.assert_allclose(output.anomaly_map, expected.anomaly_map, rtol=1e-5)
 
 
 def test_offloaded_layer_by_layer():
