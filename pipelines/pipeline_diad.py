@@ -25,6 +25,7 @@ from diffad.images import (
     resize_images,
 )
 from diffad.latents import decode_latents, encode_latents, latent_factor
+from diffad.models.autoencoder_taef2 import AutoencoderTAEF2
 from diffad.models.feature_extractor import TimmFeatureExtractor, concatenate_layers
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
@@ -122,7 +123,7 @@ class DiADPipeline(DetectionPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL | AutoencoderTiny,
+        vae: AutoencoderKL | AutoencoderTiny | AutoencoderTAEF2,
         unet: UNet2DConditionModel,
         prompt_embedding: PromptEmbedding,
         scheduler: DDIMScheduler,

@@ -248,6 +248,13 @@ def test_what_fit_reaches_is_what_its_record_says():
         assert values == [" / ".join(f"{100 * metrics[name]:.1f}" for name in names) for names in (IMAGE[:1], PIXEL)]
 
 
+def test_what_diad_reaches_at_256_px_is_what_its_record_says():
+    metrics = json.loads((ROOT / "model_cards" / "diad-256.json").read_text())["results"]["bottle"]
+    _, bottle, _ = tables(RESULTS, "Parts for which no setting was chosen")
+    [values] = [row[1:3] for row in bottle if row[0].startswith("DiAD at 256 px")]
+    assert values == [" / ".join(f"{100 * metrics[n]:.1f}" for n in names) for names in (IMAGE[:1], PIXEL)]
+
+
 def test_what_anomalib_reaches_on_other_parts_is_what_its_record_says():
     record = json.loads((ROOT / "model_cards" / "anomalib-parts.json").read_text())["results"]
     overview, *_ = tables(RESULTS, "Parts for which no setting was chosen")
