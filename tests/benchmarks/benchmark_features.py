@@ -24,7 +24,7 @@ def milliseconds(run: Callable[[], Any], count: int) -> float:
     return 1000.0 * (time.perf_counter() - started) / count
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("backbones", nargs="+", help="timm's names of them; their weights are random")
