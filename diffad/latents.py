@@ -58,9 +58,9 @@ def latent_statistics(vae: Any, batches: Iterable[torch.Tensor]) -> tuple[list[f
         batches: images (N, 3, H, W) as it takes them.
     """
     moments = MomentSums()
+    as_they_are = [0.0] * vae.config.latent_channels, [1.0] * vae.config.latent_channels
     for pixel_values in batches:
-        none, one = [0.0] * vae.config.latent_channels, [1.0] * vae.config.latent_channels
-        latents = encode_latents(vae, pixel_values, none, one)
+        latents = encode_latents(vae, pixel_values, *as_they_are)
         moments.update(latents.movedim(1, -1).flatten(0, 2))  # (N * h * w, C)
     std = moments.variance().sqrt()
     std = std.clamp(min=1e-3 * float(std.max()) + 1e-12)  # a channel that never varies is not blown up

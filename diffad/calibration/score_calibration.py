@@ -237,8 +237,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 mean, whitening = self.feature_mean[index].mT, self._whitening("feature", index)  # (C, P), (P, C, C)
                 values = features[chosen].float().flatten(2)  # (N', C, P)
                 squared = values.new_empty(values.shape[2], len(values))  # (P, N')
-                for here in torch.arange(len(squared)).split(POSITIONS_AT_ONCE):  # as many as a cache holds
-                    positions = slice(int(here[0]), int(here[-1]) + 1)
+                for start in range(0, len(squared), POSITIONS_AT_ONCE):  # as many as a cache holds
+                    positions = slice(start, start + POSITIONS_AT_ONCE)
                     centered = (values[:, :, positions] - mean[:, positions]).permute(2, 1, 0).contiguous()
                     squared[positions] = (whitening[positions] @ centered).square_().mean(dim=1)
                 if num_seen:
