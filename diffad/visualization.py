@@ -75,17 +75,23 @@ def overlay(
 
 
 def beside_overlay(
-    image: np.ndarray, anomaly_map: np.ndarray, mask: np.ndarray | None = None, threshold: float | None = None
+    image: np.ndarray,
+    anomaly_map: np.ndarray,
+    mask: np.ndarray | None = None,
+    threshold: float | None = None,
+    reconstruction: np.ndarray | None = None,
 ) -> np.ndarray:
-    """An image and, to its right, its overlay, (H, 2 W, 3) uint8.
+    """An image, its reconstruction if there is one, and its overlay from left to right, (H, 2 W or 3 W, 3) uint8.
 
     Args:
         image: (H, W, 3) uint8.
         anomaly_map: (H, W).
         mask: (H, W) bool to outline, or None.
         threshold: as in `overlay`.
+        reconstruction: (H, W, 3) uint8, or None.
     """
-    return np.concatenate([image, overlay(image, anomaly_map, mask, threshold)], axis=1)
+    middle = [] if reconstruction is None else [reconstruction]
+    return np.concatenate([image, *middle, overlay(image, anomaly_map, mask, threshold)], axis=1)
 
 
 def save_rows(

@@ -8,14 +8,14 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from PIL import Image
 
 from diffad.data.masks import mask_to_array
 from diffad.evaluation.detectors import call_arguments, pixel_threshold
 from diffad.images import image_to_rgb, resize_images
-from diffad.visualization import beside_overlay, save_rows
+from diffad.pipelines.output import AnomalyOutput
+from diffad.visualization import beside_overlay, save_rows, to_uint8
 
 IMAGES_A_GROUP = 4  # at most
 PICTURE_HEIGHT = 256  # pixels of a case's picture; larger ones are scaled down to it
@@ -28,12 +28,15 @@ class Case:
     Args:
         title: of its group, such as "defective, lowest score"; neighbours with one title stand together.
         caption: its file, score and verdict, as from `case_caption`.
-        picture: (H, W, 3) uint8, the image and its overlay side by side.
+        picture: (H, columns W, 3) uint8: the image, its reconstruction where the method makes one, and its overlay,
+            side by side.
+        columns: how many stand side by side.
     """
 
     title: str
     caption: str
     picture: np.ndarray
+    columns: int = 2
 
 
 def choose_cases(records: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
@@ -77,27 +80,43 @@ def draw_cases(
     category: str,
     seed: int,
 ) -> list[Case]:
-    """The images with the highest and the lowest scores of either kind, beside their maps and the defects' outlines."""
+    """The images with the highest and the lowest scores of either kind, beside their maps and the defects' outlines.
+
+    Between them stands what the method makes of the image as a good one, where it does.
+    """
     threshold = pixel_threshold(pipeline, category)
     cases = []
     for title, indices in choose_cases(records).items():
         rows = [images[i] for i in indices]
         output = pipeline([row["image"] for row in rows], **call_arguments(pipeline, category, indices, seed))
-        for i, row, anomaly_map in zip(indices, rows, output.anomaly_map, strict=True):
-            cases.append(Case(title, case_caption(records[i]), draw_case(row, anomaly_map, threshold)))
+        for position, (i, row) in enumerate(zip(indices, rows, strict=True)):
+            drawn = draw_case(row, output, position, threshold)
+            columns = 2 if output.reconstruction is None else 3
+            cases.append(Case(title, case_caption(records[i]), drawn, columns))
     return cases
 
 
-def draw_case(row: dict[str, Any], anomaly_map: torch.Tensor, threshold: float | None) -> np.ndarray:
-    """An image beside its map, as of `beside_overlay`; no higher than the page shows it."""
+def draw_case(row: dict[str, Any], output: AnomalyOutput, position: int, threshold: float | None) -> np.ndarray:
+    """An image beside its map, as of `beside_overlay`; no higher than the page shows it.
+
+    Args:
+        row: of the data set.
+        output: of a call with tensors.
+        position: of the image among those of the call.
+        threshold: of the map, or None.
+    """
     picture = image_to_rgb(row["image"])
     mask = None if row["mask"] is None else Image.fromarray(mask_to_array(row["mask"]))
     if picture.height > PICTURE_HEIGHT:  # at full size many categories would add up
         size = (max(1, round(picture.width * PICTURE_HEIGHT / picture.height)), PICTURE_HEIGHT)
         picture = picture.resize(size, Image.Resampling.BILINEAR)
         mask = None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
-    shown = resize_images(anomaly_map[None, None].float(), (picture.height, picture.width))[0, 0].numpy()
-    return beside_overlay(np.asarray(picture), shown, None if mask is None else np.asarray(mask), threshold)
+    size = (picture.height, picture.width)
+    shown = resize_images(output.anomaly_map[position][None, None].float(), size)[0, 0].numpy()
+    restored = output.reconstruction
+    if restored is not None:
+        restored = to_uint8(resize_images(restored[position][None].float(), size)[0] * 2.0 - 1.0)
+    return beside_overlay(np.asarray(picture), shown, None if mask is None else np.asarray(mask), threshold, restored)
 
 
 def save_sheets(cases: dict[str, list[Case]], path: Path) -> None:
@@ -107,6 +126,6 @@ def save_sheets(cases: dict[str, list[Case]], path: Path) -> None:
         for category, of_category in cases.items():
             for case in of_category:
                 if case.title.startswith(kind):
-                    rows.setdefault(f"{category}: {case.title}", []).extend(np.hsplit(case.picture, 2))
+                    rows.setdefault(f"{category}: {case.title}", []).extend(np.hsplit(case.picture, case.columns))
         if rows:
             save_rows(list(rows.values()), path.with_name(f"{path.stem}-{kind}.png"), row_titles=list(rows))
