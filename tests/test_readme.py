@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -227,7 +228,8 @@ def test_the_readme_has_the_figures_of_the_other_parts_from_the_results():
     of_bottle = {row[0]: row[1:3] for row in bottle[1:]}
     assert of_bottle["AnomalyDenoise, README's training command"] == expected["bottle", "AnomalyDenoise"]
     assert of_bottle["PaDiM, ours, strides 2 to 16"] == expected["bottle", "PaDiM, ours"]
-    expected["bottle", "DiAD"] = next(row for name, row in of_bottle.items() if name.startswith("DiAD"))
+    for name, *values in tables(RESULTS, "DiAD at 256 px")[0][1:]:
+        expected[re.split(r"[ ,]", name)[0], "DiAD"] = values
     expected["bottle", "PatchCore, anomalib's, 1%"] = of_bottle["PatchCore, anomalib's, 1%"]
     assert [row[0].split(" ")[0] for row in shown] == [p for p in ("bottle", "transistor", "capsule") for _ in range(2)]
     for row, column in zip(shown, [0, 1] * 3, strict=True):  # image AUROC, then pixel metrics
@@ -249,10 +251,28 @@ def test_what_fit_reaches_is_what_its_record_says():
 
 
 def test_what_diad_reaches_at_256_px_is_what_its_record_says():
-    metrics = json.loads((ROOT / "model_cards" / "diad-256.json").read_text())["results"]["bottle"]
+    record = json.loads((ROOT / "model_cards" / "diad-256.json").read_text())
+
+    def shown(metrics: dict, names: Sequence[str]) -> str:
+        return " / ".join(f"{100 * metrics[name]:.1f}" for name in names if name in metrics)
+
+    reached, steps, rebuilt = tables(RESULTS, "DiAD at 256 px")
+    parts = [re.split(r"[ ,]", row[0])[0] for row in reached[1:-1]]
+    means = {part: {name: mean for name, (mean, _) in record["results"][part].items()} for part in parts}
+    for part, row in zip(parts, reached[1:], strict=False):
+        assert row[1:3] == [shown(means[part], names) for names in (IMAGE[:1], PIXEL)]
+        assert row[4:6] == [shown(record["unified"][part], names) for names in (IMAGE[:1], PIXEL)]
+    for name, *values in steps[1:]:
+        rows = [record["reverse_process"][part][name] for part in parts]
+        assert values == [shown(row, ["image_auroc", "pixel_ap"]).replace(" / ", ", ") for row in rows]
+    for what, *values in rebuilt[1:]:
+        name = {"DiAD": "reconstruction", "its autoencoder alone": "autoencoder"}.get(what)
+        name = name or f"reconstruction {what.removeprefix('DiAD, ').replace('pieces', 'piece').removesuffix('s')}"
+        name = name.replace("scratche", "scratch")
+        assert values == [f"{record['rebuilding'][part][name]:.1f}" for part in parts]
     _, bottle, _ = tables(RESULTS, "Parts for which no setting was chosen")
     [values] = [row[1:3] for row in bottle if row[0].startswith("DiAD at 256 px")]
-    assert values == [" / ".join(f"{100 * metrics[n]:.1f}" for n in names) for names in (IMAGE[:1], PIXEL)]
+    assert values == [shown(means["bottle"], names) for names in (IMAGE[:1], PIXEL)]
 
 
 def test_what_anomalib_reaches_on_other_parts_is_what_its_record_says():
