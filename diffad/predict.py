@@ -44,6 +44,7 @@ from diffad.journal import (
     read_rows,
     take_up,
 )
+from diffad.region_files import REGION_FILES, RegionJournal, describe_regions
 from diffad.seeding import image_generator
 from diffad.visualization import overlay, save_rows
 
@@ -88,9 +89,10 @@ def predict_files(
             below the common one.
         output_dir: gets `overlays/`, `maps/` (16-bit PNG: map_low at 0, map_high at 65535, both in scores.csv),
             `masks/` (0 or 255), `most_anomalous.png`, `scores.csv` (in order of `paths`, below what earlier runs have
-            scored) and `settings.json`. Maps and masks have the size of their image, and so have overlays, those of
-            more than 16 megapixels reduced. The pictures of `part.png` are named so too, those of `part.jpg`
-            `part.jpg.png`; `picture` in scores.csv says how where a name is too long or another's.
+            scored), `settings.json` and, calibrated, the defects as a list (`diffad.region_files`). Maps and masks have
+            the size of their image, and so have overlays, those of more than 16 megapixels reduced. The pictures of
+            `part.png` are named so too, those of `part.jpg` `part.jpg.png`; `picture` in scores.csv says how where a
+            name is too long or another's.
         batch_size: images in one pass of the networks.
         category: of a unified model.
         seed: the noise of an image follows from this and its place in `paths`.
@@ -176,13 +178,18 @@ def score_files(
             if one.file in done.verdicts:
                 counts[done.verdicts[one.file]] += 1
         journal = output_dir / JOURNAL_NAME
+        regions = RegionJournal(output_dir, done.verdicts)
         with open(journal, "a", **ENCODING) as file, ThreadPoolExecutor(num_workers) as pool:
             writer = csv.DictWriter(file, COLUMNS)
 
             def enter(rows: Iterable[dict[str, Any] | Future]) -> None:
-                """Into the journal, once their files are written."""
+                """Into the journals, once their files are written; an image in that of scores is in both."""
                 for row in rows:
                     row = row.result() if isinstance(row, Future) else row
+                    if "regions" in row:
+                        place = place_below(root, Path(row["path"]))
+                        name = row["path"] if place is None else place.as_posix()
+                        regions.enter(row["file"], row["path"], name, row.pop("upright_size"), row.pop("regions"))
                     writer.writerow(row)
                     counts[row["verdict"]] += 1
                     report({column: row.get(column) for column in COLUMNS})
@@ -210,6 +217,8 @@ def score_files(
             save_most_anomalous(journal, output_dir)
         except OSError as error:
             warnings.warn(f"{output_dir / SHEET_NAME} cannot be written: {error}", stacklevel=2)
+        if threshold is not None:
+            regions.write_files(settings.get("category"))
         journal.replace(output_dir / SCORES_NAME)
     return counts
 
@@ -238,7 +247,7 @@ def save_most_anomalous(scores: Path, output_dir: Path) -> None:
 def _check_output(output_dir: Path) -> None:
     """Raises where pictures would go into links, or between or over files of another program's."""
     is_ours = any((output_dir / name).is_file() for name in (LOCK_NAME, SETTINGS_NAME, JOURNAL_NAME))
-    for name in (*PICTURE_FOLDERS, SHEET_NAME):
+    for name in (*PICTURE_FOLDERS, SHEET_NAME, *REGION_FILES):
         path = output_dir / name
         if path.is_symlink():
             raise ValueError(f"{path} is a link, and nothing is written outside the output. Give another `output_dir`.")
@@ -388,6 +397,11 @@ def _write_outputs(
         pictures["masks"] = lambda: _at_size(anomaly_map, shown, decoded.size, to_mask).numpy()
         row["p_value"] = f"{float(output.p_value[j]):.6g}"
         row["verdict"] = "anomalous" if bool(output.is_anomalous[j]) else "normal"
+        row["upright_size"], row["regions"] = decoded.size, []
+        if bool(output.is_anomalous[j]):
+            with one_large_at_a_time(math.prod(decoded.size)):
+                at_size = _at_size(anomaly_map, shown, decoded.size, lambda values: values).numpy()
+                row["regions"] = describe_regions(at_size, at_size > threshold)
     pictures["overlays"] = lambda: overlay(decoded.pixels, shown.numpy(), outlined, threshold)
     try:
         for folder, picture in pictures.items():

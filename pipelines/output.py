@@ -11,6 +11,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 
 from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.regions import Region, find_regions
 
 OUTPUT_TYPES = ("np", "pt", "pil")
 Images = np.ndarray | torch.Tensor | list[Image.Image]
@@ -42,6 +43,18 @@ class AnomalyOutput(BaseOutput):
     anomaly_mask: Images | None = None
     is_anomalous: np.ndarray | torch.Tensor | None = None
     p_value: np.ndarray | torch.Tensor | None = None
+
+    @property
+    def regions(self) -> list[list[Region]] | None:
+        """Each image's defects as a list: the connected regions of its mask, the highest peak first.
+
+        A [`~diffad.regions.Region`] has the box, area, peak and mean. Found when asked for, and no field of the tuple
+        that `return_dict=False` gives. None until the pipeline is calibrated; empty lists for images without an alarm.
+        """
+        if self.anomaly_mask is None:
+            return None
+        pairs = zip(self.anomaly_map, self.anomaly_mask, strict=True)
+        return [find_regions(np.asarray(one), np.asarray(mask)) for one, mask in pairs]
 
 
 @dataclass
