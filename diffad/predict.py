@@ -45,6 +45,7 @@ from diffad.journal import (
     take_up,
 )
 from diffad.region_files import REGION_FILES, RegionJournal, describe_regions
+from diffad.regions import without_small_regions
 from diffad.seeding import image_generator
 from diffad.visualization import overlay, save_rows
 
@@ -116,6 +117,7 @@ def predict_files(
     if pipeline.has_thresholds:
         thresholds = (pipeline.calibration.image_threshold, pipeline.calibration.pixel_threshold)
         settings["calibration"] = [float(threshold[index]) for threshold in thresholds]
+        settings["smallest_area"] = pipeline.calibration.config.smallest_area or None
         threshold = settings["calibration"][1]
 
     def detect(network_inputs: list[torch.Tensor], places: list[int]) -> Any:
@@ -155,7 +157,7 @@ def score_files(
         side: of the networks' images, in pixels.
         threshold: of a map's pixels; None gives no masks and no verdicts.
         settings: what later runs into the same folder must agree in; `value_range`, which may be None or missing, is
-            that of images of more than 8 bits.
+            that of images of more than 8 bits, and `smallest_area` that of regions, as a share of the image's.
         paths: as in `predict_files`, with all that follows.
         output_dir: as there.
         batch_size: as there.
@@ -179,6 +181,7 @@ def score_files(
                 counts[done.verdicts[one.file]] += 1
         journal = output_dir / JOURNAL_NAME
         regions = RegionJournal(output_dir, done.verdicts)
+        smallest_area = settings.get("smallest_area") or 0.0
         with open(journal, "a", **ENCODING) as file, ThreadPoolExecutor(num_workers) as pool:
             writer = csv.DictWriter(file, COLUMNS)
 
@@ -207,7 +210,7 @@ def score_files(
                     if isinstance(decoded, Decoded):
                         row["picture"] = pictures[one.file]
                         being_written.append(
-                            pool.submit(_write_outputs, row, output, j, decoded, output_dir, threshold)
+                            pool.submit(_write_outputs, row, output, j, decoded, output_dir, threshold, smallest_area)
                         )
                         j += 1
                     else:
@@ -365,7 +368,13 @@ def _at_size(
 
 
 def _write_outputs(
-    row: dict[str, Any], output: Any, j: int, decoded: Decoded, output_dir: Path, threshold: float | None
+    row: dict[str, Any],
+    output: Any,
+    j: int,
+    decoded: Decoded,
+    output_dir: Path,
+    threshold: float | None,
+    smallest_area: float,
 ) -> dict[str, Any]:
     """Writes one image's pictures and completes its row.
 
@@ -380,8 +389,10 @@ def _write_outputs(
         return ((values - low) / max(high - low, 1e-12) * 65535.0 + 0.5).clamp(0, 65535).to(torch.uint16)
 
     def to_mask(values: torch.Tensor) -> torch.Tensor:  # as `threshold_output`
-        is_above = values > (math.inf if threshold is None else threshold)
-        return is_above.to(torch.uint8) * (255 if output.is_anomalous[j] else 0)
+        return (values > (math.inf if threshold is None else threshold)) & bool(output.is_anomalous[j])
+
+    def mask() -> np.ndarray:
+        return without_small_regions(_at_size(anomaly_map, shown, decoded.size, to_mask).numpy(), smallest_area)
 
     row |= {
         "score": f"{float(output.anomaly_score[j]):.6g}",
@@ -393,15 +404,15 @@ def _write_outputs(
     pictures = {"maps": lambda: _at_size(anomaly_map, shown, decoded.size, to_16_bits).numpy()}
     outlined = None
     if threshold is not None:
-        outlined = to_mask(shown).numpy() > 0
-        pictures["masks"] = lambda: _at_size(anomaly_map, shown, decoded.size, to_mask).numpy()
+        outlined = without_small_regions(to_mask(shown).numpy(), smallest_area)
+        pictures["masks"] = lambda: mask().astype(np.uint8) * 255
         row["p_value"] = f"{float(output.p_value[j]):.6g}"
         row["verdict"] = "anomalous" if bool(output.is_anomalous[j]) else "normal"
         row["upright_size"], row["regions"] = decoded.size, []
         if bool(output.is_anomalous[j]):
             with one_large_at_a_time(math.prod(decoded.size)):
                 at_size = _at_size(anomaly_map, shown, decoded.size, lambda values: values).numpy()
-                row["regions"] = describe_regions(at_size, at_size > threshold)
+                row["regions"] = describe_regions(at_size, mask())
     pictures["overlays"] = lambda: overlay(decoded.pixels, shown.numpy(), outlined, threshold)
     try:
         for folder, picture in pictures.items():

@@ -11,7 +11,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 
 from diffad.calibration.score_calibration import ScoreCalibration
-from diffad.regions import Region, find_regions
+from diffad.regions import Region, find_regions, without_small_regions
 
 OUTPUT_TYPES = ("np", "pt", "pil")
 Images = np.ndarray | torch.Tensor | list[Image.Image]
@@ -30,8 +30,8 @@ class AnomalyOutput(BaseOutput):
         reconstruction: (N, H, W, 3) in [0, 1] ((N, 3, H, W) as tensors; PIL images), or None where the method makes
             none.
         anomaly_mask: (N, H, W) bool, where the map of an anomalous image is above its threshold. An image that raises
-            no alarm has an empty mask: alarm and mask share one false-alarm rate. None until the pipeline is
-            calibrated.
+            no alarm has an empty mask: alarm and mask share one false-alarm rate. Less the regions that are below the
+            calibration's `smallest_area`. None until the pipeline is calibrated.
         is_anomalous: (N,) bool, the score above its threshold; None until the pipeline is calibrated.
         p_value: (N,) float32 in (0, 1]: the share of good images at least as anomalous, (1 + #{normal >= score}) /
             (1 + #normal); None until the pipeline is calibrated.
@@ -87,7 +87,11 @@ def threshold_output(output: Output, category: torch.Tensor, calibration: ScoreC
     scores = torch.as_tensor(output.anomaly_score, device=indices.device)
     output.is_anomalous = (scores > calibration.image_threshold[indices]).cpu()  # (N,)
     above = torch.as_tensor(output.anomaly_map) > calibration.pixel_threshold[indices].cpu()[:, None, None]  # (N, H, W)
-    output.anomaly_mask = above & output.is_anomalous[:, None, None]
+    mask = above & output.is_anomalous[:, None, None]
+    smallest_area = calibration.config.smallest_area
+    if smallest_area:
+        mask = torch.stack([torch.from_numpy(without_small_regions(one.numpy(), smallest_area)) for one in mask])
+    output.anomaly_mask = mask
     output.p_value = calibration.p_value(scores, indices).cpu()
     return output
 

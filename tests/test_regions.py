@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import textures, tiny_pipeline, write_folder, write_png
+import torch
+from conftest import generator, textures, tiny_pipeline, write_folder, write_png
 from PIL import Image
+from scipy import ndimage
 
+from diffad import AnomalyDenoisePipeline
 from diffad.predict import find_images, predict_files
-from diffad.regions import Region, find_regions, outlined_regions, run_lengths
+from diffad.regions import Region, find_regions, level_of_area, outlined_regions, run_lengths, without_small_regions
+from diffad.scoring import cut_small_peaks
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +151,70 @@ def test_a_run_without_thresholds_or_alarms(strict, tmp_path):
     assert read_table(tmp_path / "calm") == []
     found = json.loads((tmp_path / "calm" / "regions.json").read_text())
     assert (len(found["images"]), found["annotations"]) == (2, [])
+
+
+def test_the_level_of_an_area_is_the_highest_at_which_a_region_has_it():
+    rng = np.random.default_rng(0)
+    for size in ((12, 17), (1, 9), (5, 5)):
+        rough = rng.standard_normal(size).astype(np.float32)
+        for anomaly_map in (rough, ndimage.gaussian_filter(rough, 1.5), np.zeros(size, np.float32)):
+            for num_pixels in (1, 2, 4, 7, anomaly_map.size):
+                levels = np.unique(anomaly_map)
+                areas = [max(r.area for r in find_regions(anomaly_map, anomaly_map >= level)) for level in levels]
+                expected = levels[np.flatnonzero(np.array(areas) >= num_pixels)[-1]]
+                assert level_of_area(anomaly_map, num_pixels) == expected
+
+
+def test_small_regions_leave_a_mask_and_small_peaks_a_map():
+    anomaly_map = np.zeros((10, 10), np.float32)
+    anomaly_map[0, 0] = 9.0
+    anomaly_map[4:6, 4:6] = 5.0
+    anomaly_map[4, 4] = 6.0
+    mask = without_small_regions(anomaly_map > 1.0, 0.04)
+    assert [region.box for region in find_regions(anomaly_map, mask)] == [(4, 4, 2, 2)]
+    assert not without_small_regions(anomaly_map > 5.5, 0.04).any()
+    assert find_regions(anomaly_map, without_small_regions(anomaly_map > 1.0, 0.0))[0].peak == 9.0
+    maps = torch.from_numpy(anomaly_map)[None]
+    assert torch.equal(cut_small_peaks(maps, 0.04), maps.clamp(max=5.0))  # four pixels stand together there
+    assert torch.equal(cut_small_peaks(maps, 0.0), maps)
+    assert torch.equal(cut_small_peaks(3.0 * maps, 0.04), 3.0 * cut_small_peaks(maps, 0.04))
+
+
+def test_a_smallest_area_is_dropped_before_thresholds_are_set(tmp_path):
+    """The rate holds for what remains: the scores of calibration are those of calls, and a speck raises no alarm."""
+    share, images = 0.1, textures(60, first_seed=100)
+    plain, with_area = tiny_pipeline(kl_sigma=0.0, feature_sigma=0.0), tiny_pipeline(kl_sigma=0.0, feature_sigma=0.0)
+    plain.calibrate(images, false_alarm_rate=0.1, generator=generator())
+    with_area.calibrate(images, false_alarm_rate=0.1, generator=generator(), smallest_area=share)
+    assert with_area.calibration.image_threshold < plain.calibration.image_threshold
+    with_area.save_pretrained(tmp_path)
+    loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path)
+    output = loaded(textures(40, first_seed=200), output_type="pt")
+    for anomaly_map, score in zip(output.anomaly_map.numpy(), output.anomaly_score, strict=True):
+        assert float(score) == anomaly_map.max() == level_of_area(anomaly_map, 26)  # a tenth of 256 pixels
+    loaded.calibration.image_threshold.fill_(-1e9)
+    loaded.calibration.pixel_threshold.fill_(0.5)
+    regions = loaded(textures(40, first_seed=200)).regions
+    assert min(region.area for one in regions for region in one) >= 26
+    predict_files(loaded, find_images([write_folder(tmp_path / "parts", 4)]), tmp_path / "out")
+    assert all(int(row["area"]) >= 26 for row in read_table(tmp_path / "out"))
+    masks = [np.asarray(Image.open(path)) > 0 for path in sorted((tmp_path / "out" / "masks").iterdir())]
+    assert all(region.area >= 26 for mask in masks for region in find_regions(mask.astype(float), mask))
+    with pytest.raises(ValueError, match="`smallest_area` is a share"):
+        plain.calibrate(images, smallest_area=30)
+
+
+def test_the_false_alarm_rate_holds_for_regions_of_the_smallest_area():
+    """Of new good images, on average over calibrations, no more than the rate raise an alarm."""
+    rate, alarms = 0.2, []
+    for seed in range(12):
+        pipeline = tiny_pipeline()
+        images = textures(58, first_seed=1000 * seed)
+        pipeline.calibrate(images[:38], false_alarm_rate=rate, generator=generator(seed), smallest_area=0.05)
+        alarms += pipeline(images[38:], generator=generator(seed + 100)).is_anomalous.tolist()
+    # 240 images, of which 12 calibrations are common: three deviations of the mean over these
+    assert np.mean(alarms) < rate + 3 * np.sqrt(rate * (1 - rate) * (1 / 19 + 1 / 20) / 12)
+    assert np.mean(alarms) > 0.05
 
 
 def test_another_programs_annotations_are_not_replaced(strict, tmp_path):
