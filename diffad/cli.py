@@ -269,6 +269,7 @@ def calibrate(
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout.")] = None,
     category: Category = None,
     part_pattern: PartPattern = None,
+    smallest_area: Annotated[float, typer.Option(metavar="SHARE", help="Of an image: smaller is no defect.")] = 0.0,
     on_bad_image: BadImages = OnBadImage.error,
     batch_size: BatchSize = 16,
     device: Device = None,
@@ -276,7 +277,7 @@ def calibrate(
 ) -> None:
     """Statistics and thresholds from good images that training has not seen.
 
-    Of a data set, those of its train split are taken. Half of them, or of the parts, are for the thresholds.
+    Of a data set, its train split. Half of the images or parts set thresholds.
     """
     import numpy as np
     import torch
@@ -315,6 +316,7 @@ def calibrate(
         generator=torch.Generator().manual_seed(seed),
         value_range=None if pipeline.config.value_range is not None else dataset_value_range(good),
         leave_one_out=pipeline.scores_features and len(good) < FEW_IMAGES and part_pattern is None,
+        smallest_area=smallest_area,
     )
     pipeline.save_pretrained(folder)
     if (folder / REPORT_NAME).is_file():  # it spoke of the statistics that were here before

@@ -44,6 +44,8 @@ from diffad.journal import (
     read_rows,
     take_up,
 )
+from diffad.region_files import REGION_FILES, RegionJournal, describe_regions
+from diffad.regions import without_small_regions
 from diffad.seeding import image_generator
 from diffad.visualization import overlay, save_rows
 
@@ -88,9 +90,10 @@ def predict_files(
             below the common one.
         output_dir: gets `overlays/`, `maps/` (16-bit PNG: map_low at 0, map_high at 65535, both in scores.csv),
             `masks/` (0 or 255), `most_anomalous.png`, `scores.csv` (in order of `paths`, below what earlier runs have
-            scored) and `settings.json`. Maps and masks have the size of their image, and so have overlays, those of
-            more than 16 megapixels reduced. The pictures of `part.png` are named so too, those of `part.jpg`
-            `part.jpg.png`; `picture` in scores.csv says how where a name is too long or another's.
+            scored), `settings.json` and, calibrated, the defects as a list (`diffad.region_files`). Maps and masks have
+            the size of their image, and so have overlays, those of more than 16 megapixels reduced. The pictures of
+            `part.png` are named so too, those of `part.jpg` `part.jpg.png`; `picture` in scores.csv says how where a
+            name is too long or another's.
         batch_size: images in one pass of the networks.
         category: of a unified model.
         seed: the noise of an image follows from this and its place in `paths`.
@@ -114,6 +117,7 @@ def predict_files(
     if pipeline.has_thresholds:
         thresholds = (pipeline.calibration.image_threshold, pipeline.calibration.pixel_threshold)
         settings["calibration"] = [float(threshold[index]) for threshold in thresholds]
+        settings["smallest_area"] = pipeline.calibration.config.smallest_area or None
         threshold = settings["calibration"][1]
 
     def detect(network_inputs: list[torch.Tensor], places: list[int]) -> Any:
@@ -153,7 +157,7 @@ def score_files(
         side: of the networks' images, in pixels.
         threshold: of a map's pixels; None gives no masks and no verdicts.
         settings: what later runs into the same folder must agree in; `value_range`, which may be None or missing, is
-            that of images of more than 8 bits.
+            that of images of more than 8 bits, and `smallest_area` that of regions, as a share of the image's.
         paths: as in `predict_files`, with all that follows.
         output_dir: as there.
         batch_size: as there.
@@ -176,13 +180,19 @@ def score_files(
             if one.file in done.verdicts:
                 counts[done.verdicts[one.file]] += 1
         journal = output_dir / JOURNAL_NAME
+        regions = RegionJournal(output_dir, done.verdicts)
+        smallest_area = settings.get("smallest_area") or 0.0
         with open(journal, "a", **ENCODING) as file, ThreadPoolExecutor(num_workers) as pool:
             writer = csv.DictWriter(file, COLUMNS)
 
             def enter(rows: Iterable[dict[str, Any] | Future]) -> None:
-                """Into the journal, once their files are written."""
+                """Into the journals, once their files are written; an image in that of scores is in both."""
                 for row in rows:
                     row = row.result() if isinstance(row, Future) else row
+                    if "regions" in row:
+                        place = place_below(root, Path(row["path"]))
+                        name = row["path"] if place is None else place.as_posix()
+                        regions.enter(row["file"], row["path"], name, row.pop("upright_size"), row.pop("regions"))
                     writer.writerow(row)
                     counts[row["verdict"]] += 1
                     report({column: row.get(column) for column in COLUMNS})
@@ -200,7 +210,7 @@ def score_files(
                     if isinstance(decoded, Decoded):
                         row["picture"] = pictures[one.file]
                         being_written.append(
-                            pool.submit(_write_outputs, row, output, j, decoded, output_dir, threshold)
+                            pool.submit(_write_outputs, row, output, j, decoded, output_dir, threshold, smallest_area)
                         )
                         j += 1
                     else:
@@ -210,6 +220,8 @@ def score_files(
             save_most_anomalous(journal, output_dir)
         except OSError as error:
             warnings.warn(f"{output_dir / SHEET_NAME} cannot be written: {error}", stacklevel=2)
+        if threshold is not None:
+            regions.write_files(settings.get("category"))
         journal.replace(output_dir / SCORES_NAME)
     return counts
 
@@ -238,7 +250,7 @@ def save_most_anomalous(scores: Path, output_dir: Path) -> None:
 def _check_output(output_dir: Path) -> None:
     """Raises where pictures would go into links, or between or over files of another program's."""
     is_ours = any((output_dir / name).is_file() for name in (LOCK_NAME, SETTINGS_NAME, JOURNAL_NAME))
-    for name in (*PICTURE_FOLDERS, SHEET_NAME):
+    for name in (*PICTURE_FOLDERS, SHEET_NAME, *REGION_FILES):
         path = output_dir / name
         if path.is_symlink():
             raise ValueError(f"{path} is a link, and nothing is written outside the output. Give another `output_dir`.")
@@ -356,7 +368,13 @@ def _at_size(
 
 
 def _write_outputs(
-    row: dict[str, Any], output: Any, j: int, decoded: Decoded, output_dir: Path, threshold: float | None
+    row: dict[str, Any],
+    output: Any,
+    j: int,
+    decoded: Decoded,
+    output_dir: Path,
+    threshold: float | None,
+    smallest_area: float,
 ) -> dict[str, Any]:
     """Writes one image's pictures and completes its row.
 
@@ -371,8 +389,10 @@ def _write_outputs(
         return ((values - low) / max(high - low, 1e-12) * 65535.0 + 0.5).clamp(0, 65535).to(torch.uint16)
 
     def to_mask(values: torch.Tensor) -> torch.Tensor:  # as `threshold_output`
-        is_above = values > (math.inf if threshold is None else threshold)
-        return is_above.to(torch.uint8) * (255 if output.is_anomalous[j] else 0)
+        return (values > (math.inf if threshold is None else threshold)) & bool(output.is_anomalous[j])
+
+    def mask() -> np.ndarray:
+        return without_small_regions(_at_size(anomaly_map, shown, decoded.size, to_mask).numpy(), smallest_area)
 
     row |= {
         "score": f"{float(output.anomaly_score[j]):.6g}",
@@ -384,10 +404,15 @@ def _write_outputs(
     pictures = {"maps": lambda: _at_size(anomaly_map, shown, decoded.size, to_16_bits).numpy()}
     outlined = None
     if threshold is not None:
-        outlined = to_mask(shown).numpy() > 0
-        pictures["masks"] = lambda: _at_size(anomaly_map, shown, decoded.size, to_mask).numpy()
+        outlined = without_small_regions(to_mask(shown).numpy(), smallest_area)
+        pictures["masks"] = lambda: mask().astype(np.uint8) * 255
         row["p_value"] = f"{float(output.p_value[j]):.6g}"
         row["verdict"] = "anomalous" if bool(output.is_anomalous[j]) else "normal"
+        row["upright_size"], row["regions"] = decoded.size, []
+        if bool(output.is_anomalous[j]):
+            with one_large_at_a_time(math.prod(decoded.size)):
+                at_size = _at_size(anomaly_map, shown, decoded.size, lambda values: values).numpy()
+                row["regions"] = describe_regions(at_size, mask())
     pictures["overlays"] = lambda: overlay(decoded.pixels, shown.numpy(), outlined, threshold)
     try:
         for folder, picture in pictures.items():

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from diffad.regions import level_of_area, num_smallest
+
 
 class Measurement(NamedTuple):
     """What the networks say of N images, before any statistic of good ones.
@@ -139,6 +141,23 @@ def suppress_surroundings(maps: torch.Tensor, suppression: float) -> torch.Tenso
         return maps
     prominence = maps.amax(dim=(1, 2), keepdim=True) - maps.mean(dim=(1, 2), keepdim=True)
     return maps - suppression * prominence
+
+
+def cut_small_peaks(maps: torch.Tensor, smallest_area: float) -> torch.Tensor:
+    """Lowers each map's peaks that are smaller than an area to where a region of that area stands together.
+
+    So the maximum becomes that of what is large enough. A mask of the map at a threshold above that level is empty,
+    and one below it holds a region that is large enough, beside smaller ones, perhaps.
+
+    Args:
+        maps: (N, H, W).
+        smallest_area: share of the image's area, in [0, 1); 0 returns the maps as they are.
+    """
+    if not smallest_area:
+        return maps
+    num_pixels = num_smallest(smallest_area, (maps.shape[1], maps.shape[2]))
+    levels = [level_of_area(one, num_pixels) for one in maps.float().cpu().numpy()]
+    return torch.minimum(maps, maps.new_tensor(levels)[:, None, None])
 
 
 def difference_map(images: torch.Tensor, other_images: torch.Tensor, sigma: float) -> torch.Tensor:

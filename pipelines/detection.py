@@ -85,6 +85,7 @@ class DetectionPipeline(AnomalyPipeline):
         accelerator: Accelerator | None = None,
         leave_one_out: bool = False,
         value_range: float | None = None,
+        smallest_area: float = 0.0,
     ) -> DetectionPipeline:
         """Learns what normal looks like from good images, in one pass over them and constant memory.
 
@@ -113,6 +114,8 @@ class DetectionPipeline(AnomalyPipeline):
                 thresholds: masks, alarms and p-values stay None.
             value_range: of images of more than 8 bits, where the pipeline has none; None finds that which holds all
                 images, where the first of either set has more than 8. It is saved with the calibration.
+            smallest_area: of a region that counts, as a share of the image's area, in [0, 1). Each map's peaks that are
+                smaller are cut before thresholds are set, as in each call, so that the rate holds for what remains.
 
         Returns:
             The pipeline, calibrated.
@@ -122,6 +125,8 @@ class DetectionPipeline(AnomalyPipeline):
         """
         if not 0.0 < false_alarm_rate < 1.0:
             raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate}.")
+        if not 0.0 <= smallest_area < 1.0:
+            raise ValueError(f"`smallest_area` is a share of the image's area, in [0, 1), but is {smallest_area}.")
         # indices, as a slice of a data set's column would decode all of it
         if leave_one_out:
             if not self.scores_features or statistics_images is not None:
@@ -150,7 +155,9 @@ class DetectionPipeline(AnomalyPipeline):
         num_scores = len(for_scores)
         if leave_one_out and len(images) >= FEWEST_IMAGES:
             num_scores = len(images)
-        fit = self.calibration_fit(index, num_scores, false_alarm_rate, accelerator, found, leave_one_out)
+        fit = self.calibration_fit(
+            index, num_scores, false_alarm_rate, accelerator, found, leave_one_out, smallest_area
+        )
         for learn, part, indices in (
             (fit.add_statistics, statistics_images, for_statistics),
             (fit.add_scores, images, for_scores),
@@ -198,6 +205,7 @@ class DetectionPipeline(AnomalyPipeline):
         accelerator: Accelerator | None = None,
         value_range: float | None = None,
         leave_one_out: bool = False,
+        smallest_area: float = 0.0,
     ) -> CalibrationFit:
         """A fit of this pipeline's calibration for one category, which has seen nothing yet; arguments as there."""
         settings = {name: value for name, value in self.config.items() if name in setting_names(type(self))}
@@ -215,6 +223,7 @@ class DetectionPipeline(AnomalyPipeline):
             precision=running_precision(self.measuring_networks, self._execution_device),
             settings=settings,
             value_range=value_range,
+            smallest_area=smallest_area,
         )
 
     def measurements(

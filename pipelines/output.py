@@ -11,6 +11,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 
 from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.regions import Region, find_regions, without_small_regions
 
 OUTPUT_TYPES = ("np", "pt", "pil")
 Images = np.ndarray | torch.Tensor | list[Image.Image]
@@ -29,8 +30,8 @@ class AnomalyOutput(BaseOutput):
         reconstruction: (N, H, W, 3) in [0, 1] ((N, 3, H, W) as tensors; PIL images), or None where the method makes
             none.
         anomaly_mask: (N, H, W) bool, where the map of an anomalous image is above its threshold. An image that raises
-            no alarm has an empty mask: alarm and mask share one false-alarm rate. None until the pipeline is
-            calibrated.
+            no alarm has an empty mask: alarm and mask share one false-alarm rate. Less the regions that are below the
+            calibration's `smallest_area`. None until the pipeline is calibrated.
         is_anomalous: (N,) bool, the score above its threshold; None until the pipeline is calibrated.
         p_value: (N,) float32 in (0, 1]: the share of good images at least as anomalous, (1 + #{normal >= score}) /
             (1 + #normal); None until the pipeline is calibrated.
@@ -42,6 +43,18 @@ class AnomalyOutput(BaseOutput):
     anomaly_mask: Images | None = None
     is_anomalous: np.ndarray | torch.Tensor | None = None
     p_value: np.ndarray | torch.Tensor | None = None
+
+    @property
+    def regions(self) -> list[list[Region]] | None:
+        """Each image's defects as a list: the connected regions of its mask, the highest peak first.
+
+        A [`~diffad.regions.Region`] has the box, area, peak and mean. Found when asked for, and no field of the tuple
+        that `return_dict=False` gives. None until the pipeline is calibrated; empty lists for images without an alarm.
+        """
+        if self.anomaly_mask is None:
+            return None
+        pairs = zip(self.anomaly_map, self.anomaly_mask, strict=True)
+        return [find_regions(np.asarray(one), np.asarray(mask)) for one, mask in pairs]
 
 
 @dataclass
@@ -74,7 +87,11 @@ def threshold_output(output: Output, category: torch.Tensor, calibration: ScoreC
     scores = torch.as_tensor(output.anomaly_score, device=indices.device)
     output.is_anomalous = (scores > calibration.image_threshold[indices]).cpu()  # (N,)
     above = torch.as_tensor(output.anomaly_map) > calibration.pixel_threshold[indices].cpu()[:, None, None]  # (N, H, W)
-    output.anomaly_mask = above & output.is_anomalous[:, None, None]
+    mask = above & output.is_anomalous[:, None, None]
+    smallest_area = calibration.config.smallest_area
+    if smallest_area:
+        mask = torch.stack([torch.from_numpy(without_small_regions(one.numpy(), smallest_area)) for one in mask])
+    output.anomaly_mask = mask
     output.p_value = calibration.p_value(scores, indices).cpu()
     return output
 

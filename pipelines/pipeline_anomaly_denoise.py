@@ -34,6 +34,7 @@ from diffad.pipelines.pipeline_gradient_denoising import GradientDenoisingPipeli
 from diffad.precision import running_precision
 from diffad.scoring import (
     Measurement,
+    cut_small_peaks,
     feature_error,
     joint_map,
     max_score,
@@ -432,7 +433,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             rest = rest + weights["nearest"] * others.pop(0)
         joined = [rest + weights["feature_error"] * error for error in errors]
         anomaly_map = outline_by_positions(*joined) if len(joined) == 2 else (joined or [rest])[0]
-        return suppress_surroundings(anomaly_map, self.config.suppression)
+        anomaly_map = suppress_surroundings(anomaly_map, self.config.suppression)
+        return cut_small_peaks(anomaly_map, calibration.config.smallest_area)
 
     def image_scores(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         """(N, H, W) to (N,): the map's maximum, or the mean of its highest pixels."""

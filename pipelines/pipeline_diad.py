@@ -54,6 +54,7 @@ from diffad.precision import running_precision
 from diffad.scoring import (
     Measurement,
     cosine_distance_map,
+    cut_small_peaks,
     feature_error,
     gaussian_smooth,
     max_score,
@@ -522,7 +523,8 @@ class DiADPipeline(DetectionPipeline):
         anomaly_map = (
             outline_by_positions(maps[:, 0], maps[:, 1]) if calibration.num_distances == 2 else maps.mean(dim=1)
         )
-        return suppress_surroundings(anomaly_map, self.config.suppression)
+        anomaly_map = suppress_surroundings(anomaly_map, self.config.suppression)
+        return cut_small_peaks(anomaly_map, calibration.config.smallest_area)
 
     def image_scores(self, anomaly_map: torch.Tensor) -> torch.Tensor:
         """(N, H, W) to (N,): the maximum after rounds of average pooling (section 4.1)."""

@@ -23,6 +23,7 @@ from tiny_taef2 import save_as_published, tiny_taef2
 from typer.testing import CliRunner
 
 from diffad.cli import app
+from diffad.predict import find_images, predict_files
 from diffad.training.train_autoencoder import AUTOENCODER_PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +68,7 @@ def workplace(tmp_path, monkeypatch, stable_diffusion) -> Path:
     write_folder(tmp_path / "new_good_parts", 12, first_seed=12)
     write_folder(tmp_path / "new_parts", 3)
     write_mvtec(tmp_path / "data")
+    predict_files(pipeline, find_images(["new_parts"]), "runs/found")
     return tmp_path
 
 

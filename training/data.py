@@ -21,8 +21,8 @@ from torch.utils.data import Dataset as TorchDataset
 from diffad.data import load_anomaly_dataset
 from diffad.data.checks import dataset_value_range
 from diffad.data.image_feature import ImageFile, stored_content
-from diffad.data.layouts import FEATURES
 from diffad.data.parts import part_index
+from diffad.data.records import FEATURES
 from diffad.images import images_to_tensors, resize_image
 from diffad.pipelines.detection import FEW_IMAGES
 from diffad.training.shared_map import shared_map

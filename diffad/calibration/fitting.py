@@ -64,7 +64,8 @@ class CalibrationFit:
             of no images. Then every process ends with the same calibration.
         leave_one_out: whether the statistics' images set the thresholds as well, each scored by the Gaussian of the
             others (`leave_one_out_of_features`), instead of images of `add_scores`. For features that nothing predicts.
-        record: what is saved with it, `precision`, `settings`, `value_range` and the rest of [`ScoreCalibration`].
+        record: what is saved with it, `precision`, `settings`, `value_range`, `smallest_area` and the rest of
+            [`ScoreCalibration`].
     """
 
     def __init__(
@@ -345,7 +346,7 @@ class CalibrationFit:
                 "`calibration` holds other categories' statistics of other scores than this pipeline's settings give, "
                 "or an earlier version's. Load the pipeline with `calibration=None` and calibrate every category."
             )
-        for name in ("precision", "settings") if others.any() else ():
+        for name in ("precision", "settings", "smallest_area") if others.any() else ():
             if config.get(name) not in (None, self.record.get(name)):
                 raise ValueError(
                     f"The other categories were calibrated with {name} {config[name]}, and this is "

@@ -45,6 +45,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         feature_shape: (C, h, w) of the features that have a Gaussian at each position (`feature_gaussian`), or None.
         value_range: of images of more than 8 bits, where the calibration has found it and the pipeline has none.
         coreset_shape: (M, C) of the good images' patches that are kept, or None.
+        smallest_area: of a region that counts, as a share of the image's area, in [0, 1) (`cut_small_peaks`).
 
     Attributes:
         map_mean, map_std: (K, S, H, W), of the smoothed maps over good images; the latter times one constant for each
@@ -98,6 +99,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         feature_shape: tuple[int, int, int] | None = None,
         value_range: float | None = None,
         coreset_shape: tuple[int, int] | None = None,
+        smallest_area: float = 0.0,
     ):
         super().__init__()
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))

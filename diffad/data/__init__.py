@@ -12,12 +12,19 @@ Layouts, by the name that forces one:
     visa         CATEGORY/Data/Images/*; split_csv/1cls.csv lists the splits and masks
     uni_medical  CATEGORY/{train,test}/{good,Ungood}/*, masks CATEGORY/ground_truth/Ungood/* in the same
                  order; or meta.json lists everything
+    mvtec_ad_2   CATEGORY/{train,validation}/good/*, CATEGORY/test_public/{good,bad}/*, masks
+                 CATEGORY/test_public/ground_truth/bad/*_mask.png; the private tests have no labels
+    mvtec_loco   as mvtec_ad, with a folder of masks for each image, CATEGORY/ground_truth/DEFECT/NAME/*.png
+    real_iad     realiad_jsons/CATEGORY.json lists what is in realiad_1024/CATEGORY (or _512, _256, _raw)
+    kolektor_sdd kos01/Part0.jpg, ..., masks kos01/Part0_label.bmp; split by items, as none is published
+    kolektor_sdd_2  {train,test}/*.png, masks {train,test}/*_GT.png; of training, the good ones
     elpv         solar cells, from the installed package elpv-dataset (Deitsch et al., "Automatic
                  classification of defective photovoltaic module cells", 2019)
     folder       images, all of them good; or good/ and a folder for each defect, masks as in mvtec_ad
     hub          what `datasets.load_dataset` reads: Hub data sets, parquet, image folders with metadata
 
-A folder may be a category itself (with train/ and test/ in it): the category's name is then the folder's.
+MPDD and what else has MVTec-AD's folders is read as mvtec_ad. A folder may be a category itself (with train/ and
+test/ in it): the category's name is then the folder's.
 """
 
 from diffad.images import image_to_rgb
@@ -25,10 +32,10 @@ from diffad.installation import needs_extra
 
 with needs_extra("train", "evaluate"):
     from diffad.data.checks import check_images
-    from diffad.data.layouts import FEATURES
     from diffad.data.loading import load_anomaly_dataset
     from diffad.data.masks import mask_to_array, resize_image_and_mask
     from diffad.data.parts import check_part_pattern, halve_parts, part_index
+    from diffad.data.records import FEATURES
 
 __all__ = [
     "FEATURES",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from datasets import Dataset, IterableDataset
 
-from diffad.data.image_feature import ImageFile, stored_content
+from diffad.data.image_feature import ImageFile, read_stored, stored_content
 from diffad.data.masks import has_soft_edges
 from diffad.grey_depth import UnreadableImageError, is_deep, value_range_of
 from diffad.image_files import image_file_header, one_large_at_a_time, read_image
@@ -80,7 +80,7 @@ def _problems(row: dict, name: str) -> Problems:
         if mask_name is None:
             return Problems()
         file_name = mask_name
-        mask = read_image(row["mask"]["path"] or mask_name, stored_content(row["mask"]))
+        mask = read_stored(row["mask"], mask_name)
         soft_mask = mask_name if has_soft_edges(mask) else None
     except UnreadableImageError as error:
         return Problems(unreadable=f"{file_name}: {error.reason}")

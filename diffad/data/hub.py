@@ -18,8 +18,9 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset
 
 from diffad.data.checks import cast_images, check_images
 from diffad.data.image_feature import ImageFile
-from diffad.data.layouts import FEATURES, choose_categories, require_good_images
+from diffad.data.layouts import choose_categories, require_good_images
 from diffad.data.masks import mask_to_array
+from diffad.data.records import FEATURES
 
 GOOD_NAMES = ("good", "normal", "ok", "0", "0.0", "false")  # values of `label` and `defect`, in any case
 

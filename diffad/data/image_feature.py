@@ -9,6 +9,7 @@ import datasets
 import fsspec
 from PIL import Image
 
+from diffad.data.masks import unite_masks
 from diffad.image_files import read_image
 
 
@@ -16,7 +17,7 @@ class ImageFile(datasets.Image):
     """`datasets.Image`, whose rows are decoded by `read_image`: upright, and whatever stands in their metadata."""
 
     def decode_example(self, value: Any, token_per_repo_id: dict[str, Any] | None = None) -> Image.Image:
-        """A PIL image of `{"bytes", "path"}`.
+        """A PIL image of `{"bytes", "path"}`, as `read_stored`.
 
         Raises:
             FileNotFoundError: no file stands at the path.
@@ -24,7 +25,23 @@ class ImageFile(datasets.Image):
         """
         if not self.decode or not isinstance(value, dict):
             return super().decode_example(value, token_per_repo_id)
-        return read_image(value["path"], stored_content(value))
+        return read_stored(value)
+
+
+def read_stored(stored: dict[str, Any], name: str | None = None) -> Image.Image:
+    """The image of an undecoded row, or the union of the masks where the path is a folder of them.
+
+    Args:
+        stored: `{"bytes", "path"}`.
+        name: for errors, where there is no path.
+
+    Raises:
+        FileNotFoundError, UnreadableImageError: as `read_image`.
+    """
+    path, content = stored["path"] or name, stored_content(stored)
+    if content is None and path is not None and os.path.isdir(path):
+        return unite_masks(path)
+    return read_image(path, content)
 
 
 def stored_content(stored: dict[str, Any]) -> bytes | None:

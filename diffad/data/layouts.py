@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import os
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,27 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset, Features, Value
+from datasets import Dataset
 
-from diffad.data.image_feature import ImageFile
+from diffad.data.kolektor import find_kolektor, find_kolektor_2, read_kolektor, read_kolektor_2
+from diffad.data.real_iad import find_real_iad
+from diffad.data.records import GOOD_NAMES, SPLITS, check_split, is_good_name, make_record, read_listed
 from diffad.inputs import describe_suffixes, images_below, subfolders
-
-FEATURES = Features(
-    {
-        "image": ImageFile(),
-        "mask": ImageFile(),
-        "label": Value("int64"),
-        "category": Value("string"),
-        "defect": Value("string"),
-        "path": Value("string"),
-    }
-)
-SPLITS = ("train", "validation", "test")
-GOOD_NAMES = ("good", "ok", "normal")  # of folders, in any case, in every layout
-
-
-def is_good_name(name: str) -> bool:
-    return name.casefold() in GOOD_NAMES
 
 
 def _child(folder: Path, *names: str) -> Path:
@@ -61,18 +45,6 @@ def _has_folder(folder: Path, marker: str) -> bool:
     for name in marker.split("/"):
         folder = _child(folder, name)
     return folder.is_dir()
-
-
-def _record(image: Path, category: str, defect: str, mask: Path | None) -> dict[str, Any]:
-    good = defect == "good"
-    return {
-        "image": str(image),
-        "mask": None if good or mask is None else str(mask),
-        "label": int(not good),
-        "category": category,
-        "defect": defect,
-        "path": str(image),
-    }
 
 
 def no_images(folder: Path) -> ValueError:
@@ -98,15 +70,10 @@ def require_good_images(dataset: Dataset, categories: Iterable[str], where: Path
         raise ValueError(f"{where} has no good images to train on in {without}.")
 
 
-def _check_split(split: str, available: Iterable[str], where: Path | str) -> None:
-    if split not in available:
-        raise ValueError(f"`split`: {where} has no {split!r}, only {sorted(available)}.")
-
-
 def _split_folder(folder: Path, split: str) -> Path:
     """`folder/split`; where no split has a folder, `folder` itself, which is then both train and test."""
     available = [name for name in SPLITS if _child(folder, name).is_dir()]
-    _check_split(split, available or ("train", "test"), folder)
+    check_split(split, available or ("train", "test"), folder)
     return _child(folder, split) if available else folder
 
 
@@ -147,6 +114,15 @@ def _masks_by_order(images: list[Path], image_folder: Path, mask_folder: Path) -
     return masks
 
 
+def _mask_folders(images: list[Path], image_folder: Path, mask_folder: Path) -> list[Path]:
+    """A folder of masks for each image, one for each defect, named as the image."""
+    folders = [mask_folder / image.relative_to(image_folder).with_suffix("") for image in images]
+    for image, folder in zip(images, folders, strict=True):
+        if not images_below(folder):
+            raise FileNotFoundError(f"There are no masks for {image}: expected one for each defect in {folder}.")
+    return folders
+
+
 def _read_class(
     category: str,
     defect: str,
@@ -161,7 +137,7 @@ def _read_class(
     if mask_folder is not None and defect != "good":
         masks = pair(images, image_folder, mask_folder)
     for image, mask in zip(images, masks, strict=True):
-        yield _record(image, category, defect, mask)
+        yield make_record(image, category, defect, mask)
 
 
 def _read_tree(category: str, folder: Path, split: str, pair: Callable = _masks_by_name) -> Iterator[dict]:
@@ -201,7 +177,7 @@ def _read_unsorted(category: str, base: Path, split: str, defects: list[Path]) -
             "each kind of defect."
         )
     for image in images:
-        yield _record(image, category, "good", None)
+        yield make_record(image, category, "good", None)
 
 
 def _find_folder(root: Path) -> dict[str, Path]:
@@ -216,17 +192,6 @@ def _read_mvtec_3d(category: str, folder: Path, split: str) -> Iterator[dict]:
     for f in classes:
         defect = "good" if f in good else f.name
         yield from _read_class(category, defect, f / "rgb", f / "gt" if has_ground_truth else None)
-
-
-def _read_listed(category: str, listed: dict[str, list[dict]], split: str) -> Iterator[dict]:
-    """Records that a file of the data set lists, by split."""
-    _check_split(split, listed, f"category {category!r}")
-    has_ground_truth = any(record["mask"] for record in listed[split])
-    for record in listed[split]:
-        if record["label"] and has_ground_truth and not os.path.isfile(record["mask"] or ""):
-            expected = record["mask"] or "a mask to be listed"
-            raise FileNotFoundError(f"There is no mask for {record['path']}: expected {expected}")
-        yield record
 
 
 def _find_visa(root: Path) -> dict[str, Any]:
@@ -247,9 +212,22 @@ def _find_visa(root: Path) -> dict[str, Any]:
         for row in rows:
             defect = "good" if is_good_name(row["label"]) else "anomaly"
             mask = root / row["mask"] if row["mask"] else None
-            record = _record(root / row["image"], row["object"], defect, mask)
+            record = make_record(root / row["image"], row["object"], defect, mask)
             found.setdefault(row["object"], {}).setdefault(row["split"], []).append(record)
     return found
+
+
+def _read_mvtec_ad_2(category: str, folder: Path, split: str) -> Iterator[dict]:
+    """The test is the public one: the labels of the private ones are not published."""
+    if split != "test":
+        check_split(split, [name for name in ("train", "validation") if _child(folder, name).is_dir()], folder)
+        yield from _read_class(category, "good", _child(_child(folder, split), *GOOD_NAMES), None)
+        return
+    base = _child(folder, "test_public")
+    for one in subfolders(base):
+        if one.name.casefold() != "ground_truth":
+            defect = "good" if is_good_name(one.name) else one.name
+            yield from _read_class(category, defect, one, base / "ground_truth" / one.name)
 
 
 def _find_uni_medical(root: Path) -> dict[str, Any]:
@@ -263,7 +241,7 @@ def _find_uni_medical(root: Path) -> dict[str, Any]:
                 for row in rows:
                     defect = row["specie_name"] if row["anomaly"] else "good"
                     mask = root / row["mask_path"] if row["mask_path"] else None
-                    record = _record(root / row["img_path"], category, defect, mask)
+                    record = make_record(root / row["img_path"], category, defect, mask)
                     found.setdefault(category, {}).setdefault(split, []).append(record)
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
@@ -275,7 +253,7 @@ def _find_uni_medical(root: Path) -> dict[str, Any]:
 
 def _read_uni_medical(category: str, source: Path | dict, split: str) -> Iterator[dict]:
     if isinstance(source, dict):
-        return _read_listed(category, source, split)
+        return read_listed(category, source, split)
     return _read_tree(category, source, split, pair=_masks_by_order)
 
 
@@ -291,8 +269,8 @@ def _find_elpv(root: Path) -> dict[str, Any]:
     found = {}
     for category in sorted({kind for _, _, kind in rows}):
         cells = [(root / path, float(probability)) for path, probability, kind in rows if kind == category]
-        good = [_record(path, category, "good", None) for path, probability in cells if probability == 0]
-        bad = [_record(path, category, "defective", None) for path, probability in cells if probability == 1]
+        good = [make_record(path, category, "good", None) for path, probability in cells if probability == 0]
+        bad = [make_record(path, category, "defective", None) for path, probability in cells if probability == 1]
         order, num_train = np.random.default_rng(0).permutation(len(good)), int(0.7 * len(good))
         train, held_out = [good[i] for i in order[:num_train]], [good[i] for i in order[num_train:]]
         found[category] = {"train": train, "test": held_out + bad}
@@ -316,9 +294,11 @@ class Layout(NamedTuple):
 MVTEC_AD_MARKERS = ("train/good", "test/good", "train/normal", "test/normal")
 MVTEC_3D_MARKERS = ("train/good/rgb", "test/good/rgb")
 BTAD_MARKERS = ("train/ok", "test/ok")
+MVTEC_AD_2_MARKERS = ("test_public/good", "test_public/bad")
+MVTEC_LOCO_MARKERS = ("test/logical_anomalies", "test/structural_anomalies")
 
 LAYOUTS = {  # in the order in which they are tried
-    "visa": Layout(_find_visa, _read_listed, "split_csv/1cls.csv"),
+    "visa": Layout(_find_visa, read_listed, "split_csv/1cls.csv"),
     "mvtec_3d": Layout(
         partial(_find_categories, markers=MVTEC_3D_MARKERS), _read_mvtec_3d, "[CATEGORY/]train/good/rgb/"
     ),
@@ -327,8 +307,19 @@ LAYOUTS = {  # in the order in which they are tried
         _read_tree,
         "[CATEGORY/]train/ok/",
     ),
+    "mvtec_ad_2": Layout(
+        partial(_find_categories, markers=MVTEC_AD_2_MARKERS), _read_mvtec_ad_2, "[CATEGORY/]test_public/good/"
+    ),
+    "mvtec_loco": Layout(
+        partial(_find_categories, markers=MVTEC_LOCO_MARKERS),
+        partial(_read_tree, pair=_mask_folders),
+        "[CATEGORY/]test/logical_anomalies/",
+    ),
+    "real_iad": Layout(find_real_iad, read_listed, "realiad_jsons/CATEGORY.json beside realiad_1024/ (or 512, 256)"),
+    "kolektor_sdd": Layout(find_kolektor, read_kolektor, "kos01/Part0_label.bmp"),
+    "kolektor_sdd_2": Layout(find_kolektor_2, read_kolektor_2, "train/10000_GT.png"),
     "uni_medical": Layout(_find_uni_medical, _read_uni_medical, "[CATEGORY/]test/Ungood/, or meta.json"),
     "mvtec_ad": Layout(partial(_find_categories, markers=MVTEC_AD_MARKERS), _read_tree, "[CATEGORY/]train/good/"),
-    "elpv": Layout(_find_elpv, _read_listed, "labels.csv (or pass just 'elpv', for the installed package)"),
+    "elpv": Layout(_find_elpv, read_listed, "labels.csv (or pass just 'elpv', for the installed package)"),
     "folder": Layout(_find_folder, _read_tree, "an image"),
 }

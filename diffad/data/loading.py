@@ -12,15 +12,8 @@ from datasets import Dataset, IterableDataset
 
 from diffad.data.checks import check_images
 from diffad.data.hub import is_loadable, load_hub_dataset
-from diffad.data.layouts import (
-    FEATURES,
-    LAYOUTS,
-    SPLITS,
-    choose_categories,
-    installed_elpv,
-    no_images,
-    require_good_images,
-)
+from diffad.data.layouts import LAYOUTS, choose_categories, installed_elpv, no_images, require_good_images
+from diffad.data.records import FEATURES, SPLITS
 
 
 def load_anomaly_dataset(

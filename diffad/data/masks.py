@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import PIL.Image
 from scipy import ndimage
 
+from diffad.grey_depth import UnreadableImageError
+from diffad.image_files import read_image
 from diffad.image_metadata import turn_upright
 from diffad.images import image_to_rgb
+from diffad.inputs import images_below
 
 LARGEST_COUNT = 16  # of kinds of defect that are told apart by other values
 LARGEST_LABEL = 63  # masks that number the kinds of defect, as VisA's, count from 1
@@ -30,6 +35,25 @@ def mask_to_array(mask: PIL.Image.Image) -> np.ndarray:
     values = _mask_values(mask)
     levels = _levels(values)
     return values >= levels[-1] / 2 if _has_soft_edges(values, levels) else values > 0
+
+
+def unite_masks(folder: str | os.PathLike) -> PIL.Image.Image:
+    """The masks in a folder as one, 0 and 255: some data sets have a file for each defect of an image.
+
+    Raises:
+        UnreadableImageError: one cannot be read, or has another size than the first.
+        FileNotFoundError: there is none.
+    """
+    united: np.ndarray | None = None
+    for path in images_below(folder):
+        mask = mask_to_array(read_image(path))
+        if united is not None and mask.shape != united.shape:
+            reason = f"{path.name} has another size than the masks before it"
+            raise UnreadableImageError(f"`mask`: {folder} cannot be read ({reason}).", reason)
+        united = mask if united is None else united | mask
+    if united is None:
+        raise FileNotFoundError(f"There is no mask in {os.fspath(folder)}.")
+    return PIL.Image.fromarray(united.view(np.uint8) * 255)
 
 
 def has_soft_edges(mask: PIL.Image.Image) -> bool:

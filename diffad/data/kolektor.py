@@ -1,0 +1,73 @@
+"""KolektorSDD and KolektorSDD2: a mask beside every image, which is empty for a good one.
+
+Tabernik et al., "Segmentation-based deep-learning approach for surface-defect detection", 2020; Božič et al., "Mixed
+supervision for surface-defect detection: from weakly to fully supervised learning", 2021.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffad.data.masks import mask_to_array
+from diffad.data.records import check_split, make_record
+from diffad.image_files import read_image
+from diffad.inputs import list_folder, subfolders
+
+TRAIN_SHARE = 0.7  # of the items of KolektorSDD, which has no split of its own
+
+
+def find_kolektor(root: Path) -> dict[str, Any]:
+    """Folders `kos01`, `kos02`, ..., one for each item, with `Part0.jpg` and `Part0_label.bmp`."""
+    items = [one for one in subfolders(root) if re.fullmatch(r"kos\d+", one.name, re.IGNORECASE)]
+    return {root.name: items} if any(_pairs(item, "_label") for item in items) else {}
+
+
+def read_kolektor(category: str, items: list[Path], split: str) -> Iterator[dict]:
+    """Training: the good images of 70% of the items. Test: the other items, and all defective images."""
+    check_split(split, ("train", "test"), f"category {category!r}")
+    order = np.random.default_rng(0).permutation(len(items))
+    for_training = {items[i] for i in order[: int(TRAIN_SHARE * len(items))]}
+    for item in items:
+        for record in _labelled(category, item, "_label"):
+            if (split == "train") == (item in for_training and not record["label"]):
+                yield record
+
+
+def find_kolektor_2(root: Path) -> dict[str, Any]:
+    """`train/` and `test/`, with `10000.png` and `10000_GT.png`."""
+    return {root.name: root} if _pairs(root / "train", "_GT") or _pairs(root / "test", "_GT") else {}
+
+
+def read_kolektor_2(category: str, root: Path, split: str) -> Iterator[dict]:
+    """The published split; of training, the good images."""
+    check_split(split, [name for name in ("train", "test") if (root / name).is_dir()], root)
+    for record in _labelled(category, root / split, "_GT"):
+        if split == "test" or not record["label"]:
+            yield record
+
+
+def _labelled(category: str, folder: Path, ending: str) -> Iterator[dict]:
+    """A record for each image of a folder, by its mask."""
+    for image, mask in _pairs(folder, ending):
+        defect = "defect" if mask_to_array(read_image(mask)).any() else "good"
+        yield make_record(image, category, defect, mask)
+
+
+def _pairs(folder: Path, ending: str) -> list[tuple[Path, Path]]:
+    """Images and their masks, which are called as they are with `ending` behind the name; none where there are none.
+
+    Raises:
+        FileNotFoundError: some images have a mask, and one has not.
+    """
+    files = [folder / entry.name for entry in list_folder(folder).files] if folder.is_dir() else []
+    masks = {one.stem.removesuffix(ending): one for one in files if one.stem.endswith(ending)}
+    images = [one for one in files if not one.stem.endswith(ending)] if masks else []
+    for image in images:
+        if image.stem not in masks:
+            raise FileNotFoundError(f"There is no mask for {image}: expected {image.stem}{ending}.* beside it.")
+    return [(image, masks[image.stem]) for image in images]
