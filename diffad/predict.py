@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffad.drift_table import save_calibration_scores
 from diffad.files import locked_folder, write_text_whole, write_whole
 from diffad.grey_depth import BAND_PIXELS, UnreadableImageError, warn_of_found_range
 from diffad.image_files import LARGE_PIXELS, image_file_header, one_large_at_a_time, read_image
@@ -88,9 +89,10 @@ def predict_files(
             below the common one.
         output_dir: gets `overlays/`, `maps/` (16-bit PNG: map_low at 0, map_high at 65535, both in scores.csv),
             `masks/` (0 or 255), `most_anomalous.png`, `scores.csv` (in order of `paths`, below what earlier runs have
-            scored) and `settings.json`. Maps and masks have the size of their image, and so have overlays, those of
-            more than 16 megapixels reduced. The pictures of `part.png` are named so too, those of `part.jpg`
-            `part.jpg.png`; `picture` in scores.csv says how where a name is too long or another's.
+            scored), `settings.json` and `calibration.json` (the scores that tell drift). Maps and masks have the size
+            of their image, and so have overlays, those of more than 16 megapixels reduced. The pictures of `part.png`
+            are named so too, those of `part.jpg` `part.jpg.png`; `picture` in scores.csv says how where a name is too
+            long or another's.
         batch_size: images in one pass of the networks.
         category: of a unified model.
         seed: the noise of an image follows from this and its place in `paths`.
@@ -130,7 +132,10 @@ def predict_files(
     if settings["value_range"] is None and (found := find_value_range(paths, skip_unreadable=True)) is not None:
         warn_of_found_range(found)
         settings["value_range"] = found
-    return score_files(detect, side, threshold, settings, paths, output_dir, batch_size, num_workers, report)
+    counts = score_files(detect, side, threshold, settings, paths, output_dir, batch_size, num_workers, report)
+    if pipeline.has_thresholds:
+        save_calibration_scores(Path(output_dir), pipeline, index)
+    return counts
 
 
 def score_files(
