@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from array import array
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from diffad.calibration.drift import DriftTest
+from diffad.calibration.drift import DriftTest, shown_score
 from diffad.files import write_text_whole, write_whole
 from diffad.journal import read_rows
 
@@ -26,11 +26,37 @@ HOW = {
 def save_calibration_scores(output_dir: Path, pipeline: Any, category: int) -> None:
     """Keeps beside `scores.csv` the held-out good images' scores that a calibrated pipeline has of a category."""
     scores = pipeline.calibration.normal_scores[category]
-    kept = {
-        "normal_scores": [float(f"{score:.6g}") for score in scores[~scores.isnan()].tolist()],
-        "false_alarm_rate": pipeline.calibration.config.false_alarm_rate,
-    }
-    write_text_whole(output_dir / CALIBRATION_NAME, json.dumps(kept) + "\n")
+    kept = CalibrationScores(
+        [shown_score(score) for score in scores[~scores.isnan()].tolist()],
+        pipeline.calibration.config.false_alarm_rate,
+    )
+    write_text_whole(output_dir / CALIBRATION_NAME, json.dumps(kept._asdict()) + "\n")
+
+
+class CalibrationScores(NamedTuple):
+    """What a table's scores are ranked among.
+
+    normal_scores: of held-out good images; none where nothing stands beside the table.
+    false_alarm_rate: at which the threshold was set.
+    """
+
+    normal_scores: list[float]
+    false_alarm_rate: float
+
+    @classmethod
+    def beside(cls, table: Path) -> CalibrationScores:
+        """Those that stand beside a `scores.csv`.
+
+        Raises:
+            ValueError: what stands there is no file of diffad's.
+        """
+        path = table.with_name(CALIBRATION_NAME)
+        if not path.is_file():
+            return cls([], 0.01)
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged. Run `diffad predict` again, which writes it.") from error
 
 
 class TableDrift:
@@ -55,14 +81,8 @@ class TableDrift:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"There is no table at {path}. Give the scores.csv that `diffad predict` wrote.")
-        beside = path.with_name(CALIBRATION_NAME)
-        known: dict[str, Any] = {"normal_scores": [], "false_alarm_rate": 0.01}
-        if beside.is_file():
-            try:
-                known.update(json.loads(beside.read_text(encoding="utf-8")))
-            except (json.JSONDecodeError, TypeError, ValueError) as error:
-                raise ValueError(f"{beside} is damaged. Run `diffad predict` again, which writes it.") from error
-        self.test = DriftTest(known["normal_scores"], known["false_alarm_rate"], chance)
+        known = CalibrationScores.beside(path)
+        self.test = DriftTest(known.normal_scores, known.false_alarm_rate, chance)
         self.p_values, self.evidence = array("f"), array("f")
         self.names: dict[int, str] = {}
         began = ""

@@ -110,13 +110,31 @@ def predict_files(
         RuntimeError: another process writes to `output_dir`.
     """
     index = pipeline.category_index(category)
+    settings, threshold = detection_settings(pipeline, category, seed)
+    detect = pipeline_detect(pipeline, category, batch_size, seed)
+    side = pipeline.input_resolution
+    if settings["value_range"] is None and (found := find_value_range(paths, skip_unreadable=True)) is not None:
+        warn_of_found_range(found)
+        settings["value_range"] = found
+    counts = score_files(detect, side, threshold, settings, paths, output_dir, batch_size, num_workers, report)
+    if pipeline.has_thresholds:
+        save_calibration_scores(Path(output_dir), pipeline, index)
+    return counts
+
+
+def detection_settings(pipeline: Any, category: str | None, seed: int) -> tuple[dict[str, Any], float | None]:
+    """What results of a pipeline must agree in to stand in one folder, and its threshold of pixels, if it has one."""
     settings: dict[str, Any] = {"category": category, "seed": seed, "calibration": None}
     settings["value_range"] = pipeline.value_range
-    threshold = None
-    if pipeline.has_thresholds:
-        thresholds = (pipeline.calibration.image_threshold, pipeline.calibration.pixel_threshold)
-        settings["calibration"] = [float(threshold[index]) for threshold in thresholds]
-        threshold = settings["calibration"][1]
+    if not pipeline.has_thresholds:
+        return settings, None
+    index, calibration = pipeline.category_index(category), pipeline.calibration
+    settings["calibration"] = [float(t[index]) for t in (calibration.image_threshold, calibration.pixel_threshold)]
+    return settings, settings["calibration"][1]
+
+
+def pipeline_detect(pipeline: Any, category: str | None, batch_size: int, seed: int) -> Detect:
+    """A pipeline as `score_files` takes it."""
 
     def detect(network_inputs: list[torch.Tensor], places: list[int]) -> Any:
         return pipeline(
@@ -128,14 +146,7 @@ def predict_files(
             **({"category": category} if category is not None else {}),
         )
 
-    side = pipeline.input_resolution
-    if settings["value_range"] is None and (found := find_value_range(paths, skip_unreadable=True)) is not None:
-        warn_of_found_range(found)
-        settings["value_range"] = found
-    counts = score_files(detect, side, threshold, settings, paths, output_dir, batch_size, num_workers, report)
-    if pipeline.has_thresholds:
-        save_calibration_scores(Path(output_dir), pipeline, index)
-    return counts
+    return detect
 
 
 def score_files(
@@ -168,11 +179,11 @@ def score_files(
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"`output_dir` must be a folder, but {output_dir} is a file.")
-    _check_output(output_dir)
+    check_output(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with locked_folder(output_dir, LOCK_NAME):
         inputs = distinct_inputs([Path(path) for path in paths])
-        root = _check_settings(settings, inputs, output_dir)
+        root = check_settings(settings, output_dir) or begin_settings(settings, common_folder(inputs), output_dir)
         done = take_up(output_dir, inputs, root)
         todo = [(i, one) for i, one in enumerate(inputs) if one.file not in done.verdicts]
         pictures = name_pictures(_places(todo, root, output_dir), done.pictures)
@@ -194,7 +205,7 @@ def score_files(
                 file.flush()
 
             being_written: list[dict[str, Any] | Future] = []
-            for batch in _decoded_batches(todo, side, batch_size, pool, settings.get("value_range")):
+            for batch in decoded_batches(todo, side, batch_size, pool, settings.get("value_range")):
                 good = [(i, decoded) for i, _, decoded in batch if isinstance(decoded, Decoded)]
                 if good:
                     output = detect([decoded.network_input for _, decoded in good], [i for i, _ in good])
@@ -204,9 +215,7 @@ def score_files(
                     row = {"path": str(one.path), "file": one.file, "size": one.size, "modified": one.modified}
                     if isinstance(decoded, Decoded):
                         row["picture"] = pictures[one.file]
-                        being_written.append(
-                            pool.submit(_write_outputs, row, output, j, decoded, output_dir, threshold)
-                        )
+                        being_written.append(pool.submit(write_outputs, row, output, j, decoded, output_dir, threshold))
                         j += 1
                     else:
                         being_written.append({**row, "verdict": "unreadable", "message": str(decoded)})
@@ -240,7 +249,7 @@ def save_most_anomalous(scores: Path, output_dir: Path) -> None:
         save_rows(rows, output_dir / SHEET_NAME, captions=[captions[i : i + SHEET_COLUMNS] for i in starts])
 
 
-def _check_output(output_dir: Path) -> None:
+def check_output(output_dir: Path) -> None:
     """Raises where pictures would go into links, or between or over files of another program's."""
     is_ours = any((output_dir / name).is_file() for name in (LOCK_NAME, SETTINGS_NAME, JOURNAL_NAME))
     for name in (*PICTURE_FOLDERS, SHEET_NAME):
@@ -255,31 +264,33 @@ def _check_output(output_dir: Path) -> None:
     check_scores(output_dir)
 
 
-def _check_settings(settings: dict[str, Any], inputs: Sequence[Input], output_dir: Path) -> str:
-    """The folder that the outputs' names start from: the inputs' common one, or that of an earlier run.
+def check_settings(settings: dict[str, Any], output_dir: Path) -> str | None:
+    """The folder that the names of an earlier run's outputs start from; None where there was none.
 
     Raises:
         ValueError: the earlier run's results and new ones would not fit together.
     """
     path = output_dir / SETTINGS_NAME
-    if path.is_file():
-        try:
-            earlier = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-            root = earlier["root"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is no file of diffad's, and would be replaced. Give another `output_dir`."
-            ) from error
-        changed = [name for name in settings if settings[name] != earlier.get(name)]
-        if changed:
-            values = ", ".join(f"{name} {earlier.get(name)} there and {settings[name]} now" for name in changed)
-            raise ValueError(
-                f"{output_dir} holds results of another {' and '.join(changed)} ({values}). Give another `output_dir`, "
-                "or remove that one."
-            )
-        return root
-    root = common_folder(inputs)
-    write_text_whole(path, json.dumps({"root": root, **settings}, indent=2) + "\n")
+    if not path.is_file():
+        return None
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+        root = earlier["root"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no file of diffad's, and would be replaced. Give another `output_dir`.") from error
+    changed = [name for name in settings if settings[name] != earlier.get(name)]
+    if changed:
+        values = ", ".join(f"{name} {earlier.get(name)} there and {settings[name]} now" for name in changed)
+        raise ValueError(
+            f"{output_dir} holds results of another {' and '.join(changed)} ({values}). Give another `output_dir`, "
+            "or remove that one."
+        )
+    return root
+
+
+def begin_settings(settings: dict[str, Any], root: str, output_dir: Path) -> str:
+    """Writes down what later runs must agree in, and the folder that the outputs' names start from; returns that."""
+    write_text_whole(output_dir / SETTINGS_NAME, json.dumps({"root": root, **settings}, indent=2) + "\n")
     return root
 
 
@@ -297,7 +308,7 @@ def _places(todo: Sequence[tuple[int, Input]], root: str, output_dir: Path) -> l
     return places
 
 
-def _decoded_batches(
+def decoded_batches(
     todo: Sequence[tuple[int, Input]], side: int, batch_size: int, pool: ThreadPoolExecutor, value_range: float | None
 ) -> Iterator[list[tuple[int, Input, Decoded | Exception]]]:
     """Decoded images, or the error of reading them, with one batch decoded ahead."""
@@ -360,7 +371,7 @@ def _at_size(
     return result
 
 
-def _write_outputs(
+def write_outputs(
     row: dict[str, Any], output: Any, j: int, decoded: Decoded, output_dir: Path, threshold: float | None
 ) -> dict[str, Any]:
     """Writes one image's pictures and completes its row.

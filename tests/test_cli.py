@@ -18,7 +18,19 @@ from typer.testing import CliRunner
 from diffad import cli
 from diffad.cli import app
 
-COMMANDS = ("demo", "train", "fit", "predict", "drift", "evaluate", "calibrate", "benchmark", "convert", "push")
+COMMANDS = (
+    "demo",
+    "train",
+    "fit",
+    "predict",
+    "drift",
+    "watch",
+    "evaluate",
+    "calibrate",
+    "benchmark",
+    "convert",
+    "push",
+)
 
 
 def run(*arguments: object, code: int = 0) -> str:
@@ -236,6 +248,10 @@ def damaged(model, tmp_path) -> Path:
         ("benchmark nowhere/at/all", ["holds no pipeline"]),
         ("drift missing.csv", ["no table at missing.csv", "Give the scores.csv"]),
         ("drift parts/000.png", ["holds no score"]),
+        ("watch {model} missing --output out --poll", ["FOLDER must be a folder", "missing"]),
+        ("watch {model} parts --output out --poll --settle 0", ["--settle must be above 0"]),
+        ("watch {model} parts --output out --on-anomaly here", ["--on-anomaly must be a URL", "'here'"]),
+        ("watch {model} parts --output out --mqtt mqtt://host", ["--mqtt must be mqtt://host/topic"]),
         ("evaluate {model} --data missing", ["missing"]),
         ("evaluate {model} --data parts --output r.txt", ["--output must end in .json"]),
         ("calibrate {model} --data missing", ["missing"]),
