@@ -17,6 +17,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from diffad.command_options import BatchSize, Category, Device, Dtype, Model, PartPattern, Seed
+from diffad.line_commands import drift, watch
+
 app = typer.Typer(
     help="Finds and outlines defects in images, having seen only good ones.",
     no_args_is_help=True,
@@ -25,15 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(stderr=True)  # standard output is for results
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a pipeline.", show_default=False)]
-Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, ... (the fastest there is)")]
-Dtype = Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")]
-BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images in one pass of the networks.")]
-Seed = Annotated[int, typer.Option(metavar="N", help="Of the noise.")]
-PartPattern = Annotated[
-    str | None, typer.Option(metavar="REGEX", help="Finds the part in a path (several photographs).")
-]
-Category = Annotated[str | None, typer.Option(metavar="NAME", help="Of a unified model.")]
 
 
 class OnBadImage(str, Enum):
@@ -231,10 +225,19 @@ def predict(
     console.print(
         f"{summary} ({counts['skipped']} done before). Scores: {escape(files)}", highlight=False, soft_wrap=True
     )
+    if counts["normal"] or counts["anomalous"]:
+        from diffad.drift_table import TableDrift
+
+        told = TableDrift(output_dir / "scores.csv").sentence()
+        console.print(escape(told), highlight=False, soft_wrap=True)
     if fail_on_anomaly and counts["anomalous"]:
         raise typer.Exit(3)
     if not any(counts[verdict] for verdict in ("normal", "anomalous", "scored")):
         raise typer.Exit(4)
+
+
+app.command(short_help="Whether light, focus or parts have changed since calibration.")(drift)
+app.command(short_help="Scores images as they come into a folder.")(watch)
 
 
 @app.command(short_help="The field's metrics on a test split, and a page to read.")

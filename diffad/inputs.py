@@ -36,6 +36,7 @@ NO_PICTURES = {"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR", "PDF", "ICO", "CUR"
 LOCK_NAME = ".diffad.lock"  # stands in every folder that predict has written to
 
 PICTURE_FOLDERS, SHEET_NAME = ("overlays", "maps", "masks"), "most_anomalous.png"
+DRIFT_NAME = "drift.png"
 
 
 @cache
@@ -79,7 +80,7 @@ def list_folder(folder: str | Path) -> Folder:
     with os.scandir(folder) as listed:
         entries = sorted(listed, key=lambda entry: entry.name)
     names = {entry.name for entry in entries}
-    own = {*PICTURE_FOLDERS, SHEET_NAME} if _holds_results(names) else set()
+    own = {*PICTURE_FOLDERS, SHEET_NAME, DRIFT_NAME} if _holds_results(names) else set()
     if _holds_model(names):  # its pictures are those of training and evaluation
         own |= {"validation", *(entry.name for entry in entries if not _is_folder(entry))}
     entries = [entry for entry in entries if entry.name not in own]
@@ -207,7 +208,7 @@ def find_images(paths: Sequence[str | Path], output_dir: str | Path | None = Non
             raise FileNotFoundError(f"There is no file or folder at {path}.")
     walk.warn()
     if left_out is not None:
-        own = [os.path.join(left_out, name) for name in (*PICTURE_FOLDERS, SHEET_NAME)]
+        own = [os.path.join(left_out, name) for name in (*PICTURE_FOLDERS, SHEET_NAME, DRIFT_NAME)]
         if os.path.isdir(left_out) and _holds_results(set(os.listdir(left_out))):
             found = [path for path in found if not _is_below(os.path.realpath(path), own)]
     if not found:

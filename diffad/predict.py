@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffad.drift_table import save_calibration_scores
 from diffad.files import locked_folder, write_text_whole, write_whole
 from diffad.grey_depth import BAND_PIXELS, UnreadableImageError, warn_of_found_range
 from diffad.image_files import LARGE_PIXELS, image_file_header, one_large_at_a_time, read_image
@@ -90,10 +91,10 @@ def predict_files(
             below the common one.
         output_dir: gets `overlays/`, `maps/` (16-bit PNG: map_low at 0, map_high at 65535, both in scores.csv),
             `masks/` (0 or 255), `most_anomalous.png`, `scores.csv` (in order of `paths`, below what earlier runs have
-            scored), `settings.json` and, calibrated, the defects as a list (`diffad.region_files`). Maps and masks have
-            the size of their image, and so have overlays, those of more than 16 megapixels reduced. The pictures of
-            `part.png` are named so too, those of `part.jpg` `part.jpg.png`; `picture` in scores.csv says how where a
-            name is too long or another's.
+            scored), `settings.json` and, calibrated, the defects as a list (`diffad.region_files`) and
+            `calibration.json` (the scores that tell drift). Maps and masks have the size of their image, and so have overlays, those of
+            more than 16 megapixels reduced. The pictures of `part.png` are named so too, those of `part.jpg`
+            `part.jpg.png`; `picture` in scores.csv says how where a name is too long or another's.
         batch_size: images in one pass of the networks.
         category: of a unified model.
         seed: the noise of an image follows from this and its place in `paths`.
@@ -111,14 +112,32 @@ def predict_files(
         RuntimeError: another process writes to `output_dir`.
     """
     index = pipeline.category_index(category)
+    settings, threshold = detection_settings(pipeline, category, seed)
+    detect = pipeline_detect(pipeline, category, batch_size, seed)
+    side = pipeline.input_resolution
+    if settings["value_range"] is None and (found := find_value_range(paths, skip_unreadable=True)) is not None:
+        warn_of_found_range(found)
+        settings["value_range"] = found
+    counts = score_files(detect, side, threshold, settings, paths, output_dir, batch_size, num_workers, report)
+    if pipeline.has_thresholds:
+        save_calibration_scores(Path(output_dir), pipeline, index)
+    return counts
+
+
+def detection_settings(pipeline: Any, category: str | None, seed: int) -> tuple[dict[str, Any], float | None]:
+    """What results of a pipeline must agree in to stand in one folder, and its threshold of pixels, if it has one."""
     settings: dict[str, Any] = {"category": category, "seed": seed, "calibration": None}
     settings["value_range"] = pipeline.value_range
-    threshold = None
-    if pipeline.has_thresholds:
-        thresholds = (pipeline.calibration.image_threshold, pipeline.calibration.pixel_threshold)
-        settings["calibration"] = [float(threshold[index]) for threshold in thresholds]
-        settings["smallest_area"] = pipeline.calibration.config.smallest_area or None
-        threshold = settings["calibration"][1]
+    if not pipeline.has_thresholds:
+        return settings, None
+    index, calibration = pipeline.category_index(category), pipeline.calibration
+    settings["calibration"] = [float(t[index]) for t in (calibration.image_threshold, calibration.pixel_threshold)]
+    settings["smallest_area"] = calibration.config.smallest_area or None
+    return settings, settings["calibration"][1]
+
+
+def pipeline_detect(pipeline: Any, category: str | None, batch_size: int, seed: int) -> Detect:
+    """A pipeline as `score_files` takes it."""
 
     def detect(network_inputs: list[torch.Tensor], places: list[int]) -> Any:
         return pipeline(
@@ -130,11 +149,7 @@ def predict_files(
             **({"category": category} if category is not None else {}),
         )
 
-    side = pipeline.input_resolution
-    if settings["value_range"] is None and (found := find_value_range(paths, skip_unreadable=True)) is not None:
-        warn_of_found_range(found)
-        settings["value_range"] = found
-    return score_files(detect, side, threshold, settings, paths, output_dir, batch_size, num_workers, report)
+    return detect
 
 
 def score_files(
@@ -167,11 +182,11 @@ def score_files(
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"`output_dir` must be a folder, but {output_dir} is a file.")
-    _check_output(output_dir)
+    check_output(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with locked_folder(output_dir, LOCK_NAME):
         inputs = distinct_inputs([Path(path) for path in paths])
-        root = _check_settings(settings, inputs, output_dir)
+        root = check_settings(settings, output_dir) or begin_settings(settings, common_folder(inputs), output_dir)
         done = take_up(output_dir, inputs, root)
         todo = [(i, one) for i, one in enumerate(inputs) if one.file not in done.verdicts]
         pictures = name_pictures(_places(todo, root, output_dir), done.pictures)
@@ -199,7 +214,7 @@ def score_files(
                 file.flush()
 
             being_written: list[dict[str, Any] | Future] = []
-            for batch in _decoded_batches(todo, side, batch_size, pool, settings.get("value_range")):
+            for batch in decoded_batches(todo, side, batch_size, pool, settings.get("value_range")):
                 good = [(i, decoded) for i, _, decoded in batch if isinstance(decoded, Decoded)]
                 if good:
                     output = detect([decoded.network_input for _, decoded in good], [i for i, _ in good])
@@ -210,7 +225,7 @@ def score_files(
                     if isinstance(decoded, Decoded):
                         row["picture"] = pictures[one.file]
                         being_written.append(
-                            pool.submit(_write_outputs, row, output, j, decoded, output_dir, threshold, smallest_area)
+                            pool.submit(write_outputs, row, output, j, decoded, output_dir, threshold, smallest_area)
                         )
                         j += 1
                     else:
@@ -247,7 +262,7 @@ def save_most_anomalous(scores: Path, output_dir: Path) -> None:
         save_rows(rows, output_dir / SHEET_NAME, captions=[captions[i : i + SHEET_COLUMNS] for i in starts])
 
 
-def _check_output(output_dir: Path) -> None:
+def check_output(output_dir: Path) -> None:
     """Raises where pictures would go into links, or between or over files of another program's."""
     is_ours = any((output_dir / name).is_file() for name in (LOCK_NAME, SETTINGS_NAME, JOURNAL_NAME))
     for name in (*PICTURE_FOLDERS, SHEET_NAME, *REGION_FILES):
@@ -262,31 +277,33 @@ def _check_output(output_dir: Path) -> None:
     check_scores(output_dir)
 
 
-def _check_settings(settings: dict[str, Any], inputs: Sequence[Input], output_dir: Path) -> str:
-    """The folder that the outputs' names start from: the inputs' common one, or that of an earlier run.
+def check_settings(settings: dict[str, Any], output_dir: Path) -> str | None:
+    """The folder that the names of an earlier run's outputs start from; None where there was none.
 
     Raises:
         ValueError: the earlier run's results and new ones would not fit together.
     """
     path = output_dir / SETTINGS_NAME
-    if path.is_file():
-        try:
-            earlier = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-            root = earlier["root"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is no file of diffad's, and would be replaced. Give another `output_dir`."
-            ) from error
-        changed = [name for name in settings if settings[name] != earlier.get(name)]
-        if changed:
-            values = ", ".join(f"{name} {earlier.get(name)} there and {settings[name]} now" for name in changed)
-            raise ValueError(
-                f"{output_dir} holds results of another {' and '.join(changed)} ({values}). Give another `output_dir`, "
-                "or remove that one."
-            )
-        return root
-    root = common_folder(inputs)
-    write_text_whole(path, json.dumps({"root": root, **settings}, indent=2) + "\n")
+    if not path.is_file():
+        return None
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+        root = earlier["root"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no file of diffad's, and would be replaced. Give another `output_dir`.") from error
+    changed = [name for name in settings if settings[name] != earlier.get(name)]
+    if changed:
+        values = ", ".join(f"{name} {earlier.get(name)} there and {settings[name]} now" for name in changed)
+        raise ValueError(
+            f"{output_dir} holds results of another {' and '.join(changed)} ({values}). Give another `output_dir`, "
+            "or remove that one."
+        )
+    return root
+
+
+def begin_settings(settings: dict[str, Any], root: str, output_dir: Path) -> str:
+    """Writes down what later runs must agree in, and the folder that the outputs' names start from; returns that."""
+    write_text_whole(output_dir / SETTINGS_NAME, json.dumps({"root": root, **settings}, indent=2) + "\n")
     return root
 
 
@@ -304,7 +321,7 @@ def _places(todo: Sequence[tuple[int, Input]], root: str, output_dir: Path) -> l
     return places
 
 
-def _decoded_batches(
+def decoded_batches(
     todo: Sequence[tuple[int, Input]], side: int, batch_size: int, pool: ThreadPoolExecutor, value_range: float | None
 ) -> Iterator[list[tuple[int, Input, Decoded | Exception]]]:
     """Decoded images, or the error of reading them, with one batch decoded ahead."""
@@ -367,7 +384,7 @@ def _at_size(
     return result
 
 
-def _write_outputs(
+def write_outputs(
     row: dict[str, Any],
     output: Any,
     j: int,

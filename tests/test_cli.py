@@ -18,7 +18,19 @@ from typer.testing import CliRunner
 from diffad import cli
 from diffad.cli import app
 
-COMMANDS = ("demo", "train", "fit", "predict", "evaluate", "calibrate", "benchmark", "convert", "push")
+COMMANDS = (
+    "demo",
+    "train",
+    "fit",
+    "predict",
+    "drift",
+    "watch",
+    "evaluate",
+    "calibrate",
+    "benchmark",
+    "convert",
+    "push",
+)
 
 
 def run(*arguments: object, code: int = 0) -> str:
@@ -67,6 +79,29 @@ def test_predict_prints_json_lines_and_fails_on_anomaly_when_asked(model, tmp_pa
     assert all(0.0 < row["p_value"] <= 1.0 for row in rows)
     alarm = any(row["verdict"] == "anomalous" for row in rows)
     run("predict", model, parts, "--output", tmp_path / "a", "--fail-on-anomaly", code=3 if alarm else 0)
+
+
+def test_drift_is_told_from_a_table_and_drawn(model, tmp_path):
+    """From what `predict` wrote, and from the same with parts added that score otherwise."""
+    parts = write_folder(tmp_path / "parts", 12, first_seed=100)
+    shown = CliRunner().invoke(app, ["predict", str(model), str(parts), "--output", str(tmp_path / "out")])
+    assert "No drift in 12 parts" in " ".join(shown.output.split())
+    scores = tmp_path / "out" / "scores.csv"
+    assert "No drift in 12 parts" in run("drift", scores)
+    assert np.asarray(Image.open(tmp_path / "out" / "drift.png")).std() > 0
+    calibration = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    lowest = min(calibration["normal_scores"])
+    row = scores.read_text().splitlines()[1].split(",")
+    with open(scores, "a") as file:
+        for i in range(200):
+            file.write(",".join([f"later{i}.png", f"{lowest - 1:.6g}", *row[2:]]) + "\n")
+    said = run("drift", scores, "--output", tmp_path / "plot.png", "--fail-on-drift", code=3)
+    assert said.startswith("DRIFT: at part")
+    assert "Parts score lower than before" in said
+    assert "later" in said
+    assert (tmp_path / "plot.png").is_file()
+    assert run("predict", model, tmp_path / "out", parts, "--output", tmp_path / "again") == ""
+    assert len((tmp_path / "again" / "scores.csv").read_text().splitlines()) == 13  # a plot is no input
 
 
 def test_fail_on_anomaly_exits_with_3(tmp_path):
@@ -211,6 +246,12 @@ def damaged(model, tmp_path) -> Path:
         ("predict {model} parts --output out --device cuda", ["--device is cuda", "no GPU", "Leave it out"]),
         ("predict {damaged} parts --output out", ["damaged"]),
         ("benchmark nowhere/at/all", ["holds no pipeline"]),
+        ("drift missing.csv", ["no table at missing.csv", "Give the scores.csv"]),
+        ("drift parts/000.png", ["holds no score"]),
+        ("watch {model} missing --output out --poll", ["FOLDER must be a folder", "missing"]),
+        ("watch {model} parts --output out --poll --settle 0", ["--settle must be above 0"]),
+        ("watch {model} parts --output out --on-anomaly here", ["--on-anomaly must be a URL", "'here'"]),
+        ("watch {model} parts --output out --mqtt mqtt://host", ["--mqtt must be mqtt://host/topic"]),
         ("evaluate {model} --data missing", ["missing"]),
         ("evaluate {model} --data parts --output r.txt", ["--output must end in .json"]),
         ("calibrate {model} --data missing", ["missing"]),

@@ -19,7 +19,7 @@ from PIL import Image
 
 from diffad.images import image_to_rgb
 from diffad.journal import distinct_inputs
-from diffad.predict import _decoded_batches, find_images, predict_files
+from diffad.predict import decoded_batches, find_images, predict_files
 from diffad.seeding import image_generator
 
 
@@ -210,7 +210,7 @@ def test_inputs_of_every_kind_and_depth_keep_memory_in_bytes(calibrated, tmp_pat
     Image.open(parts / "large.png").convert("L").save(parts / "grey.bmp")
     paths = find_images([parts])
     with ThreadPoolExecutor(1) as pool:
-        (batch,) = _decoded_batches(list(enumerate(distinct_inputs(paths))), 16, 4, pool, None)
+        (batch,) = decoded_batches(list(enumerate(distinct_inputs(paths))), 16, 4, pool, None)
     for (_, one, decoded), expected in zip(batch, paths, strict=True):
         path = one.path
         assert path == expected

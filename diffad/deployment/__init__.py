@@ -1,0 +1,1 @@
+"""A trained model at work, away from where it was trained."""

@@ -1,0 +1,131 @@
+"""Events on their way to whoever wants to know: kept on disk until they are delivered, whatever happens meanwhile.
+
+An event may be delivered twice, as when the receiver's answer is lost or the process is killed between delivery and
+the removal of its file. Its `event` tells: the same event has the same.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from diffad.files import write_text_whole
+from diffad.installation import needs_extra
+
+SECONDS = 10.0  # that a receiver has to answer
+LONGEST_WAIT = 60.0  # between two tries, in seconds; the first comes after one, each next after twice as long
+TRIES_IN_A_ROW = 3  # that fail, of different events, before the receiver is taken to be away
+
+Deliver = Callable[[dict[str, Any]], None]
+
+
+class Outbox:
+    """A folder of events, one file each, and a thread that delivers them in their order.
+
+    Args:
+        folder: is made; what a former process has left in it is delivered first.
+        deliver: takes an event, and raises where the receiver did not take it.
+        name: of the receiver, for messages.
+    """
+
+    def __init__(self, folder: Path, deliver: Deliver, name: str):
+        self.folder, self.deliver, self.name = folder, deliver, name
+        folder.mkdir(parents=True, exist_ok=True)
+        self.new, self.closing = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self._run, name=f"outbox {folder.name}", daemon=True)
+        self.thread.start()
+
+    def put(self, event: dict[str, Any]) -> None:
+        """Keeps an event, which has its number as `event`; once this returns, it is on disk."""
+        write_text_whole(self.folder / f"{event['event']}.json", json.dumps(event))
+        self.new.set()
+
+    def close(self) -> None:
+        """Tries once more to deliver what is left, and ends; what is not delivered waits for the next process."""
+        self.closing.set()
+        self.new.set()
+        self.thread.join(timeout=3 * SECONDS)
+        self.deliver_all()
+
+    def deliver_all(self) -> bool:
+        """Delivers what there is, the oldest first; returns whether all of it was taken.
+
+        An event that a receiver refuses does not hold up the others.
+        """
+        waiting = [(path.stat().st_mtime_ns, path.name, path) for path in self.folder.glob("*.json")]
+        failed = 0
+        for _, _, path in sorted(one for one in waiting if not one[1].startswith(".")):
+            try:
+                self.deliver(json.loads(path.read_text(encoding="utf-8")))
+            except Exception as error:  # of the network's many
+                failed += 1
+                if failed == 1:
+                    warnings.warn(f"{self.name} does not take an event, which waits: {error}", stacklevel=2)
+                if failed == TRIES_IN_A_ROW:
+                    break
+                continue
+            path.unlink()
+        return not failed
+
+    def _run(self) -> None:
+        wait = 1.0
+        while not self.closing.is_set():
+            self.new.clear()
+            if self.deliver_all():
+                wait = 1.0
+                self.new.wait()
+            else:
+                self.closing.wait(wait)
+                wait = min(2.0 * wait, LONGEST_WAIT)
+
+
+def http_sender(url: str) -> Deliver:
+    """Posts events as JSON; any answer of 200 to 299 is a delivery."""
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise ValueError(f"`on_anomaly` must be a URL, http:// or https://, but is {url!r}.")
+    with needs_extra("watch"):
+        import httpx
+
+    def deliver(event: dict[str, Any]) -> None:
+        httpx.post(url, json=event, timeout=SECONDS).raise_for_status()
+
+    return deliver
+
+
+def mqtt_sender(url: str) -> Deliver:
+    """Publishes events as JSON with quality of service 1 (at least once), over one connection.
+
+    Args:
+        url: mqtt://[user:password@]host[:port]/topic, or mqtts:// for TLS.
+    """
+    parts = urlsplit(url)
+    topic = unquote(parts.path.lstrip("/"))
+    if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or not topic:
+        raise ValueError(f"`mqtt` must be mqtt://host/topic or mqtts://host/topic, but is {url!r}.")
+    with needs_extra("watch"):
+        from paho.mqtt.client import Client
+        from paho.mqtt.enums import CallbackAPIVersion
+    client = Client(CallbackAPIVersion.VERSION2)
+    if parts.username:
+        client.username_pw_set(unquote(parts.username), unquote(parts.password or ""))
+    if parts.scheme == "mqtts":
+        client.tls_set()
+    started = False
+
+    def deliver(event: dict[str, Any]) -> None:
+        nonlocal started
+        if not started:
+            client.connect(parts.hostname or "", parts.port or (8883 if parts.scheme == "mqtts" else 1883))
+            client.loop_start()
+            started = True
+        published = client.publish(topic, json.dumps(event), qos=1)
+        published.wait_for_publish(SECONDS)
+        if not published.is_published():
+            raise TimeoutError(f"no answer of {parts.hostname} in {SECONDS:g} s")
+
+    return deliver

@@ -1,0 +1,98 @@
+"""The commands for a production line: `diffad drift`, `diffad watch`. `diffad.cli` gives them their names."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from diffad.command_options import BatchSize, Category, Device, Model
+
+if TYPE_CHECKING:
+    from diffad.deployment.outbox import Outbox
+
+console = Console(stderr=True)  # standard output is for results
+
+
+def drift(
+    scores: Annotated[Path, typer.Argument(metavar="SCORES.csv", help="As `diffad predict` or `watch` writes it.")],
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="The plot (drift.png beside it).")] = None,
+    chance: Annotated[float, typer.Option(metavar="C", help="Of ever alarming while nothing changes.")] = 0.01,
+    fail_on_drift: Annotated[bool, typer.Option("--fail-on-drift", help="Exit with 3 if there is some.")] = False,
+) -> None:
+    """Whether the parts, in the table's order, still score as the calibration's good images did.
+
+    A bet against it, part by part, and how far it has paid off; parts that raise an alarm are left out.
+    """
+    from diffad.drift_table import TableDrift, draw_drift
+    from diffad.inputs import DRIFT_NAME
+
+    found = TableDrift(scores, chance)
+    plot = output or scores.with_name(DRIFT_NAME)
+    draw_drift(found, plot)
+    print(found.sentence())
+    console.print(f"Plot: {escape(str(plot))}", highlight=False, soft_wrap=True)
+    if fail_on_drift and found.test.drifted_at is not None:
+        raise typer.Exit(3)
+
+
+def watch(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where images come in.")],
+    output_dir: Annotated[Path, typer.Option("--output", metavar="DIR", help="Gets scores.csv and pictures.")],
+    settle: Annotated[float, typer.Option(metavar="S", help="Seconds unchanged until a file is whole.")] = 1.0,
+    poll: Annotated[bool, typer.Option("--poll", help="List the folder: for network drives.")] = False,
+    on_anomaly: Annotated[
+        str | None, typer.Option("--on-anomaly", "--on_anomaly", metavar="URL", help="Gets anomalies, JSON.")
+    ] = None,
+    mqtt: Annotated[str | None, typer.Option(metavar="URL", help="mqtt://host/topic gets every event.")] = None,
+    category: Category = None,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each event.")] = False,
+) -> None:
+    """Scores images as they come into a folder, each once, until Ctrl-C.
+
+    Started again, it goes on. A receiver may get an event twice: `event` tells.
+    """
+    from diffad.cli import check_folder, load_pipeline
+    from diffad.deployment.outbox import Outbox, http_sender, mqtt_sender
+    from diffad.deployment.watch import watch_folder
+
+    check_folder(output_dir)
+    senders = {}
+    if on_anomaly is not None:
+        senders["anomaly"] = (http_sender(on_anomaly), on_anomaly)
+    if mqtt is not None:
+        senders["all"] = (mqtt_sender(mqtt), "The MQTT broker")
+    pipeline = load_pipeline(model, device)
+    stop = threading.Event()
+    former = {one: signal.signal(one, lambda *_: stop.set()) for one in (signal.SIGINT, signal.SIGTERM)}
+
+    def outboxes(below: Path) -> dict[str, Outbox]:
+        return {name: Outbox(below / name, *sender) for name, sender in senders.items()}
+
+    def report(event: dict[str, Any]) -> None:
+        if as_json:
+            print(json.dumps(event), flush=True)
+        elif event["verdict"] == "drift":
+            console.print(escape(event["message"]), highlight=False, soft_wrap=True)
+        elif event["verdict"] != "normal":
+            score = f", score {event['score']:.4g}" if "score" in event else ""
+            console.print(escape(f"{event['verdict']}: {event['path']}{score}"), highlight=False, soft_wrap=True)
+
+    console.print(f"Watching {escape(str(folder))}; Ctrl-C ends it.", highlight=False, soft_wrap=True)
+    try:
+        count = watch_folder(
+            pipeline, folder, output_dir, stop, settle, poll, outboxes, category, batch_size, report=report
+        )
+    finally:
+        for one, handler in former.items():
+            signal.signal(one, handler)
+    console.print(f"Stopped after {count} images. Scores: {escape(str(output_dir / 'scores.csv'))}", soft_wrap=True)

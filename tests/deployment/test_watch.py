@@ -1,0 +1,284 @@
+"""A watched folder: each event once, whatever writers and the watching process go through."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import texture, textures, tiny_pipeline, write_folder, write_png
+from PIL import Image
+
+from diffad.deployment.outbox import Outbox, http_sender, mqtt_sender
+from diffad.deployment.watch import SettlingFiles, watch_folder
+
+pytest.importorskip("watchfiles")
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    return tiny_pipeline().calibrate(textures(12), false_alarm_rate=0.25)
+
+
+@pytest.fixture(scope="module")
+def model(calibrated, tmp_path_factory) -> Path:
+    calibrated.save_pretrained(folder := tmp_path_factory.mktemp("model"))
+    return folder
+
+
+def rows_of(output: Path) -> list[dict[str, str]]:
+    if not (output / "scores.csv").is_file():
+        return []
+    with open(output / "scores.csv", newline="") as file:
+        return [row for row in csv.DictReader(file) if row["verdict"]]
+
+
+def wait_for(condition, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+class Watching:
+    """`watch_folder` in a thread, until the block ends."""
+
+    def __init__(self, *arguments, **options):
+        self.stop = threading.Event()
+        self.error: BaseException | None = None
+
+        def run() -> None:
+            try:
+                watch_folder(*arguments, self.stop, **{"settle": 0.2, **options})
+            except BaseException as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=run)
+
+    def __enter__(self):
+        self.thread.start()
+
+    def __exit__(self, *_):
+        self.stop.set()
+        self.thread.join()
+        assert self.error is None, self.error
+
+
+def write_slowly(path: Path, seed: int, pieces: int = 4) -> None:
+    write_png(path.parent / "source" / ".png" / f"{seed}.png", texture(seed))
+    content = (path.parent / "source" / ".png" / f"{seed}.png").read_bytes()
+    step = len(content) // pieces + 1
+    with open(path, "wb") as file:
+        for start in range(0, len(content), step):
+            file.write(content[start : start + step])
+            file.flush()
+            time.sleep(0.03)
+
+
+@pytest.mark.parametrize("poll", [False, True])
+def test_each_event_is_scored_once_and_as_by_a_call(calibrated, tmp_path, poll):
+    """Files that were there, written slowly, renamed into place, in a new folder, and written anew."""
+    folder, out = write_folder(tmp_path / "in", 2), tmp_path / "out"
+    with Watching(calibrated, folder, out, poll=poll):
+        wait_for(lambda: len(rows_of(out)) == 2)
+        write_slowly(folder / "slow.png", 7)
+        write_png(folder / ".part.png", texture(8)).rename(folder / "renamed.png")
+        write_png(tmp_path / "aside" / "deep.png", texture(9))
+        (tmp_path / "aside").rename(folder / "sub")
+        (folder / "notes.txt").write_text("no image")
+        wait_for(lambda: len(rows_of(out)) == 5)
+        write_png(folder / "000.png", texture(10))
+        wait_for(lambda: len(rows_of(out)) == 6)
+    rows = rows_of(out)
+    names = Counter(Path(row["path"]).relative_to(folder).as_posix() for row in rows)
+    assert names == {"000.png": 2, "001.png": 1, "slow.png": 1, "renamed.png": 1, "sub/deep.png": 1}
+    assert len({row["picture"] for row in rows}) == 6  # the rewritten file's pictures replaced none
+    for row in rows:
+        assert Image.open(out / "overlays" / row["picture"]).size == (16, 16)
+        assert row["verdict"] in ("normal", "anomalous")
+    again = [row for row in rows if row["path"].endswith("000.png")]
+    assert again[0]["score"] != again[1]["score"]
+
+    with Watching(calibrated, folder, out, poll=poll):  # nothing is left to do, and what comes is done
+        write_png(folder / "late.png", texture(11))
+        wait_for(lambda: len(rows_of(out)) == 7)
+    assert rows_of(out)[:6] == rows
+
+
+def test_a_broken_file_gets_time_and_then_a_row(calibrated, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    content = write_png(tmp_path / "whole.png", texture(0, 64)).read_bytes()
+    folder.mkdir()
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "paused.png").write_bytes(content[:500])
+    with Watching(calibrated, folder, out):
+        write_png(folder / "good.png", texture(1))
+        wait_for(lambda: len(rows_of(out)) >= 1)  # longer than a file takes to settle
+        (folder / "paused.png").write_bytes(content)
+        wait_for(lambda: len(rows_of(out)) == 3)
+    verdicts = {Path(row["path"]).name: row["verdict"] for row in rows_of(out)}
+    assert verdicts.pop("broken.png") == "unreadable"
+    assert set(verdicts) == {"good.png", "paused.png"}
+    assert "unreadable" not in verdicts.values()
+
+
+def test_a_file_that_still_grows_is_not_taken_for_whole(tmp_path):
+    files = SettlingFiles(0.2, set())
+    path = tmp_path / "a.png"
+    for length in range(1, 4):
+        path.write_bytes(b"x" * length)
+        files.note(path)
+        assert files.ready() == []
+        time.sleep(0.12)
+    wait_for(lambda: len(files.ready()) == 1, 5.0)
+    assert files.waiting == {}
+
+
+def test_killed_and_started_again_each_image_is_there_once(model, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    command = [sys.executable, "-m", "diffad.cli", "watch", str(model), str(folder), "--output", str(out)]
+    command += ["--settle", "0.3", "--batch-size", "2", "--device", "cpu", "--json"]
+    seeds = iter(range(1000))
+    expected: Counter[str] = Counter()
+    for run in range(3):
+        for i in range(12):
+            write_png(folder / f"{run}-{i}.png", texture(next(seeds)))
+            expected[f"{run}-{i}.png"] += 1
+            time.sleep(0.01)  # so that their times differ
+        if run:  # of those that the first run has scored, as the oldest come first
+            write_png(folder / f"0-{run}.png", texture(next(seeds)))
+            expected[f"0-{run}.png"] += 1
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            try:
+                lines = [process.stdout.readline() for _ in range(4)]
+                assert all(json.loads(line)["event"] for line in lines)
+                if run < 2:
+                    continue
+                wait_for(lambda: len(rows_of(out)) == sum(expected.values()))
+                process.send_signal(signal.SIGINT)
+                assert process.wait(60) == 0  # Ctrl-C is the ordinary end
+            finally:
+                process.kill()
+    assert Counter(Path(row["path"]).name for row in rows_of(out)) == expected
+    assert len({(row["file"], row["size"], row["modified"]) for row in rows_of(out)}) == len(rows_of(out))
+
+
+class Receiver:
+    """Answers the first posts with an error of its own, as a service does that is being started."""
+
+    def __init__(self, refused: int):
+        self.received: list[dict] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                nonlocal refused
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                status = 503 if refused > 0 else 204
+                refused -= 1
+                if status == 204:
+                    outer.received.append(json.loads(body))
+                self.send_response(status)
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/alarm"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.mark.filterwarnings("ignore:.*does not take an event")
+def test_anomalies_and_drift_are_posted_until_they_are_taken(tmp_path):
+    pipeline = tiny_pipeline().calibrate(textures(12), false_alarm_rate=0.25)
+    pipeline.calibration.image_threshold.fill_(-1e9)  # everything raises an alarm
+    pipeline.calibration.normal_scores.fill_(-1e9)
+    receiver = Receiver(refused=1)
+    folder, out = write_folder(tmp_path / "in", 30), tmp_path / "out"
+    outboxes = lambda below: {"anomaly": Outbox(below / "anomaly", http_sender(receiver.url), "The receiver")}  # noqa: E731
+    with Watching(pipeline, folder, out, outboxes=outboxes):
+        wait_for(lambda: len({event["event"] for event in receiver.received}) == 31)
+    images = [event for event in receiver.received if event["verdict"] == "anomalous"]
+    assert {event["path"] for event in images} == {str(path) for path in folder.iterdir()}
+    assert all(Path(event["overlay"]).is_file() for event in images)
+    [drift] = [event for event in receiver.received if event["verdict"] == "drift"]
+    assert "More than half of the parts raise an alarm" in drift["message"]
+    assert list((out / "outbox" / "anomaly").iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*does not take an event")
+def test_what_a_receiver_did_not_take_waits_for_the_next_start(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    outbox = Outbox(tmp_path, http_sender(f"http://127.0.0.1:{port}"), "The receiver")
+    outbox.put({"event": "0123456789", "verdict": "anomalous"})
+    outbox.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["0123456789.json"]
+    receiver = Receiver(refused=0)
+    Outbox(tmp_path, http_sender(receiver.url), "The receiver").close()
+    assert receiver.received[0] == {"event": "0123456789", "verdict": "anomalous"}
+    assert list(tmp_path.iterdir()) == []
+
+
+MOSQUITTO = shutil.which("mosquitto", path=os.environ["PATH"] + ":/usr/sbin")
+
+
+@pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
+@pytest.mark.filterwarnings("ignore:.*does not take an event")
+def test_every_event_is_published(calibrated, tmp_path):
+    from paho.mqtt.client import Client
+    from paho.mqtt.enums import CallbackAPIVersion
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    received: list[dict] = []
+    with subprocess.Popen([MOSQUITTO, "-p", str(port)], stderr=subprocess.DEVNULL) as broker:
+        try:
+            client = Client(CallbackAPIVersion.VERSION2)
+            client.on_message = lambda _, __, message: received.append(json.loads(message.payload))
+            client.on_connect = lambda *_: client.subscribe("line/1", qos=1)
+            client.connect_async("127.0.0.1", port)
+            client.loop_start()
+            folder, out = write_folder(tmp_path / "in", 3), tmp_path / "out"
+            sender = mqtt_sender(f"mqtt://127.0.0.1:{port}/line/1")
+            wait_for(client.is_connected)
+            with Watching(calibrated, folder, out, outboxes=lambda below: {"all": Outbox(below, sender, "The broker")}):
+                wait_for(lambda: len({event["event"] for event in received}) == 3)
+            client.loop_stop()
+        finally:
+            broker.kill()
+    scores = {row["path"]: float(row["score"]) for row in rows_of(out)}
+    assert {event["path"]: event["score"] for event in received} == scores
+
+
+def test_results_of_another_kind_are_not_taken_for_these(calibrated, tmp_path):
+    from diffad.predict import predict_files
+
+    folder, out = write_folder(tmp_path / "in", 2), tmp_path / "out"
+    stop = threading.Event()
+    stop.set()
+    watch_folder(calibrated, folder, out, stop)
+    with pytest.raises(ValueError, match="holds results of another seed"):
+        predict_files(calibrated, sorted(folder.iterdir()), out)
+    with pytest.raises(ValueError, match=r"holds results of images in .*in\. Give another"):
+        watch_folder(calibrated, tmp_path, out, stop)
+    predict_files(calibrated, sorted(folder.iterdir()), tmp_path / "predicted")
+    with pytest.raises(ValueError, match="holds results of another seed"):
+        watch_folder(calibrated, folder, tmp_path / "predicted", stop)
+    assert np.array_equal([row["path"] for row in rows_of(tmp_path / "predicted")], sorted(map(str, folder.iterdir())))
