@@ -92,9 +92,9 @@ def predict_files(
         output_dir: gets `overlays/`, `maps/` (16-bit PNG: map_low at 0, map_high at 65535, both in scores.csv),
             `masks/` (0 or 255), `most_anomalous.png`, `scores.csv` (in order of `paths`, below what earlier runs have
             scored), `settings.json` and, calibrated, the defects as a list (`diffad.region_files`) and
-            `calibration.json` (the scores that tell drift). Maps and masks have the size of their image, and so have overlays, those of
-            more than 16 megapixels reduced. The pictures of `part.png` are named so too, those of `part.jpg`
-            `part.jpg.png`; `picture` in scores.csv says how where a name is too long or another's.
+            `calibration.json` (the scores that tell drift). Maps and masks have the size of their image, and so have
+            overlays, those of more than 16 megapixels reduced. The pictures of `part.png` are named so too, those of
+            `part.jpg` `part.jpg.png`; `picture` in scores.csv says how where a name is too long or another's.
         batch_size: images in one pass of the networks.
         category: of a unified model.
         seed: the noise of an image follows from this and its place in `paths`.
