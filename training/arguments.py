@@ -171,10 +171,10 @@ def add_diad_arguments(parser: argparse.ArgumentParser) -> None:
     """What the autoencoder's training and the denoiser's agree on: the images, and the features that judge them."""
     images = parser.add_argument_group("images")
     images.add_argument(
-        "--image_mean", type=number(), nargs=3, default=[*IMAGENET_MEAN], help="of colours (ImageNet's)"
+        "--image_mean", type=number(), nargs=3, default=[*IMAGENET_MEAN], help="of colours (an AutoencoderKL: ImageNet's)"
     )
     images.add_argument(
-        "--image_std", type=ABOVE_ZERO, nargs=3, default=[*IMAGENET_STD], help="of colours (ImageNet's)"
+        "--image_std", type=ABOVE_ZERO, nargs=3, default=[*IMAGENET_STD], help="of colours (an AutoencoderKL: ImageNet's)"
     )
     features = parser.add_argument_group("features")
     features.add_argument("--backbone", default="resnet50", help="timm model (resnet50)")
