@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperCommand
 
 app = typer.Typer(
     help="Finds and outlines defects in images, having seen only good ones.",
@@ -122,7 +123,24 @@ Output = Annotated[Path, typer.Option(metavar="DIR", help="Gets the pipeline.")]
 Categories = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one; may be repeated.")]
 Layout = Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout: mvtec_ad, visa, ...")]
 FalseAlarmRate = Annotated[float, typer.Option(metavar="RATE", help="Of good parts that may alarm.")]
-DataSeed = Annotated[int, typer.Option(metavar="N", help="Of which images are held out, and of noise.")]
+DataSeed = Annotated[int, typer.Option(metavar="N", help="Of the images held out, and noise.")]
+
+
+Resolution = Annotated[
+    str | None,
+    typer.Option(metavar="SIDE|H W", help="Pixels the networks see (at the images' ratio)."),
+]
+
+
+class TakesHeightAndWidth(TyperCommand):
+    """A command whose `--resolution` is one number or two; click's options have one number of values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for i, word in enumerate(args[:-2]):
+            if word == "--resolution" and args[i + 1].isdigit() and args[i + 2].isdigit():
+                args = [*args[: i + 1], f"{args[i + 1]} {args[i + 2]}", *args[i + 3 :]]
+                break
+        return super().parse_args(ctx, args)
 
 
 def training_flags(
@@ -134,6 +152,7 @@ def training_flags(
     part_pattern: str | None,
     on_bad_image: OnBadImage,
     seed: int,
+    resolution: str | None,
 ) -> list[str]:
     """The same, as the scripts in `training` take them."""
     source = ["--train_data_dir", data] if data == "elpv" or data.startswith("elpv/") or Path(data).exists() else []
@@ -141,10 +160,11 @@ def training_flags(
     flags += ["--false_alarm_rate", str(false_alarm_rate), "--on_bad_image", on_bad_image.value]
     flags += ["--dataset", dataset] if dataset else []
     flags += ["--part_pattern", part_pattern] if part_pattern else []
+    flags += ["--resolution", *resolution.split()] if resolution else []
     return [*flags, *(["--category", *category] if category else [])]
 
 
-@app.command(short_help="Trains AnomalyDenoise on good images, and chooses the rest.")
+@app.command(cls=TakesHeightAndWidth, short_help="Trains AnomalyDenoise on good images, and chooses the rest.")
 def train(
     data: GoodImages,
     output: Output,
@@ -155,6 +175,7 @@ def train(
     part_pattern: PartPattern = None,
     on_bad_image: BadImages = OnBadImage.error,
     seed: DataSeed = 0,
+    resolution: Resolution = None,
 ) -> None:
     """A denoiser, and beside it what fit keeps; what of them counts, defects drawn on good images choose.
 
@@ -162,12 +183,14 @@ def train(
     """
     from diffad.training.train_ddpm import main as run
 
-    flags = training_flags(data, output, category, dataset, false_alarm_rate, part_pattern, on_bad_image, seed)
+    flags = training_flags(
+        data, output, category, dataset, false_alarm_rate, part_pattern, on_bad_image, seed, resolution
+    )
     run([*flags, "--minutes", str(minutes)])
     console.print(f"Next: diffad predict {escape(str(output))} NEW_PARTS --output RESULTS", highlight=False)
 
 
-@app.command(short_help="A detector from good images in seconds, with nothing trained.")
+@app.command(cls=TakesHeightAndWidth, short_help="A detector from good images in seconds, with nothing trained.")
 def fit(
     data: GoodImages,
     output: Output,
@@ -177,6 +200,7 @@ def fit(
     part_pattern: PartPattern = None,
     on_bad_image: BadImages = OnBadImage.error,
     seed: DataSeed = 0,
+    resolution: Resolution = None,
 ) -> None:
     """Good images' features: their Gaussian (PaDiM) and the nearest of them (PatchCore), calibrated.
 
@@ -185,7 +209,7 @@ def fit(
     """
     from diffad.training.fit import main as run
 
-    run(training_flags(data, output, category, dataset, false_alarm_rate, part_pattern, on_bad_image, seed))
+    run(training_flags(data, output, category, dataset, false_alarm_rate, part_pattern, on_bad_image, seed, resolution))
     console.print(f"Next: diffad predict {escape(str(output))} NEW_PARTS --output RESULTS", highlight=False)
 
 

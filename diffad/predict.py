@@ -27,7 +27,7 @@ from PIL import Image
 from diffad.files import locked_folder, write_text_whole, write_whole
 from diffad.grey_depth import BAND_PIXELS, UnreadableImageError, warn_of_found_range
 from diffad.image_files import LARGE_PIXELS, image_file_header, one_large_at_a_time, read_image
-from diffad.images import find_value_range, image_to_rgb, resize_image, resize_images
+from diffad.images import Side, as_size, find_value_range, image_to_rgb, resize_image, resize_images
 from diffad.inputs import LOCK_NAME, PICTURE_FOLDERS, SHEET_NAME, find_images
 from diffad.journal import (
     COLUMNS,
@@ -52,7 +52,7 @@ __all__ = ["find_images", "predict_files", "score_files"]
 SETTINGS_NAME = "settings.json"
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
 
-# (network inputs, each (3, R, R) in [0, 1]; places of the images among all) -> an `AnomalyOutput` of tensors
+# (network inputs, each (3, R, R') in [0, 1]; places of the images among all) -> an `AnomalyOutput` of tensors
 Detect: TypeAlias = Callable[[list[torch.Tensor], list[int]], Any]
 
 
@@ -62,7 +62,7 @@ class Decoded(NamedTuple):
     Attributes:
         size: (H, W) of the file.
         pixels: (h, w, 3) uint8, what its overlay is drawn on: of this size or, where it is large, reduced.
-        network_input: (3, R, R) in [0, 1], what the networks see.
+        network_input: (3, R, R') in [0, 1], what the networks see.
     """
 
     size: tuple[int, int]
@@ -135,7 +135,7 @@ def predict_files(
 
 def score_files(
     detect: Detect,
-    side: int,
+    side: Side,
     threshold: float | None,
     settings: dict[str, Any],
     paths: Sequence[Path],
@@ -147,10 +147,10 @@ def score_files(
     """`predict_files`, of anything that detects.
 
     Args:
-        detect: from a batch of images (3, side, side) in [0, 1] and their places in `paths` to an output with
-            `anomaly_map` (N, side, side) and `anomaly_score` (N,) and, unless `threshold` is None, `anomaly_mask`,
+        detect: from a batch of images (3, R, R') in [0, 1] and their places in `paths` to an output with `anomaly_map`
+            (N, h, w) and `anomaly_score` (N,) and, unless `threshold` is None, `anomaly_mask`,
             `p_value` and `is_anomalous`.
-        side: of the networks' images, in pixels.
+        side: of the networks' images, in pixels, or height and width.
         threshold: of a map's pixels; None gives no masks and no verdicts.
         settings: what later runs into the same folder must agree in; `value_range`, which may be None or missing, is
             that of images of more than 8 bits.
@@ -293,7 +293,7 @@ def _places(todo: Sequence[tuple[int, Input]], root: str, output_dir: Path) -> l
 
 
 def _decoded_batches(
-    todo: Sequence[tuple[int, Input]], side: int, batch_size: int, pool: ThreadPoolExecutor, value_range: float | None
+    todo: Sequence[tuple[int, Input]], side: Side, batch_size: int, pool: ThreadPoolExecutor, value_range: float | None
 ) -> Iterator[list[tuple[int, Input, Decoded | Exception]]]:
     """Decoded images, or the error of reading them, with one batch decoded ahead."""
 
@@ -302,7 +302,7 @@ def _decoded_batches(
             (width, height), _ = image_file_header(path)
             with one_large_at_a_time(width * height):
                 image = read_image(path, reduce_large=True)
-                network_input = resize_image(image, (side, side), value_range)[0]
+                network_input = resize_image(image, as_size(side), value_range)[0]
                 pixels = np.asarray(image_to_rgb(_reduce(image), value_range))
         except (UnreadableImageError, OSError) as error:
             return error
@@ -340,7 +340,7 @@ def _reduce(image: Image.Image) -> Image.Image:
 def _at_size(
     image: torch.Tensor, shown: torch.Tensor, size: tuple[int, int], finish: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """What `finish` makes of an image (R, R) at a size (H, W), in bands of rows, as that may be large.
+    """What `finish` makes of an image (h, w) at a size (H, W), in bands of rows, as that may be large.
 
     `shown` is the image as the overlay has it, which mostly is that size.
     """
@@ -363,7 +363,7 @@ def _write_outputs(
     Raises:
         OSError: the disk is full: no picture of any other could be written.
     """
-    anomaly_map = output.anomaly_map[j]  # (R, R)
+    anomaly_map = output.anomaly_map[j]  # (h, w)
     shown = resize_images(anomaly_map[None, None], decoded.pixels.shape[:2])[0, 0]  # (h, w)
     low, high = float(shown.min()), float(shown.max())
 

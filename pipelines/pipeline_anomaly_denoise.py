@@ -9,9 +9,9 @@ import torch
 from diffusers import DDPMScheduler
 
 from diffad.calibration.coreset import locally_aware_patches, patch_layers
-from diffad.calibration.feature_gaussian import feature_side
+from diffad.calibration.feature_gaussian import feature_grid
 from diffad.calibration.score_calibration import ScoreCalibration
-from diffad.images import ImageInput, ImageSequence, images_to_pixel_values, resize_images
+from diffad.images import ImageInput, ImageSequence, Side, as_side, as_size, images_to_pixel_values, resize_images
 from diffad.likelihood import kl_divergence_map
 from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
@@ -95,10 +95,12 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             trusted, against those over all positions. At 1 a defect counts by what is usual at its place. Where good
             images hardly vary, as on a plain background, that makes much of little.
         score_strides: which of the feature extractor's strides the feature error looks at; None for all.
-        processing_resolution: side in pixels to which images are resized; None takes the network's `sample_size`, or,
-            without a denoiser, the feature extractor's `image_size`.
-        feature_resolution: rows and columns of the features that have a Gaussian; None takes a quarter of the feature
-            extractor's `image_size`, or what `feature_side` allows.
+        processing_resolution: side in pixels to which images are resized, or height and width; None takes the network's
+            `sample_size`, or, without a denoiser, the feature extractor's `image_size`. Images of any ratio are
+            resized to it, in training, calibration and calls alike: a place of the part is then the same place of the
+            map, and there is no padding that a score could see.
+        feature_resolution: rows and columns of the features that have a Gaussian, one number where they are equal; None
+            takes a quarter of the feature extractor's `image_size`, or what `feature_grid` allows.
         categories: names of the categories of a unified model, in the order of its class labels.
         value_range: the largest value that images of more than 8 bits can have, such as 4095 of a camera of 12 bits, as
             found in the training images; None takes, in each call, the smallest of 8, 10, 12, 14 and 16 bits that holds
@@ -127,8 +129,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         weights: dict[str, float] | None = None,
         position_trust: float = 1.0,
         score_strides: list[int] | None = None,
-        processing_resolution: int | None = None,
-        feature_resolution: int | None = None,
+        processing_resolution: Side | None = None,
+        feature_resolution: Side | None = None,
         categories: list[str] | dict[str, str] | None = None,
         value_range: float | None = None,
     ):
@@ -183,12 +185,12 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         self.patch_layers = patch_layers(feature_extractor.layer_strides)
 
     @property
-    def processing_resolution(self) -> int:
-        """Side in pixels at which the denoiser sees images, unless a call says otherwise."""
-        return self.config.processing_resolution
+    def processing_resolution(self) -> int | tuple[int, int]:
+        """Side in pixels at which the denoiser sees images, or height and width, unless a call says otherwise."""
+        return as_side(self.config.processing_resolution)
 
     @property
-    def input_resolution(self) -> int:
+    def input_resolution(self) -> int | tuple[int, int]:
         """Side to which images are resized at first: the feature extractor may look closer than the denoiser."""
         return self.feature_extractor.input_resolution(self.processing_resolution)
 
@@ -198,7 +200,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         image: ImageInput,
         category: str | int | Sequence[str | int] | None = None,
         batch_size: int = 16,
-        processing_resolution: int | None = None,
+        processing_resolution: Side | None = None,
         match_input_resolution: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "np",
@@ -211,8 +213,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
                 these. Floats lie in [0, 1].
             category: of a unified model, its name or index, one for all images or one each.
             batch_size: images in one pass of the network; each counts `len(timesteps)` samples.
-            processing_resolution: side in pixels at which the network sees the images; None takes the pipeline's own,
-                at which it was calibrated.
+            processing_resolution: side in pixels at which the network sees the images, or height and width; None takes
+                the pipeline's own, at which it was calibrated.
             match_input_resolution: whether maps come at the images' own size, which then must be one; else at the
                 processing resolution.
             generator: makes the call repeatable. The noise of an image depends neither on the batch size nor on the
@@ -233,8 +235,9 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         device, calibration = self._execution_device, self.calibration
         categories = category_indices(category, self.categories, len(images)).to(device)
         generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * len(images)
-        size = images.sizes[0] if match_input_resolution else (resolution, resolution)
-        side = self.feature_extractor.input_resolution(resolution)
+        resolution = as_size(resolution)
+        size = images.sizes[0] if match_input_resolution else resolution
+        seen = as_size(self.feature_extractor.input_resolution(resolution))
         precision = running_precision(self.measuring_networks, device)
         check_calibration(calibration, categories, self.categories, precision, self.config)
 
@@ -244,11 +247,11 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             batch = slice(start, start + batch_size)
 
             # 2. Pixels in [-1, 1] as the feature extractor sees them: (B, 3, R', R')
-            pixel_values = images_to_pixel_values(images[batch], (side, side)).to(device)
+            pixel_values = images_to_pixel_values(images[batch], seen).to(device)
 
             # 3. Noise for each of the T levels, each image's from its own generator: (B, T, 3, R, R); T is 0 where no
             #    denoiser runs
-            noise = draw_noise((self.num_levels, 3, resolution, resolution), generators[batch], device)
+            noise = draw_noise((self.num_levels, 3, *resolution), generators[batch], device)
 
             # 4. One pass of the networks: KL (B, T, R, R) of eq. 8, feature residual (B, T, C, h, w) of eq. 10, and
             #    the features themselves, where they count
@@ -300,7 +303,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         backbone_layers = extractor.layers(pixel_values.to(extractor.dtype))  # each (N, C_i, h_i, w_i)
         features = patches = None
         if self.weights["gaussian"]:
-            of_all = extractor.standardize(backbone_layers, (self.feature_resolution,) * 2).float()
+            of_all = extractor.standardize(backbone_layers, self.feature_resolution).float()
             features = self._of_layers(of_all[:, None], layers)[:, 0]  # (N, C, h, w)
         if self.weights["nearest"]:
             patches = locally_aware_patches([backbone_layers[i] for i in self.patch_layers])  # (N, C, h, w)
@@ -334,11 +337,13 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         return torch.cat([of_layers[i] for i in (self.scored_layers if layers is None else layers)], dim=2)
 
     @property
-    def feature_resolution(self) -> int:
+    def feature_resolution(self) -> tuple[int, int]:
         """Rows and columns of the features that have a Gaussian."""
-        finest = max(1, self.input_resolution // 4)
+        if self.config.feature_resolution:
+            return as_size(self.config.feature_resolution)
+        height, width = as_size(self.input_resolution)
         num_channels = sum(self.feature_extractor.layer_channels[i] for i in self.scored_layers)
-        return self.config.feature_resolution or feature_side(finest, num_channels)
+        return feature_grid((max(1, height // 4), max(1, width // 4)), num_channels)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -372,9 +377,9 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         generators: Sequence[torch.Generator | None],
     ) -> Measurement:
         """Steps 2 to 4 of a call, at the pipeline's own resolution."""
-        resolution, device = self.processing_resolution, self._execution_device
-        pixel_values = images_to_pixel_values(images, (self.input_resolution,) * 2).to(device)
-        noise = draw_noise((self.num_levels, 3, resolution, resolution), generators, device)
+        resolution, device = as_size(self.processing_resolution), self._execution_device
+        pixel_values = images_to_pixel_values(images, as_size(self.input_resolution)).to(device)
+        noise = draw_noise((self.num_levels, 3, *resolution), generators, device)
         return self.measure(pixel_values, noise, category)
 
     def score_maps(

@@ -66,6 +66,27 @@ SHARE, RATE = number(0.0, 1.0), number(0.0, 1.0, without_ends=True)
 NOT_NEGATIVE, ABOVE_ZERO = number(0.0), number(0.0, without_ends=True)
 
 
+class OneSideOrTwo(argparse.Action):
+    """One number stays one; two are height and width."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if len(values) > 2:
+            parser.error(f"{option_string} must be one side, or height and width, but is {values}")
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
+def add_resolution(group: argparse._ArgumentGroup, default: str, *other_names: str) -> None:
+    group.add_argument(
+        "--resolution",
+        *other_names,
+        type=PIXELS,
+        nargs="+",
+        metavar=("SIDE", "WIDTH"),
+        action=OneSideOrTwo,
+        help=f"side of the images in pixels, or height and width (default: {default})",
+    )
+
+
 def add_source_arguments(data: argparse._ArgumentGroup) -> None:
     """Which good images; `check_source` sees that there are some."""
     data.add_argument("--train_data_dir", metavar="DIR", help="MVTec-AD style tree or folder of good images, or 'elpv'")
@@ -80,8 +101,11 @@ def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error("give one of --train_data_dir and --dataset_name")
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of diffusers' own training examples, and what finding anomalies adds to them."""
+def add_shared_arguments(parser: argparse.ArgumentParser, any_ratio: bool = False) -> None:
+    """The flags of diffusers' own training examples, and what finding anomalies adds to them.
+
+    `any_ratio`: whether the training images may be other than square.
+    """
     switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": False}  # --no-FLAG undoes a --config
     data = parser.add_argument_group("data")
     data.add_argument("--config", metavar="FILE", help="YAML of any of these flags; the command line overrides it")
@@ -112,7 +136,12 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest value of images of more than 8 bits, 4095 for a camera of 12; saved with the model (default: of "
         "the smallest of 8, 10, 12, 14 and 16 bits that holds all good images)",
     )
-    data.add_argument("--resolution", type=PIXELS, help="side of the training images in pixels (default: the preset's)")
+    if any_ratio:
+        add_resolution(data, "as many pixels as the preset's, at the ratio of the images where they share one")
+    else:
+        data.add_argument(
+            "--resolution", type=PIXELS, help="side of the training images in pixels (default: the preset's)"
+        )
     data.add_argument(
         "--rotation_degrees",
         type=number(0.0, 180.0),

@@ -23,7 +23,7 @@ from diffad.data.checks import dataset_value_range
 from diffad.data.image_feature import ImageFile, stored_content
 from diffad.data.layouts import FEATURES
 from diffad.data.parts import part_index
-from diffad.images import images_to_tensors, resize_image
+from diffad.images import Side, as_size, images_to_tensors, resize_image
 from diffad.pipelines.detection import FEW_IMAGES
 from diffad.training.shared_map import shared_map
 from diffad.training.stop_signals import ignore_stop_signals
@@ -57,6 +57,15 @@ def read_good_images(args: argparse.Namespace) -> Dataset:
     if args.value_range is None:
         args.value_range = dataset_value_range(good)
     return good
+
+
+SAME_RATIO = 1.05  # as far apart sides' ratios may be, and still count as one
+
+
+def common_ratio(sizes: Sequence[tuple[int, int]]) -> float:
+    """The ratio of images, height over width, where it is about the same of all; else 1."""
+    ratios = sorted(height / width for height, width in sizes)
+    return ratios[len(ratios) // 2] if ratios[-1] <= SAME_RATIO * ratios[0] else 1.0
 
 
 def hold_out(good: Dataset, args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str]]:
@@ -127,19 +136,19 @@ def keep_good_images(stream: IterableDataset) -> Dataset:
 class ResizedImages(TorchDataset):
     """Images of a data set, decoded and resized once a machine and then read from a memory-mapped table.
 
-    An item is (tensor (3, R, R), category index), the tensor uint8 or, where images have more than 8 bits, float32 in
+    An item is (tensor (3, R, R'), category index), the tensor uint8 or, where images have more than 8 bits, float32 in
     [0, 1], kept with 16 bits; `to_pixel_values` takes both. And `category_index` holds the latter of all images.
     Decoding again in every epoch would cost more than a small network's step; keeping tensors in memory would grow
-    with the data set.
+    with the data set. `resolution` is the side R = R', or both.
     """
 
-    def __init__(self, dataset: Dataset, resolution: int, categories: Sequence[str], value_range: float | None = None):
-        self.resolution = resolution
+    def __init__(self, dataset: Dataset, resolution: Side, categories: Sequence[str], value_range: float | None = None):
+        self.size = size = as_size(resolution)
         self.dtype = dtype = np.uint8 if value_range is None else np.uint16
         index = {name: i for i, name in enumerate(categories)}
 
         def resize(record: dict[str, Any]) -> dict[str, Any]:
-            resized = resize_image(record["image"], (resolution, resolution), value_range)[0].clamp(0.0, 1.0)
+            resized = resize_image(record["image"], size, value_range)[0].clamp(0.0, 1.0)
             pixels = (resized * np.iinfo(dtype).max).round().numpy().astype(dtype)  # (3, R, R)
             return {"pixels": pixels.tobytes(), "index": index[record["category"]]}
 
@@ -153,7 +162,7 @@ class ResizedImages(TorchDataset):
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         row = self.table[i]
-        pixels = np.frombuffer(row["pixels"], dtype=self.dtype).reshape(3, self.resolution, self.resolution)
+        pixels = np.frombuffer(row["pixels"], dtype=self.dtype).reshape(3, *self.size)
         if self.dtype == np.uint16:
             return torch.from_numpy(pixels.astype(np.float32) / np.float32(65535.0)), int(row["index"])
         return torch.from_numpy(pixels.copy()), int(row["index"])
@@ -246,12 +255,13 @@ def augment(pixels: torch.Tensor, args: argparse.Namespace, generator: torch.Gen
     if not (args.rotation_degrees or args.random_flip or args.random_vertical_flip):
         return images
     zero = torch.zeros_like(angle)
+    height_of_width = images.shape[2] / images.shape[3]  # the grid's coordinates go from -1 to 1 along either side
     matrix = torch.stack(
         [
             angle.cos() * horizontal,
-            -angle.sin() * vertical,
+            -angle.sin() * vertical * height_of_width,
             zero,
-            angle.sin() * horizontal,
+            angle.sin() * horizontal / height_of_width,
             angle.cos() * vertical,
             zero,
         ],

@@ -21,25 +21,29 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 
 from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
-from diffad.calibration.feature_gaussian import feature_side
-from diffad.images import ImageSequence, images_to_pixel_values
+from diffad.calibration.feature_gaussian import feature_grid
+from diffad.data.checks import dataset_sizes
+from diffad.images import ImageSequence, as_side, as_size, images_to_pixel_values, size_of_ratio
 from diffad.model_card import remove_reports
 from diffad.models.feature_extractor import LITE0_BACKBONE
+from diffad.models.gaussian_feature_model import one_size
 from diffad.pipelines.detection import FEW_IMAGES
 from diffad.training.arguments import (
     ABOVE_ZERO,
     COUNT,
-    PIXELS,
     POSITIVE,
     RATE,
     SEED,
     FlagParser,
+    OneSideOrTwo,
+    add_resolution,
     add_source_arguments,
     check_source,
 )
-from diffad.training.data import hold_out, read_good_images
+from diffad.training.data import common_ratio, hold_out, read_good_images
 from diffad.training.finish import save_examples, save_record
 
+IMAGE_SIZE, COARSEST_STRIDE = 224, 16  # pixels a side that the backbone sees, and of what they are a multiple
 STANDARDIZATION_IMAGES = 32  # some 80,000 positions, which tell a channel's mean and deviation
 
 
@@ -71,8 +75,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     features.add_argument(
         "--feature_layers", type=COUNT, nargs="+", help="the backbone's layers by timm's index, instead of strides"
     )
-    features.add_argument("--feature_image_size", type=PIXELS, default=224, help="pixels the backbone sees (224)")
-    features.add_argument("--feature_resolution", type=POSITIVE, help="rows and columns (as 90 MB allow)")
+    add_resolution(
+        features, "as many pixels as 224 x 224, at the ratio of the images where they share one", "--feature_image_size"
+    )
+    features.add_argument(
+        "--feature_resolution",
+        type=POSITIVE,
+        nargs="+",
+        metavar=("ROWS", "COLUMNS"),
+        action=OneSideOrTwo,
+        help="positions that have a Gaussian (as 90 MB allow)",
+    )
     parser.add_argument("--output_dir", default="runs/model", help="where the pipeline goes (%(default)s)")
     parser.add_argument("--batch_size", type=POSITIVE, default=16, help="images in one pass (16)")
     parser.add_argument("--seed", type=SEED, default=0, help="of which images are held out (0)")
@@ -85,19 +98,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def create_extractor(good: Dataset, args: argparse.Namespace, device: torch.device) -> TimmFeatureExtractor:
     """The backbone, its channels standardised by good images spread over all of them."""
     extractor = TimmFeatureExtractor.from_backbone(
-        args.backbone, args.feature_strides, args.feature_image_size, args.backbone_weights, args.feature_layers
+        args.backbone, args.feature_strides, one_size(args.resolution), args.backbone_weights, args.feature_layers
     ).to(device)
     chosen = np.linspace(0, len(good) - 1, min(len(good), STANDARDIZATION_IMAGES)).astype(int).tolist()
-    finest = args.feature_image_size // 4
-    side = args.feature_resolution or feature_side(finest, extractor.num_channels)
+    size = as_size(args.resolution)
+    grid = args.feature_resolution or feature_grid((size[0] // 4, size[1] // 4), extractor.num_channels)
 
     def batches() -> Iterator[torch.Tensor]:
         for start in range(0, len(chosen), args.batch_size):
             rows = [good[i]["image"] for i in chosen[start : start + args.batch_size]]
             images = ImageSequence(rows, args.value_range)
-            yield images_to_pixel_values(images, (args.feature_image_size,) * 2).to(device)
+            yield images_to_pixel_values(images, size).to(device)
 
-    return extractor.fit_standardization(batches(), (side, side))
+    return extractor.fit_standardization(batches(), as_size(grid))
 
 
 def calibrate_category(
@@ -139,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     good = read_good_images(args)
     of_image = np.asarray(good["category"])
     categories = sorted(set(of_image.tolist()))
+    if args.resolution is None:
+        args.resolution = as_side(size_of_ratio(IMAGE_SIZE, common_ratio(dataset_sizes(good)), COARSEST_STRIDE))
     extractor = create_extractor(good, args, accelerator.device)
 
     # 2. A pipeline without a denoiser; its Gaussian and thresholds, category by category

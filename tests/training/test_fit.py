@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from conftest import (
     tiny_scheduler,
     write_folder,
     write_mvtec,
+    write_png,
 )
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -28,7 +30,7 @@ from diffad import AnomalyDenoisePipeline
 from diffad.calibration.feature_gaussian import (
     EPSILON,
     feature_gaussian,
-    feature_side,
+    feature_grid,
     leave_one_out_epsilon,
     leave_one_out_of_features,
 )
@@ -237,6 +239,20 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     args = fit_script.parse_args(seen[0])
     assert (args.train_data_dir, args.output_dir, args.seed) == (str(data), str(tmp_path / "m"), 3)
     assert args.feature_strides == [2, 4, 8, 16]
+    assert args.resolution is None
+
+
+@pytest.mark.parametrize("command", ["fit", "train"])
+@pytest.mark.parametrize(("given", "expected"), [(["64"], 64), (["96", "64"], [96, 64])])
+def test_commands_take_a_side_or_height_and_width(tmp_path, monkeypatch, command, given, expected):
+    from diffad.training import fit, train_ddpm
+
+    data, seen = write_folder(tmp_path / "good", 3), []
+    script = {"fit": fit, "train": train_ddpm}[command]
+    monkeypatch.setattr(script, "main", seen.append)
+    arguments = [command, "--resolution", *given, str(data), "--output", str(tmp_path / "m")]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert script.parse_args(seen[0]).resolution == expected
 
 
 def test_mistakes_are_named():
@@ -253,9 +269,11 @@ def test_mistakes_are_named():
 
 
 def test_the_covariances_size_is_bounded():
-    assert feature_side(56, 192) == 49
-    assert feature_side(56, 64) == 56
-    assert 2 * feature_side(56, 192) ** 2 * 192 * 193 // 2 <= 90_000_000
+    assert feature_grid((56, 56), 192) == (49, 49)
+    assert feature_grid((56, 56), 64) == (56, 56)
+    assert feature_grid((88, 36), 192) == (77, 31)
+    for size in ((56, 56), (88, 36)):
+        assert 2 * math.prod(feature_grid(size, 192)) * 192 * 193 // 2 <= 90_000_000
 
 
 def test_maps_come_at_the_images_size_or_the_extractors():
@@ -265,3 +283,42 @@ def test_maps_come_at_the_images_size_or_the_extractors():
         warnings.simplefilter("ignore")
         assert pipeline(image).anomaly_map.shape == (1, 50, 70)
         assert pipeline(image, match_input_resolution=False).anomaly_map.shape == (1, 32, 32)
+
+
+def write_long(folder: Path, count: int, size: tuple[int, int] = (64, 24)) -> Path:
+    for i, pixels in enumerate(textures(count, size)):
+        write_png(folder / f"{i:03}.png", pixels)
+    return folder
+
+
+def fit_as_they_are(data: Path, output: Path, *more: object) -> AnomalyDenoisePipeline:
+    without_size = SMALL[: SMALL.index("--feature_image_size")]
+    arguments = ("--train_data_dir", data, "--output_dir", output, *without_size, *more)
+    fit_script.main([str(argument) for argument in arguments])
+    return AnomalyDenoisePipeline.from_pretrained(output)
+
+
+def test_long_images_keep_their_ratio(tmp_path):
+    pipeline = fit_as_they_are(write_long(tmp_path / "good", 5), tmp_path / "model")
+    size = (368, 144)  # 64 x 24 in about 224 x 224 pixels, of multiples of the coarsest stride
+    assert pipeline.processing_resolution == pipeline.input_resolution == size
+    assert pipeline.feature_extractor.image_sizes == [size]
+    good, bad = texture(90, (64, 24)), texture(90, (64, 24), defect=True)
+    assert pipeline(bad, match_input_resolution=False).anomaly_map.shape == (1, *size)
+    assert pipeline(bad).anomaly_score > pipeline(good).anomaly_score
+    counts = predict_files(pipeline, [write_png(tmp_path / "new" / "bad.png", bad)], tmp_path / "out")
+    assert counts["anomalous"] == 1
+    assert Image.open(tmp_path / "out" / "maps" / "bad.png").size == (24, 64)
+
+
+@pytest.mark.parametrize(("given", "side"), [((32,), 32), ((48, 32), (48, 32)), ((32, 32), 32)])
+def test_a_resolution_is_a_side_or_height_and_width(tmp_path, given, side):
+    data = write_folder(tmp_path / "good", 3)
+    pipeline = fit_as_they_are(data, tmp_path / "model", "--resolution", *given)
+    assert pipeline.processing_resolution == pipeline.input_resolution == side
+
+
+def test_images_of_several_ratios_become_squares(tmp_path):
+    good = write_long(tmp_path / "good", 3)
+    write_png(good / "other.png", texture(9, (40, 24)))
+    assert fit_as_they_are(good, tmp_path / "model").processing_resolution == 224
