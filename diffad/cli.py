@@ -132,15 +132,20 @@ Resolution = Annotated[
 ]
 
 
+Roi = Annotated[Path | None, typer.Option(metavar="PATH", help="What counts: mask (PNG), COCO JSON.")]
+TileSize = Annotated[str | None, typer.Option(metavar="SIDE|H W", help="Tiles of large images; none: no tiles.")]
+
+
 class TakesHeightAndWidth(TyperCommand):
-    """A command whose `--resolution` is one number or two; click's options have one number of values."""
+    """A command whose sizes are one number or two; click's options have one number of values."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        for i, word in enumerate(args[:-2]):
-            if word == "--resolution" and args[i + 1].isdigit() and args[i + 2].isdigit():
-                args = [*args[: i + 1], f"{args[i + 1]} {args[i + 2]}", *args[i + 3 :]]
-                break
-        return super().parse_args(ctx, args)
+        joined = ["--tile-size" if word == "--tile_size" else word for word in args]
+        for option in ("--resolution", "--tile-size"):
+            at = joined.index(option) if option in joined else len(joined)
+            if all(word.isdigit() for word in joined[at + 1 : at + 3]):
+                joined[at + 1 : at + 3] = [" ".join(joined[at + 1 : at + 3])] if joined[at + 1 :] else []
+        return super().parse_args(ctx, joined)
 
 
 def training_flags(
@@ -153,6 +158,8 @@ def training_flags(
     on_bad_image: OnBadImage,
     seed: int,
     resolution: str | None,
+    tile_size: str | None,
+    roi: Path | None,
 ) -> list[str]:
     """The same, as the scripts in `training` take them."""
     source = ["--train_data_dir", data] if data == "elpv" or data.startswith("elpv/") or Path(data).exists() else []
@@ -161,6 +168,8 @@ def training_flags(
     flags += ["--dataset", dataset] if dataset else []
     flags += ["--part_pattern", part_pattern] if part_pattern else []
     flags += ["--resolution", *resolution.split()] if resolution else []
+    flags += ["--roi", str(roi)] if roi else []
+    flags += ["--tile_size", *tile_size.split()] if tile_size else []
     return [*flags, *(["--category", *category] if category else [])]
 
 
@@ -176,6 +185,8 @@ def train(
     on_bad_image: BadImages = OnBadImage.error,
     seed: DataSeed = 0,
     resolution: Resolution = None,
+    tile_size: TileSize = None,
+    roi: Roi = None,
 ) -> None:
     """A denoiser, and beside it what fit keeps; what of them counts, defects drawn on good images choose.
 
@@ -184,7 +195,7 @@ def train(
     from diffad.training.train_ddpm import main as run
 
     flags = training_flags(
-        data, output, category, dataset, false_alarm_rate, part_pattern, on_bad_image, seed, resolution
+        data, output, category, dataset, false_alarm_rate, part_pattern, on_bad_image, seed, resolution, tile_size, roi
     )
     run([*flags, "--minutes", str(minutes)])
     console.print(f"Next: diffad predict {escape(str(output))} NEW_PARTS --output RESULTS", highlight=False)
@@ -201,15 +212,30 @@ def fit(
     on_bad_image: BadImages = OnBadImage.error,
     seed: DataSeed = 0,
     resolution: Resolution = None,
+    tile_size: TileSize = None,
+    roi: Roi = None,
 ) -> None:
     """Good images' features: their Gaussian (PaDiM) and the nearest of them (PatchCore), calibrated.
 
-    Below 20 good images of a category each is left out in turn; else a fifth is held out for the thresholds. More
-    settings, several processes: accelerate launch training/fit.py.
+    From 20 good images on, a fifth is held out for the thresholds. More: accelerate launch training/fit.py.
     """
     from diffad.training.fit import main as run
 
-    run(training_flags(data, output, category, dataset, false_alarm_rate, part_pattern, on_bad_image, seed, resolution))
+    run(
+        training_flags(
+            data,
+            output,
+            category,
+            dataset,
+            false_alarm_rate,
+            part_pattern,
+            on_bad_image,
+            seed,
+            resolution,
+            tile_size,
+            roi,
+        )
+    )
     console.print(f"Next: diffad predict {escape(str(output))} NEW_PARTS --output RESULTS", highlight=False)
 
 
@@ -289,7 +315,7 @@ def calibrate(
     model: Model,
     data: Annotated[str, typer.Option("--data", metavar="DATA", help="Good images: a folder, data set, elpv.")],
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to save (MODEL, if a folder).")] = None,
-    false_alarm_rate: Annotated[float, typer.Option(metavar="RATE", help="Of good parts that may alarm.")] = 0.01,
+    false_alarm_rate: FalseAlarmRate = 0.01,
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout.")] = None,
     category: Category = None,
     part_pattern: PartPattern = None,
@@ -297,10 +323,11 @@ def calibrate(
     batch_size: BatchSize = 16,
     device: Device = None,
     seed: Seed = 0,
+    roi: Roi = None,
 ) -> None:
     """Statistics and thresholds from good images that training has not seen.
 
-    Of a data set, those of its train split are taken. Half of them, or of the parts, are for the thresholds.
+    Of a data set, its train split; half of it, or of the parts, for the thresholds.
     """
     import numpy as np
     import torch
@@ -338,6 +365,7 @@ def calibrate(
         batch_size=batch_size,
         generator=torch.Generator().manual_seed(seed),
         value_range=None if pipeline.config.value_range is not None else dataset_value_range(good),
+        roi=roi,
         leave_one_out=pipeline.scores_features and len(good) < FEW_IMAGES and part_pattern is None,
     )
     pipeline.save_pretrained(folder)

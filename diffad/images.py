@@ -286,18 +286,33 @@ class ImageSequence:
 
     def resized(self, size: Sequence[int]) -> Iterable[torch.Tensor]:
         """Each image as (1, 3, *size) float32 in [0, 1], one at a time."""
+        for image, name in self._decoded(reduce_large=True):
+            yield resize_image(image, size, self.value_range, name)
+
+    def whole(self) -> Iterable[Image.Image | torch.Tensor]:
+        """Each image as it is, one at a time: a PIL image, upright, or a tensor (3, H, W) in [0, 1]."""
+        for image, name in self._decoded(reduce_large=False):
+            is_picture = isinstance(image, Image.Image)
+            yield _upright(image, name) if is_picture else _to_tensors(image, name, self.value_range)[0]
+
+    def _decoded(self, reduce_large: bool) -> Iterable[tuple[Any, str]]:
         for image, name in self._items:
             is_row = isinstance(image, partial)
             if is_row:
                 image = image()
             if isinstance(image, (str, os.PathLike)):
-                image = read_image(image, reduce_large=True)
+                image = read_image(image, reduce_large=reduce_large)
             if is_row and self.value_range is None and value_range_of(image) is not None:
                 raise ValueError(
                     f"`{name}` has more than 8 bits, as not all images have: give a `value_range`, such as 4095 for a "
                     "camera of 12 bits."
                 )
-            yield resize_image(image, size, self.value_range, name)
+            yield image, name
+
+
+def image_to_tensor(image: Image.Image, value_range: float | None = None, name: str = "image") -> torch.Tensor:
+    """One PIL image as (3, H, W) float32 in [0, 1]."""
+    return _to_tensors(image, name, value_range)[0]
 
 
 def resize_image(

@@ -264,7 +264,8 @@ def _training_table(pipeline: Any, training: dict[str, Any]) -> list[tuple[str, 
     trained = {
         name: sum(p.numel() for p in part.parameters())
         for name, part in pipeline.components.items()
-        if isinstance(part, torch.nn.Module) and name not in ("feature_extractor", "calibration", "prompt_embedding")
+        if isinstance(part, torch.nn.Module)
+        and name not in ("feature_extractor", "calibration", "tile_calibration", "prompt_embedding")
     }
     rows = [
         ("data", arguments.get("train_data_dir") or arguments.get("dataset_name")),

@@ -25,9 +25,9 @@ import torch
 from PIL import Image
 
 from diffad.files import locked_folder, write_text_whole, write_whole
-from diffad.grey_depth import BAND_PIXELS, UnreadableImageError, warn_of_found_range
+from diffad.grey_depth import BAND_PIXELS, UnreadableImageError, value_range_of, warn_of_found_range
 from diffad.image_files import LARGE_PIXELS, image_file_header, one_large_at_a_time, read_image
-from diffad.images import Side, as_size, find_value_range, image_to_rgb, resize_image, resize_images
+from diffad.images import Side, as_size, find_value_range, image_to_rgb, image_to_tensor, resize_image, resize_images
 from diffad.inputs import LOCK_NAME, PICTURE_FOLDERS, SHEET_NAME, find_images
 from diffad.journal import (
     COLUMNS,
@@ -53,7 +53,7 @@ SETTINGS_NAME = "settings.json"
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
 
 # (network inputs, each (3, R, R') in [0, 1]; places of the images among all) -> an `AnomalyOutput` of tensors
-Detect: TypeAlias = Callable[[list[torch.Tensor], list[int]], Any]
+Detect: TypeAlias = Callable[[list[Any], list[int]], Any]
 
 
 class Decoded(NamedTuple):
@@ -62,12 +62,12 @@ class Decoded(NamedTuple):
     Attributes:
         size: (H, W) of the file.
         pixels: (h, w, 3) uint8, what its overlay is drawn on: of this size or, where it is large, reduced.
-        network_input: (3, R, R') in [0, 1], what the networks see.
+        network_input: (3, R, R') in [0, 1], what the networks see; or the image as it is, of which they see tiles.
     """
 
     size: tuple[int, int]
     pixels: np.ndarray
-    network_input: torch.Tensor
+    network_input: torch.Tensor | Image.Image
 
 
 def predict_files(
@@ -116,7 +116,7 @@ def predict_files(
         settings["calibration"] = [float(threshold[index]) for threshold in thresholds]
         threshold = settings["calibration"][1]
 
-    def detect(network_inputs: list[torch.Tensor], places: list[int]) -> Any:
+    def detect(network_inputs: list[Any], places: list[int]) -> Any:
         return pipeline(
             network_inputs,
             batch_size=batch_size,
@@ -126,16 +126,17 @@ def predict_files(
             **({"category": category} if category is not None else {}),
         )
 
-    side = pipeline.input_resolution
+    side = None if pipeline.tile_size else pipeline.input_resolution  # tiles are cut from the whole
     if settings["value_range"] is None and (found := find_value_range(paths, skip_unreadable=True)) is not None:
         warn_of_found_range(found)
         settings["value_range"] = found
-    return score_files(detect, side, threshold, settings, paths, output_dir, batch_size, num_workers, report)
+    at_once = 1 if side is None else batch_size  # a batch is then one of tiles
+    return score_files(detect, side, threshold, settings, paths, output_dir, at_once, num_workers, report)
 
 
 def score_files(
     detect: Detect,
-    side: Side,
+    side: Side | None,
     threshold: float | None,
     settings: dict[str, Any],
     paths: Sequence[Path],
@@ -150,7 +151,7 @@ def score_files(
         detect: from a batch of images (3, R, R') in [0, 1] and their places in `paths` to an output with `anomaly_map`
             (N, h, w) and `anomaly_score` (N,) and, unless `threshold` is None, `anomaly_mask`,
             `p_value` and `is_anomalous`.
-        side: of the networks' images, in pixels, or height and width.
+        side: of the networks' images, in pixels, or height and width; None hands `detect` the images as they are.
         threshold: of a map's pixels; None gives no masks and no verdicts.
         settings: what later runs into the same folder must agree in; `value_range`, which may be None or missing, is
             that of images of more than 8 bits.
@@ -293,7 +294,11 @@ def _places(todo: Sequence[tuple[int, Input]], root: str, output_dir: Path) -> l
 
 
 def _decoded_batches(
-    todo: Sequence[tuple[int, Input]], side: Side, batch_size: int, pool: ThreadPoolExecutor, value_range: float | None
+    todo: Sequence[tuple[int, Input]],
+    side: Side | None,
+    batch_size: int,
+    pool: ThreadPoolExecutor,
+    value_range: float | None,
 ) -> Iterator[list[tuple[int, Input, Decoded | Exception]]]:
     """Decoded images, or the error of reading them, with one batch decoded ahead."""
 
@@ -301,12 +306,12 @@ def _decoded_batches(
         try:
             (width, height), _ = image_file_header(path)
             with one_large_at_a_time(width * height):
-                image = read_image(path, reduce_large=True)
-                network_input = resize_image(image, as_size(side), value_range)[0]
+                image = read_image(path, reduce_large=side is not None)
+                network_input = _network_input(image, side, value_range)
                 pixels = np.asarray(image_to_rgb(_reduce(image), value_range))
         except (UnreadableImageError, OSError) as error:
             return error
-        return Decoded((height, width), pixels, network_input.clamp(0.0, 1.0))  # rounding may have left the range
+        return Decoded((height, width), pixels, network_input)
 
     entries = iter(todo)
     waiting: deque[tuple[int, Input, Future]] = deque()
@@ -323,6 +328,12 @@ def _decoded_batches(
             batch = []
     if batch:
         yield batch
+
+
+def _network_input(image: Image.Image, side: Side | None, value_range: float | None) -> torch.Tensor | Image.Image:
+    if side is None:
+        return image if value_range_of(image) is None else image_to_tensor(image, value_range)
+    return resize_image(image, as_size(side), value_range)[0].clamp(0.0, 1.0)  # rounding may have left the range
 
 
 def _reduce(image: Image.Image) -> Image.Image:

@@ -87,12 +87,46 @@ def add_resolution(group: argparse._ArgumentGroup, default: str, *other_names: s
     )
 
 
+class TileSize(OneSideOrTwo):
+    """`none`, or as of `OneSideOrTwo`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values == ["none"]:
+            setattr(namespace, self.dest, None)
+            return
+        try:
+            super().__call__(parser, namespace, [PIXELS(value) for value in values], option_string)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"{option_string} {error}, or 'none'")
+
+
+def add_tiles(group: Any) -> None:
+    """`--tile_size`, "auto" where it is not given, and `--tile_overlap`."""
+    group.add_argument(
+        "--tile_size",
+        nargs="+",
+        action=TileSize,
+        default="auto",
+        metavar=("SIDE", "WIDTH"),
+        help="look at images in tiles, too: pixels a side, or height and width; none: as a whole alone (default: as "
+        "many pixels as the networks see, where the images' sides are three times as long)",
+    )
+    group.add_argument(
+        "--tile_overlap", type=number(0.0, 0.75), default=0.25, help="share of a tile's sides, at least (0.25)"
+    )
+
+
 def add_source_arguments(data: argparse._ArgumentGroup) -> None:
     """Which good images; `check_source` sees that there are some."""
     data.add_argument("--train_data_dir", metavar="DIR", help="MVTec-AD style tree or folder of good images, or 'elpv'")
     data.add_argument("--dataset_name", metavar="ID", help="data set on the Hub, instead of --train_data_dir")
     data.add_argument("--dataset", metavar="NAME", help="force a layout (mvtec_ad, visa, folder, ...)")
     data.add_argument("--category", nargs="+", help="only these categories (default: all that there are)")
+    data.add_argument(
+        "--roi",
+        metavar="PATH",
+        help="which pixels count: a mask (PNG), a folder of CATEGORY.png, or polygons in COCO JSON (default: all)",
+    )
     data.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable files (error)")
 
 

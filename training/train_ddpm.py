@@ -28,6 +28,7 @@ from diffad.images import as_side, as_size, images_to_pixel_values, resize_image
 from diffad.likelihood import kl_divergence_map, predicted_clean_sample, variational_bound
 from diffad.models.denoising_unet_2d import DENOISING_UNET_PRESETS
 from diffad.moments import PRIOR_IMAGES
+from diffad.tiling import tile_height_and_width
 from diffad.training.arguments import (
     ABOVE_ZERO,
     COUNT,
@@ -36,6 +37,7 @@ from diffad.training.arguments import (
     SHARE,
     FlagParser,
     add_shared_arguments,
+    add_tiles,
     number,
     parse_arguments,
     whole_number,
@@ -45,11 +47,13 @@ from diffad.training.choice import choose_settings, describe_choice
 from diffad.training.data import (
     ResizedImages,
     augment,
+    choose_tile_size,
     common_ratio,
     create_data_loader,
     hold_out_for_choice,
     load_good_images,
     load_pictures,
+    load_region,
     spread_batches,
 )
 from diffad.training.duration import steps_in
@@ -109,6 +113,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=1.0,
         help="t = 1000 u^p: above 1, small timesteps come up more (1)",
     )
+
+    add_tiles(model)
 
     score = parser.add_argument_group("score")
     score.add_argument("--timesteps", type=COUNT, nargs="+", default=[5, 50, 100], help="noise levels (5 50 100)")
@@ -224,6 +230,8 @@ def create_pipeline(
         position_prior_images=args.position_prior_images,
         score_strides=args.score_strides,
         processing_resolution=args.resolution,
+        tile_size=args.tile_size,
+        tile_overlap=args.tile_overlap,
         categories=categories,
         value_range=args.value_range,
     )
@@ -308,15 +316,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     training, unseen = hold_out_for_choice(training, args) if args.choose else (training, None)
     if args.choose and unseen is None:
         accelerator.print("Too few good images or parts to hold out any for a choice: `weights` stay as they are.")
-    ratio = common_ratio(dataset_sizes(training)) if args.resolution is None else 1.0
+    sizes = dataset_sizes(training)
+    ratio = common_ratio(sizes) if args.resolution is None else 1.0
     unet, scheduler, extractor = create_components(args, len(categories), ratio)
     size = as_size(args.resolution)
     stride = unet.config.sample_size // unet.config.feature_resolution
     feature_size = size[0] // stride, size[1] // stride
-    images = ResizedImages(training, extractor.input_resolution(size), categories, args.value_range)
+    seen = as_size(extractor.input_resolution(size))
+    if args.tile_size == "auto":
+        args.tile_size = choose_tile_size(sizes, seen)
+    tiles, region = tile_height_and_width(args.tile_size, seen), load_region(args, categories)
+    images = ResizedImages(training, seen, categories, args.value_range, tiles, args.tile_overlap, region)
     accelerator.print(
         f"{len(training)} good images of {', '.join(categories)} for training, {len(held_out)} held out; "
         f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters, {size[0]} x {size[1]} px"
+        + ("" if tiles is None else f", of the whole and of tiles of {tiles[0]} x {tiles[1]}")
     )
 
     # 2. Features, standardised so that a few channels of large activations do not make up the loss
@@ -366,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipeline = create_pipeline(unet, scheduler, extractor, categories, args)
     pipeline.set_progress_bar_config(disable=not accelerator.is_local_main_process)
     if unseen is not None:
-        ranking = choose_settings(pipeline, training, unseen, categories, args.seed, accelerator)
+        ranking = choose_settings(pipeline, training, unseen, categories, args.seed, accelerator, region)
         best = {name: ranking[0][name] for name in ("weights", "kl_sigma", "feature_sigma")}
         pipeline.register_to_config(**best, position_trust=0.0)  # as the choice normalises
         accelerator.print(describe_choice(ranking))

@@ -44,7 +44,9 @@ def benchmark_pipeline(pipeline: Any, batch_size: int = 16, repeats: int = 5) ->
     def end(name: str) -> Any:
         return lambda module, args, output: spent.__setitem__(name, spent[name] + now() - begun[name])
 
-    networks = {n: m for n, m in pipeline.components.items() if isinstance(m, torch.nn.Module) and n != "calibration"}
+    networks = {
+        n: m for n, m in pipeline.components.items() if isinstance(m, torch.nn.Module) and "calibration" not in n
+    }
     if "feature_extractor" in networks:  # which a pipeline asks for its layers
         pipeline(images[:1], batch_size=1, **category)
         networks["feature_extractor"] = pipeline.feature_extractor.running_network()

@@ -251,8 +251,13 @@ def test_commands_take_a_side_or_height_and_width(tmp_path, monkeypatch, command
     script = {"fit": fit, "train": train_ddpm}[command]
     monkeypatch.setattr(script, "main", seen.append)
     arguments = [command, "--resolution", *given, str(data), "--output", str(tmp_path / "m")]
+    assert CliRunner().invoke(app, [*arguments, "--tile_size", *given]).exit_code == 0
+    args = script.parse_args(seen[0])
+    assert (args.resolution, args.tile_size) == (expected, expected)
+    assert CliRunner().invoke(app, [*arguments, "--tile-size", "none"]).exit_code == 0
+    assert script.parse_args(seen[1]).tile_size is None
     assert CliRunner().invoke(app, arguments).exit_code == 0
-    assert script.parse_args(seen[0]).resolution == expected
+    assert script.parse_args(seen[2]).tile_size == "auto"
 
 
 def test_mistakes_are_named():
@@ -322,3 +327,37 @@ def test_images_of_several_ratios_become_squares(tmp_path):
     good = write_long(tmp_path / "good", 3)
     write_png(good / "other.png", texture(9, (40, 24)))
     assert fit_as_they_are(good, tmp_path / "model").processing_resolution == 224
+
+
+def test_large_images_are_looked_at_in_tiles_unless_told_otherwise(tmp_path, capsys):
+    good = write_long(tmp_path / "good", 20, (72, 56))
+    size = ("--resolution", 16)
+    pipeline = fit_as_they_are(good, tmp_path / "model", *size, "--false_alarm_rate", 0.25)
+    assert pipeline.tile_size == (16, 16)
+    assert "The images are large: tiles of 16 x 16 px, and the whole." in capsys.readouterr().out
+    bad = texture(90, (72, 56))
+    bad[40:43, 30:33] = 0
+    assert pipeline(bad).is_anomalous[0]
+    assert fit_as_they_are(good, tmp_path / "whole", *size, "--tile_size", "none").tile_size is None
+    chosen = fit_as_they_are(good, tmp_path / "own", *size, "--tile_size", 24, 20, "--tile_overlap", 0.5)
+    assert (chosen.tile_size, chosen.config.tile_overlap) == ((24, 20), 0.5)
+
+
+def test_of_few_images_given_tiles_half_set_the_thresholds(tmp_path):
+    good = write_long(tmp_path / "good", 6, (72, 56))
+    assert fit_as_they_are(good, tmp_path / "auto", "--resolution", 16).tile_size is None
+    pipeline = fit_as_they_are(good, tmp_path / "model", "--resolution", 16, "--tile_size", 16)
+    assert np.isfinite(pipeline.calibration.normal_scores.numpy()).sum() == 1
+
+
+def test_two_processes_fit_the_tiles_that_one_does(tmp_path):
+    good = write_long(tmp_path / "good", 20, (48, 40))
+    arguments = ("--train_data_dir", good, *SMALL[:-2], "--resolution", 16, "--tile_size", 16)
+    for count in (1, 2):
+        launch("diffad.training.fit", *arguments, "--output_dir", tmp_path / str(count), processes=count, cwd=tmp_path)
+    one, two = (AnomalyDenoisePipeline.from_pretrained(tmp_path / str(count)) for count in (1, 2))
+    for name in ("calibration", "tile_calibration"):
+        for key, values in getattr(one, name).state_dict().items():
+            assert torch.allclose(getattr(two, name).state_dict()[key], values, rtol=1e-3, atol=1e-3, equal_nan=True), (
+                key
+            )

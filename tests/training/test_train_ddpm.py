@@ -150,6 +150,26 @@ def test_long_images_keep_their_ratio(tmp_path):
     )
 
 
+def test_tiles_are_trained_on_as_well(tmp_path, monkeypatch):
+    for i, pixels in enumerate(textures(9, (72, 56))):
+        write_png(tmp_path / "good" / f"{i}.png", pixels)
+    seen = []
+    loss = train_ddpm.denoising_loss
+
+    def looking(unet, scheduler, clean, *more):
+        seen.append(clean)
+        return loss(unet, scheduler, clean, *more)
+
+    monkeypatch.setattr(train_ddpm, "denoising_loss", looking)
+    train(tmp_path / "good", tmp_path / "run", "--tile_size", 24, "--cache_features", "--rotation_degrees", 0, steps=20)
+    pipeline = load(tmp_path / "run")
+    assert pipeline.tile_size == (24, 24)
+    assert pipeline.tile_calibration is not None
+    deviations = torch.cat(seen).std(dim=(1, 2, 3))
+    assert deviations.max() > 1.05 * deviations.min()  # stripes of the whole image are averaged away
+    assert pipeline(texture(30, (72, 56))).anomaly_map.shape == (1, 72, 56)
+
+
 def test_the_extractor_may_look_twice(good, tmp_path):
     train(good, tmp_path, "--feature_image_size", 16, 32, "--score_strides", 4)
     pipeline = load(tmp_path)
