@@ -327,7 +327,7 @@ def calibrate(
 ) -> None:
     """Statistics and thresholds from good images that training has not seen.
 
-    Of a data set, its train split; half of it, or of the parts, for the thresholds.
+    Of a data set, its train split: half of it, or of the parts, for thresholds.
     """
     import numpy as np
     import torch
