@@ -4,8 +4,8 @@
 
 Images of 4000 x 3000 pixels are made of real ones: magnetic tiles at their own size, or any folder of good images, laid
 side by side with seams blended. Good ones train and calibrate, others are held out, and on copies of these a defect of
-12 x 12 pixels is pasted, cut from real defective images. Printed is the share of pasted defects that raises an alarm at the
-stated rate, and of held-out good images, with tiles and without; and the share above as many good ones as the rate allows.
+12 x 12 pixels is pasted, cut from real defective images. Printed is the share of either that raises an alarm at the
+stated rate, with tiles and without, and the share of defects above as many good images as the rate allows.
 """
 
 from __future__ import annotations
