@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperCommand
 
 from diffad.command_options import BatchSize, Category, Device, Dtype, Model, PartPattern, Seed
 from diffad.line_commands import drift, watch
@@ -116,7 +117,29 @@ Output = Annotated[Path, typer.Option(metavar="DIR", help="Gets the pipeline.")]
 Categories = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one; may be repeated.")]
 Layout = Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout: mvtec_ad, visa, ...")]
 FalseAlarmRate = Annotated[float, typer.Option(metavar="RATE", help="Of good parts that may alarm.")]
-DataSeed = Annotated[int, typer.Option(metavar="N", help="Of which images are held out, and of noise.")]
+DataSeed = Annotated[int, typer.Option(metavar="N", help="Of the images held out, and noise.")]
+
+
+Resolution = Annotated[
+    str | None,
+    typer.Option(metavar="SIDE|H W", help="Pixels the networks see (at the images' ratio)."),
+]
+
+
+Roi = Annotated[Path | None, typer.Option(metavar="PATH", help="What counts: mask (PNG), COCO JSON.")]
+TileSize = Annotated[str | None, typer.Option(metavar="SIDE|H W", help="Tiles of large images; none: no tiles.")]
+
+
+class TakesHeightAndWidth(TyperCommand):
+    """A command whose sizes are one number or two; click's options have one number of values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        joined = ["--tile-size" if word == "--tile_size" else word for word in args]
+        for option in ("--resolution", "--tile-size"):
+            at = joined.index(option) if option in joined else len(joined)
+            if all(word.isdigit() for word in joined[at + 1 : at + 3]):
+                joined[at + 1 : at + 3] = [" ".join(joined[at + 1 : at + 3])] if joined[at + 1 :] else []
+        return super().parse_args(ctx, joined)
 
 
 def training_flags(
@@ -128,6 +151,9 @@ def training_flags(
     part_pattern: str | None,
     on_bad_image: OnBadImage,
     seed: int,
+    resolution: str | None,
+    tile_size: str | None,
+    roi: Path | None,
 ) -> list[str]:
     """The same, as the scripts in `training` take them."""
     source = ["--train_data_dir", data] if data == "elpv" or data.startswith("elpv/") or Path(data).exists() else []
@@ -135,10 +161,13 @@ def training_flags(
     flags += ["--false_alarm_rate", str(false_alarm_rate), "--on_bad_image", on_bad_image.value]
     flags += ["--dataset", dataset] if dataset else []
     flags += ["--part_pattern", part_pattern] if part_pattern else []
+    flags += ["--resolution", *resolution.split()] if resolution else []
+    flags += ["--roi", str(roi)] if roi else []
+    flags += ["--tile_size", *tile_size.split()] if tile_size else []
     return [*flags, *(["--category", *category] if category else [])]
 
 
-@app.command(short_help="Trains AnomalyDenoise on good images, and chooses the rest.")
+@app.command(cls=TakesHeightAndWidth, short_help="Trains AnomalyDenoise on good images, and chooses the rest.")
 def train(
     data: GoodImages,
     output: Output,
@@ -149,6 +178,9 @@ def train(
     part_pattern: PartPattern = None,
     on_bad_image: BadImages = OnBadImage.error,
     seed: DataSeed = 0,
+    resolution: Resolution = None,
+    tile_size: TileSize = None,
+    roi: Roi = None,
 ) -> None:
     """A denoiser, and beside it what fit keeps; what of them counts, defects drawn on good images choose.
 
@@ -156,12 +188,14 @@ def train(
     """
     from diffad.training.train_ddpm import main as run
 
-    flags = training_flags(data, output, category, dataset, false_alarm_rate, part_pattern, on_bad_image, seed)
+    flags = training_flags(
+        data, output, category, dataset, false_alarm_rate, part_pattern, on_bad_image, seed, resolution, tile_size, roi
+    )
     run([*flags, "--minutes", str(minutes)])
     console.print(f"Next: diffad predict {escape(str(output))} NEW_PARTS --output RESULTS", highlight=False)
 
 
-@app.command(short_help="A detector from good images in seconds, with nothing trained.")
+@app.command(cls=TakesHeightAndWidth, short_help="A detector from good images in seconds, with nothing trained.")
 def fit(
     data: GoodImages,
     output: Output,
@@ -171,15 +205,31 @@ def fit(
     part_pattern: PartPattern = None,
     on_bad_image: BadImages = OnBadImage.error,
     seed: DataSeed = 0,
+    resolution: Resolution = None,
+    tile_size: TileSize = None,
+    roi: Roi = None,
 ) -> None:
     """Good images' features: their Gaussian (PaDiM) and the nearest of them (PatchCore), calibrated.
 
-    Below 20 good images of a category each is left out in turn; else a fifth is held out for the thresholds. More
-    settings, several processes: accelerate launch training/fit.py.
+    From 20 good images on, a fifth is held out for the thresholds. More: accelerate launch training/fit.py.
     """
     from diffad.training.fit import main as run
 
-    run(training_flags(data, output, category, dataset, false_alarm_rate, part_pattern, on_bad_image, seed))
+    run(
+        training_flags(
+            data,
+            output,
+            category,
+            dataset,
+            false_alarm_rate,
+            part_pattern,
+            on_bad_image,
+            seed,
+            resolution,
+            tile_size,
+            roi,
+        )
+    )
     console.print(f"Next: diffad predict {escape(str(output))} NEW_PARTS --output RESULTS", highlight=False)
 
 
@@ -268,7 +318,7 @@ def calibrate(
     model: Model,
     data: Annotated[str, typer.Option("--data", metavar="DATA", help="Good images: a folder, data set, elpv.")],
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to save (MODEL, if a folder).")] = None,
-    false_alarm_rate: Annotated[float, typer.Option(metavar="RATE", help="Of good parts that may alarm.")] = 0.01,
+    false_alarm_rate: FalseAlarmRate = 0.01,
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout.")] = None,
     category: Category = None,
     part_pattern: PartPattern = None,
@@ -277,6 +327,7 @@ def calibrate(
     batch_size: BatchSize = 16,
     device: Device = None,
     seed: Seed = 0,
+    roi: Roi = None,
 ) -> None:
     """Statistics and thresholds from good images that training has not seen.
 
@@ -318,6 +369,7 @@ def calibrate(
         batch_size=batch_size,
         generator=torch.Generator().manual_seed(seed),
         value_range=None if pipeline.config.value_range is not None else dataset_value_range(good),
+        roi=roi,
         leave_one_out=pipeline.scores_features and len(good) < FEW_IMAGES and part_pattern is None,
         smallest_area=smallest_area,
     )

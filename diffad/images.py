@@ -25,6 +25,30 @@ from diffad.image_files import image_file_header, read_image
 from diffad.image_metadata import turn_upright
 
 ImageInput: TypeAlias = "Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | Sequence[Any]"
+Side: TypeAlias = int | Sequence[int]  # of a square, or height and width
+
+
+def as_size(side: Side) -> tuple[int, int]:
+    """Height and width in pixels: of a square where `side` is one number."""
+    if isinstance(side, int):
+        return side, side
+    height, width = side
+    return height, width
+
+
+def as_side(size: Side) -> int | tuple[int, int]:
+    """The inverse of `as_size`: one number for a square."""
+    height, width = as_size(size)
+    return height if height == width else (height, width)
+
+
+def size_of_ratio(side: int, ratio: float, multiple: int = 1) -> tuple[int, int]:
+    """Height and width of about as many pixels as a square of `side`, and of about a ratio, height over width.
+
+    Each is the multiple of `multiple` that is nearest, and at least one; for a ratio of about 1 it is the square.
+    """
+    height, width = (max(1, round(length / multiple)) * multiple for length in (side * ratio**0.5, side / ratio**0.5))
+    return (side, side) if abs(height - side) < multiple and abs(width - side) < multiple else (height, width)
 
 
 def image_to_rgb(image: Image.Image, value_range: float | None = None) -> Image.Image:
@@ -262,18 +286,33 @@ class ImageSequence:
 
     def resized(self, size: Sequence[int]) -> Iterable[torch.Tensor]:
         """Each image as (1, 3, *size) float32 in [0, 1], one at a time."""
+        for image, name in self._decoded(reduce_large=True):
+            yield resize_image(image, size, self.value_range, name)
+
+    def whole(self) -> Iterable[Image.Image | torch.Tensor]:
+        """Each image as it is, one at a time: a PIL image, upright, or a tensor (3, H, W) in [0, 1]."""
+        for image, name in self._decoded(reduce_large=False):
+            is_picture = isinstance(image, Image.Image)
+            yield _upright(image, name) if is_picture else _to_tensors(image, name, self.value_range)[0]
+
+    def _decoded(self, reduce_large: bool) -> Iterable[tuple[Any, str]]:
         for image, name in self._items:
             is_row = isinstance(image, partial)
             if is_row:
                 image = image()
             if isinstance(image, (str, os.PathLike)):
-                image = read_image(image, reduce_large=True)
+                image = read_image(image, reduce_large=reduce_large)
             if is_row and self.value_range is None and value_range_of(image) is not None:
                 raise ValueError(
                     f"`{name}` has more than 8 bits, as not all images have: give a `value_range`, such as 4095 for a "
                     "camera of 12 bits."
                 )
-            yield resize_image(image, size, self.value_range, name)
+            yield image, name
+
+
+def image_to_tensor(image: Image.Image, value_range: float | None = None, name: str = "image") -> torch.Tensor:
+    """One PIL image as (3, H, W) float32 in [0, 1]."""
+    return _to_tensors(image, name, value_range)[0]
 
 
 def resize_image(

@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from diffad.evaluation.metric_names import BASELINE_TITLES, COUNTS, MEAN, METRICS
+from diffad.images import Side, as_size
 
 CARD_NAME = "README.md"
 TRAINING_NAME = "training.json"
@@ -106,7 +107,7 @@ def render_model_card(
         repo_id=repo_id,
         categories=categories,
         pictures=list(pictures),
-        processing_resolution=pipeline.processing_resolution,
+        processing_resolution=" x ".join(map(str, as_size(pipeline.processing_resolution))),
         training=_training_table(pipeline, training) if training else None,
         results=results,
         data_set=report["data"] if report else None,
@@ -263,7 +264,8 @@ def _training_table(pipeline: Any, training: dict[str, Any]) -> list[tuple[str, 
     trained = {
         name: sum(p.numel() for p in part.parameters())
         for name, part in pipeline.components.items()
-        if isinstance(part, torch.nn.Module) and name not in ("feature_extractor", "calibration", "prompt_embedding")
+        if isinstance(part, torch.nn.Module)
+        and name not in ("feature_extractor", "calibration", "tile_calibration", "prompt_embedding")
     }
     rows = [
         ("data", arguments.get("train_data_dir") or arguments.get("dataset_name")),
@@ -273,7 +275,7 @@ def _training_table(pipeline: Any, training: dict[str, Any]) -> list[tuple[str, 
     if pipeline.feature_extractor is not None:
         config = pipeline.feature_extractor.config
         sizes = pipeline.feature_extractor.image_sizes
-        seen = f", images of {', '.join(map(str, sizes))} px" if sizes else ""
+        seen = f", images of {', '.join(map(_in_words, sizes))} px" if sizes else ""
         by_index = config.out_indices is not None
         layers = f"{'layers' if by_index else 'strides'} {', '.join(map(str, config.out_indices or config.strides))}"
         rows.append(("features", f"{config.backbone}, {layers}{seen}"))
@@ -281,6 +283,12 @@ def _training_table(pipeline: Any, training: dict[str, Any]) -> list[tuple[str, 
     rows += [(name, value) for name, value in training.items() if isinstance(value, (int, float, str))]
     rows += [(name, arguments.get(name)) for name in TRAINING_ARGUMENTS]
     return [(name.replace("_", " "), _cell(str(value))) for name, value in rows if value not in (None, "")]
+
+
+def _in_words(side: Side) -> str:
+    """A side in pixels, or \"height x width\"."""
+    height, width = as_size(side)
+    return str(height) if height == width else f"{height} x {width}"
 
 
 def _command(report: dict[str, Any], repo_id: str | None) -> str | None:

@@ -38,6 +38,14 @@ class MomentSums:
             for sums in (self.total, self.total_of_squares)
         )
 
+    def replace_positions(self, index: torch.Tensor) -> None:
+        """Gives each position, of the last two dimensions, the sums of another, (P,)."""
+        size = self.total.shape[-2:]
+        self.total, self.total_of_squares = (
+            sums.flatten(-2)[..., index.to(sums.device)].unflatten(-1, size)
+            for sums in (self.total, self.total_of_squares)
+        )
+
     def mean(self) -> torch.Tensor:
         return self.total / self.count
 
@@ -107,6 +115,14 @@ class FeatureMoments:
         for sums in (self.total, self.total_of_products):
             for part in sums.split(POSITIONS_AT_ONCE):
                 part.copy_(accelerator.reduce(part.to(device)))
+
+    def replace_positions(self, index: torch.Tensor) -> None:
+        """Gives each position the sums of another, (P,); those that stand in for others keep their own."""
+        index = index.to(self.total.device)
+        changed = (index != torch.arange(len(index), device=index.device)).nonzero()[:, 0]
+        for sums in (self.total, self.total_of_products):
+            for part in changed.split(POSITIONS_AT_ONCE):
+                sums[part] = sums[index[part]]
 
     def mean(self) -> torch.Tensor:
         """(P, C) float64."""

@@ -26,9 +26,9 @@ from PIL import Image
 
 from diffad.drift_table import save_calibration_scores
 from diffad.files import locked_folder, write_text_whole, write_whole
-from diffad.grey_depth import BAND_PIXELS, UnreadableImageError, warn_of_found_range
+from diffad.grey_depth import BAND_PIXELS, UnreadableImageError, value_range_of, warn_of_found_range
 from diffad.image_files import LARGE_PIXELS, image_file_header, one_large_at_a_time, read_image
-from diffad.images import find_value_range, image_to_rgb, resize_image, resize_images
+from diffad.images import Side, as_size, find_value_range, image_to_rgb, image_to_tensor, resize_image, resize_images
 from diffad.inputs import LOCK_NAME, PICTURE_FOLDERS, SHEET_NAME, find_images
 from diffad.journal import (
     COLUMNS,
@@ -55,8 +55,8 @@ __all__ = ["find_images", "predict_files", "score_files"]
 SETTINGS_NAME = "settings.json"
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
 
-# (network inputs, each (3, R, R) in [0, 1]; places of the images among all) -> an `AnomalyOutput` of tensors
-Detect: TypeAlias = Callable[[list[torch.Tensor], list[int]], Any]
+# (network inputs, each (3, R, R') in [0, 1]; places of the images among all) -> an `AnomalyOutput` of tensors
+Detect: TypeAlias = Callable[[list[Any], list[int]], Any]
 
 
 class Decoded(NamedTuple):
@@ -65,12 +65,12 @@ class Decoded(NamedTuple):
     Attributes:
         size: (H, W) of the file.
         pixels: (h, w, 3) uint8, what its overlay is drawn on: of this size or, where it is large, reduced.
-        network_input: (3, R, R) in [0, 1], what the networks see.
+        network_input: (3, R, R') in [0, 1], what the networks see; or the image as it is, of which they see tiles.
     """
 
     size: tuple[int, int]
     pixels: np.ndarray
-    network_input: torch.Tensor
+    network_input: torch.Tensor | Image.Image
 
 
 def predict_files(
@@ -114,11 +114,11 @@ def predict_files(
     index = pipeline.category_index(category)
     settings, threshold = detection_settings(pipeline, category, seed)
     detect = pipeline_detect(pipeline, category, batch_size, seed)
-    side = pipeline.input_resolution
+    side, at_once = decoding_of(pipeline, batch_size)
     if settings["value_range"] is None and (found := find_value_range(paths, skip_unreadable=True)) is not None:
         warn_of_found_range(found)
         settings["value_range"] = found
-    counts = score_files(detect, side, threshold, settings, paths, output_dir, batch_size, num_workers, report)
+    counts = score_files(detect, side, threshold, settings, paths, output_dir, at_once, num_workers, report)
     if pipeline.has_thresholds:
         save_calibration_scores(Path(output_dir), pipeline, index)
     return counts
@@ -136,10 +136,18 @@ def detection_settings(pipeline: Any, category: str | None, seed: int) -> tuple[
     return settings, settings["calibration"][1]
 
 
+def decoding_of(pipeline: Any, batch_size: int) -> tuple[Side | None, int]:
+    """To what size images are resized when they are decoded, and how many are one batch.
+
+    Tiles are cut from the whole image, and a batch is then of one image's tiles.
+    """
+    return (None, 1) if pipeline.tile_size else (pipeline.input_resolution, batch_size)
+
+
 def pipeline_detect(pipeline: Any, category: str | None, batch_size: int, seed: int) -> Detect:
     """A pipeline as `score_files` takes it."""
 
-    def detect(network_inputs: list[torch.Tensor], places: list[int]) -> Any:
+    def detect(network_inputs: list[Any], places: list[int]) -> Any:
         return pipeline(
             network_inputs,
             batch_size=batch_size,
@@ -154,7 +162,7 @@ def pipeline_detect(pipeline: Any, category: str | None, batch_size: int, seed: 
 
 def score_files(
     detect: Detect,
-    side: int,
+    side: Side | None,
     threshold: float | None,
     settings: dict[str, Any],
     paths: Sequence[Path],
@@ -166,10 +174,10 @@ def score_files(
     """`predict_files`, of anything that detects.
 
     Args:
-        detect: from a batch of images (3, side, side) in [0, 1] and their places in `paths` to an output with
-            `anomaly_map` (N, side, side) and `anomaly_score` (N,) and, unless `threshold` is None, `anomaly_mask`,
+        detect: from a batch of images (3, R, R') in [0, 1] and their places in `paths` to an output with `anomaly_map`
+            (N, h, w) and `anomaly_score` (N,) and, unless `threshold` is None, `anomaly_mask`,
             `p_value` and `is_anomalous`.
-        side: of the networks' images, in pixels.
+        side: of the networks' images, in pixels, or height and width; None hands `detect` the images as they are.
         threshold: of a map's pixels; None gives no masks and no verdicts.
         settings: what later runs into the same folder must agree in; `value_range`, which may be None or missing, is
             that of images of more than 8 bits, and `smallest_area` that of regions, as a share of the image's.
@@ -322,7 +330,11 @@ def _places(todo: Sequence[tuple[int, Input]], root: str, output_dir: Path) -> l
 
 
 def decoded_batches(
-    todo: Sequence[tuple[int, Input]], side: int, batch_size: int, pool: ThreadPoolExecutor, value_range: float | None
+    todo: Sequence[tuple[int, Input]],
+    side: Side | None,
+    batch_size: int,
+    pool: ThreadPoolExecutor,
+    value_range: float | None,
 ) -> Iterator[list[tuple[int, Input, Decoded | Exception]]]:
     """Decoded images, or the error of reading them, with one batch decoded ahead."""
 
@@ -330,12 +342,12 @@ def decoded_batches(
         try:
             (width, height), _ = image_file_header(path)
             with one_large_at_a_time(width * height):
-                image = read_image(path, reduce_large=True)
-                network_input = resize_image(image, (side, side), value_range)[0]
+                image = read_image(path, reduce_large=side is not None)
+                network_input = _network_input(image, side, value_range)
                 pixels = np.asarray(image_to_rgb(_reduce(image), value_range))
         except (UnreadableImageError, OSError) as error:
             return error
-        return Decoded((height, width), pixels, network_input.clamp(0.0, 1.0))  # rounding may have left the range
+        return Decoded((height, width), pixels, network_input)
 
     entries = iter(todo)
     waiting: deque[tuple[int, Input, Future]] = deque()
@@ -354,6 +366,12 @@ def decoded_batches(
         yield batch
 
 
+def _network_input(image: Image.Image, side: Side | None, value_range: float | None) -> torch.Tensor | Image.Image:
+    if side is None:
+        return image if value_range_of(image) is None else image_to_tensor(image, value_range)
+    return resize_image(image, as_size(side), value_range)[0].clamp(0.0, 1.0)  # rounding may have left the range
+
+
 def _reduce(image: Image.Image) -> Image.Image:
     """A large image by the smallest whole factor that leaves no more than `LARGE_PIXELS`; others as they are."""
     factor = math.ceil(math.sqrt(image.width * image.height / LARGE_PIXELS))
@@ -369,7 +387,7 @@ def _reduce(image: Image.Image) -> Image.Image:
 def _at_size(
     image: torch.Tensor, shown: torch.Tensor, size: tuple[int, int], finish: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """What `finish` makes of an image (R, R) at a size (H, W), in bands of rows, as that may be large.
+    """What `finish` makes of an image (h, w) at a size (H, W), in bands of rows, as that may be large.
 
     `shown` is the image as the overlay has it, which mostly is that size.
     """
@@ -398,7 +416,7 @@ def write_outputs(
     Raises:
         OSError: the disk is full: no picture of any other could be written.
     """
-    anomaly_map = output.anomaly_map[j]  # (R, R)
+    anomaly_map = output.anomaly_map[j]  # (h, w)
     shown = resize_images(anomaly_map[None, None], decoded.pixels.shape[:2])[0, 0]  # (h, w)
     low, high = float(shown.min()), float(shown.max())
 

@@ -11,7 +11,7 @@ import torch
 
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.grey_depth import warn_of_found_range
-from diffad.images import ImageSequence
+from diffad.images import ImageSequence, Side
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.moments import PRIOR_IMAGES
 from diffad.pipelines.output import OUTPUT_TYPES
@@ -23,7 +23,7 @@ MAP_NAMES = ("kl", "feature_error", "gaussian", "nearest")  # what AnomalyDenois
 def check_call(
     images: ImageSequence,
     batch_size: int,
-    resolution: int,
+    resolution: Side,
     size_multiple: int,
     match_input_resolution: bool,
     generator: Any,
@@ -34,7 +34,7 @@ def check_call(
     Args:
         images: of the call.
         batch_size: at least 1.
-        resolution: `processing_resolution`, a positive multiple of `size_multiple`.
+        resolution: `processing_resolution`, of positive multiples of `size_multiple`.
         size_multiple: the networks take images whose sides are multiples of this.
         match_input_resolution: whether maps come at the images' own size, which then must be one.
         generator: None, one, or one for each image.
@@ -45,13 +45,7 @@ def check_call(
     """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be a positive integer, but is {batch_size!r}.")
-    if not isinstance(resolution, int) or resolution < size_multiple:
-        raise ValueError(f"`processing_resolution` must be at least {size_multiple}, but is {resolution!r}.")
-    if resolution % size_multiple:
-        raise ValueError(
-            f"`processing_resolution` must be a multiple of {size_multiple} for this network, but is {resolution}. "
-            f"Try {round(resolution / size_multiple) * size_multiple}."
-        )
+    check_resolution(resolution, size_multiple)
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f'`output_type` must be "np", "pt" or "pil", but is {output_type!r}.')
     generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(images)
@@ -68,6 +62,21 @@ def check_call(
         )
     if images.found_value_range is not None:
         warn_of_found_range(images.found_value_range)
+
+
+def check_resolution(resolution: Side, size_multiple: int) -> None:
+    """Raises a ValueError where `processing_resolution`, a side or height and width, is none for a network."""
+    sides = list(resolution) if isinstance(resolution, (list, tuple)) else [resolution] * 2
+    if len(sides) != 2:
+        raise ValueError(f"`processing_resolution` must be one side, or height and width, but is {resolution!r}.")
+    if not all(isinstance(side, int) and side >= size_multiple for side in sides):
+        raise ValueError(f"`processing_resolution` must be at least {size_multiple}, but is {resolution!r}.")
+    if any(side % size_multiple for side in sides):
+        nearest = [round(side / size_multiple) * size_multiple for side in sides]
+        raise ValueError(
+            f"`processing_resolution` must be a multiple of {size_multiple} for this network, but is {resolution}. "
+            f"Try {nearest[0] if isinstance(resolution, int) else nearest}."
+        )
 
 
 def category_indices(
@@ -123,6 +132,15 @@ def check_map_settings(suppression: float, position_prior_images: float) -> None
             f"`position_prior_images` must be finite and not negative, but is {position_prior_images}. "
             f"{PRIOR_IMAGES:g} is what all other maps have."
         )
+
+
+def check_tiles(tile_size: Side | None, tile_overlap: float) -> None:
+    """Raises a ValueError where one is out of its range."""
+    sides = [tile_size] if isinstance(tile_size, int) else [*(tile_size or ())]
+    if any(not isinstance(side, int) or side < 8 for side in sides) or len(sides) > 2:
+        raise ValueError(f"`tile_size` must be a side of at least 8 pixels, or height and width, but is {tile_size!r}.")
+    if not 0.0 <= tile_overlap <= 0.75:
+        raise ValueError(f"`tile_overlap` must lie in [0, 0.75], but is {tile_overlap}.")
 
 
 def check_callback_inputs(names: Sequence[str], allowed: Sequence[str]) -> None:

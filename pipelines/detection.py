@@ -7,17 +7,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 
 from diffad.calibration.fitting import CalibrationFit, ScoreFunctions
 from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.data.regions_of_interest import read_roi
 from diffad.grey_depth import warn_of_found_range
-from diffad.images import ImageSequence, common_value_range
+from diffad.images import ImageSequence, common_value_range, resize_images
 from diffad.pipelines.base import AnomalyPipeline
 from diffad.pipelines.checks import check_value_range
+from diffad.pipelines.large_images import calibrate_large
 from diffad.precision import running_precision
 from diffad.process_share import process_share
 from diffad.read_ahead import read_ahead
+from diffad.region_of_interest import clear_outside, inside_region, values_inside
 from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import image_generators
 
@@ -34,10 +38,17 @@ class DetectionPipeline(AnomalyPipeline):
     learns from them what good images show.
     """
 
+    tile_calibration: ScoreCalibration | None = None  # of pipelines that look at tiles
+
     @property
     def scores_features(self) -> bool:
         """Whether no map counts that a trained network has a part in."""
         return False
+
+    @property
+    def tile_size(self) -> tuple[int, int] | None:
+        """Height and width of a tile in pixels of the images; None where images are looked at as a whole."""
+        return None
 
     @property
     def measuring_networks(self) -> tuple[Any, ...]:
@@ -49,8 +60,22 @@ class DetectionPipeline(AnomalyPipeline):
         images: Sequence[torch.Tensor] | ImageSequence,
         category: torch.Tensor,
         generators: Sequence[torch.Generator | None],
+        region: torch.Tensor | None = None,
     ) -> Measurement:
-        """What the networks say of images (3, H_i, W_i) in [0, 1], whose noise comes from a generator each."""
+        """What the networks say of images (3, H_i, W_i) in [0, 1], whose noise comes from a generator each.
+
+        `region` is that of each category, (K, h, w) bool, outside of which pixels are hidden.
+        """
+        raise NotImplementedError
+
+    def measure_pixels(
+        self,
+        pixel_values: torch.Tensor,
+        category: torch.Tensor,
+        generators: Sequence[torch.Generator | None],
+        of_tiles: bool = False,
+    ) -> Measurement:
+        """The same of images (N, 3, R, R') in [-1, 1] at the networks' size; `of_tiles`: of tiles of images."""
         raise NotImplementedError
 
     def score_maps(
@@ -86,6 +111,7 @@ class DetectionPipeline(AnomalyPipeline):
         leave_one_out: bool = False,
         value_range: float | None = None,
         smallest_area: float = 0.0,
+        roi: Any = None,
     ) -> DetectionPipeline:
         """Learns what normal looks like from good images, in one pass over them and constant memory.
 
@@ -111,11 +137,14 @@ class DetectionPipeline(AnomalyPipeline):
             leave_one_out: for few images and a pipeline without a denoiser. All of `images` serve statistics and
                 thresholds: each is scored by the Gaussian of the others, which is a little further from it than that of
                 all is from a new image, so alarms are rarer than stated. One or two images have statistics and no
-                thresholds: masks, alarms and p-values stay None.
+                thresholds: masks, alarms and p-values stay None. Where the pipeline looks at tiles, it has no effect.
             value_range: of images of more than 8 bits, where the pipeline has none; None finds that which holds all
                 images, where the first of either set has more than 8. It is saved with the calibration.
             smallest_area: of a region that counts, as a share of the image's area, in [0, 1). Each map's peaks that are
                 smaller are cut before thresholds are set, as in each call, so that the rate holds for what remains.
+            roi: which pixels of this category's images count, as of `diffad.data.regions_of_interest.read_roi`: a mask
+                of any size, or a file of one. Those outside count in no statistic, threshold, map or score. It is saved
+                with the calibration; None keeps the one that an earlier calibration has.
 
         Returns:
             The pipeline, calibrated.
@@ -127,6 +156,7 @@ class DetectionPipeline(AnomalyPipeline):
             raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate}.")
         if not 0.0 <= smallest_area < 1.0:
             raise ValueError(f"`smallest_area` is a share of the image's area, in [0, 1), but is {smallest_area}.")
+        leave_one_out = leave_one_out and self.tile_size is None
         # indices, as a slice of a data set's column would decode all of it
         if leave_one_out:
             if not self.scores_features or statistics_images is not None:
@@ -153,10 +183,24 @@ class DetectionPipeline(AnomalyPipeline):
         index = self.category_index(category)
         found = self._found_value_range(index, value_range, images, statistics_images)
         num_scores = len(for_scores)
+        region = self._new_region(roi, index)
+        if self.tile_size is not None:
+            generators = image_generators(generator, len(for_statistics) + len(for_scores))
+            statistics = ImageSequence.of_rows(statistics_images, for_statistics, self.config.value_range or found)
+            held_out = ImageSequence.of_rows(images, for_scores, self.config.value_range or found)
+            options: dict[str, Any] = {
+                "false_alarm_rate": false_alarm_rate,
+                "accelerator": accelerator,
+                "value_range": found,
+            }
+            options |= {"region": region, "smallest_area": smallest_area}
+            calibrate_large(self, statistics, held_out, index, generators, batch_size, **options)
+            self.maybe_free_model_hooks()
+            return self
         if leave_one_out and len(images) >= FEWEST_IMAGES:
             num_scores = len(images)
         fit = self.calibration_fit(
-            index, num_scores, false_alarm_rate, accelerator, found, leave_one_out, smallest_area
+            index, num_scores, false_alarm_rate, accelerator, found, leave_one_out, smallest_area, region=region
         )
         for learn, part, indices in (
             (fit.add_statistics, statistics_images, for_statistics),
@@ -166,13 +210,47 @@ class DetectionPipeline(AnomalyPipeline):
                 continue
             generators = image_generators(generator, len(indices))
             measurements = self.measurements(
-                part, indices, index, batch_size, generators, accelerator, self.config.value_range or found
+                part, indices, index, batch_size, generators, accelerator, self.config.value_range or found, region
             )
             for measurement in read_ahead(measurements):
                 learn(measurement)
         self.maybe_free_model_hooks()
         self.register_modules(calibration=fit.finish())
         return self
+
+    @property
+    def region(self) -> torch.Tensor | None:
+        """Which pixels of each category's images count, (K, h, w) bool; None where all do."""
+        return None if self.calibration is None else self.calibration.region
+
+    def _new_region(self, roi: Any, category: int) -> torch.Tensor | None:
+        """The pipeline's `region` with one category's replaced."""
+        if roi is None:
+            return self.region
+        names = self.categories
+        own = torch.from_numpy(read_roi(roi, names[category] if len(names) > 1 else None).copy())
+        if self.region is None:
+            region = torch.ones(max(1, len(names)), *own.shape, dtype=torch.bool)
+        else:
+            region = self.region.cpu().clone()
+            own = F.interpolate(own[None, None].float(), region.shape[1:])[0, 0] > 0.5
+        region[category] = own
+        return region.to(self._execution_device)
+
+    def score_inside(self, anomaly_map: torch.Tensor, category: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Joined maps (N, H, W), 0 where nothing counts, and the scores (N,) of what does."""
+        inside = inside_region(self.region, category, (anomaly_map.shape[-2], anomaly_map.shape[-1]))
+        if inside is None:
+            return anomaly_map, self.image_scores(anomaly_map)
+        pairs = zip(anomaly_map, inside, strict=True)
+        scores = torch.cat([self.image_scores(values_inside(one[None], where)) for one, where in pairs])
+        return clear_outside(anomaly_map, inside), scores
+
+    def at_size(self, anomaly_map: torch.Tensor, size: tuple[int, int], category: torch.Tensor) -> torch.Tensor:
+        """Maps (N, H, W) at another size, 0 where nothing counts."""
+        return clear_outside(
+            resize_images(anomaly_map[:, None], size)[:, 0], inside_region(self.region, category, size)
+        )
 
     def _found_value_range(self, category: int, value_range: float | None, *sets: Sequence[Any]) -> float | None:
         """The range that a calibration of these images holds for, and saves; None where the pipeline has its own.
@@ -206,20 +284,27 @@ class DetectionPipeline(AnomalyPipeline):
         value_range: float | None = None,
         leave_one_out: bool = False,
         smallest_area: float = 0.0,
+        of_tiles: bool = False,
+        region: torch.Tensor | None = None,
     ) -> CalibrationFit:
-        """A fit of this pipeline's calibration for one category, which has seen nothing yet; arguments as there."""
+        """A fit of this pipeline's calibration for one category, which has seen nothing yet; arguments as there.
+
+        `of_tiles`: of its `tile_calibration` instead; `region`: of each category, (K, h, w) bool.
+        """
         settings = {name: value for name, value in self.config.items() if name in setting_names(type(self))}
         return CalibrationFit(
             ScoreFunctions(self.score_maps, self.join_maps, self.image_scores),
             category,
             num_scores,
             false_alarm_rate,
-            previous=self.calibration,
+            previous=self.tile_calibration if of_tiles else self.calibration,
             num_categories=max(1, len(self.categories)),
             position_prior_images=self.config.position_prior_images,
             position_trust=self.config.get("position_trust", 1.0),
             accelerator=accelerator,
             leave_one_out=leave_one_out,
+            shared=of_tiles,
+            region=region,
             precision=running_precision(self.measuring_networks, self._execution_device),
             settings=settings,
             value_range=value_range,
@@ -235,6 +320,7 @@ class DetectionPipeline(AnomalyPipeline):
         generators: Sequence[torch.Generator],
         accelerator: Accelerator | None,
         value_range: float | None,
+        region: torch.Tensor | None = None,
     ) -> Iterator[Measurement]:
         """Measurements of this process's share of the images at `indices`, batch by batch.
 
@@ -247,7 +333,7 @@ class DetectionPipeline(AnomalyPipeline):
             batch = chosen[start : start + batch_size]
             sequence = ImageSequence.of_rows(images, [indices[i] for i in batch], value_range)
             of_category = torch.full((len(batch),), category, device=self._execution_device)
-            measurement = self.measure_images(sequence, of_category, [generators[i] for i in batch])
+            measurement = self.measure_images(sequence, of_category, [generators[i] for i in batch], region)
             yield measurement if mine else empty_measurement(measurement)
 
 

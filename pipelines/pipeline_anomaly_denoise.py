@@ -9,9 +9,17 @@ import torch
 from diffusers import DDPMScheduler
 
 from diffad.calibration.coreset import locally_aware_patches, patch_layers
-from diffad.calibration.feature_gaussian import feature_side
+from diffad.calibration.feature_gaussian import feature_grid
 from diffad.calibration.score_calibration import ScoreCalibration
-from diffad.images import ImageInput, ImageSequence, images_to_pixel_values, resize_images
+from diffad.images import (
+    ImageInput,
+    ImageSequence,
+    Side,
+    as_side,
+    as_size,
+    images_to_pixel_values,
+    resize_images,
+)
 from diffad.likelihood import kl_divergence_map
 from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
@@ -23,15 +31,18 @@ from diffad.pipelines.checks import (
     check_calibration,
     check_call,
     check_map_settings,
+    check_tiles,
     check_value_range,
     map_weights,
     scored_layers,
 )
 from diffad.pipelines.detection import DetectionPipeline
+from diffad.pipelines.large_images import detect_large, grid_of
 from diffad.pipelines.output import AnomalyOutput, ReconstructionOutput, convert_output, threshold_output
 from diffad.pipelines.pipeline_ddpm_reconstruction import DDPMReconstructionPipeline
 from diffad.pipelines.pipeline_gradient_denoising import GradientDenoisingPipeline
 from diffad.precision import running_precision
+from diffad.region_of_interest import hide_outside, inside_region
 from diffad.scoring import (
     Measurement,
     cut_small_peaks,
@@ -45,6 +56,7 @@ from diffad.scoring import (
     top_fraction_score,
 )
 from diffad.seeding import draw_noise
+from diffad.tiling import tile_height_and_width
 from diffad.warn_once import warn_once
 
 DEFAULT_ALPHA = 0.5  # the paper's
@@ -96,20 +108,27 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             trusted, against those over all positions. At 1 a defect counts by what is usual at its place. Where good
             images hardly vary, as on a plain background, that makes much of little.
         score_strides: which of the feature extractor's strides the feature error looks at; None for all.
-        processing_resolution: side in pixels to which images are resized; None takes the network's `sample_size`, or,
-            without a denoiser, the feature extractor's `image_size`.
-        feature_resolution: rows and columns of the features that have a Gaussian; None takes a quarter of the feature
-            extractor's `image_size`, or what `feature_side` allows.
+        processing_resolution: side in pixels to which images are resized, or height and width; None takes the network's
+            `sample_size`, or, without a denoiser, the feature extractor's `image_size`. Images of any ratio are
+            resized to it, in training, calibration and calls alike: a place of the part is then the same place of the
+            map, and there is no padding that a score could see.
+        feature_resolution: rows and columns of the features that have a Gaussian, one number where they are equal; None
+            takes a quarter of the feature extractor's `image_size`, or what `feature_grid` allows.
         categories: names of the categories of a unified model, in the order of its class labels.
+        tile_calibration: statistics of good images' tiles; None until `calibrate`, and without a `tile_size`.
+        tile_size: side in pixels of the tiles in which images are looked at, at their own pixels, beside the whole
+            image (`diffad.pipelines.large_images`), or height and width; None looks at whole images alone. A tile is
+            resized to what the networks see at once; where that is no square, a side means one of as many pixels.
+        tile_overlap: share of a tile's sides by which neighbours overlap at least, in [0, 0.75].
         value_range: the largest value that images of more than 8 bits can have, such as 4095 of a camera of 12 bits, as
             found in the training images; None takes, in each call, the smallest of 8, 10, 12, 14 and 16 bits that holds
             all of its images.
     """
 
     model_cpu_offload_seq = "unet->feature_extractor"
-    _optional_components = ["unet", "scheduler", "calibration", "gaussian"]  # noqa: RUF012 (diffusers' own form)
+    _optional_components = ["unet", "scheduler", "calibration", "tile_calibration", "gaussian"]  # noqa: RUF012 (diffusers' own form)
     # the Gaussian and the denoiser take turns: each would be moved away for the other
-    _exclude_from_cpu_offload = ["calibration", "gaussian"]  # noqa: RUF012
+    _exclude_from_cpu_offload = ["calibration", "tile_calibration", "gaussian"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -128,13 +147,17 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         weights: dict[str, float] | None = None,
         position_trust: float = 1.0,
         score_strides: list[int] | None = None,
-        processing_resolution: int | None = None,
-        feature_resolution: int | None = None,
+        processing_resolution: Side | None = None,
+        feature_resolution: Side | None = None,
         categories: list[str] | dict[str, str] | None = None,
         value_range: float | None = None,
+        tile_calibration: ScoreCalibration | None = None,
+        tile_size: Side | None = None,
+        tile_overlap: float = 0.25,
     ):
         super().__init__()
         check_value_range(value_range)
+        check_tiles(tile_size, tile_overlap)
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"`alpha` must lie in [0, 1], but is {alpha}.")
         check_map_settings(suppression, position_prior_images)
@@ -150,7 +173,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             last = scheduler.config.num_train_timesteps - 1
             if not timesteps or any(not 0 <= t <= last for t in timesteps):
                 raise ValueError(f"`timesteps` must list integers in [0, {last}], but is {timesteps}.")
-        elif not feature_extractor.image_sizes:
+        elif not feature_extractor.image_sizes and processing_resolution is None:
             raise ValueError(
                 "`feature_extractor` needs an `image_size` where there is no `unet`: nothing else says one."
             )
@@ -159,6 +182,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             scheduler=scheduler,
             feature_extractor=feature_extractor,
             calibration=calibration,
+            tile_calibration=tile_calibration,
             gaussian=gaussian,
         )
         self.register_to_config(
@@ -177,6 +201,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             feature_resolution=feature_resolution,
             categories=register_categories(categories),
             value_range=value_range,
+            tile_size=tile_size,
+            tile_overlap=tile_overlap,
         )
         # the denoiser halves so often
         self.size_multiple = 1 if unet is None else 2 ** (len(unet.config.block_out_channels) - 1)
@@ -184,14 +210,19 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         self.patch_layers = patch_layers(feature_extractor.layer_strides)
 
     @property
-    def processing_resolution(self) -> int:
-        """Side in pixels at which the denoiser sees images, unless a call says otherwise."""
-        return self.config.processing_resolution
+    def processing_resolution(self) -> int | tuple[int, int]:
+        """Side in pixels at which the denoiser sees images, or height and width, unless a call says otherwise."""
+        return as_side(self.config.processing_resolution)
 
     @property
-    def input_resolution(self) -> int:
+    def input_resolution(self) -> int | tuple[int, int]:
         """Side to which images are resized at first: the feature extractor may look closer than the denoiser."""
         return self.feature_extractor.input_resolution(self.processing_resolution)
+
+    @property
+    def tile_size(self) -> tuple[int, int] | None:
+        """Height and width of a tile in pixels of the images; None where they are looked at as a whole."""
+        return tile_height_and_width(self.config.tile_size, as_size(self.input_resolution))
 
     @torch.no_grad()
     def __call__(
@@ -199,7 +230,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         image: ImageInput,
         category: str | int | Sequence[str | int] | None = None,
         batch_size: int = 16,
-        processing_resolution: int | None = None,
+        processing_resolution: Side | None = None,
         match_input_resolution: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "np",
@@ -211,11 +242,12 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             image: PIL image, path, array (H, W[, C]) or (N, H, W, C), tensor ([C,] H, W) or (N, C, H, W), or a list of
                 these. Floats lie in [0, 1].
             category: of a unified model, its name or index, one for all images or one each.
-            batch_size: images in one pass of the network; each counts `len(timesteps)` samples.
-            processing_resolution: side in pixels at which the network sees the images; None takes the pipeline's own,
-                at which it was calibrated.
+            batch_size: images, or tiles of one, in one pass of the network; each counts `len(timesteps)` samples.
+            processing_resolution: side in pixels at which the network sees the images, or height and width; None takes
+                the pipeline's own, at which it was calibrated. A pipeline of tiles takes no other.
             match_input_resolution: whether maps come at the images' own size, which then must be one; else at the
-                processing resolution.
+                processing resolution, or, where images are looked at in tiles, as they were blended: a pixel for each
+                4 x 4 of what the networks see, all of the first image's size.
             generator: makes the call repeatable. The noise of an image depends neither on the batch size nor on the
                 images after it.
             output_type: "np", "pt" or "pil".
@@ -234,8 +266,11 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         device, calibration = self._execution_device, self.calibration
         categories = category_indices(category, self.categories, len(images)).to(device)
         generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * len(images)
-        size = images.sizes[0] if match_input_resolution else (resolution, resolution)
-        side = self.feature_extractor.input_resolution(resolution)
+        resolution = as_size(resolution)
+        size = images.sizes[0] if match_input_resolution else resolution
+        if self.tile_size is not None and not match_input_resolution:
+            size = grid_of(self, images.sizes[0])[:2]
+        seen = as_size(self.feature_extractor.input_resolution(resolution))
         precision = running_precision(self.measuring_networks, device)
         check_calibration(calibration, categories, self.categories, precision, self.config)
 
@@ -243,13 +278,19 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         starts: Any = range(0, len(images), batch_size)
         for start in self.progress_bar(starts) if len(starts) > 1 else starts:
             batch = slice(start, start + batch_size)
+            if self.tile_size is not None:
+                of_tiles = detect_large(self, images[batch], categories[batch], generators[batch], batch_size, size)
+                anomaly_maps.append(of_tiles[0])
+                anomaly_scores.append(of_tiles[1])
+                continue
 
             # 2. Pixels in [-1, 1] as the feature extractor sees them: (B, 3, R', R')
-            pixel_values = images_to_pixel_values(images[batch], (side, side)).to(device)
+            pixel_values = images_to_pixel_values(images[batch], seen).to(device)
+            pixel_values = hide_outside(pixel_values, inside_region(self.region, categories[batch], seen))
 
             # 3. Noise for each of the T levels, each image's from its own generator: (B, T, 3, R, R); T is 0 where no
             #    denoiser runs
-            noise = draw_noise((self.num_levels, 3, resolution, resolution), generators[batch], device)
+            noise = draw_noise((self.num_levels, 3, *resolution), generators[batch], device)
 
             # 4. One pass of the networks: KL (B, T, R, R) of eq. 8, feature residual (B, T, C, h, w) of eq. 10, and
             #    the features themselves, where they count
@@ -262,11 +303,12 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             # 6. In standard deviations above good images, and joined (eq. 11, with `weights`): (B, R, R)
             anomaly_map = self.join_maps(maps, categories[batch], calibration)
 
-            # 7. The image's score: (B,)
-            anomaly_scores.append(self.image_scores(anomaly_map).cpu())
+            # 7. The image's score, of its region of interest: (B,)
+            anomaly_map, scores = self.score_inside(anomaly_map, categories[batch])
+            anomaly_scores.append(scores.cpu())
 
             # 8. At the images' own size: (B, H, W)
-            anomaly_maps.append(resize_images(anomaly_map[:, None], size)[:, 0].cpu())
+            anomaly_maps.append(self.at_size(anomaly_map, size, categories[batch]).cpu())
         self.maybe_free_model_hooks()
 
         # 9. Alarms, masks and p-values, where thresholds are
@@ -283,6 +325,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         category: torch.Tensor,
         timesteps: Sequence[int] | None = None,
         layers: Sequence[int] | None = None,
+        feature_size: tuple[int, int] | None = None,
     ) -> Measurement:
         """What the networks say of images, in one pass for all of them and all noise levels.
 
@@ -292,6 +335,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             category: (N,) integers; a unified model's class labels.
             timesteps: the T noise levels; None takes the pipeline's.
             layers: indices of the feature extractor's layers; None takes those that are scored.
+            feature_size: rows and columns of the features that have a Gaussian; None takes `feature_resolution`.
 
         Returns:
             KL maps (N, T, R, R) in nats, averaged over the colours, and the residual (N, T, C, h, w) of the layers'
@@ -301,7 +345,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         backbone_layers = extractor.layers(pixel_values.to(extractor.dtype))  # each (N, C_i, h_i, w_i)
         features = patches = None
         if self.weights["gaussian"]:
-            of_all = extractor.standardize(backbone_layers, (self.feature_resolution,) * 2).float()
+            of_all = extractor.standardize(backbone_layers, feature_size or self.feature_resolution).float()
             features = self._of_layers(of_all[:, None], layers)[:, 0]  # (N, C, h, w)
         if self.weights["nearest"]:
             patches = locally_aware_patches([backbone_layers[i] for i in self.patch_layers])  # (N, C, h, w)
@@ -335,11 +379,13 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         return torch.cat([of_layers[i] for i in (self.scored_layers if layers is None else layers)], dim=2)
 
     @property
-    def feature_resolution(self) -> int:
+    def feature_resolution(self) -> tuple[int, int]:
         """Rows and columns of the features that have a Gaussian."""
-        finest = max(1, self.input_resolution // 4)
+        if self.config.feature_resolution:
+            return as_size(self.config.feature_resolution)
+        height, width = as_size(self.input_resolution)
         num_channels = sum(self.feature_extractor.layer_channels[i] for i in self.scored_layers)
-        return self.config.feature_resolution or feature_side(finest, num_channels)
+        return feature_grid((max(1, height // 4), max(1, width // 4)), num_channels)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -371,12 +417,26 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         images: Sequence[torch.Tensor] | ImageSequence,
         category: torch.Tensor,
         generators: Sequence[torch.Generator | None],
+        region: torch.Tensor | None = None,
     ) -> Measurement:
         """Steps 2 to 4 of a call, at the pipeline's own resolution."""
-        resolution, device = self.processing_resolution, self._execution_device
-        pixel_values = images_to_pixel_values(images, (self.input_resolution,) * 2).to(device)
-        noise = draw_noise((self.num_levels, 3, resolution, resolution), generators, device)
-        return self.measure(pixel_values, noise, category)
+        size = as_size(self.input_resolution)
+        pixel_values = images_to_pixel_values(images, size).to(self._execution_device)
+        pixel_values = hide_outside(pixel_values, inside_region(region, category, size))
+        return self.measure_pixels(pixel_values, category, generators)
+
+    def measure_pixels(
+        self,
+        pixel_values: torch.Tensor,
+        category: torch.Tensor,
+        generators: Sequence[torch.Generator | None],
+        of_tiles: bool = False,
+    ) -> Measurement:
+        """Steps 3 and 4 of a call. The features of tiles have the finest grid, as its positions share a Gaussian."""
+        noise = draw_noise((self.num_levels, 3, *as_size(self.processing_resolution)), generators, pixel_values.device)
+        finest = as_size(self.input_resolution)
+        feature_size = (max(1, finest[0] // 4), max(1, finest[1] // 4)) if of_tiles else self.feature_resolution
+        return self.measure(pixel_values, noise, category, feature_size=feature_size)
 
     def score_maps(
         self,

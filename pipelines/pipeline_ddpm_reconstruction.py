@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from diffad.images import ImageInput, ImageSequence, images_to_pixel_values, resize_images
+from diffad.images import ImageInput, ImageSequence, Side, as_side, as_size, images_to_pixel_values, resize_images
 from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.pipelines.base import AnomalyPipeline, register_categories
@@ -37,7 +37,8 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
         feature_extractor: tells the size at which images are read, which is a detector's with the same networks.
         kl_sigma: smoothing of the map, in pixels at the processing resolution.
         score_fraction: the image's score is the mean of this share of the map's highest pixels; 0 for the maximum.
-        processing_resolution: side in pixels to which images are resized; None takes the network's `sample_size`.
+        processing_resolution: side in pixels to which images are resized, or height and width; None takes the network's
+            `sample_size`.
         categories: names of the categories of a unified model, in the order of its class labels.
         value_range: the largest value that images of more than 8 bits can have, such as 4095 of a camera of 12 bits, as
             found in the training images; None takes, in each call, the smallest of 8, 10, 12, 14 and 16 bits that holds
@@ -54,7 +55,7 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
         feature_extractor: TimmFeatureExtractor,
         kl_sigma: float = 2.0,
         score_fraction: float = 0.0,
-        processing_resolution: int | None = None,
+        processing_resolution: Side | None = None,
         categories: list[str] | dict[str, str] | None = None,
         value_range: float | None = None,
     ):
@@ -75,9 +76,9 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
         self.size_multiple = 2 ** (len(unet.config.block_out_channels) - 1)  # the denoiser halves so often
 
     @property
-    def processing_resolution(self) -> int:
+    def processing_resolution(self) -> int | tuple[int, int]:
         """Side in pixels at which the denoiser sees images, unless a call says otherwise."""
-        return self.config.processing_resolution
+        return as_side(self.config.processing_resolution)
 
     @property
     def num_timesteps(self) -> int:
@@ -98,7 +99,7 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
         scheduler: SchedulerMixin | None = None,
         category: str | int | Sequence[str | int] | None = None,
         batch_size: int = 16,
-        processing_resolution: int | None = None,
+        processing_resolution: Side | None = None,
         match_input_resolution: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -153,8 +154,9 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
                 f"{num_inference_steps!r}."
             )
         generators = image_generators(generator, len(images))
-        size = images.sizes[0] if match_input_resolution else (resolution, resolution)
-        side = self.feature_extractor.input_resolution(resolution)
+        resolution = as_size(resolution)
+        size = images.sizes[0] if match_input_resolution else resolution
+        seen = as_size(self.feature_extractor.input_resolution(resolution))
         self._interrupt = False
 
         # 2. Of as many steps as would go all the way down, the last `num_inference_steps` are taken
@@ -172,8 +174,8 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
                 class_labels = categories[batch] if self.unet.config.num_class_embeds else None
 
                 # 3. x_0, (B, 3, R, R) in [-1, 1], resized by way of the extractor's size as in a detector
-                pixel_values = images_to_pixel_values(images[batch], (side, side)).to(device)
-                clean = resize_images(pixel_values, (resolution, resolution))
+                pixel_values = images_to_pixel_values(images[batch], seen).to(device)
+                clean = resize_images(pixel_values, resolution)
 
                 # 4. x_t of the first timestep (DDPM eq. 4)
                 scheduler.set_timesteps(total_steps, device=device)

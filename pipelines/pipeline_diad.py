@@ -51,6 +51,7 @@ from diffad.pipelines.diad_checks import (
 )
 from diffad.pipelines.output import AnomalyOutput, convert_output, threshold_output
 from diffad.precision import running_precision
+from diffad.region_of_interest import hide_outside, inside_region
 from diffad.scoring import (
     Measurement,
     cosine_distance_map,
@@ -278,6 +279,8 @@ class DiADPipeline(DetectionPipeline):
 
                 # 2. Pixels: (B, 3, R, R) in [-1, 1]
                 pixel_values = images_to_pixel_values(images[batch], (resolution, resolution)).to(device)
+                inside = inside_region(self.region, categories[batch], (resolution, resolution))
+                pixel_values = hide_outside(pixel_values, inside)
 
                 # 3. The reverse process from noise, guided by the images (eqs. 6-8): latents (B, C, R / f, R / f)
                 restored = self.denoise(
@@ -303,11 +306,12 @@ class DiADPipeline(DetectionPipeline):
                 # 7. In standard deviations above good images, and joined (eq. 10): (B, R, R)
                 anomaly_map = self.join_maps(maps, categories[batch], calibration)
 
-                # 8. The image's score: (B,)
-                anomaly_scores.append(self.image_scores(anomaly_map).cpu())
+                # 8. The image's score, of its region of interest: (B,)
+                anomaly_map, scores = self.score_inside(anomaly_map, categories[batch])
+                anomaly_scores.append(scores.cpu())
 
                 # 9. At the images' own size: (B, H, W) and (B, 3, H, W) in [0, 1]
-                anomaly_maps.append(resize_images(anomaly_map[:, None], size)[:, 0].cpu())
+                anomaly_maps.append(self.at_size(anomaly_map, size, categories[batch]).cpu())
                 reconstructions.append(resize_images(reconstruction / 2.0 + 0.5, size).clamp(0.0, 1.0).cpu())
                 if self.interrupt:
                     break
@@ -481,10 +485,12 @@ class DiADPipeline(DetectionPipeline):
         images: Sequence[torch.Tensor] | ImageSequence,
         category: torch.Tensor,
         generators: Sequence[torch.Generator | None],
+        region: torch.Tensor | None = None,
     ) -> Measurement:
         """Steps 2 to 5 of a call, at the pipeline's own settings; the networks are not told the category."""
         size = (self.processing_resolution,) * 2
         pixel_values = images_to_pixel_values(images, size).to(self._execution_device)
+        pixel_values = hide_outside(pixel_values, inside_region(region, category, size))
         return self.compare(pixel_values, self.reconstruct(pixel_values, generators))
 
     def score_maps(

@@ -12,7 +12,16 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffad.images import ImageInput, ImageSequence, common_value_range, images_to_pixel_values, resize_images
+from diffad.images import (
+    ImageInput,
+    ImageSequence,
+    Side,
+    as_side,
+    as_size,
+    common_value_range,
+    images_to_pixel_values,
+    resize_images,
+)
 from diffad.likelihood import predicted_clean_sample, predicted_mean_log_variance
 from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
@@ -47,7 +56,8 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         gaussian: distribution of good images' features; None until `fit_gaussian`.
         kl_sigma: smoothing of the map, in pixels at the processing resolution.
         score_fraction: the image's score is the mean of this share of the map's highest pixels; 0 for the maximum.
-        processing_resolution: side in pixels to which images are resized; None takes the network's `sample_size`.
+        processing_resolution: side in pixels to which images are resized, or height and width; None takes the network's
+            `sample_size`.
         categories: names of the categories of a unified model, in the order of its class labels.
         value_range: the largest value that images of more than 8 bits can have, such as 4095 of a camera of 12 bits, as
             found in the training images; None takes, in each call, the smallest of 8, 10, 12, 14 and 16 bits that holds
@@ -68,7 +78,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         gaussian: GaussianFeatureModel | None = None,
         kl_sigma: float = 2.0,
         score_fraction: float = 0.0,
-        processing_resolution: int | None = None,
+        processing_resolution: Side | None = None,
         categories: list[str] | dict[str, str] | None = None,
         value_range: float | None = None,
     ):
@@ -107,7 +117,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         denoise_every: int | None = 5,
         category: str | int | Sequence[str | int] | None = None,
         batch_size: int = 16,
-        processing_resolution: int | None = None,
+        processing_resolution: Side | None = None,
         match_input_resolution: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -161,7 +171,8 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         categories = category_indices(category, self.categories, len(images)).to(self._execution_device)
         generators = None if generator is None else image_generators(generator, len(images))
-        size = images.sizes[0] if match_input_resolution else (resolution, resolution)
+        resolution = as_size(resolution)
+        size = images.sizes[0] if match_input_resolution else resolution
         self._num_timesteps, self._interrupt = num_iterations, False
 
         maps, scores, reconstructions, trajectories = [], [], [], []
@@ -296,18 +307,18 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         return self
 
     @property
-    def processing_resolution(self) -> int:
+    def processing_resolution(self) -> int | tuple[int, int]:
         """Side in pixels at which the networks see images, unless a call says otherwise."""
-        return self.config.processing_resolution
+        return as_side(self.config.processing_resolution)
 
-    def prepare_images(self, images: Sequence[torch.Tensor] | ImageSequence, resolution: int) -> torch.Tensor:
+    def prepare_images(self, images: Sequence[torch.Tensor] | ImageSequence, resolution: Side) -> torch.Tensor:
         """Images (3, H_i, W_i) in [0, 1] as a detector's denoiser sees them, (B, 3, R, R) in [-1, 1].
 
         They are resized by way of the feature extractor's size, as there.
         """
-        side = self.feature_extractor.input_resolution(resolution)
-        pixel_values = images_to_pixel_values(images, (side, side)).to(self._execution_device)
-        return resize_images(pixel_values, (resolution, resolution))
+        seen = as_size(self.feature_extractor.input_resolution(resolution))
+        pixel_values = images_to_pixel_values(images, seen).to(self._execution_device)
+        return resize_images(pixel_values, as_size(resolution))
 
     def _check_iterations(self, num_iterations: int, learning_rate: float, denoise_every: int | None) -> None:
         if self.gaussian is None:
@@ -326,7 +337,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         """The Gaussian to fit one category of: this pipeline's, if it is of `config` and has others, or a new one."""
         num_categories = max(1, len(self.categories))
         config.setdefault("image_size", self.feature_extractor.input_resolution(self.processing_resolution))
-        config.setdefault("feature_size", max(1, config["image_size"] // 4))
+        config.setdefault("feature_size", as_side([max(1, side // 4) for side in as_size(config["image_size"])]))
         config.setdefault("num_channels", 100)  # all of them would make the file three times as large
         changed = [name for name, value in config.items() if self.gaussian and self.gaussian.config[name] != value]
         if self.gaussian is None or num_categories == 1 or changed:

@@ -66,12 +66,67 @@ SHARE, RATE = number(0.0, 1.0), number(0.0, 1.0, without_ends=True)
 NOT_NEGATIVE, ABOVE_ZERO = number(0.0), number(0.0, without_ends=True)
 
 
+class OneSideOrTwo(argparse.Action):
+    """One number stays one; two are height and width."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if len(values) > 2:
+            parser.error(f"{option_string} must be one side, or height and width, but is {values}")
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
+def add_resolution(group: argparse._ArgumentGroup, default: str, *other_names: str) -> None:
+    group.add_argument(
+        "--resolution",
+        *other_names,
+        type=PIXELS,
+        nargs="+",
+        metavar=("SIDE", "WIDTH"),
+        action=OneSideOrTwo,
+        help=f"side of the images in pixels, or height and width (default: {default})",
+    )
+
+
+class TileSize(OneSideOrTwo):
+    """`none`, or as of `OneSideOrTwo`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values == ["none"]:
+            setattr(namespace, self.dest, None)
+            return
+        try:
+            super().__call__(parser, namespace, [PIXELS(value) for value in values], option_string)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"{option_string} {error}, or 'none'")
+
+
+def add_tiles(group: Any) -> None:
+    """`--tile_size`, "auto" where it is not given, and `--tile_overlap`."""
+    group.add_argument(
+        "--tile_size",
+        nargs="+",
+        action=TileSize,
+        default="auto",
+        metavar=("SIDE", "WIDTH"),
+        help="look at images in tiles, too: pixels a side, or height and width; none: as a whole alone (default: as "
+        "many pixels as the networks see, where the images' sides are three times as long)",
+    )
+    group.add_argument(
+        "--tile_overlap", type=number(0.0, 0.75), default=0.25, help="share of a tile's sides, at least (0.25)"
+    )
+
+
 def add_source_arguments(data: argparse._ArgumentGroup) -> None:
     """Which good images; `check_source` sees that there are some."""
     data.add_argument("--train_data_dir", metavar="DIR", help="MVTec-AD style tree or folder of good images, or 'elpv'")
     data.add_argument("--dataset_name", metavar="ID", help="data set on the Hub, instead of --train_data_dir")
     data.add_argument("--dataset", metavar="NAME", help="force a layout (mvtec_ad, visa, folder, ...)")
     data.add_argument("--category", nargs="+", help="only these categories (default: all that there are)")
+    data.add_argument(
+        "--roi",
+        metavar="PATH",
+        help="which pixels count: a mask (PNG), a folder of CATEGORY.png, or polygons in COCO JSON (default: all)",
+    )
     data.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable files (error)")
 
 
@@ -80,8 +135,11 @@ def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error("give one of --train_data_dir and --dataset_name")
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of diffusers' own training examples, and what finding anomalies adds to them."""
+def add_shared_arguments(parser: argparse.ArgumentParser, any_ratio: bool = False) -> None:
+    """The flags of diffusers' own training examples, and what finding anomalies adds to them.
+
+    `any_ratio`: whether the training images may be other than square.
+    """
     switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": False}  # --no-FLAG undoes a --config
     data = parser.add_argument_group("data")
     data.add_argument("--config", metavar="FILE", help="YAML of any of these flags; the command line overrides it")
@@ -112,7 +170,12 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest value of images of more than 8 bits, 4095 for a camera of 12; saved with the model (default: of "
         "the smallest of 8, 10, 12, 14 and 16 bits that holds all good images)",
     )
-    data.add_argument("--resolution", type=PIXELS, help="side of the training images in pixels (default: the preset's)")
+    if any_ratio:
+        add_resolution(data, "as many pixels as the preset's, at the ratio of the images where they share one")
+    else:
+        data.add_argument(
+            "--resolution", type=PIXELS, help="side of the training images in pixels (default: the preset's)"
+        )
     data.add_argument(
         "--rotation_degrees",
         type=number(0.0, 180.0),
@@ -171,10 +234,10 @@ def add_diad_arguments(parser: argparse.ArgumentParser) -> None:
     """What the autoencoder's training and the denoiser's agree on: the images, and the features that judge them."""
     images = parser.add_argument_group("images")
     images.add_argument(
-        "--image_mean", type=number(), nargs=3, default=[*IMAGENET_MEAN], help="of colours (an AutoencoderKL: ImageNet's)"
+        "--image_mean", type=number(), nargs=3, default=[*IMAGENET_MEAN], help="of colours (AutoencoderKL: ImageNet's)"
     )
     images.add_argument(
-        "--image_std", type=ABOVE_ZERO, nargs=3, default=[*IMAGENET_STD], help="of colours (an AutoencoderKL: ImageNet's)"
+        "--image_std", type=ABOVE_ZERO, nargs=3, default=[*IMAGENET_STD], help="of colours (AutoencoderKL: ImageNet's)"
     )
     features = parser.add_argument_group("features")
     features.add_argument("--backbone", default="resnet50", help="timm model (resnet50)")

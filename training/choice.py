@@ -19,19 +19,23 @@ from datasets import Dataset
 
 from diffad import AnomalyDenoisePipeline
 from diffad.data.synthetic_defects import add_defects
-from diffad.images import ImageSequence, resize_images
+from diffad.images import ImageSequence, as_size, resize_images, size_of_ratio
 from diffad.metrics import AnomalyMetrics
 from diffad.pipelines.checks import MAP_NAMES
 from diffad.pipelines.detection import MAX_STATISTICS_IMAGES, setting_names, spread
+from diffad.pipelines.large_images import cells_inside, grid_of, size_of
+from diffad.region_of_interest import inside_region
 from diffad.scoring import smooth_maps
 from diffad.seeding import image_generators
+from diffad.tiling import MOSTLY, places_inside, spread_places, tile_views
+from diffad.visualization import to_uint8
 
 WEIGHT_STEPS = 4  # weights are multiples of a quarter
 SIGMAS = (0.5, 1.0, 2.0, 4.0)  # pixels at the processing resolution
 MAX_IMAGES = 60  # on which defects are drawn; more hardly move the ranking
 DEFECTS_AN_IMAGE = 4
 BATCH_SIZE = 16
-DEFECT_RESOLUTION = 256  # px, at which they are drawn
+DEFECT_RESOLUTION = 256  # px a side of a square of as many, at which they are drawn
 
 
 # Of what a setting reaches. By outlines alone the KL would always count: it outlines scratches on cells, and finds
@@ -59,6 +63,7 @@ def choose_settings(
     categories: Sequence[str],
     seed: int,
     accelerator: Accelerator,
+    region: torch.Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """Ranks weights of the maps and their smoothing; the best comes first.
 
@@ -69,6 +74,7 @@ def choose_settings(
         categories: the names; settings are the same for all of them, and chosen by the mean over them.
         seed: of defects and noise.
         accelerator: shares the statistics' images among its processes. Each ends with the same ranking.
+        region: of each category, (K, h, w) bool, outside of which pixels do not count.
 
     Returns:
         For each setting a dictionary of `weights`, `kl_sigma`, `feature_sigma`, the `image_auroc`, `pixel_ap` and
@@ -77,8 +83,14 @@ def choose_settings(
     raw = with_settings(pipeline, weights=dict.fromkeys(MAP_NAMES, 1.0), kl_sigma=0.0, feature_sigma=0.0)
     of_categories = []
     for index, name in enumerate(categories):
-        take_statistics(raw, of_category(statistics, name)["image"], index, seed, accelerator)
-        of_categories.append(measure_defects(raw, of_category(unseen, name)["image"], index, seed))
+        seen, others = (of_category(images, name)["image"] for images in (statistics, unseen))
+        if pipeline.tile_size is not None:  # which most of the map comes from
+            seen, others = (
+                sample_tiles(pipeline, seen, MAX_STATISTICS_IMAGES, index, region),
+                sample_tiles(pipeline, others, MAX_IMAGES, index, region),
+            )
+        take_statistics(raw, seen, index, seed, accelerator, None if pipeline.tile_size else region)
+        of_categories.append(measure_defects(raw, others, index, seed))
 
     # 1. Weights, at the middle sigmas; 2. sigmas, for the best weights
     ranking = [score(raw, of_categories, weights, 1.0, 1.0) for weights in simplex(len(MAP_NAMES), WEIGHT_STEPS)]
@@ -104,6 +116,26 @@ def of_category(dataset: Dataset, name: str) -> Dataset:
     return dataset.select(np.flatnonzero(np.asarray(dataset["category"]) == name))
 
 
+def sample_tiles(
+    pipeline: AnomalyDenoisePipeline,
+    images: Sequence[Any],
+    count: int,
+    category: int,
+    region: torch.Tensor | None,
+) -> list[np.ndarray]:
+    """At most `count` tiles, spread over the images and over each, as the networks see them: (R, R', 3) uint8."""
+    size, value_range = as_size(pipeline.input_resolution), pipeline.value_range
+    chosen = spread(range(len(images)), count)
+    tiles = []
+    for i, image in zip(chosen, ImageSequence.of_rows(images, chosen, value_range).whole(), strict=True):
+        grid = grid_of(pipeline, size_of(image))
+        inside = cells_inside(region, category, grid)
+        places = spread_places(places_inside(grid, inside, MOSTLY), max(1, count // len(chosen)), i)
+        for views in tile_views(image, grid, places, BATCH_SIZE, size, value_range, inside):
+            tiles += [to_uint8(one) for one in views]
+    return tiles
+
+
 def simplex(length: int, steps: int) -> Iterator[tuple[float, ...]]:
     """All weights that are multiples of 1 / steps, and add up to 1."""
     for whole in itertools.product(range(steps + 1), repeat=length):
@@ -113,15 +145,20 @@ def simplex(length: int, steps: int) -> Iterator[tuple[float, ...]]:
 
 @torch.no_grad()
 def take_statistics(
-    pipeline: AnomalyDenoisePipeline, images: Sequence[Any], category: int, seed: int, accelerator: Accelerator
+    pipeline: AnomalyDenoisePipeline,
+    images: Sequence[Any],
+    category: int,
+    seed: int,
+    accelerator: Accelerator,
+    region: torch.Tensor | None = None,
 ) -> None:
     """Gives a pipeline the Gaussians and the patches of one category's good images."""
-    fit = pipeline.calibration_fit(category, 0, 0.5, accelerator)
+    fit = pipeline.calibration_fit(category, 0, 0.5, accelerator, region=region)
     indices = spread(range(len(images)), MAX_STATISTICS_IMAGES)
     generators = image_generators(torch.Generator().manual_seed(seed), len(indices))
     value_range = pipeline.value_range
     for measurement in pipeline.measurements(
-        images, indices, category, BATCH_SIZE, generators, accelerator, value_range
+        images, indices, category, BATCH_SIZE, generators, accelerator, value_range, region
     ):
         fit.add_statistics(measurement)
     pipeline.register_modules(calibration=fit.set_statistics())
@@ -130,10 +167,17 @@ def take_statistics(
 def measure_defects(pipeline: AnomalyDenoisePipeline, unseen: Sequence[Any], category: int, seed: int) -> CategoryMaps:
     """What a pipeline with statistics says of good images, and of the same with defects."""
     chosen = np.linspace(0, len(unseen) - 1, min(len(unseen), MAX_IMAGES)).round().astype(int).tolist()
-    side = (DEFECT_RESOLUTION,) * 2
+    height, width = as_size(pipeline.input_resolution)
+    side = size_of_ratio(DEFECT_RESOLUTION, height / width)
     rows = ImageSequence.of_rows(unseen, chosen, pipeline.value_range).resized(side)
     good = [row[0].clamp(0.0, 1.0).permute(1, 2, 0).numpy() for row in rows]  # (R', R', 3) each
     defects = [defect for _, defect in add_defects(good, DEFECTS_AN_IMAGE, seed)]
+    inside = inside_region(pipeline.region, torch.tensor([category]), side)
+    if inside is not None:
+        inside = inside[0].numpy()
+        defects = [
+            one._replace(mask=one.mask & inside) for one in defects if 2 * one.mask[inside].sum() > one.mask.sum()
+        ]
     images = [torch.from_numpy(image).permute(2, 0, 1) for image in [*good, *(defect.image for defect in defects)]]
     masks = np.stack([*(np.zeros(side, dtype=bool) for _ in good), *(defect.mask for defect in defects)])
     return measure_maps(pipeline, images, masks, np.arange(len(images)) < len(good), category, seed)
@@ -155,7 +199,7 @@ def measure_maps(
     for start in range(0, len(images), BATCH_SIZE):
         batch = slice(start, start + BATCH_SIZE)
         index = torch.full((len(images[batch]),), category, device=calibration.map_mean.device)
-        measurement = pipeline.measure_images(images[batch], index, generators[batch])
+        measurement = pipeline.measure_images(images[batch], index, generators[batch], pipeline.region)
         parts.append(pipeline.score_maps(measurement, index, calibration))
     maps = torch.cat(parts)
     if masks is None:
@@ -190,12 +234,13 @@ def score(
         calibration.map_mean[category] = good.mean(dim=(0, 2, 3))[:, None, None]
         calibration.map_std[category] = good.std(dim=(0, 2, 3)).clamp(min=1e-6)[:, None, None]
         smoothed = smooth_maps(measured.maps, num_kl, kl_sigma, feature_sigma)
-        joined = pipeline.join_maps(smoothed, torch.full((len(smoothed),), category, device=good.device), calibration)
+        index = torch.full((len(smoothed),), category, device=good.device)
+        joined, scores = pipeline.score_inside(pipeline.join_maps(smoothed, index, calibration), index)
         metrics = AnomalyMetrics()
         metrics.update(
             anomaly_map=None if measured.masks is None else joined.cpu().numpy(),
             mask=measured.masks,
-            anomaly_score=pipeline.image_scores(joined).cpu().numpy(),
+            anomaly_score=scores.cpu().numpy(),
             label=~measured.is_good,
         )
         values = metrics.compute()

@@ -23,8 +23,12 @@ from diffad.data.checks import dataset_value_range
 from diffad.data.image_feature import ImageFile, stored_content
 from diffad.data.parts import part_index
 from diffad.data.records import FEATURES
-from diffad.images import images_to_tensors, resize_image
+from diffad.data.regions_of_interest import read_roi
+from diffad.image_metadata import turn_upright
+from diffad.images import Side, as_side, as_size, images_to_tensors, resize_image
 from diffad.pipelines.detection import FEW_IMAGES
+from diffad.region_of_interest import hide_outside, inside_region
+from diffad.tiling import MOSTLY, MUCH_LARGER, places_inside, spread_places, tile_grid, tile_views
 from diffad.training.shared_map import shared_map
 from diffad.training.stop_signals import ignore_stop_signals
 
@@ -57,6 +61,36 @@ def read_good_images(args: argparse.Namespace) -> Dataset:
     if args.value_range is None:
         args.value_range = dataset_value_range(good)
     return good
+
+
+MAX_TRAINING_TILES = 4096  # of all images together: 0.6 GB on disk for 224 x 224 pixels
+SAME_RATIO = 1.05  # as far apart sides' ratios may be, and still count as one
+
+
+def common_ratio(sizes: Sequence[tuple[int, int]]) -> float:
+    """The ratio of images, height over width, where it is about the same of all; else 1."""
+    ratios = sorted(height / width for height, width in sizes)
+    return ratios[len(ratios) // 2] if ratios[-1] <= SAME_RATIO * ratios[0] else 1.0
+
+
+def choose_tile_size(sizes: Sequence[tuple[int, int]], input_side: Side) -> int | tuple[int, int] | None:
+    """A tile of as many pixels as the networks see, where images are much larger than that; else None.
+
+    They are where the middle one of all has sides more than `MUCH_LARGER` times as long, by their product, and there
+    are enough to hold some out.
+    """
+    pixels = sorted(height * width for height, width in sizes)[len(sizes) // 2]
+    is_much_larger = pixels > MUCH_LARGER**2 * math.prod(as_size(input_side))
+    return as_side(input_side) if is_much_larger and len(sizes) >= FEW_IMAGES else None
+
+
+def load_region(args: argparse.Namespace, categories: Sequence[str]) -> torch.Tensor | None:
+    """Where pixels count by `--roi`, of each category, (K, h, w) bool; None where all do."""
+    if args.roi is None:
+        return None
+    masks = [torch.from_numpy(read_roi(args.roi, name if len(categories) > 1 else None).copy()) for name in categories]
+    size = masks[0].shape
+    return torch.cat([F.interpolate(mask[None, None].float(), size)[0] > 0.5 for mask in masks])
 
 
 def hold_out(good: Dataset, args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str]]:
@@ -127,24 +161,60 @@ def keep_good_images(stream: IterableDataset) -> Dataset:
 class ResizedImages(TorchDataset):
     """Images of a data set, decoded and resized once a machine and then read from a memory-mapped table.
 
-    An item is (tensor (3, R, R), category index), the tensor uint8 or, where images have more than 8 bits, float32 in
+    An item is (tensor (3, R, R'), category index), the tensor uint8 or, where images have more than 8 bits, float32 in
     [0, 1], kept with 16 bits; `to_pixel_values` takes both. And `category_index` holds the latter of all images.
     Decoding again in every epoch would cost more than a small network's step; keeping tensors in memory would grow
     with the data set.
+
+    Args:
+        dataset: rows with an image and its category's name.
+        resolution: the side R = R', or both.
+        categories: the names, in the order of their indices.
+        value_range: of images of more than 8 bits.
+        tile_size, tile_overlap: of an image, tiles follow the whole, each an item of its own; of all images together
+            about `MAX_TRAINING_TILES`, spread over them. None for no tiles.
+        region: of each category, (K, h, w) bool, outside of which pixels are hidden.
     """
 
-    def __init__(self, dataset: Dataset, resolution: int, categories: Sequence[str], value_range: float | None = None):
-        self.resolution = resolution
+    def __init__(
+        self,
+        dataset: Dataset,
+        resolution: Side,
+        categories: Sequence[str],
+        value_range: float | None = None,
+        tile_size: tuple[int, int] | None = None,
+        tile_overlap: float = 0.0,
+        region: torch.Tensor | None = None,
+    ):
+        self.size = size = as_size(resolution)
         self.dtype = dtype = np.uint8 if value_range is None else np.uint16
         index = {name: i for i, name in enumerate(categories)}
 
-        def resize(record: dict[str, Any]) -> dict[str, Any]:
-            resized = resize_image(record["image"], (resolution, resolution), value_range)[0].clamp(0.0, 1.0)
-            pixels = (resized * np.iinfo(dtype).max).round().numpy().astype(dtype)  # (3, R, R)
-            return {"pixels": pixels.tobytes(), "index": index[record["category"]]}
+        tiles_an_image = max(1, MAX_TRAINING_TILES // len(dataset))
+
+        def resize(records: dict[str, Any], numbers: list[int]) -> dict[str, Any]:  # one record, to one row or several
+            image, of_category = turn_upright(records["image"][0]), index[records["category"][0]]
+            number = torch.tensor([of_category])
+            views = hide_outside(resize_image(image, size, value_range), inside_region(region, number, size))
+            if tile_size is not None:
+                grid = tile_grid((image.height, image.width), tile_size, size, tile_overlap)
+                inside = inside_region(region, number, (grid.rows, grid.columns))
+                inside = None if inside is None else inside[0]
+                places = spread_places(places_inside(grid, inside, MOSTLY), tiles_an_image, numbers[0])
+                tiles = tile_views(image, grid, places, len(places), size, value_range, inside)
+                views = torch.cat([views, next(tiles) / 2.0 + 0.5])
+            pixels = (views.clamp(0.0, 1.0) * np.iinfo(dtype).max).round().numpy().astype(dtype)  # (N, 3, R, R')
+            return {"pixels": [one.tobytes() for one in pixels], "index": [of_category] * len(pixels)}
 
         self.table = shared_map(
-            dataset, resize, remove_columns=dataset.column_names, desc="Reading images", writer_batch_size=64
+            dataset,
+            resize,
+            with_indices=True,
+            batched=True,
+            batch_size=1,
+            remove_columns=dataset.column_names,
+            desc="Reading images",
+            writer_batch_size=64,
         )  # not as numpy: it would cut zeros off the end of a black image's bytes
         self.category_index = np.asarray(self.table["index"][:])
 
@@ -153,7 +223,7 @@ class ResizedImages(TorchDataset):
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         row = self.table[i]
-        pixels = np.frombuffer(row["pixels"], dtype=self.dtype).reshape(3, self.resolution, self.resolution)
+        pixels = np.frombuffer(row["pixels"], dtype=self.dtype).reshape(3, *self.size)
         if self.dtype == np.uint16:
             return torch.from_numpy(pixels.astype(np.float32) / np.float32(65535.0)), int(row["index"])
         return torch.from_numpy(pixels.copy()), int(row["index"])
@@ -246,12 +316,13 @@ def augment(pixels: torch.Tensor, args: argparse.Namespace, generator: torch.Gen
     if not (args.rotation_degrees or args.random_flip or args.random_vertical_flip):
         return images
     zero = torch.zeros_like(angle)
+    height_of_width = images.shape[2] / images.shape[3]  # the grid's coordinates go from -1 to 1 along either side
     matrix = torch.stack(
         [
             angle.cos() * horizontal,
-            -angle.sin() * vertical,
+            -angle.sin() * vertical * height_of_width,
             zero,
-            angle.sin() * horizontal,
+            angle.sin() * horizontal / height_of_width,
             angle.cos() * vertical,
             zero,
         ],

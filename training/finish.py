@@ -53,6 +53,7 @@ def finish(
             category=category if len(categories) > 1 else None,
             generator=generator,
             accelerator=accelerator,
+            roi=args.roi,
         )
     if accelerator.is_main_process:
         remove_reports(args.output_dir)  # they speak of the weights that were here before

@@ -21,25 +21,31 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 
 from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
-from diffad.calibration.feature_gaussian import feature_side
-from diffad.images import ImageSequence, images_to_pixel_values
+from diffad.calibration.feature_gaussian import feature_grid
+from diffad.data.checks import dataset_sizes
+from diffad.images import ImageSequence, as_side, as_size, images_to_pixel_values, size_of_ratio
 from diffad.model_card import remove_reports
 from diffad.models.feature_extractor import LITE0_BACKBONE
+from diffad.models.gaussian_feature_model import one_size
 from diffad.pipelines.detection import FEW_IMAGES
+from diffad.region_of_interest import hide_outside, inside_region
 from diffad.training.arguments import (
     ABOVE_ZERO,
     COUNT,
-    PIXELS,
     POSITIVE,
     RATE,
     SEED,
     FlagParser,
+    OneSideOrTwo,
+    add_resolution,
     add_source_arguments,
+    add_tiles,
     check_source,
 )
-from diffad.training.data import hold_out, read_good_images
+from diffad.training.data import choose_tile_size, common_ratio, hold_out, load_region, read_good_images
 from diffad.training.finish import save_examples, save_record
 
+IMAGE_SIZE, COARSEST_STRIDE = 224, 16  # pixels a side that the backbone sees, and of what they are a multiple
 STANDARDIZATION_IMAGES = 32  # some 80,000 positions, which tell a channel's mean and deviation
 
 
@@ -71,8 +77,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     features.add_argument(
         "--feature_layers", type=COUNT, nargs="+", help="the backbone's layers by timm's index, instead of strides"
     )
-    features.add_argument("--feature_image_size", type=PIXELS, default=224, help="pixels the backbone sees (224)")
-    features.add_argument("--feature_resolution", type=POSITIVE, help="rows and columns (as 90 MB allow)")
+    add_resolution(
+        features, "as many pixels as 224 x 224, at the ratio of the images where they share one", "--feature_image_size"
+    )
+    features.add_argument(
+        "--feature_resolution",
+        type=POSITIVE,
+        nargs="+",
+        metavar=("ROWS", "COLUMNS"),
+        action=OneSideOrTwo,
+        help="positions that have a Gaussian (as 90 MB allow)",
+    )
+    add_tiles(parser)
     parser.add_argument("--output_dir", default="runs/model", help="where the pipeline goes (%(default)s)")
     parser.add_argument("--batch_size", type=POSITIVE, default=16, help="images in one pass (16)")
     parser.add_argument("--seed", type=SEED, default=0, help="of which images are held out (0)")
@@ -82,22 +98,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def create_extractor(good: Dataset, args: argparse.Namespace, device: torch.device) -> TimmFeatureExtractor:
+def create_extractor(
+    good: Dataset, args: argparse.Namespace, categories: list[str], device: torch.device
+) -> TimmFeatureExtractor:
     """The backbone, its channels standardised by good images spread over all of them."""
     extractor = TimmFeatureExtractor.from_backbone(
-        args.backbone, args.feature_strides, args.feature_image_size, args.backbone_weights, args.feature_layers
+        args.backbone, args.feature_strides, one_size(args.resolution), args.backbone_weights, args.feature_layers
     ).to(device)
     chosen = np.linspace(0, len(good) - 1, min(len(good), STANDARDIZATION_IMAGES)).astype(int).tolist()
-    finest = args.feature_image_size // 4
-    side = args.feature_resolution or feature_side(finest, extractor.num_channels)
+    size, region = as_size(args.resolution), load_region(args, categories)
+    grid = args.feature_resolution or feature_grid((size[0] // 4, size[1] // 4), extractor.num_channels)
 
     def batches() -> Iterator[torch.Tensor]:
         for start in range(0, len(chosen), args.batch_size):
-            rows = [good[i]["image"] for i in chosen[start : start + args.batch_size]]
-            images = ImageSequence(rows, args.value_range)
-            yield images_to_pixel_values(images, (args.feature_image_size,) * 2).to(device)
+            rows = [good[i] for i in chosen[start : start + args.batch_size]]
+            images = ImageSequence([row["image"] for row in rows], args.value_range)
+            number = torch.tensor([categories.index(row["category"]) for row in rows])
+            pixel_values = images_to_pixel_values(images, size)
+            yield hide_outside(pixel_values, inside_region(region, number, size)).to(device)
 
-    return extractor.fit_standardization(batches(), (side, side))
+    return extractor.fit_standardization(batches(), as_size(grid))
 
 
 def calibrate_category(
@@ -109,7 +129,10 @@ def calibrate_category(
 ) -> str:
     """Fits one category's Gaussian and thresholds; says from which images."""
     options = {"false_alarm_rate": args.false_alarm_rate, "category": name, "batch_size": args.batch_size}
-    if len(good) < FEW_IMAGES and args.part_pattern is None:  # which has no photograph of the same part elsewhere
+    options["roi"] = args.roi
+    if (
+        len(good) < FEW_IMAGES and args.part_pattern is None and pipeline.tile_size is None
+    ):  # which has no photograph of the same part elsewhere
         pipeline.calibrate(good["image"], leave_one_out=True, **options)
         return f"{len(good)} good images, each left out in turn for the thresholds"
     training, held_out, _ = hold_out(good, args)
@@ -139,7 +162,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     good = read_good_images(args)
     of_image = np.asarray(good["category"])
     categories = sorted(set(of_image.tolist()))
-    extractor = create_extractor(good, args, accelerator.device)
+    sizes = dataset_sizes(good)
+    if args.resolution is None:
+        args.resolution = as_side(size_of_ratio(IMAGE_SIZE, common_ratio(sizes), COARSEST_STRIDE))
+    if args.tile_size == "auto":
+        args.tile_size = choose_tile_size(sizes, args.resolution)
+        if args.tile_size is not None:
+            accelerator.print(
+                f"The images are large: tiles of {' x '.join(map(str, as_size(args.tile_size)))} px, and the whole."
+            )
+    extractor = create_extractor(good, args, categories, accelerator.device)
 
     # 2. A pipeline without a denoiser; its Gaussian and thresholds, category by category
     pipeline = AnomalyDenoisePipeline(
@@ -151,6 +183,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         feature_resolution=args.feature_resolution,
         categories=categories if len(categories) > 1 else None,
         value_range=args.value_range,
+        tile_size=args.tile_size,
+        tile_overlap=args.tile_overlap,
     ).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     for category in categories:

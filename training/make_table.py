@@ -38,7 +38,7 @@ from diffad.evaluation.baselines import evaluate_baseline, load_training_images
 from diffad.evaluation.detectors import category_index, evaluate_detectors, split_by_category
 from diffad.evaluation.metric_names import MEAN
 from diffad.evaluation.report import command_line, describe_machine, markdown_table, with_mean, write_files
-from diffad.images import ImageSequence, images_to_pixel_values
+from diffad.images import ImageSequence, as_size, images_to_pixel_values
 from diffad.pipelines.detection import DetectionPipeline, setting_names
 from diffad.precision import resolve_precision
 from diffad.process_share import process_share
@@ -188,9 +188,9 @@ def measure_rows(
         for pipeline in pipelines:
             yield pipeline.compare(pixel_values, reconstruction)
         return
-    resolution = first.processing_resolution
+    resolution = as_size(first.processing_resolution)
     noise_levels = sorted({timestep for pipeline in pipelines for timestep in pipeline.config.timesteps})
-    noise = draw_noise((len(noise_levels), 3, resolution, resolution), generators, pixel_values.device)
+    noise = draw_noise((len(noise_levels), 3, *resolution), generators, pixel_values.device)
     layer_channels = first.feature_extractor.layer_channels
     everything = first.measure(pixel_values, noise, category, noise_levels, range(len(layer_channels)))
     layers = everything.residual.split(layer_channels, dim=2)  # L of (N, T, C_i, h, w)
@@ -203,7 +203,7 @@ def measure_rows(
 def to_pixel_values(images: Iterable[Any], pipeline: DetectionPipeline, device: torch.device) -> torch.Tensor:
     """Images as the networks of `pipeline` take them, (N, 3, R, R) in [-1, 1]."""
     return images_to_pixel_values(
-        ImageSequence(list(images), pipeline.value_range), (pipeline.input_resolution,) * 2
+        ImageSequence(list(images), pipeline.value_range), as_size(pipeline.input_resolution)
     ).to(device)
 
 

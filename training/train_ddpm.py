@@ -23,10 +23,12 @@ from datasets import concatenate_datasets
 from diffusers import DDPMScheduler
 
 from diffad import AnomalyDenoisePipeline, DenoisingUNet2DModel, TimmFeatureExtractor
-from diffad.images import images_to_pixel_values, resize_images
+from diffad.data.checks import dataset_sizes
+from diffad.images import as_side, as_size, images_to_pixel_values, resize_images, size_of_ratio
 from diffad.likelihood import kl_divergence_map, predicted_clean_sample, variational_bound
 from diffad.models.denoising_unet_2d import DENOISING_UNET_PRESETS
 from diffad.moments import PRIOR_IMAGES
+from diffad.tiling import tile_height_and_width
 from diffad.training.arguments import (
     ABOVE_ZERO,
     COUNT,
@@ -35,6 +37,7 @@ from diffad.training.arguments import (
     SHARE,
     FlagParser,
     add_shared_arguments,
+    add_tiles,
     number,
     parse_arguments,
     whole_number,
@@ -44,10 +47,13 @@ from diffad.training.choice import choose_settings, describe_choice
 from diffad.training.data import (
     ResizedImages,
     augment,
+    choose_tile_size,
+    common_ratio,
     create_data_loader,
     hold_out_for_choice,
     load_good_images,
     load_pictures,
+    load_region,
     spread_batches,
 )
 from diffad.training.duration import steps_in
@@ -55,12 +61,13 @@ from diffad.training.finish import finish
 from diffad.training.loop import create_accelerator, train
 from diffad.visualization import heat_map, save_rows, to_uint8
 
+FEATURE_MULTIPLE = 16  # of the sides that the backbone sees: its coarsest stride
 AUTOMATIC = Path(__file__).parent / "configs" / "automatic.yaml"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = FlagParser(description="Trains AnomalyDenoise on good images.")
-    add_shared_arguments(parser)
+    add_shared_arguments(parser, any_ratio=True)
     model = parser.add_argument_group("model")
     model.add_argument(
         "--preset",
@@ -106,6 +113,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=1.0,
         help="t = 1000 u^p: above 1, small timesteps come up more (1)",
     )
+
+    add_tiles(model)
 
     score = parser.add_argument_group("score")
     score.add_argument("--timesteps", type=COUNT, nargs="+", default=[5, 50, 100], help="noise levels (5 50 100)")
@@ -153,30 +162,38 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def create_components(
-    args: argparse.Namespace, num_categories: int
+    args: argparse.Namespace, num_categories: int, ratio: float = 1.0
 ) -> tuple[DenoisingUNet2DModel, DDPMScheduler, TimmFeatureExtractor]:
+    """The networks; `args.resolution` becomes the side, or height and width, at which the denoiser sees images.
+
+    `ratio` is that of the images, height over width, which counts where `args` names no resolution.
+    """
     if args.pretrained_model_name_or_path:
         trained = AnomalyDenoisePipeline.from_pretrained(args.pretrained_model_name_or_path)
+        args.resolution = trained.processing_resolution
         for network in (trained.unet, trained.feature_extractor):
             network.to(memory_format=torch.channels_last)
         return trained.unet, trained.scheduler, trained.feature_extractor
-    sizes = args.feature_image_size
-    extractor = TimmFeatureExtractor.from_backbone(
-        args.backbone,
-        args.feature_strides,
-        sizes[0] if sizes and len(sizes) == 1 else sizes,
-        args.backbone_weights,
-        args.feature_layers,
-    )
     preset = dict(DENOISING_UNET_PRESETS[args.preset])
-    if args.resolution:  # the features keep their share of the resolution
+    multiple = 2 ** (len(preset["block_out_channels"]) - 1)  # the denoiser halves so often
+    if isinstance(args.resolution, int):  # the features keep their share of the resolution
         preset["feature_resolution"] = preset["feature_resolution"] * args.resolution // preset["sample_size"]
         preset["sample_size"] = args.resolution
-    multiple = 2 ** (len(preset["block_out_channels"]) - 1)  # the denoiser halves so often
-    if preset["sample_size"] % multiple:
+    elif args.resolution is None:
+        args.resolution = as_side(size_of_ratio(preset["sample_size"], ratio, multiple))
+    if any(side % multiple for side in as_size(args.resolution)):
         raise ValueError(
             f"--resolution must be a multiple of {multiple} for --preset {args.preset}, but is {args.resolution}."
         )
+    height, width = as_size(args.resolution)
+    sizes = [as_side(size_of_ratio(side, height / width, FEATURE_MULTIPLE)) for side in args.feature_image_size or ()]
+    extractor = TimmFeatureExtractor.from_backbone(
+        args.backbone,
+        args.feature_strides,
+        sizes[0] if len(sizes) == 1 and isinstance(sizes[0], int) else sizes or None,
+        args.backbone_weights,
+        args.feature_layers,
+    )
     if args.feature_resolution:
         preset["feature_resolution"] = args.feature_resolution
     unet = DenoisingUNet2DModel(
@@ -212,6 +229,9 @@ def create_pipeline(
         suppression=args.suppression,
         position_prior_images=args.position_prior_images,
         score_strides=args.score_strides,
+        processing_resolution=args.resolution,
+        tile_size=args.tile_size,
+        tile_overlap=args.tile_overlap,
         categories=categories,
         value_range=args.value_range,
     )
@@ -262,14 +282,13 @@ def save_validation_pictures(
     scheduler: DDPMScheduler,
     extractor: TimmFeatureExtractor,
     images: list[torch.Tensor],
+    size: tuple[int, int],
     device: torch.device,
     path: Path,
 ) -> None:
-    """One row an image: itself, noised to t = 100, the predicted clean image, KL, feature error."""
-    size = unet.config.sample_size
-    side = extractor.input_resolution(size)
-    pixel_values = images_to_pixel_values(images, (side, side)).to(device)
-    clean = resize_images(pixel_values, (size, size))
+    """One row an image, at `size`: itself, noised to t = 100, the predicted clean image, KL, feature error."""
+    pixel_values = images_to_pixel_values(images, as_size(extractor.input_resolution(size))).to(device)
+    clean = resize_images(pixel_values, size)
     timesteps = torch.full((len(clean),), 100, device=device)
     noise = torch.randn(clean.shape, generator=torch.Generator(device).manual_seed(0), device=device)
     noisy = scheduler.add_noise(clean, noise, timesteps)
@@ -297,12 +316,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     training, unseen = hold_out_for_choice(training, args) if args.choose else (training, None)
     if args.choose and unseen is None:
         accelerator.print("Too few good images or parts to hold out any for a choice: `weights` stay as they are.")
-    unet, scheduler, extractor = create_components(args, len(categories))
-    size, feature_size = unet.config.sample_size, (unet.config.feature_resolution,) * 2
-    images = ResizedImages(training, extractor.input_resolution(size), categories, args.value_range)
+    sizes = dataset_sizes(training)
+    ratio = common_ratio(sizes) if args.resolution is None else 1.0
+    unet, scheduler, extractor = create_components(args, len(categories), ratio)
+    size = as_size(args.resolution)
+    stride = unet.config.sample_size // unet.config.feature_resolution
+    feature_size = size[0] // stride, size[1] // stride
+    seen = as_size(extractor.input_resolution(size))
+    if args.tile_size == "auto":
+        args.tile_size = choose_tile_size(sizes, seen)
+    tiles, region = tile_height_and_width(args.tile_size, seen), load_region(args, categories)
+    images = ResizedImages(training, seen, categories, args.value_range, tiles, args.tile_overlap, region)
     accelerator.print(
         f"{len(training)} good images of {', '.join(categories)} for training, {len(held_out)} held out; "
-        f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters, {size} px"
+        f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters, {size[0]} x {size[1]} px"
+        + ("" if tiles is None else f", of the whole and of tiles of {tiles[0]} x {tiles[1]}")
     )
 
     # 2. Features, standardised so that a few channels of large activations do not make up the loss
@@ -330,13 +358,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             pixel_values = augment(pixels, args, generator)
             features = encode(pixel_values)
-        clean = resize_images(pixel_values, (size, size))
+        clean = resize_images(pixel_values, size)
         labels = class_index if len(categories) > 1 else None
         parts = denoising_loss(model, scheduler, clean, features, labels, generator, args.timestep_exponent)
         return parts["noise"] + parts["variance"] + args.feature_loss_weight * parts["feature"], parts
 
     def save_pictures(path: Path) -> None:
-        save_validation_pictures(unet, scheduler, extractor, pictures, accelerator.device, path)
+        save_validation_pictures(unet, scheduler, extractor, pictures, size, accelerator.device, path)
 
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -352,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipeline = create_pipeline(unet, scheduler, extractor, categories, args)
     pipeline.set_progress_bar_config(disable=not accelerator.is_local_main_process)
     if unseen is not None:
-        ranking = choose_settings(pipeline, training, unseen, categories, args.seed, accelerator)
+        ranking = choose_settings(pipeline, training, unseen, categories, args.seed, accelerator, region)
         best = {name: ranking[0][name] for name in ("weights", "kl_sigma", "feature_sigma")}
         pipeline.register_to_config(**best, position_trust=0.0)  # as the choice normalises
         accelerator.print(describe_choice(ranking))

@@ -42,9 +42,13 @@ def locally_aware_patches(layers: Sequence[torch.Tensor]) -> torch.Tensor:
     )
 
 
-def sample_patches(patches: torch.Tensor, image: int, count: int) -> torch.Tensor:
-    """`count` of one image's patches (C, h, w), or all that there are: (n, C). Which ones its number `image` says."""
+def sample_patches(patches: torch.Tensor, image: int, count: int, inside: torch.Tensor | None = None) -> torch.Tensor:
+    """`count` of one image's patches (C, h, w), or all that there are: (n, C). Which ones its number `image` says.
+
+    Of those `inside`, (h, w) bool, where it is given.
+    """
     flat = patches.flatten(1).mT  # (h * w, C)
+    flat = flat if inside is None else flat[inside.flatten()]
     chosen = np.random.default_rng(image).permutation(len(flat))[:count]
     return flat[torch.from_numpy(np.sort(chosen)).to(flat.device)]
 

@@ -44,14 +44,43 @@ def feature_gaussian(moments: FeatureMoments, epsilon: float = EPSILON) -> tuple
     return mean, inverse[lower].expand(num_positions, -1)
 
 
-def feature_side(most: int, num_channels: int) -> int:
-    """Rows and columns of positions whose Gaussians `feature_gaussian` gives, at most `most`.
+def shared_feature_gaussian(
+    moments: FeatureMoments, mean: torch.Tensor, epsilon: float = EPSILON
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A Gaussian whose covariance all positions share, and whose mean is a position's own.
+
+    What tiles show at a position differs from another by the edge alone, which the networks see nothing beyond.
+
+    Args:
+        moments: sums over the features of all positions, as if they were one: (N, C, 1).
+        mean: at each position, (P, C), over as many images at each.
+        epsilon: as of `feature_gaussian`.
+
+    Returns:
+        `mean`, and the whitening (1, C (C + 1) / 2). Both float64.
+    """
+    num_channels = mean.shape[1]
+    covariance = moments.total_of_products[0] / moments.count - mean.mT @ mean / len(mean)
+    identity = torch.eye(num_channels, dtype=torch.float64, device=mean.device)
+    ridge = epsilon * covariance.diagonal().mean().clamp(min=1e-6)
+    factor = torch.linalg.cholesky(covariance + ridge * identity)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return mean, inverse[identity.new_ones(num_channels, num_channels).tril().bool()][None]
+
+
+def feature_grid(size: tuple[int, int], num_channels: int) -> tuple[int, int]:
+    """Rows and columns of positions whose Gaussians `feature_gaussian` gives, at most `size`, and of its ratio.
 
     Their triangles take up to 90 MB in half precision: 49 x 49 positions of 192 channels. Against synthetic defects on
     good bottles (MVTec-AD) a covariance of its own was worth more to a position than a finer grid: pixel AP 31.1 at
     48 x 48, 27.8 at 56 x 56 where 2 x 2 positions share one.
     """
-    return max(1, min(most, math.isqrt(FEATURE_BYTES // (num_channels * (num_channels + 1)))))
+    most = FEATURE_BYTES // (num_channels * (num_channels + 1))
+    rows, columns = size
+    return (
+        max(1, min(rows, math.isqrt(most * rows // columns))),
+        max(1, min(columns, math.isqrt(most * columns // rows))),
+    )
 
 
 def leave_one_out_epsilon(count: int, epsilon: float = EPSILON) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from tempfile import TemporaryFile
 from typing import IO, Any, NamedTuple
 
@@ -16,7 +16,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from diffad.calibration.coreset import CORESET_SIZE, POOL_SIZE, greedy_coreset, sample_patches
-from diffad.calibration.feature_gaussian import feature_gaussian, leave_one_out_epsilon
+from diffad.calibration.feature_gaussian import (
+    feature_gaussian,
+    leave_one_out_epsilon,
+    shared_feature_gaussian,
+)
 from diffad.calibration.residual_gaussian import (
     residual_gaussian,
     residual_grid,
@@ -24,6 +28,7 @@ from diffad.calibration.residual_gaussian import (
 )
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.moments import PRIOR_IMAGES, FeatureMoments, MomentSums
+from diffad.region_of_interest import inside_region, stand_ins, values_inside
 from diffad.scoring import Measurement
 
 NO_WEIGHT = 1e6  # as a map's deviation: what is divided by it no longer counts
@@ -64,6 +69,9 @@ class CalibrationFit:
             of no images. Then every process ends with the same calibration.
         leave_one_out: whether the statistics' images set the thresholds as well, each scored by the Gaussian of the
             others (`leave_one_out_of_features`), instead of images of `add_scores`. For features that nothing predicts.
+        shared: whether the measurements are of tiles, several an image, which say their image's number: one covariance
+            of the features then serves all positions.
+        region: of each category, (K, h, w) bool: what counts of the images; None for all.
         record: what is saved with it, `precision`, `settings`, `value_range`, `smallest_area` and the rest of
             [`ScoreCalibration`].
     """
@@ -80,22 +88,29 @@ class CalibrationFit:
         position_trust: float = 1.0,
         accelerator: Accelerator | None = None,
         leave_one_out: bool = False,
+        shared: bool = False,
+        region: torch.Tensor | None = None,
         **record: Any,
     ):
         self.functions, self.category, self.num_scores = functions, category, num_scores
         self.false_alarm_rate, self.num_categories = false_alarm_rate, num_categories
         self.previous = previous if num_categories > 1 else None
         self.position_prior_images, self.position_trust = position_prior_images, position_trust
-        self.accelerator, self.leave_one_out, self.record = accelerator, leave_one_out, record
+        self.accelerator, self.leave_one_out, self.shared = accelerator, leave_one_out, shared
+        self.region = region
+        self.record = record if not shared else {**record, "shared_whitening": True}
         self.residual_moments: FeatureMoments | None = None  # at each cell
         self.residual_sums = MomentSums()  # at each position
-        self.feature_moments: FeatureMoments | None = None  # at each position
+        self.feature_moments: FeatureMoments | None = None  # at each position, or of all together
+        self.feature_sums = MomentSums()  # at each position, where the former is of all
+        self.image_numbers: list[int] = []  # of tiles
         self.map_moments = MomentSums()  # of each score map at each pixel
         self.joined_moments = MomentSums()  # of the joined maps of the statistics' images, over all pixels
         self.held_out_moments = MomentSums()  # the same of the thresholds' images
         self.calibration: ScoreCalibration | None = None
         self.waiting = TemporaryFile()  # noqa: SIM115 (residuals and maps, read again by `set_statistics`, which closes it)
         self.num_waiting = self.num_measured = 0
+        self.is_levelled, self.scale = False, 1.0
         self.scores: list[float] = []
         self.maxima: list[float] = []
 
@@ -119,11 +134,17 @@ class CalibrationFit:
         features = none if measurement.features is None else measurement.features
         patches = none if measurement.patches is None else half(measurement.patches)
         if measurement.features is not None:
+            positions = 1 if self.shared else math.prod(features.shape[2:])
             if self.feature_moments is None:
-                self.feature_moments = FeatureMoments(math.prod(features.shape[2:]), features.shape[1], features.device)
-            self.feature_moments.update(measurement.features.flatten(2))  # (N, C, P)
+                self.feature_moments = FeatureMoments(positions, features.shape[1], features.device)
+            flat = measurement.features.flatten(2)  # (N, C, P)
+            if self.shared:
+                self.feature_sums.update(flat)
+                flat = flat.movedim(1, 2).reshape(-1, flat.shape[1], 1)  # (N * P, C, 1)
+            self.feature_moments.update(flat)
         for values in (residual, measurement.maps, features, patches):
             np.save(self.waiting, values.cpu().numpy())
+        self.image_numbers += [] if measurement.image is None else measurement.image.tolist()
         self.num_waiting += len(measurement.maps)
 
     def set_statistics(self) -> ScoreCalibration:
@@ -138,13 +159,23 @@ class CalibrationFit:
         if self.residual_moments is not None:
             for sums in (self.residual_sums, self.residual_moments):
                 sums.reduce(self.accelerator)
+            self._replace_outside(self.residual_sums, tuple(calibration.config.residual_shape[1:]))
+            self._replace_outside(self.residual_moments, calibration.grid)
             mean = self.residual_sums.mean().flatten(1).mT  # (h * w, C)
             gaussian = residual_gaussian(self.residual_moments, mean, calibration.grid)
             calibration.set_residual_gaussian(self.category, *gaussian)
             num_seen = self.residual_moments.count
             self.residual_moments = None  # larger than all else here
-        if self.feature_moments is not None:
+        if self.feature_moments is not None and self.shared:
+            for sums in (self.feature_sums, self.feature_moments):
+                sums.reduce(self.accelerator)
+            num_seen = self.feature_sums.count
+            gaussian = shared_feature_gaussian(self.feature_moments, self.feature_sums.mean().mT)
+            calibration.set_feature_gaussian(self.category, *gaussian)
+            self.feature_moments = None
+        elif self.feature_moments is not None:
             self.feature_moments.reduce(self.accelerator)
+            self._replace_outside(self.feature_moments, tuple(calibration.config.feature_shape[1:]))
             num_seen = self.feature_moments.count
             mean, whitening = gaussian = feature_gaussian(self.feature_moments)
             calibration.set_feature_gaussian(self.category, *gaussian)
@@ -163,6 +194,7 @@ class CalibrationFit:
             self.map_moments.update(maps)
             np.save(smoothed, maps.cpu().numpy())
         self.map_moments.reduce(self.accelerator)
+        self._replace_outside(self.map_moments, calibration.map_mean.shape[-2:])
         map_std = self.map_moments.standard_deviation()
         if calibration.num_distances == 2:
             of_positions = self.num_measured + 1  # behind the measured maps and the cells' distances
@@ -178,7 +210,7 @@ class CalibrationFit:
         # 3. Deviation of the joined maps, see `finish`
         for maps in read_arrays(smoothed, calibration.map_mean.device):
             joined = self.functions.join_maps(maps, self._indices(maps), calibration)
-            self.joined_moments.update(joined.flatten())
+            self.joined_moments.update(self._values_inside(joined).flatten())
             if self.leave_one_out and self.num_scores:
                 self._add_scores_of(joined)
         self.joined_moments.reduce(self.accelerator)
@@ -198,7 +230,9 @@ class CalibrationFit:
         )
         count, arrays = 0, read_arrays(self.waiting, device)
         for residual, maps, features, patches in zip(arrays, arrays, arrays, arrays, strict=True):
+            numbers = self.image_numbers[count : count + len(maps)]
             image = first + step * torch.arange(count, count + len(maps), device=device)
+            image = torch.tensor(numbers, device=device) if numbers else image
             count += len(maps)
             yield Measurement(
                 maps,
@@ -216,8 +250,10 @@ class CalibrationFit:
         for measurement in self._waiting_measurements(device):
             if measurement.patches is None or measurement.image is None:
                 continue
+            inside = self._inside(measurement.patches.shape[-2:])
             for patches, image in zip(measurement.patches, measurement.image.tolist(), strict=True):
-                sampled.append((image, sample_patches(patches, image, max(1, POOL_SIZE // num_images)).cpu().numpy()))
+                chosen = sample_patches(patches, image, max(1, POOL_SIZE // num_images), inside)
+                sampled.append((image, chosen.cpu().numpy()))
         if self.accelerator is not None and self.accelerator.num_processes > 1:
             sampled = gather_object(sampled)
         sampled = sorted(sampled, key=lambda one: one[0])  # one process's order
@@ -240,11 +276,12 @@ class CalibrationFit:
         indices = self._indices(measurement.maps)
         maps = self.functions.score_maps(measurement, indices, calibration, 0)
         anomaly_map = self.functions.join_maps(maps, indices, calibration)  # (N, H, W)
-        self.held_out_moments.update(anomaly_map.flatten())
+        self.held_out_moments.update(self._values_inside(anomaly_map).flatten())
         self._add_scores_of(anomaly_map)
 
     def _add_scores_of(self, anomaly_map: torch.Tensor) -> None:
         """Scores and maxima of joined maps (N, H, W)."""
+        anomaly_map = self._values_inside(anomaly_map)
         if len(anomaly_map):
             self.scores += self.functions.image_scores(anomaly_map).tolist()
             self.maxima += anomaly_map.flatten(1).amax(dim=1).tolist()
@@ -253,6 +290,19 @@ class CalibrationFit:
                 "The map of a good image holds NaN or infinity, so it can set no threshold. Run the networks in "
                 "float32, and look at the image."
             )
+
+    def add_joined_maps(self, anomaly_map: torch.Tensor) -> None:
+        """`add_scores` of maps (N, H, W) that are complete: those of large images, of their tiles and the whole."""
+        self.held_out_moments.update(self._values_inside(anomaly_map).flatten())
+        self._add_scores_of(anomaly_map)
+
+    def level(self) -> ScoreCalibration:
+        """Makes the joined maps of the statistics' images have deviation 1: `finish` for one view of several."""
+        calibration, count = self._known_calibration(), self.map_moments.count
+        variance = self.joined_moments.variance() * count / max(1, count - 1)
+        calibration.map_std[self.category] *= max(float(variance) ** 0.5, 1e-6)
+        self.is_levelled = True
+        return calibration
 
     def finish(self) -> ScoreCalibration:
         """The calibration with thresholds, and maps of deviation 1.
@@ -274,16 +324,36 @@ class CalibrationFit:
         if not scores:
             return self._known_calibration()
         num_statistics, num_scores = self.map_moments.count, (0 if self.leave_one_out else len(scores))
-        squares = num_statistics * self.joined_moments.variance()
-        if num_scores:
-            squares = squares + num_scores * self.held_out_moments.variance()
-        scale = max(float(squares / (num_statistics - 1 + num_scores)) ** 0.5, 1e-6)
+        if self.is_levelled:  # by its statistics' images; what is joined here is more than one view of an image
+            squares, degrees = num_scores * self.held_out_moments.variance(), num_scores
+        else:
+            squares, degrees = num_statistics * self.joined_moments.variance(), num_statistics - 1 + num_scores
+            if num_scores:
+                squares = squares + num_scores * self.held_out_moments.variance()
+        scale = self.scale = max(float(squares / degrees) ** 0.5, 1e-6)
         calibration = self._known_calibration()
         calibration.map_std[self.category] *= scale
         calibration.set_thresholds(
             self.category, [score / scale for score in scores], [maximum / scale for maximum in maxima]
         )
         return calibration
+
+    # -- the region that counts -------------------------------------------------------------------------------------
+
+    def _inside(self, size: Sequence[int]) -> torch.Tensor | None:
+        """Which pixels count, (H, W) bool; None for all."""
+        if self.region is None:
+            return None
+        index = torch.tensor([self.category], device=self.region.device)
+        return inside_region(self.region, index, (size[0], size[1]))[0]
+
+    def _values_inside(self, maps: torch.Tensor) -> torch.Tensor:
+        return values_inside(maps, self._inside(maps.shape[-2:]))
+
+    def _replace_outside(self, sums: MomentSums | FeatureMoments, size: Sequence[int]) -> None:
+        """Where nothing counts, what other places show stands in: averages over all places are then of those."""
+        if (inside := self._inside(size)) is not None:
+            sums.replace_positions(stand_ins(inside.flatten()))
 
     # -- shapes --------------------------------------------------------------------------------------------------
 
@@ -320,11 +390,16 @@ class CalibrationFit:
             coreset_shape=coreset_shape,
             num_scores=max(self.num_scores, 0 if previous is None else previous.config.num_scores),
             false_alarm_rate=self.false_alarm_rate,
+            region_shape=None if self.region is None else tuple(self.region.shape[1:]),
             **self.record,
         ).to(measurement.maps.device)
         if previous is not None:
             for name, values in previous.named_buffers():
+                if name == "region":
+                    continue
                 getattr(calibration, name)[..., : values.shape[-1]] = values
+        if self.region is not None:
+            calibration.region.copy_(self.region)
         return calibration
 
     def _check_previous(

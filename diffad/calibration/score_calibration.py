@@ -46,6 +46,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         value_range: of images of more than 8 bits, where the calibration has found it and the pipeline has none.
         coreset_shape: (M, C) of the good images' patches that are kept, or None.
         smallest_area: of a region that counts, as a share of the image's area, in [0, 1) (`cut_small_peaks`).
+        region_shape: (h, w) of the categories' regions of interest, or None.
+        shared_whitening: whether all positions have one covariance of the features, as those of tiles do: a place in a
+            tile, which may lie anywhere, says nothing of the part.
 
     Attributes:
         map_mean, map_std: (K, S, H, W), of the smoothed maps over good images; the latter times one constant for each
@@ -54,8 +57,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         residual_whitening: (K, P, C (C + 1) / 2), lower triangles at P cells: with them the residual's channels
             become uncorrelated, of variance 1 (`residual_gaussian`).
         feature_mean, feature_whitening: the same of the features themselves, (K, h * w, C) and, in half precision,
-            (K, h * w, C (C + 1) / 2).
+            (K, h * w, C (C + 1) / 2), or (K, 1, ...) where the covariance is shared.
         coreset: (K, M, C) float16, patches of good images (`diffad.calibration.coreset`).
+        region: (K, h, w) bool, which pixels of an image count (`diffad.region_of_interest`).
         normal_scores: (K, n), held-out good images' scores, ascending, padded with NaN.
         image_threshold: (K,): scores above it are anomalous.
         pixel_threshold: (K,): pixels of the map above it are. At most `false_alarm_rate` of good images show any.
@@ -81,6 +85,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     feature_mean: torch.Tensor  # these three are None where they do not count
     feature_whitening: torch.Tensor
     coreset: torch.Tensor
+    region: torch.Tensor | None
     normal_scores: torch.Tensor
     image_threshold: torch.Tensor
     pixel_threshold: torch.Tensor
@@ -100,6 +105,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         value_range: float | None = None,
         coreset_shape: tuple[int, int] | None = None,
         smallest_area: float = 0.0,
+        shared_whitening: bool = False,
+        region_shape: tuple[int, int] | None = None,
     ):
         super().__init__()
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
@@ -116,7 +123,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             num_channels, *size = feature_shape
             self.register_buffer("feature_mean", torch.zeros(num_categories, math.prod(size), num_channels))
             identity = identity_triangle(num_channels).half()  # as large as it is, and as exact for distances
-            self.register_buffer("feature_whitening", identity.repeat(num_categories, math.prod(size), 1))
+            positions = 1 if shared_whitening else math.prod(size)
+            self.register_buffer("feature_whitening", identity.repeat(num_categories, positions, 1))
         else:
             for name in ("feature_mean", "feature_whitening"):
                 self.register_buffer(name, None)
@@ -124,6 +132,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         coreset = None if coreset_shape is None else torch.zeros(num_categories, *coreset_shape).half()
         self.register_buffer("coreset", coreset)
         self.coreset_owner: dict[int, torch.Tensor] = {}  # (M,), while a category's statistics are taken
+        region = None if region_shape is None else torch.ones(num_categories, *region_shape, dtype=torch.bool)
+        self.register_buffer("region", region)
         self.register_buffer("normal_scores", torch.full((num_categories, num_scores), float("nan")))
         self.register_buffer("image_threshold", torch.full((num_categories,), float("inf")))
         self.register_buffer("pixel_threshold", torch.full((num_categories,), float("inf")))
@@ -239,12 +249,15 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 mean, whitening = self.feature_mean[index].mT, self._whitening("feature", index)  # (C, P), (P, C, C)
                 values = features[chosen].float().flatten(2)  # (N', C, P)
                 squared = values.new_empty(values.shape[2], len(values))  # (P, N')
-                for start in range(0, len(squared), POSITIONS_AT_ONCE):  # as many as a cache holds
-                    positions = slice(start, start + POSITIONS_AT_ONCE)
+                if self.config.shared_whitening:
+                    squared = (whitening[0] @ (values - mean)).square_().mean(dim=1).mT  # (P, N')
+                for start in range(0, 0 if self.config.shared_whitening else len(squared), POSITIONS_AT_ONCE):
+                    positions = slice(start, start + POSITIONS_AT_ONCE)  # as many as a cache holds
                     centered = (values[:, :, positions] - mean[:, positions]).permute(2, 1, 0).contiguous()
                     squared[positions] = (whitening[positions] @ centered).square_().mean(dim=1)
                 if num_seen:
-                    squared = leave_one_out_of_features(squared, num_channels, num_seen)
+                    shared_by = math.prod(grid) if self.config.shared_whitening else 1
+                    squared = leave_one_out_of_features(squared, num_channels, num_seen * shared_by)
                 distances[chosen] = squared.mT
         distances = distances.unflatten(1, grid)
         return resize_maps(distances.clamp(min=1e-6).log()[:, None], size)

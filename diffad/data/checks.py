@@ -132,6 +132,19 @@ def dataset_value_range(dataset: Dataset) -> float | None:
         return max((one for one in pool.map(range_at, range(len(undecoded))) if one is not None), default=None)
 
 
+def dataset_sizes(dataset: Dataset) -> list[tuple[int, int]]:
+    """Height and width of each image of a data set, upright; mostly none is decoded."""
+    undecoded = cast_images(dataset, decode=False)
+
+    def size_at(index: int) -> tuple[int, int]:
+        stored = undecoded[index]["image"]
+        (width, height), _ = image_file_header(stored["path"], stored_content(stored))
+        return height, width
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(size_at, range(len(undecoded))))
+
+
 def cast_images(dataset: Dataset | IterableDataset, decode: bool) -> Dataset | IterableDataset:
     """`dataset` with images and masks as PIL images, or undecoded, as {"bytes", "path"}."""
     for column in ("image", "mask"):

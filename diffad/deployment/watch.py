@@ -29,6 +29,7 @@ from diffad.predict import (
     check_output,
     check_settings,
     decoded_batches,
+    decoding_of,
     detection_settings,
     pipeline_detect,
     write_outputs,
@@ -219,6 +220,7 @@ def watch_folder(
     settings["seed"] = "of each event"
     smallest_area = settings.get("smallest_area") or 0.0
     detect = pipeline_detect(pipeline, category, batch_size, 0)
+    side, at_once = decoding_of(pipeline, batch_size)
     with locked_folder(output_dir, LOCK_NAME):
         root = check_settings(settings, output_dir) or begin_settings(settings, str(folder), output_dir)
         if root != str(folder):
@@ -242,9 +244,7 @@ def watch_folder(
                 writer = csv.DictWriter(table, COLUMNS)
                 for found in coming_files(folder, output_dir, files, poll, stop):
                     todo = [(int(event_number(*one[1:]), 16), one) for one in found]
-                    for batch in decoded_batches(
-                        todo, pipeline.input_resolution, batch_size, pool, settings["value_range"]
-                    ):
+                    for batch in decoded_batches(todo, side, at_once, pool, settings["value_range"]):
                         if stop.is_set():
                             break
                         rows = _score(batch, files, detect, folder, output_dir, threshold, smallest_area, pool)

@@ -8,6 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from PIL import Image
 
@@ -112,10 +113,11 @@ def draw_case(row: dict[str, Any], output: AnomalyOutput, position: int, thresho
         picture = picture.resize(size, Image.Resampling.BILINEAR)
         mask = None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
     size = (picture.height, picture.width)
-    shown = resize_images(output.anomaly_map[position][None, None].float(), size)[0, 0].numpy()
-    restored = output.reconstruction
-    if restored is not None:
-        restored = to_uint8(resize_images(restored[position][None].float(), size)[0] * 2.0 - 1.0)
+    shown = resize_images(torch.as_tensor(output.anomaly_map)[position][None, None].float(), size)[0, 0].numpy()
+    restored = None
+    if output.reconstruction is not None:
+        pixels = torch.as_tensor(output.reconstruction)[position][None].float()  # (1, 3, h, w) in [0, 1]
+        restored = to_uint8(resize_images(pixels, size)[0] * 2.0 - 1.0)
     return beside_overlay(np.asarray(picture), shown, None if mask is None else np.asarray(mask), threshold, restored)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffad.images import as_size
+
 
 def benchmark_pipeline(pipeline: Any, batch_size: int = 16, repeats: int = 5) -> dict[str, Any]:
     """Times whole calls on random images at the pipeline's own resolution.
@@ -25,8 +27,8 @@ def benchmark_pipeline(pipeline: Any, batch_size: int = 16, repeats: int = 5) ->
         rest), `peak_memory_mib` (of the process, or of the GPU's allocations).
     """
     device = pipeline._execution_device
-    size = pipeline.input_resolution
-    images = np.random.default_rng(0).random((batch_size, size, size, 3), dtype=np.float32)
+    size = as_size(pipeline.input_resolution)
+    images = np.random.default_rng(0).random((batch_size, *size, 3), dtype=np.float32)
     category = {"category": 0} if len(pipeline.categories) > 1 else {}
     spent: defaultdict[str, float] = defaultdict(float)
     begun: dict[str, float] = {}
@@ -42,7 +44,9 @@ def benchmark_pipeline(pipeline: Any, batch_size: int = 16, repeats: int = 5) ->
     def end(name: str) -> Any:
         return lambda module, args, output: spent.__setitem__(name, spent[name] + now() - begun[name])
 
-    networks = {n: m for n, m in pipeline.components.items() if isinstance(m, torch.nn.Module) and n != "calibration"}
+    networks = {
+        n: m for n, m in pipeline.components.items() if isinstance(m, torch.nn.Module) and "calibration" not in n
+    }
     if "feature_extractor" in networks:  # which a pipeline asks for its layers
         pipeline(images[:1], batch_size=1, **category)
         networks["feature_extractor"] = pipeline.feature_extractor.running_network()

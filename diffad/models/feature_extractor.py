@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from diffad.images import Side, as_side, as_size
 from diffad.models.inference_network import inference_network
 from diffad.moments import MomentSums
 
@@ -47,6 +49,7 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         image_size: side of the square that images are resized to before the backbone, in pixels; None takes them as
             they come. More pixels than the denoiser sees give finer features at little cost. Several sides, increasing,
             give the layers of each: small images show the backbone large structures, and large ones fine structures.
+            In such a list, a pair stands for height and width: `[(352, 144)]` is one size.
         out_indices: which of the backbone's layers to take instead, by timm's index, increasing. A transformer needs
             them: all of its blocks have one stride. Then `config.strides` holds the layers' own.
 
@@ -63,13 +66,15 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         self,
         backbone: str = LITE0_BACKBONE,
         strides: Sequence[int] = (2, 4, 8, 16),
-        image_size: int | Sequence[int] | None = None,
+        image_size: int | Sequence[Side] | None = None,
         out_indices: Sequence[int] | None = None,
     ):
         super().__init__()
-        sizes = self.image_sizes
-        if image_size is not None and (not sizes or sizes != sorted({side for side in sizes if side > 0})):
-            raise ValueError(f"`image_size` must be one side in pixels or increasing ones, but is {image_size}.")
+        pixels = [math.prod(as_size(side)) if min(as_size(side)) > 0 else 0 for side in self.image_sizes]
+        if image_size is not None and (not pixels or pixels != sorted({count for count in pixels if count > 0})):
+            raise ValueError(
+                f"`image_size` must be one side in pixels or increasing ones, or pairs of them, but is {image_size}."
+            )
         indices, strides = _choose_layers(backbone, strides, out_indices)
         self.register_to_config(strides=strides)
         self.network = _create_backbone(backbone, indices, pretrained=False)
@@ -110,7 +115,7 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         cls,
         backbone: str = LITE0_BACKBONE,
         strides: Sequence[int] = (2, 4, 8, 16),
-        image_size: int | Sequence[int] | None = None,
+        image_size: int | Sequence[Side] | None = None,
         weights: str | Path | None = None,
         out_indices: Sequence[int] | None = None,
     ) -> TimmFeatureExtractor:
@@ -144,14 +149,14 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         return extractor.requires_grad_(False).eval()
 
     @property
-    def image_sizes(self) -> list[int]:
+    def image_sizes(self) -> list[int | tuple[int, int]]:
         """The sides that images are resized to, increasing; empty where they are taken as they come."""
         size = self.config.image_size
-        return [] if size is None else [size] if isinstance(size, int) else list(size)
+        return [] if size is None else [size] if isinstance(size, int) else [as_side(side) for side in size]
 
-    def input_resolution(self, resolution: int) -> int:
+    def input_resolution(self, resolution: Side) -> int | tuple[int, int]:
         """Side that images should have for it and a denoiser at `resolution`: the largest that either looks at."""
-        return max([resolution, *self.image_sizes])
+        return max([as_side(resolution), *self.image_sizes], key=lambda side: math.prod(as_size(side)))
 
     def train(self, mode: bool = True) -> TimmFeatureExtractor:
         """Stays in evaluation mode: the batch norms' statistics belong to the pretrained weights."""
@@ -168,12 +173,12 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
             A list of (N, layer_channels[i], H / layer_strides[i], W / layer_strides[i]), neither resized nor
             standardised, with the image's own H and W or, in turn, the configured sizes.
         """
-        sides: list[int | None] = [*self.image_sizes] or [None]
+        sizes: list[tuple[int, int] | None] = [as_size(side) for side in self.image_sizes] or [None]
         layers: list[torch.Tensor] = []
-        for side in sides:
+        for size in sizes:
             images = pixel_values
-            if side is not None and images.shape[-2:] != (side, side):
-                images = F.interpolate(images.float(), (side, side), mode="bilinear", antialias=True)
+            if size is not None and images.shape[-2:] != size:
+                images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
                 images = images.to(pixel_values.dtype)  # torch has no antialiasing in half precision on every device
             if any(length % self.patch_size for length in images.shape[-2:]):
                 raise ValueError(

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from diffad.images import ImageInput, ImageSequence, images_to_pixel_values, resize_images
+from diffad.images import ImageInput, ImageSequence, Side, as_side, as_size, images_to_pixel_values, resize_images
 from diffad.models.feature_extractor import LITE0_BACKBONE, TimmFeatureExtractor
 from diffad.moments import FeatureMoments
 from diffad.scoring import gaussian_smooth, max_score
@@ -54,8 +54,8 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
     Args:
         backbone: timm model name.
         strides, out_indices: which of the backbone's layers to take, as in [`TimmFeatureExtractor`].
-        image_size: side of the square that images are resized to, in pixels.
-        feature_size: side of the grid of positions; None takes the finest stride's.
+        image_size: side of the square that images are resized to, in pixels, or height and width.
+        feature_size: side of the grid of positions, or rows and columns; None takes the finest stride's.
         num_channels: how many channels are drawn at random; all, where the backbone has fewer. None takes all. PaDiM
             draws 100 of ResNet-18's 448; memory grows with the square.
         num_categories: K, one set of Gaussians for each category of a unified model.
@@ -78,8 +78,8 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
         self,
         backbone: str = LITE0_BACKBONE,
         strides: Sequence[int] = (4, 8, 16),
-        image_size: int = 224,
-        feature_size: int | None = None,
+        image_size: Side = 224,
+        feature_size: Side | None = None,
         num_channels: int | None = None,
         num_categories: int = 1,
         epsilon: float = 0.01,
@@ -90,18 +90,18 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
         super().__init__()
         if epsilon <= 0.0:
             raise ValueError(f"`epsilon` must be positive, but is {epsilon}.")
-        self.feature_extractor = TimmFeatureExtractor(backbone, strides, image_size, out_indices)
+        self.feature_extractor = TimmFeatureExtractor(backbone, strides, one_size(image_size), out_indices)
         self.register_to_config(strides=self.feature_extractor.config.strides)
         available = self.feature_extractor.num_channels
         count = available if num_channels is None else min(num_channels, available)
         if count < 1:
             raise ValueError(f"`num_channels` must be at least 1, but is {num_channels}.")
         if feature_size is None:
-            feature_size = math.ceil(image_size / self.config.strides[0])
+            feature_size = as_side([math.ceil(side / self.config.strides[0]) for side in as_size(image_size)])
             self.register_to_config(feature_size=feature_size)
         order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
         self.register_buffer("channels", order[:count].sort().values)
-        positions = feature_size**2
+        positions = math.prod(as_size(feature_size))
         self.register_buffer("mean", torch.zeros(num_categories, positions, count))
         self.register_buffer("whitening", torch.zeros(num_categories, positions, count, count))
         self.register_buffer("num_images", torch.zeros(num_categories, dtype=torch.long))
@@ -121,7 +121,7 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
         """
         model = cls(backbone, **config)
         model.feature_extractor = TimmFeatureExtractor.from_backbone(
-            backbone, model.config.strides, model.config.image_size, weights, model.config.out_indices
+            backbone, model.config.strides, one_size(model.config.image_size), weights, model.config.out_indices
         )
         return model
 
@@ -155,7 +155,7 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The drawn channels at every position, (N, 3, H, W) in [-1, 1] to (N, C, P) float32."""
         with torch.autocast(pixel_values.device.type, enabled=False):
-            features = self.feature_extractor(pixel_values.float(), (self.config.feature_size,) * 2)
+            features = self.feature_extractor(pixel_values.float(), as_size(self.config.feature_size))
             return features.flatten(2)[:, self.channels]
 
     @torch.no_grad()
@@ -197,7 +197,7 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
             category: (N,) indices of the images' categories, or one for all; None where there is one.
 
         Returns:
-            (N, h, w) float32, h = w = `feature_size`. For good images it is `num_channels` on average.
+            (N, h, w) float32, of `feature_size`. For good images it is `num_channels` on average.
 
         Raises:
             ValueError: the model is not fitted, or `category` is missing.
@@ -211,7 +211,7 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
                 of_category = features if len(chosen) == len(indices) else features[..., chosen]
                 whitened = self.whitening[index] @ (of_category - self.mean[index][..., None])  # (P, C, N')
                 squared[chosen] = whitened.square().sum(dim=1).mT
-        return squared.unflatten(1, (self.config.feature_size,) * 2)
+        return squared.unflatten(1, as_size(self.config.feature_size))
 
     def _category(self, category: torch.Tensor | int | None, num_images: int) -> list[int]:
         if category is None:
@@ -233,7 +233,7 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
         Arguments and errors as in `squared_distance`.
         """
         distance = self.squared_distance(pixel_values, category).sqrt()[:, None]  # (N, 1, h, w)
-        size = (self.config.image_size,) * 2
+        size = as_size(self.config.image_size)
         upsampled = F.interpolate(distance, size, mode="bilinear")[:, 0]  # (N, S, S)
         return gaussian_smooth(upsampled, self.config.sigma)
 
@@ -284,7 +284,7 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive integer, but is {batch_size!r}.")
         images = ImageSequence(image, value_range)
-        side = (self.config.image_size, self.config.image_size)
+        side = as_size(self.config.image_size)
         sizes = set(images.sizes) if match_input_resolution else {side}
         if len(sizes) > 1:
             raise ValueError(
@@ -299,3 +299,9 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
             maps.append(resize_images(output.anomaly_map[:, None], size)[:, 0].cpu())
             scores.append(output.anomaly_score.cpu())
         return GaussianFeatureOutput(anomaly_map=torch.cat(maps), anomaly_score=torch.cat(scores))
+
+
+def one_size(side: Side) -> int | list[tuple[int, int]]:
+    """A size as the extractor's `image_size`, where two numbers would be two sides."""
+    side = as_side(side)
+    return side if isinstance(side, int) else [side]

@@ -1,6 +1,10 @@
 """Peak memory of scoring images of 12,000 x 9,000 pixels, above that of the idle process.
 
     python tests/benchmarks/benchmark_large_images.py
+    python tests/benchmarks/benchmark_large_images.py --megapixels 1 4 12 48
+
+The second is of a model that looks at tiles, as `diffad fit` makes it of EfficientNet-lite0's features at 224 pixels, and
+of images of so many megapixels: memory above idle and images a minute.
 
 JPEG, PNG and tiled TIFF, 8 and 16 bits, grey and colour; one image and five, through `pipe(paths)` with maps at the
 network's size and through `predict_files`, which writes maps and masks at the image's own. Each case has a process of
@@ -22,6 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+
+from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import texture, textures, tiny_pipeline
@@ -108,18 +114,34 @@ def status(name: str) -> float:
     return int(line.split()[1]) * 1024 / 1e6
 
 
+def of_tiles() -> AnomalyDenoisePipeline:
+    """What `diffad fit` makes of large images, calibrated on a few."""
+    pipeline = AnomalyDenoisePipeline(
+        None,
+        None,
+        TimmFeatureExtractor.from_backbone(image_size=224),
+        position_trust=0.0,
+        weights={"gaussian": 0.75, "nearest": 0.25},
+        tile_size=224,
+    )
+    return pipeline.calibrate(textures(4, 448), false_alarm_rate=0.5)
+
+
+def small() -> AnomalyDenoisePipeline:
+    return tiny_pipeline(sample_size=32).calibrate(textures(12, 32), false_alarm_rate=0.25)
+
+
 def measure(way: str, paths: list[str], output: str) -> None:
     """Prints the peak above idle in MB, and seconds an image."""
     from diffad.predict import predict_files
 
-    pipeline = tiny_pipeline(sample_size=32)
-    pipeline.calibrate(textures(12, 32), false_alarm_rate=0.25)
+    pipeline = of_tiles() if way.endswith("tiles") else small()
     pipeline.set_progress_bar_config(disable=True)
     pipeline.register_to_config(value_range=65535.0)
     pipeline(texture(0, 64))
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     idle, started = status("VmRSS"), time.perf_counter()
-    if way == "pipe":
+    if way.startswith("pipe"):
         pipeline(paths, match_input_resolution=False)
     else:
         counts = predict_files(pipeline, [Path(path) for path in paths], output)
@@ -128,13 +150,40 @@ def measure(way: str, paths: list[str], output: str) -> None:
     print(f"{status('VmHWM') - idle:.0f} {(time.perf_counter() - started) / len(paths):.2f}")
 
 
+def run_alone(way: str, output: str, paths: list[Path]) -> tuple[float, float]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, __file__, "--measure", way, output, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    memory, seconds = done.stdout.split()[-2:]
+    return float(memory), float(seconds)
+
+
+def measure_tiles(args: argparse.Namespace) -> None:
+    print("| megapixels | file | pipe: MB above idle | images a minute | predict: MB above idle | images a minute |")
+    print("|---|---|---|---|---|---|")
+    for megapixels in args.megapixels:
+        height = round((0.75e6 * megapixels) ** 0.5)
+        for kind in ("JPEG", "PNG"):
+            with tempfile.TemporaryDirectory(dir=args.folder) as name:
+                paths = write_case(Path(name), kind, 8, True, round(height / 0.75), height, 1)
+                cells = []
+                for way in ("pipe-tiles", "predict-tiles"):
+                    memory, seconds = run_alone(way, f"{name}/out", paths)
+                    cells += [f"{memory:.0f}", f"{60.0 / seconds:.1f}"]
+            print(f"| {megapixels:g} | {kind} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=WIDTH, help="(12000)")
     parser.add_argument("--height", type=int, default=HEIGHT, help="(9000)")
     parser.add_argument("--folder", help="for the images, 4 GB of them at a time (a temporary one)")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--megapixels", type=float, nargs="+", help="images of a model that looks at tiles")
     args = parser.parse_args()
+    if args.megapixels:
+        measure_tiles(args)
+        return
     if args.measure:
         torch.set_num_threads(1)
         measure(args.measure[0], args.measure[2:], args.measure[1])
@@ -148,10 +197,8 @@ def main() -> None:
                 for count in (1, 5):
                     cells = []
                     for way in ("pipe", "predict"):
-                        command = [sys.executable, __file__, "--measure", way, f"{name}/out-{count}"]
-                        command += map(str, paths[:count])
-                        done = subprocess.run(command, capture_output=True, text=True, check=True)
-                        cells += done.stdout.split()[-2:]
+                        memory, seconds = run_alone(way, f"{name}/out-{count}", paths[:count])
+                        cells += [f"{memory:.0f}", f"{seconds:.2f}"]
                     kinds = f"{kind}, {depth} bits, {'colour' if colour else 'grey'}"
                     print(f"| {kinds} | {count} | {' | '.join(cells)} |", flush=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from conftest import (
     tiny_scheduler,
     write_folder,
     write_mvtec,
+    write_png,
 )
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -28,7 +30,7 @@ from diffad import AnomalyDenoisePipeline
 from diffad.calibration.feature_gaussian import (
     EPSILON,
     feature_gaussian,
-    feature_side,
+    feature_grid,
     leave_one_out_epsilon,
     leave_one_out_of_features,
 )
@@ -237,6 +239,25 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     args = fit_script.parse_args(seen[0])
     assert (args.train_data_dir, args.output_dir, args.seed) == (str(data), str(tmp_path / "m"), 3)
     assert args.feature_strides == [2, 4, 8, 16]
+    assert args.resolution is None
+
+
+@pytest.mark.parametrize("command", ["fit", "train"])
+@pytest.mark.parametrize(("given", "expected"), [(["64"], 64), (["96", "64"], [96, 64])])
+def test_commands_take_a_side_or_height_and_width(tmp_path, monkeypatch, command, given, expected):
+    from diffad.training import fit, train_ddpm
+
+    data, seen = write_folder(tmp_path / "good", 3), []
+    script = {"fit": fit, "train": train_ddpm}[command]
+    monkeypatch.setattr(script, "main", seen.append)
+    arguments = [command, "--resolution", *given, str(data), "--output", str(tmp_path / "m")]
+    assert CliRunner().invoke(app, [*arguments, "--tile_size", *given]).exit_code == 0
+    args = script.parse_args(seen[0])
+    assert (args.resolution, args.tile_size) == (expected, expected)
+    assert CliRunner().invoke(app, [*arguments, "--tile-size", "none"]).exit_code == 0
+    assert script.parse_args(seen[1]).tile_size is None
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert script.parse_args(seen[2]).tile_size == "auto"
 
 
 def test_mistakes_are_named():
@@ -253,9 +274,11 @@ def test_mistakes_are_named():
 
 
 def test_the_covariances_size_is_bounded():
-    assert feature_side(56, 192) == 49
-    assert feature_side(56, 64) == 56
-    assert 2 * feature_side(56, 192) ** 2 * 192 * 193 // 2 <= 90_000_000
+    assert feature_grid((56, 56), 192) == (49, 49)
+    assert feature_grid((56, 56), 64) == (56, 56)
+    assert feature_grid((88, 36), 192) == (77, 31)
+    for size in ((56, 56), (88, 36)):
+        assert 2 * math.prod(feature_grid(size, 192)) * 192 * 193 // 2 <= 90_000_000
 
 
 def test_maps_come_at_the_images_size_or_the_extractors():
@@ -265,3 +288,76 @@ def test_maps_come_at_the_images_size_or_the_extractors():
         warnings.simplefilter("ignore")
         assert pipeline(image).anomaly_map.shape == (1, 50, 70)
         assert pipeline(image, match_input_resolution=False).anomaly_map.shape == (1, 32, 32)
+
+
+def write_long(folder: Path, count: int, size: tuple[int, int] = (64, 24)) -> Path:
+    for i, pixels in enumerate(textures(count, size)):
+        write_png(folder / f"{i:03}.png", pixels)
+    return folder
+
+
+def fit_as_they_are(data: Path, output: Path, *more: object) -> AnomalyDenoisePipeline:
+    without_size = SMALL[: SMALL.index("--feature_image_size")]
+    arguments = ("--train_data_dir", data, "--output_dir", output, *without_size, *more)
+    fit_script.main([str(argument) for argument in arguments])
+    return AnomalyDenoisePipeline.from_pretrained(output)
+
+
+def test_long_images_keep_their_ratio(tmp_path):
+    pipeline = fit_as_they_are(write_long(tmp_path / "good", 5), tmp_path / "model")
+    size = (368, 144)  # 64 x 24 in about 224 x 224 pixels, of multiples of the coarsest stride
+    assert pipeline.processing_resolution == pipeline.input_resolution == size
+    assert pipeline.feature_extractor.image_sizes == [size]
+    good, bad = texture(90, (64, 24)), texture(90, (64, 24), defect=True)
+    assert pipeline(bad, match_input_resolution=False).anomaly_map.shape == (1, *size)
+    assert pipeline(bad).anomaly_score > pipeline(good).anomaly_score
+    counts = predict_files(pipeline, [write_png(tmp_path / "new" / "bad.png", bad)], tmp_path / "out")
+    assert counts["anomalous"] == 1
+    assert Image.open(tmp_path / "out" / "maps" / "bad.png").size == (24, 64)
+
+
+@pytest.mark.parametrize(("given", "side"), [((32,), 32), ((48, 32), (48, 32)), ((32, 32), 32)])
+def test_a_resolution_is_a_side_or_height_and_width(tmp_path, given, side):
+    data = write_folder(tmp_path / "good", 3)
+    pipeline = fit_as_they_are(data, tmp_path / "model", "--resolution", *given)
+    assert pipeline.processing_resolution == pipeline.input_resolution == side
+
+
+def test_images_of_several_ratios_become_squares(tmp_path):
+    good = write_long(tmp_path / "good", 3)
+    write_png(good / "other.png", texture(9, (40, 24)))
+    assert fit_as_they_are(good, tmp_path / "model").processing_resolution == 224
+
+
+def test_large_images_are_looked_at_in_tiles_unless_told_otherwise(tmp_path, capsys):
+    good = write_long(tmp_path / "good", 20, (72, 56))
+    size = ("--resolution", 16)
+    pipeline = fit_as_they_are(good, tmp_path / "model", *size, "--false_alarm_rate", 0.25)
+    assert pipeline.tile_size == (16, 16)
+    assert "The images are large: tiles of 16 x 16 px, and the whole." in capsys.readouterr().out
+    bad = texture(90, (72, 56))
+    bad[40:43, 30:33] = 0
+    assert pipeline(bad).is_anomalous[0]
+    assert fit_as_they_are(good, tmp_path / "whole", *size, "--tile_size", "none").tile_size is None
+    chosen = fit_as_they_are(good, tmp_path / "own", *size, "--tile_size", 24, 20, "--tile_overlap", 0.5)
+    assert (chosen.tile_size, chosen.config.tile_overlap) == ((24, 20), 0.5)
+
+
+def test_of_few_images_given_tiles_half_set_the_thresholds(tmp_path):
+    good = write_long(tmp_path / "good", 6, (72, 56))
+    assert fit_as_they_are(good, tmp_path / "auto", "--resolution", 16).tile_size is None
+    pipeline = fit_as_they_are(good, tmp_path / "model", "--resolution", 16, "--tile_size", 16)
+    assert np.isfinite(pipeline.calibration.normal_scores.numpy()).sum() == 1
+
+
+def test_two_processes_fit_the_tiles_that_one_does(tmp_path):
+    good = write_long(tmp_path / "good", 20, (48, 40))
+    arguments = ("--train_data_dir", good, *SMALL[:-2], "--resolution", 16, "--tile_size", 16)
+    for count in (1, 2):
+        launch("diffad.training.fit", *arguments, "--output_dir", tmp_path / str(count), processes=count, cwd=tmp_path)
+    one, two = (AnomalyDenoisePipeline.from_pretrained(tmp_path / str(count)) for count in (1, 2))
+    for name in ("calibration", "tile_calibration"):
+        for key, values in getattr(one, name).state_dict().items():
+            assert torch.allclose(getattr(two, name).state_dict()[key], values, rtol=1e-3, atol=1e-3, equal_nan=True), (
+                key
+            )

@@ -100,6 +100,19 @@ def batch(count: int = 4, size: int = 16) -> torch.Tensor:
     return torch.stack([torch.from_numpy(texture(i, size)).permute(2, 0, 1) for i in range(count)])
 
 
+def test_a_long_image_is_turned_and_not_sheared():
+    pixels = torch.zeros(1, 3, 33, 65, dtype=torch.uint8)
+    pixels[..., 16, :] = 255  # a line across the middle
+    turned = augment(pixels, shared(rotation_degrees=20.0), generator(1))[0, 0]
+    rows = (turned[:, 8:57] + 1.0).argmax(dim=0).float()  # where the line is now, in each column
+    x, y = torch.arange(8.0, 57.0) - 32.0, rows - 16.0
+    slope = float((x * y).sum() / x.square().sum())
+    square = augment(torch.nn.functional.pad(pixels, (0, 0, 16, 16)), shared(rotation_degrees=20.0), generator(1))[0, 0]
+    of_square = (square[:, 8:57] + 1.0).argmax(dim=0).float() - 32.0
+    assert slope == pytest.approx(float((x * of_square).sum() / x.square().sum()), abs=0.02)
+    assert abs(slope) > 0.05
+
+
 def test_augmentation_off_only_scales():
     args = shared(rotation_degrees=0.0)
     images = augment(batch(), args, generator())

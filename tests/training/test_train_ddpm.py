@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import generator, texture, textures, tiny_scheduler, tiny_unet, write_folder, write_mvtec
+from conftest import generator, texture, textures, tiny_scheduler, tiny_unet, write_folder, write_mvtec, write_png
 from ddpm_runs import flags, good, load, tiny, train  # noqa: F401 (fixtures)
 from PIL import Image
 
@@ -127,6 +127,47 @@ def test_the_extractor_may_look_closer(good, tmp_path):
     assert pipeline.feature_extractor.config.image_size == 32
     assert pipeline.unet.config.feature_resolution == 8
     assert tuple(pipeline.calibration.config.residual_shape) == (64, 8, 8)
+
+
+def test_long_images_keep_their_ratio(tmp_path):
+    for i, pixels in enumerate(textures(8, (48, 24))):
+        write_png(tmp_path / "good" / f"{i}.png", pixels)
+    arguments = flags(tmp_path / "good", tmp_path / "run", "--feature_image_size", 32, "--rotation_degrees", 5)
+    at = arguments.index("--resolution")
+    train_ddpm.main([*arguments[:at], *arguments[at + 2 :], "--validation_steps", "1"])
+    pipeline = load(tmp_path / "run")
+    assert pipeline.processing_resolution == (88, 48)  # 48 x 24 in about 64 x 64 pixels, the denoiser's multiples of 8
+    assert pipeline.feature_extractor.image_sizes == [(48, 16)]
+    bad = texture(9, (48, 24), defect=True)
+    assert pipeline(bad, match_input_resolution=False).anomaly_map.shape == (1, 88, 48)
+    assert pipeline.denoise(bad, timestep=20, num_inference_steps=2).reconstruction.shape == (1, 48, 24, 3)
+    pipeline.fit_gaussian(textures(3, (48, 24)), num_channels=8)
+    assert pipeline.reconstruct(bad, num_iterations=2).reconstruction.shape == (1, 48, 24, 3)
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert np.array_equal(
+        load(tmp_path / "saved")(bad, generator=generator()).anomaly_map,
+        pipeline(bad, generator=generator()).anomaly_map,
+    )
+
+
+def test_tiles_are_trained_on_as_well(tmp_path, monkeypatch):
+    for i, pixels in enumerate(textures(9, (72, 56))):
+        write_png(tmp_path / "good" / f"{i}.png", pixels)
+    seen = []
+    loss = train_ddpm.denoising_loss
+
+    def looking(unet, scheduler, clean, *more):
+        seen.append(clean)
+        return loss(unet, scheduler, clean, *more)
+
+    monkeypatch.setattr(train_ddpm, "denoising_loss", looking)
+    train(tmp_path / "good", tmp_path / "run", "--tile_size", 24, "--cache_features", "--rotation_degrees", 0, steps=20)
+    pipeline = load(tmp_path / "run")
+    assert pipeline.tile_size == (24, 24)
+    assert pipeline.tile_calibration is not None
+    deviations = torch.cat(seen).std(dim=(1, 2, 3))
+    assert deviations.max() > 1.05 * deviations.min()  # stripes of the whole image are averaged away
+    assert pipeline(texture(30, (72, 56))).anomaly_map.shape == (1, 72, 56)
 
 
 def test_the_extractor_may_look_twice(good, tmp_path):

@@ -1,0 +1,72 @@
+"""Regions of interest: which part of an image counts, from a mask (PNG) or polygons (COCO JSON)."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from diffad.data.masks import mask_to_array
+from diffad.image_files import read_image
+
+LARGEST_SIDE = 1024  # pixels of a region that is kept: 1 MB a category
+
+
+def read_roi(roi: str | os.PathLike | np.ndarray | Image.Image, category: str | None = None) -> np.ndarray:
+    """Where the pixels that count lie, as (H, W) bool; what matters is the place in the image, not the size.
+
+    Args:
+        roi: an array or PIL image that is not 0 where pixels count; the path of such an image; a folder of these, one
+            a category, `CATEGORY.png`; or a COCO JSON file, whose polygons of one category of that name count, or all
+            polygons where `category` is None.
+        category: the category's name, in a model of several.
+
+    Raises:
+        ValueError, FileNotFoundError: there is no such region, or no pixel in it.
+    """
+    if isinstance(roi, (str, os.PathLike)):
+        path = Path(roi)
+        if path.is_dir():
+            path = path / f"{category}.png"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"`roi`: no file at {path}. Give a mask (PNG), a folder of CATEGORY.png, or COCO JSON."
+            )
+        inside = _draw_polygons(path, category) if path.suffix.lower() == ".json" else mask_to_array(read_image(path))
+    else:
+        inside = mask_to_array(roi) if isinstance(roi, Image.Image) else np.asarray(roi) != 0
+    if inside.ndim != 2:
+        raise ValueError(f"`roi` must be a mask (H, W), but has shape {inside.shape}.")
+    if not inside.any():
+        raise ValueError("`roi` holds no pixel that counts: a mask is not 0 where pixels do.")
+    factor = max(inside.shape) / LARGEST_SIDE
+    if factor > 1.0:
+        size = [max(1, round(side / factor)) for side in inside.shape[::-1]]
+        inside = np.asarray(Image.fromarray(inside).resize(size, Image.Resampling.NEAREST))
+    return inside
+
+
+def _draw_polygons(path: Path, category: str | None) -> np.ndarray:
+    try:
+        coco: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        image, names = coco["images"][0], {one["id"]: one["name"] for one in coco.get("categories", [])}
+        chosen = [
+            one for one in coco["annotations"] if category is None or names.get(one.get("category_id")) == category
+        ]
+        drawn = Image.new("1", (image["width"], image["height"]))
+        for annotation in chosen:
+            for polygon in annotation["segmentation"]:
+                ImageDraw.Draw(drawn).polygon([float(value) for value in polygon], fill=1, outline=1)
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"`roi`: {path} is no COCO JSON with `images` (width, height) and `annotations` of polygons ({error!r})."
+        ) from error
+    if not chosen:
+        raise ValueError(
+            f"`roi`: {path} has no polygon of {category!r}, but of {', '.join(sorted(set(names.values())))}."
+        )
+    return np.asarray(drawn)

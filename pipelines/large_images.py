@@ -1,0 +1,229 @@
+"""Detection in tiles: maps of large images, and their calibration. Any pipeline that says what it measures of pixels.
+
+An image is looked at as a whole, resized, and in tiles at its own pixels. What is wrong at large shows in the one, what
+is small in the others. Each view has statistics of its own: the whole image at each place, tiles wherever they lie.
+The larger of the two, in standard deviations, is the image's map. Thresholds come from such maps of held-out images, so
+the false-alarm rate is that of images. One image at a time is in memory, decoded once, and a batch of its tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.images import ImageSequence, as_size, resize_image
+from diffad.process_share import process_share
+from diffad.read_ahead import read_ahead
+from diffad.region_of_interest import hide_outside, inside_region
+from diffad.scoring import Measurement, cut_small_peaks, empty_measurement
+from diffad.tiling import (
+    MOSTLY,
+    TileGrid,
+    blend_tiles,
+    join_views,
+    places_inside,
+    spread_places,
+    tile_grid,
+    tile_views,
+)
+
+if TYPE_CHECKING:
+    from diffad.pipelines.detection import DetectionPipeline
+
+MAX_STATISTICS_TILES = 512  # of a category; each shows as many positions as a whole image
+
+
+class Calibrations(NamedTuple):
+    """Of whole images and of tiles; None before they are known."""
+
+    of_image: ScoreCalibration | None
+    of_tiles: ScoreCalibration | None
+
+
+def detect_large(
+    pipeline: DetectionPipeline,
+    images: ImageSequence,
+    category: torch.Tensor,
+    generators: Sequence[torch.Generator | None],
+    batch_size: int,
+    size: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps and scores of images, one after another.
+
+    Args:
+        pipeline: which looks at tiles.
+        images: N of any size.
+        category: (N,) indices.
+        generators: one an image, of its noise.
+        batch_size: tiles in one pass of the networks.
+        size: of the maps.
+
+    Returns:
+        (N, *size) and (N,), on the CPU.
+    """
+    calibrations = Calibrations(pipeline.calibration, pipeline.tile_calibration)
+    maps, scores = [], []
+    for image, index, generator in zip(images.whole(), category.cpu().split(1), generators, strict=True):
+        joined = large_image_map(
+            pipeline, image, int(index), generator, batch_size, images.value_range, calibrations, pipeline.region
+        )
+        joined, score = pipeline.score_inside(joined[None], index)
+        scores.append(score)
+        maps.append(pipeline.at_size(joined, size, index))
+    return torch.cat(maps), torch.cat(scores)
+
+
+def large_image_map(
+    pipeline: DetectionPipeline,
+    image: Image.Image | torch.Tensor,
+    category: int,
+    generator: torch.Generator | None,
+    batch_size: int,
+    value_range: float | None,
+    calibrations: Calibrations,
+    region: torch.Tensor | None,
+) -> torch.Tensor:
+    """The anomaly map of one image, (rows, columns) of the cells of `tile_grid`, on the CPU.
+
+    Args:
+        image: a PIL image, upright, or a tensor (3, H, W) in [0, 1].
+        category: its index.
+        generator: of its noise, first that of the whole, then that of the tiles in their order.
+        batch_size: tiles in one pass of the networks.
+        value_range: of images of more than 8 bits.
+        calibrations: without them the map is raw.
+        region: of each category, (K, h, w) bool.
+    """
+    grid = grid_of(pipeline, size_of(image))
+    inside = cells_inside(region, category, grid)
+    places = places_inside(grid, inside)
+
+    def joined_map(pixel_values: torch.Tensor, of_tiles: bool) -> torch.Tensor:  # (N, R, R')
+        measurement, index = measure_view(pipeline, pixel_values, category, generator, of_tiles)
+        calibration = calibrations.of_tiles if of_tiles else calibrations.of_image
+        return pipeline.join_maps(pipeline.score_maps(measurement, index, calibration), index, calibration)
+
+    of_image = joined_map(whole_view(pipeline, image, category, value_range, region), of_tiles=False)[0]
+    tiles = tile_views(image, grid, places, batch_size, as_size(pipeline.input_resolution), value_range, inside)
+    maps = (joined_map(batch, of_tiles=True) for batch in tiles)
+    of_tiles = blend_tiles(grid, places, maps, pipeline.config.tile_overlap)
+    joined = join_views(of_tiles, of_image)
+    if calibrations.of_image is None:
+        return joined
+    return cut_small_peaks(joined[None], calibrations.of_image.config.smallest_area)[0]
+
+
+def calibrate_large(
+    pipeline: DetectionPipeline,
+    statistics: ImageSequence,
+    held_out: ImageSequence,
+    category: int,
+    generators: Sequence[torch.Generator],
+    batch_size: int,
+    false_alarm_rate: float,
+    accelerator: Accelerator | None,
+    value_range: float | None,
+    region: torch.Tensor | None,
+    smallest_area: float,
+) -> None:
+    """Gives a pipeline the calibrations of whole images and of tiles, and thresholds of both together.
+
+    Args:
+        statistics: images of which at most `MAX_STATISTICS_TILES` tiles, spread over them, are looked at.
+        held_out: images of whose maps the thresholds come.
+        category: of the images.
+        generators: of the noise of the statistics' images, then of the others.
+        batch_size, false_alarm_rate, accelerator, value_range, region, smallest_area: as of
+            `DetectionPipeline.calibrate`.
+    """
+    options: dict[str, Any] = {"accelerator": accelerator, "value_range": value_range}
+    of_image: dict[str, Any] = {"smallest_area": smallest_area, "region": region}
+    fit = pipeline.calibration_fit(category, len(held_out), false_alarm_rate, **of_image, **options)
+    tile_fit = pipeline.calibration_fit(category, 0, false_alarm_rate, of_tiles=True, **options)
+
+    # 1. Statistics of each view, and maps of deviation 1
+    count, size = max(1, MAX_STATISTICS_TILES // len(statistics)), as_size(pipeline.input_resolution)
+    for i, image, is_mine in own_images(statistics, accelerator):
+        whole = whole_view(pipeline, image, category, statistics.value_range, region)
+        measurement, _ = measure_view(pipeline, whole, category, generators[i], of_tiles=False)
+        fit.add_statistics(measurement if is_mine else empty_measurement(measurement))
+        grid = grid_of(pipeline, size_of(image))
+        inside = cells_inside(region, category, grid)
+        places = spread_places(places_inside(grid, inside, MOSTLY), count, i)
+        for tiles in tile_views(image, grid, places, batch_size, size, statistics.value_range, inside):
+            measurement, _ = measure_view(pipeline, tiles, category, generators[i], of_tiles=True)
+            measurement = measurement._replace(image=torch.full((len(tiles),), i))
+            tile_fit.add_statistics(measurement if is_mine else empty_measurement(measurement))
+    for one in (fit, tile_fit):
+        one.set_statistics()
+    calibrations = Calibrations(fit.level(), tile_fit.level())
+
+    # 2. Thresholds of the images' maps
+    for i, image, is_mine in own_images(held_out, accelerator):
+        noise = generators[len(statistics) + i]
+        joined = large_image_map(
+            pipeline, image, category, noise, batch_size, held_out.value_range, calibrations, region
+        )
+        fit.add_joined_maps(joined[None][: int(is_mine)])
+    calibration = fit.finish()
+    calibrations.of_tiles.map_std[category] *= fit.scale
+    pipeline.register_modules(calibration=calibration, tile_calibration=calibrations.of_tiles)
+
+
+def own_images(
+    images: ImageSequence, accelerator: Accelerator | None
+) -> Iterator[tuple[int, Image.Image | torch.Tensor, bool]]:
+    """This process's images with their numbers, the next decoded ahead; where it has none, the first, not its own."""
+    mine = process_share(len(images), accelerator)
+    chosen = list(mine or range(1))
+    decoded = (image for i in chosen for image in images[i : i + 1].whole())
+    for i, image in zip(chosen, read_ahead(decoded), strict=True):
+        yield i, image, bool(mine)
+
+
+def size_of(image: Image.Image | torch.Tensor) -> tuple[int, int]:
+    """Height and width."""
+    return (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[-2], image.shape[-1])
+
+
+def grid_of(pipeline: DetectionPipeline, size: tuple[int, int]) -> TileGrid:
+    """The tiles of images of a size."""
+    return tile_grid(size, pipeline.tile_size, as_size(pipeline.input_resolution), pipeline.config.tile_overlap)
+
+
+def cells_inside(region: torch.Tensor | None, category: int, grid: TileGrid) -> torch.Tensor | None:
+    """Which cells of an image count, (rows, columns) bool, on the CPU; None for all."""
+    inside = inside_region(region, torch.tensor([category]), (grid.rows, grid.columns))
+    return None if inside is None else inside[0]
+
+
+def whole_view(
+    pipeline: DetectionPipeline,
+    image: Image.Image | torch.Tensor,
+    category: int,
+    value_range: float | None,
+    region: torch.Tensor | None,
+) -> torch.Tensor:
+    """The image at the networks' size, (1, 3, R, R') in [-1, 1], what does not count hidden."""
+    size = as_size(pipeline.input_resolution)
+    pixel_values = resize_image(image, size, value_range) * 2.0 - 1.0
+    return hide_outside(pixel_values, inside_region(region, torch.tensor([category]), size))
+
+
+def measure_view(
+    pipeline: DetectionPipeline,
+    pixel_values: torch.Tensor,
+    category: int,
+    generator: torch.Generator | None,
+    of_tiles: bool,
+) -> tuple[Measurement, torch.Tensor]:
+    """What the networks say of views of one image, and its category's index for each, (N,)."""
+    device = pipeline._execution_device
+    index = torch.full((len(pixel_values),), category, device=device)
+    generators = [generator] * len(pixel_values)
+    return pipeline.measure_pixels(pixel_values.to(device), index, generators, of_tiles), index

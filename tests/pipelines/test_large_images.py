@@ -1,0 +1,189 @@
+"""Images in tiles: calibrated, called, saved, and the rate that thresholds promise for images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import generator, texture, textures, tiny_extractor, tiny_pipeline, write_png
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from diffad import AnomalyDenoisePipeline
+from diffad.pipelines.large_images import MAX_STATISTICS_TILES
+from diffad.predict import predict_files
+
+SIZE = (72, 56)
+pytestmark = pytest.mark.filterwarnings("ignore:.*cannot vouch")
+
+
+def with_dot(pixels: np.ndarray, row: int = 40, column: int = 30, side: int = 3) -> np.ndarray:
+    changed = pixels.copy()
+    changed[row : row + side, column : column + side] = 0
+    return changed
+
+
+def of_features(**config) -> AnomalyDenoisePipeline:
+    options = {"position_trust": 0.0, "weights": {"gaussian": 0.5, "nearest": 0.5}, "tile_size": 16}
+    pipeline = AnomalyDenoisePipeline(None, None, tiny_extractor(image_size=16), **{**options, **config})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> AnomalyDenoisePipeline:
+    return of_features().calibrate(textures(30, SIZE), false_alarm_rate=0.1)
+
+
+def test_a_small_defect_is_found_in_tiles_and_lost_in_the_whole(calibrated):
+    good, bad = texture(90, SIZE), with_dot(texture(90, SIZE))
+    output = calibrated([good, bad])
+    assert output.anomaly_map.shape == (2, *SIZE)
+    assert output.is_anomalous.tolist() == [False, True]
+    assert output.p_value[1] == pytest.approx(1 / 16)
+    row, column = np.unravel_index(output.anomaly_map[1].argmax(), SIZE)
+    assert abs(row - 41) <= 4
+    assert abs(column - 31) <= 4
+    whole = of_features(tile_size=None).calibrate(textures(30, SIZE), false_alarm_rate=0.1)
+    of_whole = whole([good, bad]).anomaly_score
+    assert output.anomaly_score[1] - output.anomaly_score[0] > 1.5 * (of_whole[1] - of_whole[0])
+
+
+def test_the_batch_of_tiles_changes_only_rounding(calibrated):
+    images = [texture(91, SIZE), with_dot(texture(92, SIZE))]
+    outputs = [calibrated(images, batch_size=size) for size in (1, 7, 64)]
+    for output in outputs[1:]:
+        assert np.allclose(output.anomaly_map, outputs[0].anomaly_map, rtol=1e-3, atol=1e-3)
+
+
+def test_every_kind_of_input_gives_the_same_map(calibrated, tmp_path):
+    pixels = texture(93, SIZE)
+    path = write_png(tmp_path / "part.png", pixels)
+    expected = calibrated(path).anomaly_map
+    for image in (Image.open(path), pixels, torch.from_numpy(pixels).permute(2, 0, 1)):
+        assert np.allclose(calibrated(image).anomaly_map, expected, atol=1e-4)
+
+
+def test_sizes_may_differ_where_maps_come_as_they_were_blended(calibrated):
+    images = [texture(94, SIZE), texture(95, (16, 16)), texture(96, (40, 90))]
+    output = calibrated(images, match_input_resolution=False)
+    assert output.anomaly_map.shape == (3, 18, 14)  # cells of 4 x 4 pixels of the first
+    assert np.array_equal(calibrated(images[1]).anomaly_score, output.anomaly_score[1:2])
+    with pytest.raises(ValueError, match="`image` holds images of different sizes"):
+        calibrated(images)
+
+
+def test_saved_and_loaded_to_the_bit(calibrated, tmp_path):
+    calibrated.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    image = with_dot(texture(97, SIZE))
+    assert loaded.tile_size == (16, 16)
+    assert loaded.config.tile_overlap == 0.25
+    assert np.array_equal(loaded(image).anomaly_map, calibrated(image).anomaly_map)
+    assert np.array_equal(loaded(image).p_value, calibrated(image).p_value)
+
+
+def test_the_false_alarm_rate_is_that_of_images():
+    alarms = []
+    for seed in range(4):
+        pipeline = of_features(weights={"gaussian": 1.0})
+        pipeline.calibrate(
+            textures(19, (40, 40), 1000 * seed), textures(12, (40, 40), 1000 * seed + 200), false_alarm_rate=0.2
+        )
+        alarms.append(pipeline(textures(30, (40, 40), 1000 * seed + 400)).is_anomalous.mean())
+    assert 0.05 <= np.mean(alarms) <= 0.35  # 120 images; one set's own rate has a deviation of 0.09
+
+
+def test_maps_of_new_good_images_have_deviation_one(calibrated):
+    maps = calibrated(textures(20, SIZE, 600)).anomaly_map
+    assert 0.7 < maps.std() < 1.4
+
+
+def test_what_is_wrong_at_large_shows_in_the_whole_image(calibrated):
+    # each tile shows stripes as good ones do; of the whole, one half is another's
+    image = np.asarray(Image.fromarray(texture(98, SIZE)).rotate(0)).copy()
+    image[:, 28:] = (image[:, 28:] * 0.97).astype(np.uint8)
+    output = calibrated([texture(98, SIZE), image])
+    assert output.anomaly_score[1] > output.anomaly_score[0]
+
+
+def test_a_denoiser_looks_at_tiles_as_well():
+    pipeline = tiny_pipeline(sample_size=16, image_size=32, tile_size=32)
+    pipeline.calibrate(textures(12, (64, 48)), false_alarm_rate=0.2, generator=generator())
+    good, bad = texture(60, (64, 48)), with_dot(texture(60, (64, 48)), side=6)
+    output = pipeline([good, bad], generator=[generator(), generator()])
+    assert output.anomaly_score[1] > output.anomaly_score[0]
+    assert np.array_equal(pipeline(bad, generator=generator()).anomaly_map[0], output.anomaly_map[1])
+    single, several = (pipeline(bad, generator=generator(), batch_size=size).anomaly_map for size in (1, 4))
+    assert np.allclose(single, several, rtol=1e-3, atol=1e-3)
+
+
+def test_uncalibrated_maps_are_raw():
+    output = tiny_pipeline(tile_size=16)(texture(0, (40, 24)), generator=generator())
+    assert output.anomaly_map.shape == (1, 40, 24)
+    assert np.isfinite(output.anomaly_map).all()
+    assert output.is_anomalous is None
+
+
+def test_what_waits_while_calibrating_is_bounded(monkeypatch):
+    counted = []
+    pipeline = of_features()
+    measure = pipeline.measure_pixels
+
+    def counting(pixel_values, category, generators, of_tiles=False):
+        counted.append(len(pixel_values) if of_tiles else 0)
+        return measure(pixel_values, category, generators, of_tiles)
+
+    monkeypatch.setattr(pipeline, "measure_pixels", counting)
+    monkeypatch.setattr("diffad.pipelines.large_images.MAX_STATISTICS_TILES", 12)
+    assert MAX_STATISTICS_TILES == 512
+    pipeline.calibrate(textures(1, SIZE, 50), textures(6, SIZE), false_alarm_rate=0.5)
+    of_one_image = 6 * 5
+    assert sum(counted) == 12 + of_one_image
+    assert max(counted) <= 16
+
+
+def test_statistics_of_tiles_are_small(calibrated):
+    tiles = calibrated.tile_calibration
+    assert tiles.feature_whitening.shape[:2] == (1, 1)  # one covariance for every position
+    assert not tiles.has_thresholds
+
+
+def test_each_category_keeps_its_tiles():
+    pipeline = of_features(categories=["stripes", "columns"])
+    turned = [np.ascontiguousarray(one.swapaxes(0, 1)) for one in textures(8, (56, 72))]
+    pipeline.calibrate(textures(8, SIZE), category="stripes", false_alarm_rate=0.25)
+    before = pipeline(texture(70, SIZE), category="stripes").anomaly_map
+    pipeline.calibrate(turned, category="columns", false_alarm_rate=0.25)
+    assert np.array_equal(pipeline(texture(70, SIZE), category="stripes").anomaly_map, before)
+    scores = [pipeline(texture(70, SIZE), category=name).anomaly_score[0] for name in ("stripes", "columns")]
+    assert scores[1] > scores[0]
+
+
+def test_files_are_predicted_at_their_own_size(calibrated, tmp_path):
+    write_png(tmp_path / "in" / "good.png", texture(90, SIZE))
+    write_png(tmp_path / "in" / "bad.png", with_dot(texture(90, SIZE)))
+    deep = with_dot(texture(90, SIZE))[..., 0].astype(np.uint16) * 257
+    Image.fromarray(deep).save(tmp_path / "in" / "deep.png")
+    paths = sorted((tmp_path / "in").iterdir())
+    counts = predict_files(calibrated, paths, tmp_path / "out")
+    assert counts["anomalous"] == 2  # the grey one is of no camera that was calibrated
+    assert counts["normal"] == 1
+    for folder in ("maps", "masks", "overlays"):
+        assert Image.open(tmp_path / "out" / folder / "bad.png").size == (SIZE[1], SIZE[0])
+    mask = np.asarray(Image.open(tmp_path / "out" / "masks" / "bad.png"))
+    assert mask[41, 31] == 255
+    assert np.array_equal(mask > 0, calibrated(tmp_path / "in" / "bad.png").anomaly_mask[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tile_size": 4}, "`tile_size` must be a side of at least 8"),
+        ({"tile_size": (16, 16, 16)}, "`tile_size`"),
+        ({"tile_overlap": 0.9}, r"`tile_overlap` must lie in \[0, 0.75\]"),
+    ],
+)
+def test_wrong_options_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        of_features(**options)

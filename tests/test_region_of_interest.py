@@ -1,0 +1,221 @@
+"""Regions of interest: read from files, and what lies outside counts nowhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import generator, texture, textures, tiny_extractor, tiny_pipeline, write_folder, write_png
+from diffusers import DiffusionPipeline
+from tiny_diad import tiny_diad
+from typer.testing import CliRunner
+
+from diffad import AnomalyDenoisePipeline
+from diffad.cli import app
+from diffad.data.regions_of_interest import read_roi
+from diffad.moments import FeatureMoments, MomentSums
+from diffad.region_of_interest import hide_outside, inside_region, stand_ins
+
+pytestmark = [pytest.mark.usefixtures("fresh_accelerate"), pytest.mark.filterwarnings("ignore:.*cannot vouch")]
+SIZE = 32
+MASK = np.zeros((SIZE, SIZE), bool)
+MASK[:, 12:] = True
+COCO = {
+    "images": [{"id": 1, "width": 20, "height": 10}],
+    "categories": [{"id": 1, "name": "bottle"}, {"id": 2, "name": "cable"}],
+    "annotations": [
+        {"image_id": 1, "category_id": 1, "segmentation": [[0, 0, 4, 0, 4, 9, 0, 9]]},
+        {"image_id": 1, "category_id": 2, "segmentation": [[10, 0, 19, 0, 19, 9, 10, 9]]},
+    ],
+}
+
+
+def of_features(**config) -> AnomalyDenoisePipeline:
+    options = {"position_trust": 0.0, "weights": {"gaussian": 0.75, "nearest": 0.25}}
+    pipeline = AnomalyDenoisePipeline(None, None, tiny_extractor(image_size=SIZE), **{**options, **config})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def with_clutter(pixels: np.ndarray, seed: int, until: int = 8) -> np.ndarray:
+    """Something else at the left of an image, well outside the region."""
+    changed = pixels.copy()
+    changed[:, :until] = np.random.default_rng(seed).integers(0, 256, changed[:, :until].shape)
+    return changed
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+def test_a_region_is_a_mask_or_polygons(tmp_path):
+    path = write_png(tmp_path / "bottle.png", MASK.astype(np.uint8) * 255)
+    for roi, category in ((MASK, None), (path, None), (tmp_path, "bottle"), (MASK.astype(np.uint8), "any")):
+        assert np.array_equal(read_roi(roi, category), MASK)
+    coco = tmp_path / "regions.json"
+    coco.write_text(json.dumps(COCO))
+    assert read_roi(coco, "bottle").sum() == 5 * 10
+    assert read_roi(coco, "cable").sum() == 10 * 10
+    assert read_roi(coco).sum() == 15 * 10
+    assert read_roi(coco).shape == (10, 20)
+    assert read_roi(np.ones((3000, 1500))).shape == (1024, 512)
+
+
+def test_wrong_regions_are_named(tmp_path):
+    (tmp_path / "empty.json").write_text("{}")
+    (tmp_path / "coco.json").write_text(json.dumps(COCO))
+    for roi, error, words in (
+        (tmp_path / "none.png", FileNotFoundError, "`roi`: no file at"),
+        (tmp_path, FileNotFoundError, "screw.png"),
+        (tmp_path / "empty.json", ValueError, "is no COCO JSON"),
+        (tmp_path / "coco.json", ValueError, "no polygon of 'screw', but of bottle, cable"),
+        (np.zeros((4, 4)), ValueError, "holds no pixel that counts"),
+        (np.ones((4, 4, 3)), ValueError, r"must be a mask \(H, W\)"),
+    ):
+        with pytest.raises(error, match=words):
+            read_roi(roi, "screw")
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------
+
+
+def test_a_region_has_pixels_at_every_size():
+    region = torch.zeros(1, 100, 100, dtype=torch.bool)
+    region[0, 40:43, 50:52] = True
+    for size in ((100, 100), (7, 9), (400, 200), (1, 1)):
+        assert inside_region(region, torch.tensor([0]), size).any()
+    assert inside_region(None, torch.tensor([0]), (3, 3)) is None
+
+
+def test_what_is_hidden_has_the_mean_colour_of_what_is_not():
+    images, inside = torch.rand(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.bool)
+    inside[:, 1] = True
+    hidden = hide_outside(images, inside)
+    assert torch.equal(hidden[:, :, 1], images[:, :, 1])
+    assert torch.allclose(hidden[:, :, 0], images[:, :, 1].mean(dim=2, keepdim=True).expand(-1, -1, 4))
+
+
+def test_sums_of_places_outside_are_those_of_places_inside():
+    inside = torch.tensor([False, True, True, False, False, True])
+    index = stand_ins(inside)
+    assert index[inside].tolist() == [1, 2, 5]
+    assert inside[index].all()
+    features, moments, sums = torch.randn(5, 3, 6), FeatureMoments(6, 3), MomentSums()
+    moments.update(features)
+    moments.replace_positions(index)
+    assert torch.allclose(moments.mean(), features.double().mean(dim=0).mT[index])
+    sums.update(features.unflatten(2, (2, 3)))
+    sums.replace_positions(index)
+    assert torch.allclose(sums.mean().flatten(1), features.double().mean(dim=0)[:, index])
+
+
+# -- pipelines ---------------------------------------------------------------------------------------------------
+
+PIPELINES = {
+    "features": of_features,
+    "denoiser": lambda: tiny_pipeline(sample_size=SIZE, weights={"kl": 1, "feature_error": 1, "gaussian": 1}),
+    "fraction": lambda: of_features(score_fraction=0.1, suppression=0.2),
+    "tiles": lambda: of_features(tile_size=SIZE),
+    "diad": tiny_diad,
+}
+
+
+def calibrate(name: str, images: list[np.ndarray], **options) -> AnomalyDenoisePipeline:
+    return PIPELINES[name]().calibrate(images, false_alarm_rate=0.25, generator=generator(), **options)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_nothing_outside_counts(name):
+    scale = 2 if name == "tiles" else 1  # tiles of the size of the smaller images
+    size, until = scale * SIZE, 8 * scale
+    good = textures(12, size)
+    clean = calibrate(name, good, roi=MASK)
+    cluttered = calibrate(name, [with_clutter(one, i, until) for i, one in enumerate(good)], roi=MASK)
+    for key, values in clean.calibration.state_dict().items():
+        torch.testing.assert_close(cluttered.calibration.state_dict()[key], values, rtol=0, atol=0, equal_nan=True)
+    image = texture(50, size)
+    outputs = [
+        pipe(one, generator=generator())
+        for pipe in (clean, cluttered)
+        for one in (image, with_clutter(image, 99, until))
+    ]
+    for output in outputs[1:]:
+        assert np.array_equal(output.anomaly_map, outputs[0].anomaly_map)
+        assert np.array_equal(output.anomaly_score, outputs[0].anomaly_score)
+    assert (outputs[0].anomaly_map[:, :, : 12 * scale] == 0).all()
+    assert (outputs[0].anomaly_map[:, :, 12 * scale :] != 0).any()
+
+
+def test_a_defect_counts_inside_and_not_outside():
+    pipe = calibrate("features", textures(30, SIZE), roi=MASK)
+    outside, inside = texture(60, SIZE), texture(60, SIZE)
+    outside[10:16, 0:6], inside[10:16, 20:26] = 0, 0
+    output = pipe([outside, inside, texture(60, SIZE)])
+    assert output.is_anomalous.tolist() == [False, True, False]
+    assert not output.anomaly_mask[:, :, :12].any()
+    assert output.anomaly_mask[1].any()
+    assert output.anomaly_score[0] == pytest.approx(output.anomaly_score[2], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["features", "tiles"])
+def test_the_false_alarm_rate_holds(name):
+    alarms = []
+    for seed in range(3):
+        pipe = PIPELINES[name]()
+        pipe.calibrate(textures(19, 40, 1000 * seed), textures(12, 40, 1000 * seed + 200), 0.2, roi=MASK)
+        images = [with_clutter(one, i) for i, one in enumerate(textures(40, 40, 1000 * seed + 400))]
+        alarms.append(pipe(images).is_anomalous.mean())
+    assert 0.05 <= np.mean(alarms) <= 0.35  # 120 images; one set's own rate has a deviation of 0.09
+
+
+def test_a_region_is_saved_and_stays_until_another_is_given(tmp_path):
+    pipe = calibrate("features", textures(12, SIZE), roi=MASK)
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    assert np.array_equal(loaded(texture(70, SIZE)).anomaly_map, pipe(texture(70, SIZE)).anomaly_map)
+    loaded.calibrate(textures(12, SIZE), false_alarm_rate=0.25)
+    assert np.array_equal(loaded.region[0].numpy(), MASK)
+    loaded.calibrate(textures(12, SIZE), false_alarm_rate=0.25, roi=~MASK)
+    assert np.array_equal(loaded.region[0].numpy(), ~MASK)
+
+
+def test_each_category_has_its_own(tmp_path):
+    write_png(tmp_path / "stripes.png", MASK.astype(np.uint8) * 255)
+    pipe = of_features(categories=["stripes", "plain"])
+    options = {"false_alarm_rate": 0.25}
+    pipe.calibrate(textures(8, SIZE), category="plain", **options)
+    pipe.calibrate(textures(8, SIZE), category="stripes", roi=tmp_path, **options)
+    maps = [pipe(texture(71, SIZE), category=name).anomaly_map[0] for name in ("stripes", "plain")]
+    assert (maps[0][:, :12] == 0).all()
+    assert (maps[1][:, :12] != 0).any()
+
+
+def test_without_a_region_calibrations_are_as_they_were():
+    pipe = calibrate("features", textures(12, SIZE))
+    assert pipe.region is None
+    assert "region" not in pipe.calibration.state_dict()
+    everything = calibrate("features", textures(12, SIZE), roi=np.ones((4, 4)))
+    assert np.array_equal(everything(texture(72, SIZE)).anomaly_map, pipe(texture(72, SIZE)).anomaly_map)
+
+
+def test_commands_take_it(tmp_path):
+    from diffad.training import fit, train_ddpm
+
+    good: Path = write_folder(tmp_path / "good", 24, SIZE)
+    mask = write_png(tmp_path / "roi.png", MASK.astype(np.uint8) * 255)
+    backbone = ["--backbone", "test_resnet", "--backbone_weights", "random", "--feature_strides", 2, 4]
+    shared = ["--train_data_dir", good, "--false_alarm_rate", 0.3, *backbone, "--resolution", 32, "--roi", mask]
+    fit.main([str(one) for one in (*shared, "--output_dir", tmp_path / "fit")])
+    steps = ["--preset", "cpu-64", "--max_train_steps", 2, "--train_batch_size", 4, "--lr_warmup_steps", 1]
+    steps += ["--timesteps", 100, "--choose", "--output_dir", tmp_path / "train"]
+    train_ddpm.main([str(one) for one in (*shared, *steps)])
+    for name in ("fit", "train"):
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / name)
+        assert np.array_equal(pipe.region[0].numpy(), MASK)
+        assert (pipe(texture(80, SIZE)).anomaly_map[:, :, :12] == 0).all()
+    other = write_png(tmp_path / "other.png", (~MASK).astype(np.uint8) * 255)
+    arguments = ["calibrate", tmp_path / "fit", "--data", good, "--roi", other, "--false-alarm-rate", 0.3]
+    assert CliRunner().invoke(app, [str(one) for one in arguments]).exit_code == 0
+    assert (DiffusionPipeline.from_pretrained(tmp_path / "fit")(texture(80, SIZE)).anomaly_map[:, :, 12:] == 0).all()
