@@ -359,6 +359,30 @@ def benchmark(
     )
 
 
+@app.command(short_help="One graph, from pixels to verdicts, that runs without torch.")
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file, .onnx or .xml.")],
+    format: Annotated[str | None, typer.Option(metavar="NAME", help="onnx or openvino (by OUTPUT's ending).")] = None,
+    precision: Annotated[str, typer.Option(metavar="NAME", help="fp32, fp16 (weights) or int8.")] = "fp32",
+    data: Annotated[str | None, typer.Option(metavar="DATA", help="For int8: good images, seen by nothing.")] = None,
+) -> None:
+    """A model with its calibration as one file for ONNX Runtime, OpenVINO and others.
+
+    predict takes it as MODEL. int8 takes good images: every other one serves 8 bits, the rest the thresholds.
+    """
+    from diffad.deployment.export import export_pipeline
+
+    images = None
+    if data is not None:
+        from diffad.data import load_anomaly_dataset
+
+        good = load_anomaly_dataset(data, "train")
+        images = good.filter(lambda label: label == 0, input_columns="label")["image"]
+    path = export_pipeline(load_pipeline(model, "cpu"), output, format, precision, images)
+    console.print(f"Saved to {escape(str(path))}. Next: diffad predict {escape(str(path))} NEW_PARTS --output RESULTS")
+
+
 @app.command()
 def convert(
     method: Annotated[str, typer.Argument(metavar="diad|taef2", help="What it is a checkpoint of.")],

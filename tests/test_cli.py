@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from diffad import cli
 from diffad.cli import app
 
-COMMANDS = ("demo", "train", "fit", "predict", "evaluate", "calibrate", "benchmark", "convert", "push")
+COMMANDS = ("demo", "train", "fit", "predict", "evaluate", "calibrate", "benchmark", "export", "convert", "push")
 
 
 def run(*arguments: object, code: int = 0) -> str:
