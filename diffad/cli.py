@@ -26,6 +26,10 @@ app = typer.Typer(
 )
 console = Console(stderr=True)  # standard output is for results
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a pipeline.", show_default=False)]
+ModelOrFile = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Folder or Hub id of a pipeline, or exported file.", show_default=False),
+]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, ... (the fastest there is)")]
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images in one pass of the networks.")]
@@ -83,6 +87,15 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None, dtype: st
     pipeline = loading.load_pipeline(model, dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def load_model(model: str, device: str | None = None, dtype: str = "float32") -> Any:
+    """A saved pipeline, or an exported one, for which torch need not be there."""
+    if Path(model).suffix in (".onnx", ".xml"):
+        from diffad.deployment import Runtime
+
+        return Runtime(model, device or "cpu", dtype)
+    return load_pipeline(model, device, dtype)
 
 
 def check_folder(path: Path) -> Path:
@@ -191,7 +204,7 @@ def fit(
 
 @app.command(short_help="Scores images, and outlines their defects.")
 def predict(
-    model: Model,
+    model: ModelOrFile,
     images: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", help="Files, or folders of them.")],
     output_dir: Annotated[Path, typer.Option("--output", metavar="DIR", help="Gets all of this.")],
     category: Category = None,
@@ -213,7 +226,7 @@ def predict(
 
     check_folder(output_dir)
     paths = find_images(images, output_dir)
-    pipeline = load_pipeline(model, device, dtype)
+    pipeline = load_model(model, device, dtype)
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("Predicting", total=len(paths))
@@ -343,8 +356,15 @@ def benchmark(
     device: Device = None,
     dtype: Dtype = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="On the CPU: torch, ONNX Runtime, OpenVINO.")] = False,
 ) -> None:
     """Images per second, where the time goes, and peak memory."""
+    if compare:
+        from diffad.evaluation.comparison import compare_runtimes, comparison_text
+
+        comparison = compare_runtimes(load_pipeline(model, "cpu"), repeats)
+        print(json.dumps({"model": model, **comparison}) if as_json else comparison_text(comparison))
+        return
     from diffad.evaluation.speed import benchmark_pipeline
 
     result = benchmark_pipeline(load_pipeline(model, device, dtype), batch_size, repeats)

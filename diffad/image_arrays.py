@@ -20,7 +20,7 @@ from diffad.grey_depth import (
 )
 from diffad.image_files import image_file_header, read_image
 from diffad.image_metadata import turn_upright
-from diffad.resizing import resize_array
+from diffad.resizing import Resizing, resize_array
 
 
 def image_to_rgb(image: Image.Image, value_range: float | None = None) -> Image.Image:
@@ -191,3 +191,6 @@ def resized_array(image: Any, size: Sequence[int], value_range: float | None = N
         band = to_arrays(image.crop((0, top, image.width, bottom)), name, value_range)[0]
         bands.append(resize_array(band, (bottom - top, size[1])))  # (rows, size[1], C)
     return np.broadcast_to(resize_array(np.concatenate(bands), size), (*size, 3))
+
+
+WITHOUT_TORCH = Resizing(resized_array, resize_array)

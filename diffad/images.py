@@ -25,7 +25,7 @@ from diffad.image_arrays import (
 )
 from diffad.image_files import image_file_header, read_image
 from diffad.image_metadata import turn_upright
-from diffad.resizing import resize_weights
+from diffad.resizing import Resizing, resize_weights
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -193,6 +193,19 @@ def resize_images(images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         height, width = images.shape[-2:]
         return resample(images, resize_weights(height, size[0]), resize_weights(width, size[1]))
     return F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
+
+
+def network_input(image: Image.Image, size: Sequence[int], value_range: float | None) -> np.ndarray:
+    """`resize_image` as (*size, 3)."""
+    return resize_image(image, size, value_range)[0].movedim(0, -1).numpy()
+
+
+def resize_map(values: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """`resize_images` of one array, (h, w) float32 -> size."""
+    return resize_images(torch.from_numpy(values)[None, None], size)[0, 0].numpy()
+
+
+WITH_TORCH = Resizing(network_input, resize_map)
 
 
 def resample(images: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> torch.Tensor:

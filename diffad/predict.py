@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import torch
 from PIL import Image
 
+from diffad.deployment.runtime import Runtime
 from diffad.files import locked_folder, write_text_whole, write_whole
 from diffad.grey_depth import BAND_PIXELS, UnreadableImageError, warn_of_found_range
+from diffad.image_arrays import WITHOUT_TORCH, find_value_range, image_to_rgb
 from diffad.image_files import LARGE_PIXELS, image_file_header, one_large_at_a_time, read_image
-from diffad.images import find_value_range, image_to_rgb, resize_image, resize_images
 from diffad.inputs import LOCK_NAME, PICTURE_FOLDERS, SHEET_NAME, find_images
 from diffad.journal import (
     COLUMNS,
@@ -44,7 +44,7 @@ from diffad.journal import (
     read_rows,
     take_up,
 )
-from diffad.seeding import image_generator
+from diffad.resizing import Resizing
 from diffad.visualization import overlay, save_rows
 
 __all__ = ["find_images", "predict_files", "score_files"]
@@ -52,8 +52,8 @@ __all__ = ["find_images", "predict_files", "score_files"]
 SETTINGS_NAME = "settings.json"
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
 
-# (network inputs, each (3, R, R) in [0, 1]; places of the images among all) -> an `AnomalyOutput` of tensors
-Detect: TypeAlias = Callable[[list[torch.Tensor], list[int]], Any]
+# (network inputs, each (R, R, 3) in [0, 1]; places of the images among all) -> an output of arrays or CPU tensors
+Detect: TypeAlias = Callable[[list[np.ndarray], list[int]], Any]
 
 
 class Decoded(NamedTuple):
@@ -62,12 +62,12 @@ class Decoded(NamedTuple):
     Attributes:
         size: (H, W) of the file.
         pixels: (h, w, 3) uint8, what its overlay is drawn on: of this size or, where it is large, reduced.
-        network_input: (3, R, R) in [0, 1], what the networks see.
+        network_input: (R, R, 3) in [0, 1], what the networks see.
     """
 
     size: tuple[int, int]
     pixels: np.ndarray
-    network_input: torch.Tensor
+    network_input: np.ndarray
 
 
 def predict_files(
@@ -83,7 +83,7 @@ def predict_files(
     """Scores image files and writes overlays, maps, masks, `scores.csv` and a sheet of the most anomalous.
 
     Args:
-        pipeline: an anomaly pipeline; uncalibrated, it gives no masks and no verdicts.
+        pipeline: an anomaly pipeline, or a `Runtime`; uncalibrated, it gives no masks and no verdicts.
         paths: image files, as from `find_images`; a file of several names counts once. The outputs keep their folders
             below the common one.
         output_dir: gets `overlays/`, `maps/` (16-bit PNG: map_low at 0, map_high at 65535, both in scores.csv),
@@ -112,11 +112,19 @@ def predict_files(
     settings["value_range"] = pipeline.value_range
     threshold = None
     if pipeline.has_thresholds:
-        thresholds = (pipeline.calibration.image_threshold, pipeline.calibration.pixel_threshold)
-        settings["calibration"] = [float(threshold[index]) for threshold in thresholds]
+        thresholds = pipeline.metadata if isinstance(pipeline, Runtime) else pipeline.calibration
+        settings["calibration"] = [float(thresholds.image_threshold[index]), float(thresholds.pixel_threshold[index])]
         threshold = settings["calibration"][1]
+    resizing = WITHOUT_TORCH
+    if not isinstance(pipeline, Runtime):
+        from diffad.images import WITH_TORCH
+        from diffad.seeding import image_generator
 
-    def detect(network_inputs: list[torch.Tensor], places: list[int]) -> Any:
+        resizing = WITH_TORCH
+
+    def detect(network_inputs: list[np.ndarray], places: list[int]) -> Any:
+        if isinstance(pipeline, Runtime):
+            return pipeline.run(np.stack(network_inputs), index)
         return pipeline(
             network_inputs,
             batch_size=batch_size,
@@ -130,7 +138,7 @@ def predict_files(
     if settings["value_range"] is None and (found := find_value_range(paths, skip_unreadable=True)) is not None:
         warn_of_found_range(found)
         settings["value_range"] = found
-    return score_files(detect, side, threshold, settings, paths, output_dir, batch_size, num_workers, report)
+    return score_files(detect, side, threshold, settings, paths, output_dir, batch_size, num_workers, report, resizing)
 
 
 def score_files(
@@ -143,11 +151,12 @@ def score_files(
     batch_size: int = 16,
     num_workers: int = 2,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
+    resizing: Resizing = WITHOUT_TORCH,
 ) -> dict[str, int]:
     """`predict_files`, of anything that detects.
 
     Args:
-        detect: from a batch of images (3, side, side) in [0, 1] and their places in `paths` to an output with
+        detect: from a batch of images (side, side, 3) in [0, 1] and their places in `paths` to an output with
             `anomaly_map` (N, side, side) and `anomaly_score` (N,) and, unless `threshold` is None, `anomaly_mask`,
             `p_value` and `is_anomalous`.
         side: of the networks' images, in pixels.
@@ -159,6 +168,7 @@ def score_files(
         batch_size: as there.
         num_workers: as there.
         report: as there.
+        resizing: of images and maps.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
@@ -189,7 +199,7 @@ def score_files(
                 file.flush()
 
             being_written: list[dict[str, Any] | Future] = []
-            for batch in _decoded_batches(todo, side, batch_size, pool, settings.get("value_range")):
+            for batch in _decoded_batches(todo, side, batch_size, pool, settings.get("value_range"), resizing):
                 good = [(i, decoded) for i, _, decoded in batch if isinstance(decoded, Decoded)]
                 if good:
                     output = detect([decoded.network_input for _, decoded in good], [i for i, _ in good])
@@ -200,7 +210,7 @@ def score_files(
                     if isinstance(decoded, Decoded):
                         row["picture"] = pictures[one.file]
                         being_written.append(
-                            pool.submit(_write_outputs, row, output, j, decoded, output_dir, threshold)
+                            pool.submit(_write_outputs, row, output, j, decoded, output_dir, threshold, resizing)
                         )
                         j += 1
                     else:
@@ -293,7 +303,12 @@ def _places(todo: Sequence[tuple[int, Input]], root: str, output_dir: Path) -> l
 
 
 def _decoded_batches(
-    todo: Sequence[tuple[int, Input]], side: int, batch_size: int, pool: ThreadPoolExecutor, value_range: float | None
+    todo: Sequence[tuple[int, Input]],
+    side: int,
+    batch_size: int,
+    pool: ThreadPoolExecutor,
+    value_range: float | None,
+    resizing: Resizing = WITHOUT_TORCH,
 ) -> Iterator[list[tuple[int, Input, Decoded | Exception]]]:
     """Decoded images, or the error of reading them, with one batch decoded ahead."""
 
@@ -302,11 +317,11 @@ def _decoded_batches(
             (width, height), _ = image_file_header(path)
             with one_large_at_a_time(width * height):
                 image = read_image(path, reduce_large=True)
-                network_input = resize_image(image, (side, side), value_range)[0]
+                network_input = resizing.image(image, (side, side), value_range)
                 pixels = np.asarray(image_to_rgb(_reduce(image), value_range))
         except (UnreadableImageError, OSError) as error:
             return error
-        return Decoded((height, width), pixels, network_input.clamp(0.0, 1.0))  # rounding may have left the range
+        return Decoded((height, width), pixels, network_input.clip(0.0, 1.0))  # rounding may have left the range
 
     entries = iter(todo)
     waiting: deque[tuple[int, Input, Future]] = deque()
@@ -338,41 +353,52 @@ def _reduce(image: Image.Image) -> Image.Image:
 
 
 def _at_size(
-    image: torch.Tensor, shown: torch.Tensor, size: tuple[int, int], finish: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+    image: np.ndarray,
+    shown: np.ndarray,
+    size: tuple[int, int],
+    finish: Callable[[np.ndarray], np.ndarray],
+    resizing: Resizing,
+) -> np.ndarray:
     """What `finish` makes of an image (R, R) at a size (H, W), in bands of rows, as that may be large.
 
     `shown` is the image as the overlay has it, which mostly is that size.
     """
-    if tuple(shown.shape) == size:
+    if shown.shape == size:
         return finish(shown)
     height, width = size
-    rows = resize_images(torch.eye(image.shape[0])[None, None], (height, image.shape[0]))[0, 0]  # (H, h): its weights
-    wide = resize_images(image[None, None], (image.shape[0], width))[0, 0]  # (h, W)
-    result, step = finish(shown[:1]).new_empty(size), max(1, BAND_PIXELS // width)
+    rows = resizing.map(np.eye(image.shape[0], dtype=np.float32), (height, image.shape[0]))  # (H, h): its weights
+    wide = resizing.map(image, (image.shape[0], width))  # (h, W)
+    result, step = np.empty(size, finish(shown[:1]).dtype), max(1, BAND_PIXELS // width)
     for top in range(0, height, step):
         result[top : top + step] = finish(rows[top : top + step] @ wide)
     return result
 
 
 def _write_outputs(
-    row: dict[str, Any], output: Any, j: int, decoded: Decoded, output_dir: Path, threshold: float | None
+    row: dict[str, Any],
+    output: Any,
+    j: int,
+    decoded: Decoded,
+    output_dir: Path,
+    threshold: float | None,
+    resizing: Resizing,
 ) -> dict[str, Any]:
     """Writes one image's pictures and completes its row.
 
     Raises:
         OSError: the disk is full: no picture of any other could be written.
     """
-    anomaly_map = output.anomaly_map[j]  # (R, R)
-    shown = resize_images(anomaly_map[None, None], decoded.pixels.shape[:2])[0, 0]  # (h, w)
+    anomaly_map = np.asarray(output.anomaly_map[j])  # (R, R)
+    shown = resizing.map(anomaly_map, decoded.pixels.shape[:2])  # (h, w)
     low, high = float(shown.min()), float(shown.max())
 
-    def to_16_bits(values: torch.Tensor) -> torch.Tensor:
-        return ((values - low) / max(high - low, 1e-12) * 65535.0 + 0.5).clamp(0, 65535).to(torch.uint16)
+    def to_16_bits(values: np.ndarray) -> np.ndarray:
+        scaled = (values - np.float32(low)) / np.float32(max(high - low, 1e-12)) * np.float32(65535.0)
+        return (scaled + np.float32(0.5)).clip(0, 65535).astype(np.uint16)
 
-    def to_mask(values: torch.Tensor) -> torch.Tensor:  # as `threshold_output`
-        is_above = values > (math.inf if threshold is None else threshold)
-        return is_above.to(torch.uint8) * (255 if output.is_anomalous[j] else 0)
+    def to_mask(values: np.ndarray) -> np.ndarray:  # as `threshold_output`
+        is_above = values > np.float32(math.inf if threshold is None else threshold)
+        return is_above.astype(np.uint8) * np.uint8(255 if output.is_anomalous[j] else 0)
 
     row |= {
         "score": f"{float(output.anomaly_score[j]):.6g}",
@@ -381,14 +407,14 @@ def _write_outputs(
         "verdict": "scored",
     }
     # each made when it is its turn: those of a large image are large
-    pictures = {"maps": lambda: _at_size(anomaly_map, shown, decoded.size, to_16_bits).numpy()}
+    pictures = {"maps": lambda: _at_size(anomaly_map, shown, decoded.size, to_16_bits, resizing)}
     outlined = None
     if threshold is not None:
-        outlined = to_mask(shown).numpy() > 0
-        pictures["masks"] = lambda: _at_size(anomaly_map, shown, decoded.size, to_mask).numpy()
+        outlined = to_mask(shown) > 0
+        pictures["masks"] = lambda: _at_size(anomaly_map, shown, decoded.size, to_mask, resizing)
         row["p_value"] = f"{float(output.p_value[j]):.6g}"
         row["verdict"] = "anomalous" if bool(output.is_anomalous[j]) else "normal"
-    pictures["overlays"] = lambda: overlay(decoded.pixels, shown.numpy(), outlined, threshold)
+    pictures["overlays"] = lambda: overlay(decoded.pixels, shown, outlined, threshold)
     try:
         for folder, picture in pictures.items():
             with one_large_at_a_time(math.prod(decoded.size)):

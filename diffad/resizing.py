@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+
+
+class Resizing(NamedTuple):
+    """How images and maps are resized: as torch does it, or the same to 1e-6 without it.
+
+    image: (decoded PIL image, (R, R), value range or None) -> (R, R, 3) float32 in about [0, 1].
+    map: ((h, w) float32, (H, W)) -> (H, W).
+    """
+
+    image: Callable[[Any, tuple[int, int], float | None], np.ndarray]
+    map: Callable[[np.ndarray, tuple[int, int]], np.ndarray]
 
 
 def resize_array(values: np.ndarray, size: Sequence[int]) -> np.ndarray:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from benchmarks.evaluate_runtimes import compare
 from conftest import texture, textures, tiny_extractor, tiny_pipeline
+from PIL import Image
 
 from diffad import AnomalyDenoisePipeline
 from diffad.deployment import Runtime
@@ -79,6 +83,13 @@ def test_a_graph_gives_what_the_pipeline_gives_in_batches_of_any_size(models, na
     for count in (1, 3, 70):  # 140 samples of the denoiser
         pixels = np.random.default_rng(count).random((count, side, side, 3), dtype=np.float32)
         assert_equal(runtime.run(pixels), graph_output(pipeline, pixels))
+
+
+def test_a_graph_has_the_noise_of_a_generator_that_its_documentation_names(models):
+    pipeline, path = models["denoiser"]
+    noises = [torch.Generator().manual_seed(0) for _ in IMAGES]
+    expected = pipeline(IMAGES, generator=noises)
+    assert_equal(Runtime(path)(IMAGES), {name: getattr(expected, name) for name in OUTPUTS})
 
 
 def test_calibration_is_inside(models):
@@ -189,3 +200,42 @@ def test_a_file_of_another_format_is_refused_and_one_of_another_version_read(mod
     assert "old.onnx was exported by diffad 7." in caplog.text
     with pytest.raises(FileNotFoundError, match=r"no file at .*nowhere\.onnx"):
         Runtime(tmp_path / "nowhere.onnx")
+
+
+def test_the_runtimes_agree_on_images_that_were_not_calibrated_on(models, tmp_path):
+    pytest.importorskip("openvino")
+    for name in ("denoiser", "features"):
+        pipeline, path = models[name]
+        write_graph(onnx.load(path), Runtime(path).metadata, tmp_path / f"{name}.xml")
+        runtimes = {"onnx": Runtime(path), "openvino": Runtime(tmp_path / f"{name}.xml")}
+        good = [(image, 0) for image in textures(30, first_seed=600)]
+        results = compare(pipeline, runtimes, good + [(texture(700 + i, defect=True), 1) for i in range(10)])
+        for found in results.values():
+            assert found["images"] == 40
+            assert found["largest_relative_map_error"] < 1e-3
+            assert found["verdicts_that_differ"] == 0
+            assert found["image_auroc"] == pytest.approx(results["torch"]["image_auroc"], abs=1e-3)
+
+
+def test_the_program_of_the_docs_inspects_an_image(models, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not here")
+    _, path = models["features"]
+    write_graph(onnx.load(path), Runtime(path).metadata, tmp_path / "model.xml")
+    package = Path(openvino.__file__).parent
+    library = next(package.glob("libs/libopenvino.so*"))
+    source = Path(__file__).parents[2] / "docs" / "inspect.cpp"
+    command = ["g++", "-std=c++17", source, f"-I{package / 'include'}", library, f"-Wl,-rpath,{library.parent}"]
+    subprocess.run([*command, "-o", tmp_path / "inspect"], check=True)
+    for image in (IMAGES[0], IMAGES[-1]):
+        picture = Image.fromarray(image).resize((24, 24))
+        picture.save(tmp_path / "part.ppm")
+        expected = Runtime(path)(picture)
+        command = [tmp_path / "inspect", tmp_path / "model.xml", tmp_path / "part.ppm"]
+        done = subprocess.run(command, capture_output=True)
+        assert done.returncode == (3 if expected.is_anomalous[0] else 0)
+        found = dict(line.split(" ", 1) for line in done.stdout.decode().splitlines())
+        assert float(found["score"]) == pytest.approx(float(expected.anomaly_score[0]), rel=1e-4)
+        assert float(found["p_value"]) == pytest.approx(float(expected.p_value[0]), rel=1e-4)
+        assert '"input_size": [24, 24]' in found["model"]
