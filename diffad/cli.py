@@ -29,6 +29,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(stderr=True)  # standard output is for results
+ModelOrFile = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Folder or Hub id of a pipeline, or exported file.", show_default=False),
+]
 
 
 class OnBadImage(str, Enum):
@@ -78,6 +82,15 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None, dtype: st
     pipeline = loading.load_pipeline(model, dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def load_model(model: str, device: str | None = None, dtype: str = "float32") -> Any:
+    """A saved pipeline, or an exported one, for which torch need not be there."""
+    if Path(model).suffix in (".onnx", ".xml"):
+        from diffad.deployment import Runtime
+
+        return Runtime(model, device or "cpu", dtype)
+    return load_pipeline(model, device, dtype)
 
 
 def check_folder(path: Path) -> Path:
@@ -235,7 +248,7 @@ def fit(
 
 @app.command(short_help="Scores images, and outlines their defects.")
 def predict(
-    model: Model,
+    model: ModelOrFile,
     images: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", help="Files, or folders of them.")],
     output_dir: Annotated[Path, typer.Option("--output", metavar="DIR", help="Gets all of this.")],
     category: Category = None,
@@ -257,7 +270,7 @@ def predict(
 
     check_folder(output_dir)
     paths = find_images(images, output_dir)
-    pipeline = load_pipeline(model, device, dtype)
+    pipeline = load_model(model, device, dtype)
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("Predicting", total=len(paths))
@@ -400,8 +413,15 @@ def benchmark(
     device: Device = None,
     dtype: Dtype = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="On the CPU: torch, ONNX Runtime, OpenVINO.")] = False,
 ) -> None:
     """Images per second, where the time goes, and peak memory."""
+    if compare:
+        from diffad.evaluation.comparison import compare_runtimes, comparison_text
+
+        comparison = compare_runtimes(load_pipeline(model, "cpu"), repeats)
+        print(json.dumps({"model": model, **comparison}) if as_json else comparison_text(comparison))
+        return
     from diffad.evaluation.speed import benchmark_pipeline
 
     result = benchmark_pipeline(load_pipeline(model, device, dtype), batch_size, repeats)
@@ -414,6 +434,30 @@ def benchmark(
         f"{batch_size} at {result['resolution']} px, {dtype}\nof which, in ms: {parts}\n"
         f"peak memory {result['peak_memory_mib']} MiB"
     )
+
+
+@app.command(short_help="One graph, from pixels to verdicts, that runs without torch.")
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file, .onnx or .xml.")],
+    format: Annotated[str | None, typer.Option(metavar="NAME", help="onnx or openvino (by OUTPUT's ending).")] = None,
+    precision: Annotated[str, typer.Option(metavar="NAME", help="fp32, fp16 (weights) or int8.")] = "fp32",
+    data: Annotated[str | None, typer.Option(metavar="DATA", help="For int8: good images, seen by nothing.")] = None,
+) -> None:
+    """A model with its calibration as one file for ONNX Runtime, OpenVINO and others.
+
+    predict takes it as MODEL. int8 takes good images: every other one serves 8 bits, the rest the thresholds.
+    """
+    from diffad.deployment.export import export_pipeline
+
+    images = None
+    if data is not None:
+        from diffad.data import load_anomaly_dataset
+
+        good = load_anomaly_dataset(data, "train")
+        images = good.filter(lambda label: label == 0, input_columns="label")["image"]
+    path = export_pipeline(load_pipeline(model, "cpu"), output, format, precision, images)
+    console.print(f"Saved to {escape(str(path))}. Next: diffad predict {escape(str(path))} NEW_PARTS --output RESULTS")
 
 
 @app.command()

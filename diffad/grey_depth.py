@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from diffad.warn_once import warn_once
@@ -41,7 +40,7 @@ def value_range_of(image: Any) -> float | None:
     """
     if isinstance(image, Image.Image) and is_deep(image.mode):
         return smallest_range(check_values(image), image.mode == "F")
-    if isinstance(image, torch.Tensor) and image.dtype == torch.uint16:
+    if str(getattr(image, "dtype", "")) == "torch.uint16":  # by its name, as torch may not be there
         image = image.cpu().numpy()
     if isinstance(image, np.ndarray) and image.dtype.kind == "u" and image.dtype.itemsize == 2:
         return smallest_range(float(image.max(initial=0)))

@@ -12,97 +12,44 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from diffad.grey_depth import (
-    BAND_PIXELS,
-    UnreadableImageError,
-    check_values,
-    is_deep,
-    scale_values,
-    smallest_range,
-    value_range_of,
+from diffad.exporting import is_exporting
+from diffad.grey_depth import BAND_PIXELS, is_deep, value_range_of
+from diffad.image_arrays import (
+    common_value_range,
+    find_value_range,
+    flatten,
+    image_to_rgb,
+    smallest_common_range,
+    to_arrays,
+    upright_image,
 )
 from diffad.image_files import image_file_header, read_image
 from diffad.image_metadata import turn_upright
+from diffad.image_sizes import Side, as_side, as_size, size_of_ratio
+from diffad.resizing import Resizing, resize_weights
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "ImageInput",
+    "ImageSequence",
+    "Side",
+    "as_side",
+    "as_size",
+    "common_value_range",
+    "denormalize_images",
+    "find_value_range",
+    "image_to_rgb",
+    "images_to_pixel_values",
+    "images_to_tensors",
+    "normalize_images",
+    "resample",
+    "resize_image",
+    "resize_images",
+    "size_of_ratio",
+]
 
 ImageInput: TypeAlias = "Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | Sequence[Any]"
-Side: TypeAlias = int | Sequence[int]  # of a square, or height and width
-
-
-def as_size(side: Side) -> tuple[int, int]:
-    """Height and width in pixels: of a square where `side` is one number."""
-    if isinstance(side, int):
-        return side, side
-    height, width = side
-    return height, width
-
-
-def as_side(size: Side) -> int | tuple[int, int]:
-    """The inverse of `as_size`: one number for a square."""
-    height, width = as_size(size)
-    return height if height == width else (height, width)
-
-
-def size_of_ratio(side: int, ratio: float, multiple: int = 1) -> tuple[int, int]:
-    """Height and width of about as many pixels as a square of `side`, and of about a ratio, height over width.
-
-    Each is the multiple of `multiple` that is nearest, and at least one; for a ratio of about 1 it is the square.
-    """
-    height, width = (max(1, round(length / multiple)) * multiple for length in (side * ratio**0.5, side / ratio**0.5))
-    return (side, side) if abs(height - side) < multiple and abs(width - side) < multiple else (height, width)
-
-
-def image_to_rgb(image: Image.Image, value_range: float | None = None) -> Image.Image:
-    """Any PIL image as 8-bit RGB for the screen, turned upright by its EXIF or XMP orientation.
-
-    Deeper images, of modes `I;16`, `I` and `F`, are scaled by `value_range` or, without one, by the smallest range
-    that holds the image (see `smallest_range`). Transparent pixels are laid over white.
-
-    Raises:
-        UnreadableImageError: mode `I` or `F` with values that are negative, not finite or beyond every range.
-    """
-    image = turn_upright(image)
-    if is_deep(image.mode):
-        value_range = smallest_range(check_values(image), image.mode == "F") if value_range is None else value_range
-        scaled = scale_values(np.asarray(image), value_range)
-        return Image.fromarray(np.rint(scaled * 255.0).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def find_value_range(images: Iterable[Any], skip_unreadable: bool = False) -> float | None:
-    """The end of the smallest range that holds all of single images; None where none has more than 8 bits.
-
-    Only files with more than 8 bits are decoded. Those that cannot be read raise, or are skipped.
-    """
-    return _find_value_range(((image, "image") for image in images), skip_unreadable)
-
-
-def common_value_range(*sets: Sequence[Any]) -> float | None:
-    """`find_value_range` of all images of sets; None, without reading them all, where no first one is deep."""
-    if find_value_range(images[0] for images in sets if len(images)) is None:
-        return None
-    return find_value_range(images[i] for images in sets for i in range(len(images)))
-
-
-def _find_value_range(items: Iterable[tuple[Any, str]], skip_unreadable: bool = False) -> float | None:
-    found: float | None = None
-    for image, name in items:
-        try:
-            if isinstance(image, (str, os.PathLike)):
-                image = read_image(image) if is_deep(image_file_header(image)[1]) else None
-        except (UnreadableImageError, FileNotFoundError):
-            if skip_unreadable:
-                continue
-            raise
-        try:
-            one = value_range_of(image)
-        except UnreadableImageError as error:
-            raise UnreadableImageError(f"`{name}` cannot be read as an image: {error}") from error
-        if one is not None:
-            found = one if found is None else max(found, one)
-    return found
 
 
 def images_to_tensors(image: ImageInput, name: str = "image", value_range: float | None = None) -> list[torch.Tensor]:
@@ -123,102 +70,23 @@ def images_to_tensors(image: ImageInput, name: str = "image", value_range: float
             that is no image.
         FileNotFoundError: a path at which no file stands.
     """
-    items = [(read_image(one) if isinstance(one, (str, os.PathLike)) else one, of) for one, of in _flatten(image, name)]
+    items = [(read_image(one) if isinstance(one, (str, os.PathLike)) else one, of) for one, of in flatten(image, name)]
     if value_range is None:
-        value_range = _find_value_range(items)
+        value_range = smallest_common_range(items)
     return [tensor for one, of in items for tensor in _to_tensors(one, of, value_range)]
-
-
-def _flatten(image: ImageInput, name: str) -> list[tuple[Any, str]]:
-    """The items of nested lists, each with its place for messages."""
-    if not isinstance(image, (list, tuple)):
-        return [(image, name)]
-    if not image:
-        raise ValueError(f"`{name}` is an empty list. Pass at least one image.")
-    return [entry for i, item in enumerate(image) for entry in _flatten(item, f"{name}[{i}]")]
 
 
 def _to_tensors(image: Any, name: str, value_range: float | None) -> list[torch.Tensor]:
     """(3, H, W) float32 tensors in [0, 1] of an image or a batch in memory."""
-    if isinstance(image, Image.Image):
-        image = _pil_to_array(_upright(image, name), value_range)
-    if isinstance(image, np.ndarray):
-        image = _array_to_tensor(image, name)  # (N, C, H, W)
-    elif isinstance(image, torch.Tensor):
+    if isinstance(image, torch.Tensor):
         if image.ndim not in (2, 3, 4):
             raise ValueError(
                 f"`{name}` must have shape (H, W), (C, H, W) or (N, C, H, W), but has {tuple(image.shape)}."
             )
-        image = image[(None,) * (4 - image.ndim)]  # (N, C, H, W)
-    else:
-        raise ValueError(
-            f"`{name}` must be a PIL image, an array, a tensor, a path or a list of these, but is {type(image)}."
-        )
-    if image.shape[1] not in (1, 3):
-        raise ValueError(
-            f"`{name}` must have 1 or 3 channels, but has {image.shape[1]} (as a tensor: {tuple(image.shape)}). "
-            "Tensors are channels first, arrays channels last."
-        )
-    if image.numel() == 0:
-        raise ValueError(f"`{name}` has no pixels: its shape is {tuple(image.shape)}.")
-    if image.dtype == torch.uint8:
-        image = image.to(torch.float32) / 255.0
-    elif image.dtype == torch.uint16:
-        image = torch.from_numpy(scale_values(image.cpu().numpy(), 65535.0 if value_range is None else value_range))
-    elif image.is_floating_point():
-        image = image.to(torch.float32)
-        lowest, highest = float(image.min()), float(image.max())  # NaN passes through min and max
-        if not (np.isfinite(lowest) and np.isfinite(highest)):
-            raise ValueError(f"`{name}` holds NaN or infinity. Clean it before the call.")
-        if lowest < 0.0 or highest > 1.0:
-            raise ValueError(
-                f"`{name}` must lie in [0, 1] when it is floating point, but spans [{lowest:.4g}, {highest:.4g}]. "
-                "Divide by 255 or pass uint8."
-            )
-    else:
-        raise ValueError(f"`{name}` must be uint8, uint16 or floating point, but is {image.dtype}.")
-    return list(image.expand(-1, 3, -1, -1))
-
-
-def _upright(image: Image.Image, name: str) -> Image.Image:
-    """A PIL image, decoded and upright.
-
-    Raises:
-        ValueError, UnreadableImageError: it has no pixels, or turns out broken only now that it is decoded.
-    """
-    if 0 in image.size:
-        raise ValueError(f"`{name}` has no pixels: its size is {image.size}.")
-    try:
-        upright = turn_upright(image)
-        check_values(upright)
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise UnreadableImageError(f"`{name}` cannot be read as an image: {error}") from error
-    return upright
-
-
-def _pil_to_array(image: Image.Image, value_range: float | None) -> np.ndarray:
-    """An upright image as (H, W, 3) uint8 or, where it holds more than 8 bits, (H, W) float32 in [0, 1]."""
-    if not is_deep(image.mode):
-        return np.asarray(image_to_rgb(image))
-    largest = check_values(image)
-    return scale_values(
-        np.asarray(image), smallest_range(largest, image.mode == "F") if value_range is None else value_range
-    )
-
-
-def _array_to_tensor(array: np.ndarray, name: str) -> torch.Tensor:
-    if array.ndim not in (2, 3, 4):
-        raise ValueError(f"`{name}` must have shape (H, W), (H, W, C) or (N, H, W, C), but has {array.shape}.")
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim == 3:
-        array = array[None]
-    if array.dtype.kind not in "uf":
-        raise ValueError(f"`{name}` must be an unsigned integer or floating-point array, but is {array.dtype}.")
-    array = np.ascontiguousarray(array.transpose(0, 3, 1, 2))  # (N, C, H, W)
-    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable))
+        image = image[(None,) * (4 - image.ndim)].movedim(1, -1)  # (N, H, W, C)
+        image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
+    array = np.ascontiguousarray(to_arrays(image, name, value_range).transpose(0, 3, 1, 2))  # (N, C, H, W)
+    return list(torch.from_numpy(array).expand(-1, 3, -1, -1))
 
 
 class ImageSequence:
@@ -242,14 +110,14 @@ class ImageSequence:
         self._items: list[tuple[Any, str]] = []
         self.sizes: list[tuple[int, int]] = []
         deep: list[tuple[Any, str]] = []
-        for one, place in _flatten(image, name):
+        for one, place in flatten(image, name):
             singles: list[Any]
             if isinstance(one, (str, os.PathLike)):
                 (width, height), mode = image_file_header(one)
                 singles, sizes = [one], [(height, width)]
                 deep += [(one, place)] if is_deep(mode) else []
             elif isinstance(one, Image.Image):
-                upright = _upright(one, place)
+                upright = upright_image(one, place)
                 singles, sizes = [upright], [(upright.height, upright.width)]
                 deep += [(upright, place)] if is_deep(upright.mode) else []
             else:
@@ -260,7 +128,7 @@ class ImageSequence:
                 deep += [(single, place) for single in singles]
             self._items += [(single, place) for single in singles]
             self.sizes += sizes
-        self.found_value_range = _find_value_range(deep) if value_range is None else None
+        self.found_value_range = smallest_common_range(deep) if value_range is None else None
         self.value_range = self.found_value_range if value_range is None else value_range
 
     @classmethod
@@ -293,7 +161,7 @@ class ImageSequence:
         """Each image as it is, one at a time: a PIL image, upright, or a tensor (3, H, W) in [0, 1]."""
         for image, name in self._decoded(reduce_large=False):
             is_picture = isinstance(image, Image.Image)
-            yield _upright(image, name) if is_picture else _to_tensors(image, name, self.value_range)[0]
+            yield upright_image(image, name) if is_picture else _to_tensors(image, name, self.value_range)[0]
 
     def _decoded(self, reduce_large: bool) -> Iterable[tuple[Any, str]]:
         for image, name in self._items:
@@ -341,7 +209,28 @@ def resize_images(images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Bilinear with antialiasing, (N, C, H, W) -> (N, C, *size): the one resize of training and inference."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images
+    if is_exporting():  # not every runtime knows antialiasing, and OpenVINO passes over it silently
+        height, width = images.shape[-2:]
+        return resample(images, resize_weights(height, size[0]), resize_weights(width, size[1]))
     return F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
+
+
+def network_input(image: Image.Image, size: Sequence[int], value_range: float | None) -> np.ndarray:
+    """`resize_image` as (*size, 3)."""
+    return resize_image(image, size, value_range)[0].movedim(0, -1).numpy()
+
+
+def resize_map(values: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """`resize_images` of one array, (h, w) float32 -> size."""
+    return resize_images(torch.from_numpy(values)[None, None], size)[0, 0].numpy()
+
+
+WITH_TORCH = Resizing(network_input, resize_map)
+
+
+def resample(images: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> torch.Tensor:
+    """(N, C, H, W) to (N, C, h, w) by two products, with weights (h, H) and (w, W)."""
+    return torch.from_numpy(rows).to(images) @ (images @ torch.from_numpy(columns).to(images).mT)
 
 
 def images_to_pixel_values(images: Sequence[torch.Tensor] | ImageSequence, size: Sequence[int]) -> torch.Tensor:

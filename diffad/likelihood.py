@@ -13,6 +13,8 @@ float32, also inside an autocast region and for half-precision inputs.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -25,19 +27,46 @@ def _at(coefficients: torch.Tensor, timesteps: torch.Tensor, sample: torch.Tenso
     return picked.view(-1, 1, 1, 1)
 
 
-def _schedule(scheduler: SchedulerMixin) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Float64 betas, alpha_bar_t and alpha_bar_{t-1} on the CPU, each (num_train_timesteps,)."""
+class _Tables(NamedTuple):
+    """What the functions below take of a schedule at each timestep, (num_train_timesteps,) float64 on the CPU.
+
+    clean_weight, noisy_weight: of x_0 and x_t in the posterior's mean (DDPM eq. 7).
+    log_variance: log beta~_t (eq. 7); t = 0 takes that of t = 1: its own is log 0.
+    log_beta: log beta_t.
+    inverse_signal, noise_ratio: of x_t and epsilon in the predicted x_0 (eq. 15).
+    """
+
+    clean_weight: torch.Tensor
+    noisy_weight: torch.Tensor
+    log_variance: torch.Tensor
+    log_beta: torch.Tensor
+    inverse_signal: torch.Tensor
+    noise_ratio: torch.Tensor
+
+
+# by scheduler: its betas, which may be replaced, and the tables. Made once, so that an exported graph has the numbers
+# and not the products that lead to them.
+_KNOWN: WeakKeyDictionary[SchedulerMixin, tuple[torch.Tensor, _Tables]] = WeakKeyDictionary()
+
+
+def _tables(scheduler: SchedulerMixin) -> _Tables:
+    known = _KNOWN.get(scheduler)
+    if known is not None and known[0] is scheduler.betas:
+        return known[1]
     betas = scheduler.betas.detach().to("cpu", torch.float64)
-    alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
-    alphas_cumprod_prev = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-    return betas, alphas_cumprod, alphas_cumprod_prev
-
-
-def _posterior_log_variance(scheduler: SchedulerMixin) -> torch.Tensor:
-    """The log of beta~_t (DDPM eq. 7), (num_train_timesteps,) float64; t = 0 takes that of t = 1: its own is log 0."""
-    betas, alphas_cumprod, alphas_cumprod_prev = _schedule(scheduler)
+    alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)  # alpha_bar_t
+    alphas_cumprod_prev = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])  # alpha_bar_{t-1}
     variance = betas * (1.0 - alphas_cumprod_prev) / (1.0 - alphas_cumprod)
-    return torch.log(torch.cat([variance[1:2], variance[1:]]))
+    tables = _Tables(
+        clean_weight=betas * alphas_cumprod_prev.sqrt() / (1.0 - alphas_cumprod),
+        noisy_weight=(1.0 - alphas_cumprod_prev) * (1.0 - betas).sqrt() / (1.0 - alphas_cumprod),
+        log_variance=torch.log(torch.cat([variance[1:2], variance[1:]])),
+        log_beta=betas.log(),
+        inverse_signal=alphas_cumprod.rsqrt(),
+        noise_ratio=(1.0 / alphas_cumprod - 1.0).sqrt(),
+    )
+    _KNOWN[scheduler] = (scheduler.betas, tables)
+    return tables
 
 
 def _check(scheduler: SchedulerMixin, timesteps: torch.Tensor, **samples: torch.Tensor) -> None:
@@ -59,6 +88,8 @@ def _check(scheduler: SchedulerMixin, timesteps: torch.Tensor, **samples: torch.
             f"{timesteps.dtype} of shape {tuple(timesteps.shape)}."
         )
     last = scheduler.config.num_train_timesteps - 1
+    if torch.compiler.is_compiling():
+        return  # a graph has no values yet
     if timesteps.numel() and (int(timesteps.min()) < 0 or int(timesteps.max()) > last):
         raise ValueError(f"`timesteps` must lie in [0, {last}], but are {timesteps.tolist()}.")
 
@@ -79,12 +110,10 @@ def posterior_mean_log_variance(
         variance is that of t = 1.
     """
     _check(scheduler, timesteps, clean_sample=clean_sample, noisy_sample=noisy_sample)
-    betas, alphas_cumprod, alphas_cumprod_prev = _schedule(scheduler)
-    clean_weight = betas * alphas_cumprod_prev.sqrt() / (1.0 - alphas_cumprod)
-    noisy_weight = (1.0 - alphas_cumprod_prev) * (1.0 - betas).sqrt() / (1.0 - alphas_cumprod)
+    tables = _tables(scheduler)
     clean, noisy = clean_sample.float(), noisy_sample.float()
-    mean = _at(clean_weight, timesteps, clean) * clean + _at(noisy_weight, timesteps, noisy) * noisy
-    log_variance = _at(_posterior_log_variance(scheduler), timesteps, clean).expand_as(mean)
+    mean = _at(tables.clean_weight, timesteps, clean) * clean + _at(tables.noisy_weight, timesteps, noisy) * noisy
+    log_variance = _at(tables.log_variance, timesteps, clean).expand_as(mean)
     return mean, log_variance
 
 
@@ -100,11 +129,10 @@ def predicted_clean_sample(
     `clip_sample` clips it to `[-r, r]`, r the scheduler's `clip_sample_range`; None takes the scheduler's setting.
     """
     _check(scheduler, timesteps, noise_prediction=noise_prediction, noisy_sample=noisy_sample)
-    _, alphas_cumprod, _ = _schedule(scheduler)
-    noisy = noisy_sample.float()
+    tables, noisy = _tables(scheduler), noisy_sample.float()
     clean = (
-        _at(alphas_cumprod.rsqrt(), timesteps, noisy) * noisy
-        - _at((1.0 / alphas_cumprod - 1.0).sqrt(), timesteps, noisy) * noise_prediction.float()
+        _at(tables.inverse_signal, timesteps, noisy) * noisy
+        - _at(tables.noise_ratio, timesteps, noisy) * noise_prediction.float()
     )
     if scheduler.config.clip_sample if clip_sample is None else clip_sample:
         limit = scheduler.config.clip_sample_range
@@ -141,8 +169,8 @@ def predicted_mean_log_variance(
         noise_prediction, variance_fraction = model_output.float().chunk(2, dim=1)  # (N, C, H, W) each
         clean = predicted_clean_sample(scheduler, noise_prediction, noisy_sample, timesteps, clip_sample)
         mean, _ = posterior_mean_log_variance(scheduler, clean, noisy_sample, timesteps)
-        lowest = _at(_posterior_log_variance(scheduler), timesteps, mean)
-        highest = _at(_schedule(scheduler)[0].log(), timesteps, mean)
+        lowest = _at(_tables(scheduler).log_variance, timesteps, mean)
+        highest = _at(_tables(scheduler).log_beta, timesteps, mean)
         fraction = (variance_fraction + 1.0) / 2.0
         return mean, fraction * highest + (1.0 - fraction) * lowest
 

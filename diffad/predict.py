@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import torch
 from PIL import Image
 
+from diffad.deployment.runtime import Runtime
 from diffad.drift_table import save_calibration_scores
 from diffad.files import locked_folder, write_text_whole, write_whole
 from diffad.grey_depth import BAND_PIXELS, UnreadableImageError, value_range_of, warn_of_found_range
+from diffad.image_arrays import WITHOUT_TORCH, find_value_range, image_to_rgb, pil_to_array
 from diffad.image_files import LARGE_PIXELS, image_file_header, one_large_at_a_time, read_image
-from diffad.images import Side, as_size, find_value_range, image_to_rgb, image_to_tensor, resize_image, resize_images
+from diffad.image_sizes import Side, as_size
 from diffad.inputs import LOCK_NAME, PICTURE_FOLDERS, SHEET_NAME, find_images
 from diffad.journal import (
     COLUMNS,
@@ -47,7 +48,7 @@ from diffad.journal import (
 )
 from diffad.region_files import REGION_FILES, RegionJournal, describe_regions
 from diffad.regions import without_small_regions
-from diffad.seeding import image_generator
+from diffad.resizing import Resizing
 from diffad.visualization import overlay, save_rows
 
 __all__ = ["find_images", "predict_files", "score_files"]
@@ -55,7 +56,7 @@ __all__ = ["find_images", "predict_files", "score_files"]
 SETTINGS_NAME = "settings.json"
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
 
-# (network inputs, each (3, R, R') in [0, 1]; places of the images among all) -> an `AnomalyOutput` of tensors
+# (network inputs, each (R, R', 3) in [0, 1]; places of the images among all) -> an output of arrays or CPU tensors
 Detect: TypeAlias = Callable[[list[Any], list[int]], Any]
 
 
@@ -65,12 +66,12 @@ class Decoded(NamedTuple):
     Attributes:
         size: (H, W) of the file.
         pixels: (h, w, 3) uint8, what its overlay is drawn on: of this size or, where it is large, reduced.
-        network_input: (3, R, R') in [0, 1], what the networks see; or the image as it is, of which they see tiles.
+        network_input: (R, R', 3) in [0, 1], what the networks see; or the image as it is, of which they see tiles.
     """
 
     size: tuple[int, int]
     pixels: np.ndarray
-    network_input: torch.Tensor | Image.Image
+    network_input: np.ndarray | Image.Image
 
 
 def predict_files(
@@ -86,7 +87,7 @@ def predict_files(
     """Scores image files and writes overlays, maps, masks, `scores.csv` and a sheet of the most anomalous.
 
     Args:
-        pipeline: an anomaly pipeline; uncalibrated, it gives no masks and no verdicts.
+        pipeline: an anomaly pipeline, or a `Runtime`; uncalibrated, it gives no masks and no verdicts.
         paths: image files, as from `find_images`; a file of several names counts once. The outputs keep their folders
             below the common one.
         output_dir: gets `overlays/`, `maps/` (16-bit PNG: map_low at 0, map_high at 65535, both in scores.csv),
@@ -118,7 +119,8 @@ def predict_files(
     if settings["value_range"] is None and (found := find_value_range(paths, skip_unreadable=True)) is not None:
         warn_of_found_range(found)
         settings["value_range"] = found
-    counts = score_files(detect, side, threshold, settings, paths, output_dir, at_once, num_workers, report)
+    resizing = resizing_of(pipeline)
+    counts = score_files(detect, side, threshold, settings, paths, output_dir, at_once, num_workers, report, resizing)
     if pipeline.has_thresholds:
         save_calibration_scores(Path(output_dir), pipeline, index)
     return counts
@@ -130,9 +132,13 @@ def detection_settings(pipeline: Any, category: str | None, seed: int) -> tuple[
     settings["value_range"] = pipeline.value_range
     if not pipeline.has_thresholds:
         return settings, None
-    index, calibration = pipeline.category_index(category), pipeline.calibration
-    settings["calibration"] = [float(t[index]) for t in (calibration.image_threshold, calibration.pixel_threshold)]
-    settings["smallest_area"] = calibration.config.smallest_area or None
+    index = pipeline.category_index(category)
+    if isinstance(pipeline, Runtime):
+        thresholds, smallest_area = pipeline.metadata, 0.0
+    else:
+        thresholds, smallest_area = pipeline.calibration, pipeline.calibration.config.smallest_area
+    settings["calibration"] = [float(thresholds.image_threshold[index]), float(thresholds.pixel_threshold[index])]
+    settings["smallest_area"] = smallest_area or None
     return settings, settings["calibration"][1]
 
 
@@ -144,8 +150,21 @@ def decoding_of(pipeline: Any, batch_size: int) -> tuple[Side | None, int]:
     return (None, 1) if pipeline.tile_size else (pipeline.input_resolution, batch_size)
 
 
+def resizing_of(pipeline: Any) -> Resizing:
+    """As the pipeline resizes in a call of its own."""
+    if isinstance(pipeline, Runtime):
+        return WITHOUT_TORCH
+    from diffad.images import WITH_TORCH
+
+    return WITH_TORCH
+
+
 def pipeline_detect(pipeline: Any, category: str | None, batch_size: int, seed: int) -> Detect:
     """A pipeline as `score_files` takes it."""
+    if isinstance(pipeline, Runtime):
+        index = pipeline.category_index(category)
+        return lambda network_inputs, places: pipeline.run(np.stack(network_inputs), index)
+    from diffad.seeding import image_generator
 
     def detect(network_inputs: list[Any], places: list[int]) -> Any:
         return pipeline(
@@ -170,11 +189,12 @@ def score_files(
     batch_size: int = 16,
     num_workers: int = 2,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
+    resizing: Resizing = WITHOUT_TORCH,
 ) -> dict[str, int]:
     """`predict_files`, of anything that detects.
 
     Args:
-        detect: from a batch of images (3, R, R') in [0, 1] and their places in `paths` to an output with `anomaly_map`
+        detect: from a batch of images (R, R', 3) in [0, 1] and their places in `paths` to an output with `anomaly_map`
             (N, h, w) and `anomaly_score` (N,) and, unless `threshold` is None, `anomaly_mask`,
             `p_value` and `is_anomalous`.
         side: of the networks' images, in pixels, or height and width; None hands `detect` the images as they are.
@@ -186,6 +206,7 @@ def score_files(
         batch_size: as there.
         num_workers: as there.
         report: as there.
+        resizing: of images and maps.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
@@ -222,7 +243,7 @@ def score_files(
                 file.flush()
 
             being_written: list[dict[str, Any] | Future] = []
-            for batch in decoded_batches(todo, side, batch_size, pool, settings.get("value_range")):
+            for batch in decoded_batches(todo, side, batch_size, pool, settings.get("value_range"), resizing):
                 good = [(i, decoded) for i, _, decoded in batch if isinstance(decoded, Decoded)]
                 if good:
                     output = detect([decoded.network_input for _, decoded in good], [i for i, _ in good])
@@ -233,7 +254,9 @@ def score_files(
                     if isinstance(decoded, Decoded):
                         row["picture"] = pictures[one.file]
                         being_written.append(
-                            pool.submit(write_outputs, row, output, j, decoded, output_dir, threshold, smallest_area)
+                            pool.submit(
+                                write_outputs, row, output, j, decoded, output_dir, threshold, smallest_area, resizing
+                            )
                         )
                         j += 1
                     else:
@@ -335,6 +358,7 @@ def decoded_batches(
     batch_size: int,
     pool: ThreadPoolExecutor,
     value_range: float | None,
+    resizing: Resizing = WITHOUT_TORCH,
 ) -> Iterator[list[tuple[int, Input, Decoded | Exception]]]:
     """Decoded images, or the error of reading them, with one batch decoded ahead."""
 
@@ -343,7 +367,7 @@ def decoded_batches(
             (width, height), _ = image_file_header(path)
             with one_large_at_a_time(width * height):
                 image = read_image(path, reduce_large=side is not None)
-                network_input = _network_input(image, side, value_range)
+                network_input = _network_input(image, side, value_range, resizing)
                 pixels = np.asarray(image_to_rgb(_reduce(image), value_range))
         except (UnreadableImageError, OSError) as error:
             return error
@@ -366,10 +390,12 @@ def decoded_batches(
         yield batch
 
 
-def _network_input(image: Image.Image, side: Side | None, value_range: float | None) -> torch.Tensor | Image.Image:
+def _network_input(
+    image: Image.Image, side: Side | None, value_range: float | None, resizing: Resizing
+) -> np.ndarray | Image.Image:
     if side is None:
-        return image if value_range_of(image) is None else image_to_tensor(image, value_range)
-    return resize_image(image, as_size(side), value_range)[0].clamp(0.0, 1.0)  # rounding may have left the range
+        return image if value_range_of(image) is None else pil_to_array(image, value_range)
+    return resizing.image(image, as_size(side), value_range).clip(0.0, 1.0)  # rounding may have left the range
 
 
 def _reduce(image: Image.Image) -> Image.Image:
@@ -385,18 +411,22 @@ def _reduce(image: Image.Image) -> Image.Image:
 
 
 def _at_size(
-    image: torch.Tensor, shown: torch.Tensor, size: tuple[int, int], finish: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+    image: np.ndarray,
+    shown: np.ndarray,
+    size: tuple[int, int],
+    finish: Callable[[np.ndarray], np.ndarray],
+    resizing: Resizing,
+) -> np.ndarray:
     """What `finish` makes of an image (h, w) at a size (H, W), in bands of rows, as that may be large.
 
     `shown` is the image as the overlay has it, which mostly is that size.
     """
-    if tuple(shown.shape) == size:
+    if shown.shape == size:
         return finish(shown)
     height, width = size
-    rows = resize_images(torch.eye(image.shape[0])[None, None], (height, image.shape[0]))[0, 0]  # (H, h): its weights
-    wide = resize_images(image[None, None], (image.shape[0], width))[0, 0]  # (h, W)
-    result, step = finish(shown[:1]).new_empty(size), max(1, BAND_PIXELS // width)
+    rows = resizing.map(np.eye(image.shape[0], dtype=np.float32), (height, image.shape[0]))  # (H, h): its weights
+    wide = resizing.map(image, (image.shape[0], width))  # (h, W)
+    result, step = np.empty(size, finish(shown[:1]).dtype), max(1, BAND_PIXELS // width)
     for top in range(0, height, step):
         result[top : top + step] = finish(rows[top : top + step] @ wide)
     return result
@@ -410,24 +440,28 @@ def write_outputs(
     output_dir: Path,
     threshold: float | None,
     smallest_area: float,
+    resizing: Resizing,
 ) -> dict[str, Any]:
     """Writes one image's pictures and completes its row.
 
     Raises:
         OSError: the disk is full: no picture of any other could be written.
     """
-    anomaly_map = output.anomaly_map[j]  # (h, w)
-    shown = resize_images(anomaly_map[None, None], decoded.pixels.shape[:2])[0, 0]  # (h, w)
+    anomaly_map = np.asarray(output.anomaly_map[j])  # (h, w)
+    shown = resizing.map(anomaly_map, decoded.pixels.shape[:2])  # (h', w')
     low, high = float(shown.min()), float(shown.max())
 
-    def to_16_bits(values: torch.Tensor) -> torch.Tensor:
-        return ((values - low) / max(high - low, 1e-12) * 65535.0 + 0.5).clamp(0, 65535).to(torch.uint16)
+    def to_16_bits(values: np.ndarray) -> np.ndarray:
+        scaled = (values - np.float32(low)) / np.float32(max(high - low, 1e-12)) * np.float32(65535.0)
+        return (scaled + np.float32(0.5)).clip(0, 65535).astype(np.uint16)
 
-    def to_mask(values: torch.Tensor) -> torch.Tensor:  # as `threshold_output`
-        return (values > (math.inf if threshold is None else threshold)) & bool(output.is_anomalous[j])
+    def to_mask(values: np.ndarray) -> np.ndarray:  # as `threshold_output`
+        is_above = values > np.float32(math.inf if threshold is None else threshold)
+        return is_above & bool(output.is_anomalous[j])
 
     def mask() -> np.ndarray:
-        return without_small_regions(_at_size(anomaly_map, shown, decoded.size, to_mask).numpy(), smallest_area)
+        at_size = _at_size(anomaly_map, shown, decoded.size, to_mask, resizing)
+        return without_small_regions(at_size, smallest_area)
 
     row |= {
         "score": f"{float(output.anomaly_score[j]):.6g}",
@@ -436,19 +470,19 @@ def write_outputs(
         "verdict": "scored",
     }
     # each made when it is its turn: those of a large image are large
-    pictures = {"maps": lambda: _at_size(anomaly_map, shown, decoded.size, to_16_bits).numpy()}
+    pictures = {"maps": lambda: _at_size(anomaly_map, shown, decoded.size, to_16_bits, resizing)}
     outlined = None
     if threshold is not None:
-        outlined = without_small_regions(to_mask(shown).numpy(), smallest_area)
+        outlined = without_small_regions(to_mask(shown), smallest_area)
         pictures["masks"] = lambda: mask().astype(np.uint8) * 255
         row["p_value"] = f"{float(output.p_value[j]):.6g}"
         row["verdict"] = "anomalous" if bool(output.is_anomalous[j]) else "normal"
         row["upright_size"], row["regions"] = decoded.size, []
         if bool(output.is_anomalous[j]):
             with one_large_at_a_time(math.prod(decoded.size)):
-                at_size = _at_size(anomaly_map, shown, decoded.size, lambda values: values).numpy()
+                at_size = _at_size(anomaly_map, shown, decoded.size, lambda values: values, resizing)
                 row["regions"] = describe_regions(at_size, mask())
-    pictures["overlays"] = lambda: overlay(decoded.pixels, shown.numpy(), outlined, threshold)
+    pictures["overlays"] = lambda: overlay(decoded.pixels, shown, outlined, threshold)
     try:
         for folder, picture in pictures.items():
             with one_large_at_a_time(math.prod(decoded.size)):

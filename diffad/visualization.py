@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
 
 from diffad.files import write_whole
+from diffad.inferno import INFERNO
 
-COLOR_MAP = "inferno"  # perceptually uniform, and dark where there is nothing to see
+if TYPE_CHECKING:  # what draws the results of an exported model has no torch
+    import torch
+
 OUTLINE = (0, 255, 255)  # absent from the colour map, so that an outline is never taken for heat
 
 
 def to_uint8(image: torch.Tensor | np.ndarray) -> np.ndarray:
     """An image for the screen, (H, W, 3) uint8, from a (3, H, W) tensor in [-1, 1] or an (H, W, 3) array in [0, 1]."""
-    if isinstance(image, torch.Tensor):
+    if not isinstance(image, np.ndarray):
         image = image.detach().float().cpu().permute(1, 2, 0).numpy() / 2.0 + 0.5
     return (np.clip(image, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
 
@@ -27,19 +28,21 @@ def to_uint8(image: torch.Tensor | np.ndarray) -> np.ndarray:
 def heat_map(anomaly_map: torch.Tensor | np.ndarray, low: float | None = None, high: float | None = None) -> np.ndarray:
     """A map as colours, (H, W) -> (H, W, 3) uint8; `low` and `high` are the ends of the scale (the map's own)."""
     values = np.asarray(
-        anomaly_map.detach().float().cpu() if isinstance(anomaly_map, torch.Tensor) else anomaly_map,
-        dtype=np.float32,
+        anomaly_map if isinstance(anomaly_map, np.ndarray) else anomaly_map.detach().float().cpu(), dtype=np.float32
     )
     low = float(values.min()) if low is None else low
     high = float(values.max()) if high is None else high
     scaled = np.clip((values - low) / max(high - low, 1e-12), 0.0, 1.0)
-    return matplotlib.colormaps[COLOR_MAP](scaled, bytes=True)[..., :3]
+    return INFERNO[np.minimum((scaled * np.float32(256.0)).astype(np.int64), 255)]
 
 
 def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
     """The border of a mask's regions, inside them, (H, W) bool."""
-    mask = np.asarray(mask, dtype=bool)
-    return mask & ~ndimage.binary_erosion(mask, iterations=width, border_value=1)
+    mask = inside = np.asarray(mask, dtype=bool)
+    for _ in range(width):  # what keeps its four neighbours; beyond the image counts as inside
+        padded = np.pad(inside, 1, constant_values=True)
+        inside = inside & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inside
 
 
 def overlay(

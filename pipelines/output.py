@@ -88,7 +88,7 @@ def threshold_output(output: Output, category: torch.Tensor, calibration: ScoreC
     output.is_anomalous = (scores > calibration.image_threshold[indices]).cpu()  # (N,)
     above = torch.as_tensor(output.anomaly_map) > calibration.pixel_threshold[indices].cpu()[:, None, None]  # (N, H, W)
     mask = above & output.is_anomalous[:, None, None]
-    smallest_area = calibration.config.smallest_area
+    smallest_area = calibration.smallest_area
     if smallest_area:
         mask = torch.stack([torch.from_numpy(without_small_regions(one.numpy(), smallest_area)) for one in mask])
     output.anomaly_mask = mask

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -501,6 +503,18 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         if self.config.score_fraction:
             return top_fraction_score(anomaly_map, self.config.score_fraction)
         return max_score(anomaly_map)
+
+    def export(
+        self,
+        path: str | os.PathLike,
+        format: str | None = None,
+        precision: str = "fp32",
+        images: Sequence[Any] | None = None,
+    ) -> Path:
+        """A call as one graph, calibration inside, that runs without torch: `diffad.deployment.export`."""
+        from diffad.deployment.export import export_pipeline
+
+        return export_pipeline(self, path, format, precision, images)
 
     # -- one-line ways to the pipelines that share these networks ------------------------------------------------
 

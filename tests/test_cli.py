@@ -28,6 +28,7 @@ COMMANDS = (
     "evaluate",
     "calibrate",
     "benchmark",
+    "export",
     "convert",
     "push",
 )

@@ -216,7 +216,7 @@ def test_inputs_of_every_kind_and_depth_keep_memory_in_bytes(calibrated, tmp_pat
         assert path == expected
         assert decoded.pixels.dtype == np.uint8
         assert np.array_equal(decoded.pixels, np.asarray(image_to_rgb(Image.open(path))))
-        assert decoded.network_input.shape == (3, 16, 16)
+        assert decoded.network_input.shape == (16, 16, 3)
 
 
 def test_a_large_image_has_maps_and_masks_of_its_own_size_and_a_smaller_overlay(calibrated, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import math
@@ -10,11 +11,11 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import BACKBONE, textures, tiny_pipeline, write_folder, write_mvtec, write_png
+from conftest import BACKBONE, textures, tiny_extractor, tiny_pipeline, write_folder, write_mvtec, write_png
 from diffusers import AutoencoderKL
 from hub_server import running_hub
 from scipy import stats
@@ -22,6 +23,7 @@ from test_pipeline_diad import make_pipeline
 from tiny_taef2 import save_as_published, tiny_taef2
 from typer.testing import CliRunner
 
+from diffad import AnomalyDenoisePipeline
 from diffad.cli import app
 from diffad.predict import find_images, predict_files
 from diffad.training.train_autoencoder import AUTOENCODER_PRESETS
@@ -72,15 +74,36 @@ def workplace(tmp_path, monkeypatch, stable_diffusion) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Callable[[], Path]:
+    """Makes an exported model, once, where what it takes is installed."""
+
+    @functools.cache
+    def make() -> Path:
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+        pipeline = AnomalyDenoisePipeline(None, None, tiny_extractor(image_size=16))
+        pipeline.calibrate(textures(12), false_alarm_rate=0.25)
+        return pipeline.export(tmp_path_factory.mktemp("exported") / "parts.onnx")
+
+    return make
+
+
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_examples_run(code, workplace):
+def test_python_examples_run(code, workplace, exported):
+    if '"parts.onnx"' in code:
+        (workplace / "parts.onnx").symlink_to(exported())
     exec(compile(code, "example", "exec"), {})
 
 
 @pytest.mark.parametrize(
     "words", [c for c in commands() if c[0] == "diffad" and c[1] not in ("demo", "push")], ids=" ".join
 )
-def test_diffad_examples_run(words, workplace):
+def test_diffad_examples_run(words, workplace, exported):
+    if words[1] == "export":
+        pytest.importorskip("onnxscript")
+    elif "parts.onnx" in words:
+        (workplace / "parts.onnx").symlink_to(exported())
     short = ["--minutes", "0.001"] if words[1] == "train" else []  # the last one counts
     result = CliRunner().invoke(app, [*words[1:], *short], catch_exceptions=False)
     assert result.exit_code == 0, result.output

@@ -14,9 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from diffad.exporting import is_exporting
+
 CORESET_SIZE = 2000  # patches kept of a category: 0.6 MB for 152 channels in half precision
 POOL_SIZE = 2**15  # patches of all images, of which they are chosen
 PROJECTED_CHANNELS = 48  # in which they are chosen: random projections keep distances (Johnson and Lindenstrauss, 1984)
+CORESET_AT_ONCE = 250  # of which a graph takes distances together
 FINEST_STRIDE = 8  # PatchCore leaves out what is finer
 
 
@@ -96,6 +99,14 @@ def nearest_distances(
     """
     coreset = coreset.float()
     offset = coreset.square().sum(dim=1)  # (M,)
+    if is_exporting():  # a part of the coreset at a time, which bounds memory; images there are any number of
+        flat = patches.float().flatten(2).mT  # (N, h * w, C)
+        nearest = [
+            (torch.matmul(flat, part.mT) * -2.0 + part.square().sum(dim=1)).amin(dim=2)
+            for part in coreset.split(CORESET_AT_ONCE)
+        ]
+        squared = torch.stack(nearest).amin(dim=0) + flat.square().sum(dim=2)
+        return squared.clamp(min=0.0).sqrt().unflatten(1, patches.shape[-2:])
     squared = patches.new_empty(len(patches), patches[0, 0].numel() if len(patches) else 0, dtype=torch.float32)
     for i, one in enumerate(patches.float().flatten(2)):  # (C, h * w); all images' at once would take 100 MB
         product = torch.addmm(offset, one.mT, coreset.mT, alpha=-2.0)  # (h * w, M)

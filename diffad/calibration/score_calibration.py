@@ -16,6 +16,8 @@ from diffad.calibration.conformal import conformal_threshold, false_alarm_bound
 from diffad.calibration.coreset import nearest_distances
 from diffad.calibration.feature_gaussian import leave_one_out_of_features
 from diffad.calibration.residual_gaussian import by_cell, from_cells, leave_one_out
+from diffad.calibration.triangles import dense_triangles, identity_triangle, multiply_parts, triangle_parts
+from diffad.exporting import is_exporting
 from diffad.moments import POSITIONS_AT_ONCE
 from diffad.scoring import Measurement, resize_maps
 from diffad.warn_once import warn_once
@@ -129,6 +131,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             for name in ("feature_mean", "feature_whitening"):
                 self.register_buffer(name, None)
         self._dense_whitening: dict[tuple[str, int], torch.Tensor] = {}
+        self._whitening_parts: dict[str, list[torch.Tensor]] = {}  # while a graph is exported
         coreset = None if coreset_shape is None else torch.zeros(num_categories, *coreset_shape).half()
         self.register_buffer("coreset", coreset)
         self.coreset_owner: dict[int, torch.Tensor] = {}  # (M,), while a category's statistics are taken
@@ -152,6 +155,11 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the cells that have a covariance."""
         return tuple(self.config.residual_places or self.config.residual_shape[1:])
+
+    @property
+    def smallest_area(self) -> float:
+        """Of a region that counts, as a share of the image's area."""
+        return self.config.smallest_area
 
     @property
     def num_distances(self) -> int:
@@ -201,13 +209,12 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         grid, (num_channels, *size) = self.grid, self.config.residual_shape
         has_positions = self.num_distances == 2
         residual = F.adaptive_avg_pool2d(residual.float(), size)  # (N, C, h, w)
-        of_cells, of_positions = (residual.new_empty(len(residual), *shape) for shape in (grid, size))
+        of_cells, of_positions = (residual.new_empty(residual.shape[0], *shape) for shape in (grid, size))
         with torch.autocast(residual.device.type, enabled=False):
-            for index in set(category.tolist()):
-                chosen = category == index
+            for index, chosen in of_each_category(category):
                 mean = self.residual_mean[index].mT.unflatten(1, size)  # (C, h, w)
                 centered = by_cell(residual[chosen] - mean, grid)  # (P, C, A, N')
-                whitened = (self._whitening("residual", index) @ centered.flatten(2)).view_as(centered)
+                whitened = self._whiten("residual", index, centered.flatten(2)).view_as(centered)
                 average = whitened.mean(dim=2, keepdim=True) if has_positions else whitened  # (P, C, 1, N')
                 cell = average.square().mean(dim=1)  # (P, 1, N')
                 if has_positions:
@@ -242,19 +249,23 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         The features are (N, C, h, w); the other arguments those of `log_distances`.
         """
         num_channels, *grid = self.config.feature_shape
-        distances = features.new_empty(len(features), math.prod(grid), dtype=torch.float32)
+        distances = features.new_empty(features.shape[0], math.prod(grid), dtype=torch.float32)
         with torch.autocast(features.device.type, enabled=False):
-            for index in set(category.tolist()):
-                chosen = category == index
-                mean, whitening = self.feature_mean[index].mT, self._whitening("feature", index)  # (C, P), (P, C, C)
+            for index, chosen in of_each_category(category):
+                mean = self.feature_mean[index].mT  # (C, P)
                 values = features[chosen].float().flatten(2)  # (N', C, P)
-                squared = values.new_empty(values.shape[2], len(values))  # (P, N')
                 if self.config.shared_whitening:
-                    squared = (whitening[0] @ (values - mean)).square_().mean(dim=1).mT  # (P, N')
-                for start in range(0, 0 if self.config.shared_whitening else len(squared), POSITIONS_AT_ONCE):
-                    positions = slice(start, start + POSITIONS_AT_ONCE)  # as many as a cache holds
-                    centered = (values[:, :, positions] - mean[:, positions]).permute(2, 1, 0).contiguous()
-                    squared[positions] = (whitening[positions] @ centered).square_().mean(dim=1)
+                    whitened = self._whiten("feature", index, (values - mean).permute(1, 2, 0).flatten(1)[None])
+                    squared = whitened.square_().mean(dim=1).view(values.shape[2], -1)  # (P, N')
+                else:
+                    parts = []
+                    # as many at once as a cache holds; a graph's runtime divides by itself
+                    step = mean.shape[1] if is_exporting() else POSITIONS_AT_ONCE
+                    for start in range(0, mean.shape[1], step):
+                        positions = slice(start, start + step)
+                        centered = (values[:, :, positions] - mean[:, positions]).permute(2, 1, 0).contiguous()
+                        parts.append(self._whiten("feature", index, centered, positions).square_().mean(dim=1))
+                    squared = torch.cat(parts)  # (P, N')
                 if num_seen:
                     shared_by = math.prod(grid) if self.config.shared_whitening else 1
                     squared = leave_one_out_of_features(squared, num_channels, num_seen * shared_by)
@@ -270,10 +281,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         patches, image = measurement.patches, measurement.image
         if patches is None:
             raise ValueError("`measurement` has no patches, which this calibration scores. Take it from `measure`.")
-        distances = patches.new_empty(len(patches), *patches.shape[-2:], dtype=torch.float32)
+        distances = patches.new_empty(patches.shape[0], *patches.shape[-2:], dtype=torch.float32)
         with torch.autocast(patches.device.type, enabled=False):
-            for index in set(category.tolist()):
-                chosen = category == index
+            for index, chosen in of_each_category(category):
                 own = None if image is None else image[chosen]
                 owner = None if image is None else self.coreset_owner[index]
                 distances[chosen] = nearest_distances(patches[chosen], self.coreset[index], owner, own)
@@ -370,15 +380,21 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             raise ValueError(f"Category {category} is not calibrated. Call `pipe.calibrate` with its good images.")
         return count
 
-    def _whitening(self, name: str, category: int) -> torch.Tensor:
-        """One category's triangles as matrices, (P, C, C); made once, as that takes as long as their product."""
-        if (name, category) not in self._dense_whitening:
-            packed = getattr(self, f"{name}_whitening")[category].float()
+    def prepare_export(self) -> None:
+        """Lays out the whitening as a graph's constants (`triangle_parts`)."""
+        for name in ("residual", "feature"):
+            if (packed := getattr(self, f"{name}_whitening")) is not None:
+                self._whitening_parts[name] = triangle_parts(packed, getattr(self, f"{name}_mean").shape[2])
+
+    def _whiten(self, name: str, category: int, vectors: torch.Tensor, positions: slice = slice(None)) -> torch.Tensor:
+        """One category's whitening at P positions or cells, times vectors (P, C, N)."""
+        if is_exporting():
+            return multiply_parts(self._whitening_parts[name], category, vectors)
+        if (name, category) not in self._dense_whitening:  # made once, as that takes as long as their product
+            packed = getattr(self, f"{name}_whitening")[category]
             num_channels = getattr(self, f"{name}_mean").shape[2]
-            lower = torch.ones(num_channels, num_channels, dtype=torch.bool, device=packed.device).tril()
-            dense = packed.new_zeros(len(packed), num_channels, num_channels)
-            self._dense_whitening[name, category] = dense.masked_scatter_(lower, packed)
-        return self._dense_whitening[name, category]
+            self._dense_whitening[name, category] = dense_triangles(packed, num_channels)
+        return self._dense_whitening[name, category][positions] @ vectors
 
     def normalize(self, maps: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Smoothed maps (N, S, H, W) in standard deviations above what good images show at that pixel."""
@@ -419,9 +435,14 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             self.pixel_threshold[category] = _rounded_up(conformal_threshold(maxima, rate))
 
 
-def identity_triangle(num_channels: int) -> torch.Tensor:
-    """The lower triangle of an identity matrix, row by row: (C (C + 1) / 2,)."""
-    return torch.eye(num_channels)[torch.ones(num_channels, num_channels).tril().bool()]
+def of_each_category(category: torch.Tensor | int) -> list[tuple[Any, Any]]:
+    """Each category of images (N,), and which they are.
+
+    A number, or a tensor (), is the category of all of them: so it is in a graph, which has no values.
+    """
+    if not isinstance(category, torch.Tensor) or category.ndim == 0:
+        return [(category, slice(None))]
+    return [(index, category == index) for index in set(category.tolist())]
 
 
 def _rounded_up(threshold: float) -> float:

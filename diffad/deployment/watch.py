@@ -32,8 +32,10 @@ from diffad.predict import (
     decoding_of,
     detection_settings,
     pipeline_detect,
+    resizing_of,
     write_outputs,
 )
+from diffad.resizing import Resizing
 
 RESCAN_SECONDS = 60.0  # how often the folder is listed beside what the system reports, which may lose some
 PATIENCE = 10.0  # times `settle` that a file which cannot be read is waited for before it is said to be broken
@@ -221,6 +223,7 @@ def watch_folder(
     smallest_area = settings.get("smallest_area") or 0.0
     detect = pipeline_detect(pipeline, category, batch_size, 0)
     side, at_once = decoding_of(pipeline, batch_size)
+    resizing = resizing_of(pipeline)
     with locked_folder(output_dir, LOCK_NAME):
         root = check_settings(settings, output_dir) or begin_settings(settings, str(folder), output_dir)
         if root != str(folder):
@@ -244,10 +247,12 @@ def watch_folder(
                 writer = csv.DictWriter(table, COLUMNS)
                 for found in coming_files(folder, output_dir, files, poll, stop):
                     todo = [(int(event_number(*one[1:]), 16), one) for one in found]
-                    for batch in decoded_batches(todo, side, at_once, pool, settings["value_range"]):
+                    for batch in decoded_batches(todo, side, at_once, pool, settings["value_range"], resizing):
                         if stop.is_set():
                             break
-                        rows = _score(batch, files, detect, folder, output_dir, threshold, smallest_area, pool)
+                        rows = _score(
+                            batch, files, detect, folder, output_dir, threshold, smallest_area, pool, resizing
+                        )
                         events = [_event(row, output_dir) for row in rows]
                         events += _drift_events(rows, drift)
                         for event in events:
@@ -276,6 +281,7 @@ def _score(
     threshold: float | None,
     smallest_area: float,
     pool: ThreadPoolExecutor,
+    resizing: Resizing,
 ) -> list[dict[str, Any]]:
     """Rows of what was read, with their pictures written; what has changed meanwhile comes again."""
     kept = []
@@ -295,7 +301,8 @@ def _score(
             place = one.path.relative_to(folder)
             names = [*map(bounded_name, place.parts[:-1]), bounded_name(place.stem, f"-{event_number(*one[1:])}.png")]
             row["picture"] = "/".join(names)
-            rows.append(pool.submit(write_outputs, row, output, j, decoded, output_dir, threshold, smallest_area))
+            outputs = (row, output, j, decoded, output_dir, threshold, smallest_area, resizing)
+            rows.append(pool.submit(write_outputs, *outputs))
             j += 1
         else:
             rows.append({**row, "verdict": "unreadable", "message": str(decoded)})
@@ -322,7 +329,7 @@ def _event(row: dict[str, Any], output_dir: Path) -> dict[str, Any]:
 
 def _drift_events(rows: Sequence[dict[str, Any]], drift: DriftTest | None) -> list[dict[str, Any]]:
     """Takes rows into the test; an event where it was drift's first."""
-    events = []
+    events: list[dict[str, Any]] = []
     for row in rows:
         if drift is None or not row.get("score") or drift.drifted_at is not None:
             continue

@@ -187,7 +187,7 @@ class DenoisingUNet2DModel(UNet2DModel):
             sample = 2 * sample - 1.0
 
         # 1. Time and class, (N, D)
-        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))  # (N,)
+        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])  # (N,)
         embedding = self.time_embedding(self.time_proj(timesteps).to(self.dtype))
         if self.class_embedding is not None:
             if self.config.class_embed_type == "timestep":

@@ -15,9 +15,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from diffad.images import Side, as_side, as_size
+from diffad.exporting import is_exporting
+from diffad.images import Side, as_side, as_size, resample, resize_images
 from diffad.models.inference_network import inference_network
 from diffad.moments import MomentSums
+from diffad.resizing import pool_weights
 
 LITE0_BACKBONE = "tf_efficientnet_lite0"
 
@@ -178,7 +180,7 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         for size in sizes:
             images = pixel_values
             if size is not None and images.shape[-2:] != size:
-                images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
+                images = resize_images(images.float(), size)
                 images = images.to(pixel_values.dtype)  # torch has no antialiasing in half precision on every device
             if any(length % self.patch_size for length in images.shape[-2:]):
                 raise ValueError(
@@ -268,13 +270,16 @@ def is_hooked(module: torch.nn.Module) -> bool:
 
 def concatenate_layers(layers: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
     """Layers (N, C_i, h_i, w_i) at one size, (N, C, *size); larger ones are averaged, smaller ones interpolated."""
-    resized = [
-        F.adaptive_avg_pool2d(layer, size)
-        if layer.shape[-2] >= size[0] and layer.shape[-1] >= size[1]
-        else F.interpolate(layer, size, mode="bilinear")
-        for layer in layers
-    ]
-    return torch.cat(resized, dim=1)
+
+    def resize(layer: torch.Tensor) -> torch.Tensor:
+        height, width = layer.shape[-2:]
+        if height < size[0] or width < size[1]:
+            return F.interpolate(layer, size, mode="bilinear")
+        if is_exporting() and (height % size[0] or width % size[1]):  # windows that no runtime has a layer for
+            return resample(layer, pool_weights(height, size[0]), pool_weights(width, size[1]))
+        return F.adaptive_avg_pool2d(layer, size)
+
+    return torch.cat([resize(layer) for layer in layers], dim=1)
 
 
 def _choose_layers(

@@ -1,0 +1,74 @@
+"""A graph's networks in 8 bits, by NNCF's post-training quantisation, and thresholds that hold for the result."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from diffad.deployment.runtime import available_cores
+from diffad.installation import needs_extra
+
+MOST_IMAGES = 300  # from which 8-bit ranges are taken: NNCF's default
+FEWEST_IMAGES = 4
+
+
+def quantize_networks(model: Any, batches: Sequence[np.ndarray], weights: tuple[str, ...]) -> Any:
+    """An `onnx.ModelProto` whose networks compute with 8 bits; distances, thresholds and all else stay float32.
+
+    Args:
+        model: a graph with the input `image`.
+        batches: images (1, R', R', 3) in [0, 1].
+        weights: how the names of the networks' weights begin.
+    """
+    with needs_extra("quantize"):
+        nncf = importlib.import_module("nncf")
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nncf.quantize(
+            copy.deepcopy(model),
+            nncf.Dataset(batches, lambda pixels: {"image": pixels}),
+            subset_size=min(len(batches), MOST_IMAGES),
+            ignored_scope=nncf.IgnoredScope(names=sorted(outside_networks(model.graph, weights)), validate=False),
+        )
+
+
+def outside_networks(graph: Any, weights: tuple[str, ...]) -> set[str]:
+    """Names of the nodes of an ONNX graph that are not of the networks: no layer with weights comes after them.
+
+    Nor are the products before, which resize images.
+    """
+    makers = {output: node for node in graph.node for output in node.output}
+    layers = {
+        node.name: node
+        for node in graph.node
+        if node.op_type in ("Conv", "Gemm", "MatMul") and any(name.startswith(weights) for name in node.input)
+    }
+    inside: set[str] = set()
+    waiting = list(layers.values())
+    while waiting:
+        node = waiting.pop()
+        if node.name not in inside:
+            inside.add(node.name)
+            waiting += [makers[name] for name in node.input if name in makers]
+    resizing = {node.name for node in graph.node if node.op_type == "MatMul" and node.name not in layers}
+    return {node.name for node in graph.node} - (inside - resizing)
+
+
+def scores_and_maxima(model: Any, batches: Sequence[np.ndarray]) -> Iterator[tuple[float, float]]:
+    """Of each image (1, R', R', 3), the score and the map's maximum."""
+    with needs_extra("onnx"):
+        onnxruntime = importlib.import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = available_cores()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for pixels in batches:
+        anomaly_map, score = session.run(["anomaly_map", "anomaly_score"], {"image": pixels})
+        yield float(score[0]), float(anomaly_map.max())

@@ -1,0 +1,263 @@
+"""An exported model at work, without torch: NumPy, Pillow and ONNX Runtime or OpenVINO."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+import diffad
+from diffad.deployment.metadata import KEY, OUTPUTS, Metadata
+from diffad.grey_depth import warn_of_found_range
+from diffad.image_arrays import flatten, image_size, resized_array, smallest_common_range
+from diffad.image_files import read_image
+from diffad.image_sizes import as_side, as_size
+from diffad.installation import needs_extra
+from diffad.regions import Region, find_regions
+from diffad.resizing import resize_array
+
+# ONNX Runtime's names of what it computes on
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+OPENVINO_PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+Run: TypeAlias = Callable[[dict[str, np.ndarray]], list[np.ndarray]]  # inputs by name -> outputs in order
+
+
+@dataclass
+class RuntimeOutput:
+    """What a `Runtime` returns for N images: `diffad.AnomalyOutput`, its fields and their meaning, as NumPy arrays."""
+
+    anomaly_map: np.ndarray
+    anomaly_score: np.ndarray
+    reconstruction: None = None
+    anomaly_mask: np.ndarray | None = None
+    is_anomalous: np.ndarray | None = None
+    p_value: np.ndarray | None = None
+
+    @property
+    def regions(self) -> list[list[Region]] | None:
+        """Each image's defects as a list, as of `diffad.AnomalyOutput`."""
+        if self.anomaly_mask is None:
+            return None
+        return [find_regions(*pair) for pair in zip(self.anomaly_map, self.anomaly_mask, strict=True)]
+
+
+class Runtime:
+    """An exported model, called as the pipeline that it was made of.
+
+    ```python
+    runtime = Runtime("model.onnx")
+    out = runtime("part.png")
+    out.anomaly_map, out.anomaly_score, out.is_anomalous
+    ```
+
+    Args:
+        path: an .onnx file, or OpenVINO's .xml with its .bin beside it.
+        device: "cpu"; for an .onnx also "cuda" or "tensorrt", for an .xml whatever OpenVINO names so, such as "gpu".
+        precision: in which networks of float32 weights compute, "float32"; for an .xml also "bfloat16" or "float16",
+            which move scores. OpenVINO would take bfloat16 by itself where a machine has it.
+
+    Attributes:
+        metadata: what the file says of itself (`Metadata`).
+
+    Raises:
+        FileNotFoundError: no file stands there.
+        ValueError: it is no graph of diffad's, or of another version's; or the device is not there.
+        ImportError: the runtime is not installed; the message names the extra that brings it.
+    """
+
+    tile_size = None  # a graph looks at whole images
+
+    def __init__(self, path: str | os.PathLike, device: str = "cpu", precision: str = "float32"):
+        path = Path(path)
+        if path.suffix not in (".onnx", ".xml"):
+            raise ValueError(f"`path` must be an .onnx or an .xml file, but is {path}.")
+        for file in (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,):
+            if not file.is_file():
+                raise FileNotFoundError(f"`path`: no file at {file}.")
+        load = _load_onnx if path.suffix == ".onnx" else _load_openvino
+        self._run, text = load(path, device.lower(), precision)
+        self.metadata = Metadata.loads(text, path, diffad.__version__)
+        self.path = path
+
+    @property
+    def categories(self) -> list[str]:
+        """Names of a unified model's categories; empty for a model of one."""
+        return self.metadata.categories
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether calls give masks, alarms and p-values."""
+        return self.metadata.false_alarm_rate is not None
+
+    @property
+    def value_range(self) -> float | None:
+        """Of images of more than 8 bits."""
+        return self.metadata.value_range
+
+    @property
+    def input_resolution(self) -> int | tuple[int, int]:
+        """Side to which images are resized, or height and width."""
+        return as_side(self.metadata.input_size)
+
+    @property
+    def processing_resolution(self) -> int | tuple[int, int]:
+        """Side of the maps, or height and width, before they are resized to the images' own."""
+        return as_side(self.metadata.map_size)
+
+    def category_index(self, category: str | int | None) -> int:
+        """A category's index; a model of one category asks for nothing.
+
+        Raises:
+            ValueError: a wrong or missing name, or a category without thresholds.
+        """
+        names = self.categories or ["default"]
+        if category is None and len(names) > 1:
+            raise ValueError(f"`category` is needed: this model knows {', '.join(names)}. Pass one of them.")
+        index = 0 if category is None else category
+        if isinstance(index, str):
+            index = names.index(index) if index in names else -1
+        if index not in range(len(names)):
+            raise ValueError(f"`category` {category!r} is unknown: this model knows {', '.join(names)}.")
+        if self.has_thresholds and not np.isfinite(self.metadata.image_threshold[index]):
+            raise ValueError(f"Category {names[index]!r} is not calibrated. Calibrate it and export the model again.")
+        return int(index)
+
+    def __call__(
+        self,
+        image: Any,
+        category: str | int | Sequence[str | int] | None = None,
+        batch_size: int = 16,
+        match_input_resolution: bool = True,
+    ) -> RuntimeOutput:
+        """Maps, scores and verdicts of one image or many.
+
+        Args:
+            image: PIL image, path, array (H, W[, C]) or (N, H, W, C), or a list of these. Floats lie in [0, 1].
+            category: of a unified model, its name or index, one for all images or one each.
+            batch_size: images at once.
+            match_input_resolution: whether maps come at the images' own size, which then must be one; else at the
+                model's.
+
+        Raises:
+            ValueError, FileNotFoundError: an argument is wrong; the message names it and what to do.
+        """
+        items = [(one, place) for item, place in flatten(image, "image") for one in _singles(item, place)]
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be a positive integer, but is {batch_size!r}.")
+        sizes = sorted({image_size(one, place) for one, place in items})
+        if match_input_resolution and len(sizes) > 1:
+            raise ValueError(
+                f"`image` holds images of different sizes ({', '.join(f'{h}x{w}' for h, w in sizes)}, height x width), "
+                "whose maps do not fit one array. Pass `match_input_resolution=False`, or make one call for each size."
+            )
+        value_range = self.value_range
+        if value_range is None and (value_range := smallest_common_range(items)) is not None:
+            warn_of_found_range(value_range)
+        given = [category] * len(items) if category is None or isinstance(category, (str, int)) else list(category)
+        if len(given) != len(items):
+            raise ValueError(f"`category` lists {len(given)} names for {len(items)} images. Pass one, or one each.")
+        indices = np.array([self.category_index(name) for name in given])
+        size = sizes[0] if match_input_resolution else as_size(self.metadata.map_size)
+
+        places: list[int] = []
+        outputs: list[RuntimeOutput] = []
+        for index in sorted(set(indices.tolist())):
+            of_category = np.flatnonzero(indices == index)
+            for start in range(0, len(of_category), batch_size):
+                batch = of_category[start : start + batch_size].tolist()
+                pixels = np.stack(
+                    [_network_input(*items[i], self.metadata.input_size, value_range) for i in batch]
+                )  # (B, R', R', 3)
+                outputs.append(self.at_size(self.run(pixels, index), index, size))
+                places += batch
+        order = np.argsort(places)
+        values: dict[str, Any] = {
+            name: np.concatenate([getattr(one, name) for one in outputs])[order]
+            for name in OUTPUTS
+            if getattr(outputs[0], name) is not None
+        }
+        return RuntimeOutput(**values)
+
+    def run(self, pixels: np.ndarray, category: int = 0) -> RuntimeOutput:
+        """The graph alone: a batch (N, *input_size, 3) float32 in [0, 1], all of one category, by its index."""
+        inputs = {"image": np.ascontiguousarray(pixels, dtype=np.float32)}
+        if self.categories:
+            inputs["category"] = np.array(category, dtype=np.int64)
+        values: dict[str, Any] = dict(zip(OUTPUTS, self._run(inputs), strict=False))
+        return RuntimeOutput(**values)
+
+    def at_size(self, output: RuntimeOutput, category: int, size: tuple[int, int]) -> RuntimeOutput:
+        """An output with maps and masks of another size, (H, W): masks are drawn anew, in alarmed images only."""
+        if output.anomaly_map.shape[1:] == tuple(size):
+            return output
+        maps = np.stack([resize_array(one, size) for one in output.anomaly_map])
+        if output.is_anomalous is None:
+            return RuntimeOutput(maps, output.anomaly_score)
+        mask = (maps > np.float32(self.metadata.pixel_threshold[category])) & output.is_anomalous[:, None, None]
+        return RuntimeOutput(maps, output.anomaly_score, None, mask, output.is_anomalous, output.p_value)
+
+
+def _singles(image: Any, name: str) -> list[Any]:
+    """A batch's images, or the one image."""
+    is_batch = isinstance(image, np.ndarray) and image.ndim == 4
+    if is_batch and not len(image):
+        raise ValueError(f"`{name}` has no pixels: its shape is {image.shape}.")
+    return list(image) if is_batch else [image]
+
+
+def _network_input(image: Any, name: str, size: Sequence[int], value_range: float | None) -> np.ndarray:
+    if isinstance(image, (str, os.PathLike)):
+        image = read_image(image, reduce_large=True)
+    return resized_array(image, size, value_range, name)
+
+
+def available_cores() -> int:
+    """Cores that this process may use: of the machine, of its affinity, of its container's share."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no container, or one without a bound
+        return cores
+
+
+def _load_onnx(path: Path, device: str, precision: str) -> tuple[Run, str | None]:
+    with needs_extra("onnx"):
+        onnxruntime = importlib.import_module("onnxruntime")
+    if precision != "float32":
+        raise ValueError(f"`precision` of an .onnx file is float32, and not {precision!r}: export it to OpenVINO.")
+    if PROVIDERS.get(device) not in onnxruntime.get_available_providers():
+        there = [name for name, provider in PROVIDERS.items() if provider in onnxruntime.get_available_providers()]
+        raise ValueError(f"`device` {device!r} is not there: this ONNX Runtime has {', '.join(there)}.")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = available_cores()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(path, options, providers=[PROVIDERS[device]])
+    return lambda inputs: session.run(None, inputs), session.get_modelmeta().custom_metadata_map.get(KEY)
+
+
+def _load_openvino(path: Path, device: str, precision: str) -> tuple[Run, str | None]:
+    with needs_extra("openvino"):
+        openvino = importlib.import_module("openvino")
+    if precision not in OPENVINO_PRECISIONS:
+        raise ValueError(f"`precision` must be float32, bfloat16 or float16, but is {precision!r}.")
+    core = openvino.Core()
+    if device.upper().split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
+        raise ValueError(f"`device` {device!r} is not there: OpenVINO finds {', '.join(core.available_devices)}.")
+    model = core.read_model(path)
+    options = {"INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[precision]}
+    if device == "cpu":
+        options["INFERENCE_NUM_THREADS"] = str(available_cores())
+    compiled = core.compile_model(model, device.upper(), options)
+    text = str(model.get_rt_info(KEY).value) if model.has_rt_info(KEY) else None
+
+    def run(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return [np.array(value) for value in compiled(inputs).values()]
+
+    return run, text

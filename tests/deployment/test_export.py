@@ -1,0 +1,241 @@
+"""An exported graph gives what the pipeline gives, in both runtimes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from benchmarks.evaluate_runtimes import compare
+from conftest import texture, textures, tiny_extractor, tiny_pipeline
+from PIL import Image
+
+from diffad import AnomalyDenoisePipeline
+from diffad.deployment import Runtime
+from diffad.deployment.export import InspectionGraph, halve_weights, write_graph
+from diffad.deployment.metadata import OUTPUTS
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+IMAGES = [*textures(3, first_seed=100), *(texture(200 + i, defect=True) for i in range(2))]
+
+
+def without_denoiser(categories: list[str] | None = None) -> AnomalyDenoisePipeline:
+    pipeline = AnomalyDenoisePipeline(
+        unet=None,
+        scheduler=None,
+        feature_extractor=tiny_extractor(image_size=24),
+        weights={"gaussian": 0.75, "nearest": 0.25},
+        feature_resolution=5,  # windows that overlap
+        feature_sigma=1.0,
+        categories=categories,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def graph_output(pipeline: AnomalyDenoisePipeline, pixels: np.ndarray, category: int | None = None) -> dict:
+    """What torch makes of the graph's images, with the graph's noise."""
+    index = None if category is None else torch.tensor(category)
+    with torch.no_grad():
+        outputs = InspectionGraph(pipeline)(torch.from_numpy(pixels), category=index)
+    return {name: value.numpy() for name, value in zip(OUTPUTS, outputs, strict=False)}
+
+
+def assert_equal(actual, expected: dict) -> None:
+    for name in OUTPUTS[: len(expected)]:
+        found = getattr(actual, name)
+        assert found.dtype == expected[name].dtype
+        if found.dtype == bool:
+            assert np.array_equal(found, expected[name]), name
+        else:
+            assert np.abs(found - expected[name]).max() <= 2e-5 * np.abs(expected[name]).max(), name
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, tuple[AnomalyDenoisePipeline, Path]]:
+    """Pipelines and their .onnx files: with a denoiser, without one, of two categories."""
+    made = {}
+    for name, pipeline in {
+        "denoiser": tiny_pipeline(timesteps=[5, 100], image_size=24).to("cpu"),
+        "features": without_denoiser(),
+        "unified": tiny_pipeline(timesteps=[50], categories=["a", "b"]).to("cpu"),
+        "uncalibrated": without_denoiser(),
+    }.items():
+        for number, category in enumerate(pipeline.categories or [None]):
+            if name != "uncalibrated":
+                images = textures(12, first_seed=50 * number)
+                pipeline.calibrate(images, false_alarm_rate=0.2, category=category)
+        folder = tmp_path_factory.mktemp(name)
+        made[name] = (pipeline, pipeline.export(folder / "model.onnx"))
+    return made
+
+
+@pytest.mark.parametrize("name", ["denoiser", "features"])
+def test_a_graph_gives_what_the_pipeline_gives_in_batches_of_any_size(models, name):
+    pipeline, path = models[name]
+    runtime = Runtime(path)
+    side = pipeline.input_resolution
+    for count in (1, 3, 70):  # 140 samples of the denoiser
+        pixels = np.random.default_rng(count).random((count, side, side, 3), dtype=np.float32)
+        assert_equal(runtime.run(pixels), graph_output(pipeline, pixels))
+
+
+def test_a_graph_has_the_noise_of_a_generator_that_its_documentation_names(models):
+    pipeline, path = models["denoiser"]
+    noises = [torch.Generator().manual_seed(0) for _ in IMAGES]
+    expected = pipeline(IMAGES, generator=noises)
+    assert_equal(Runtime(path)(IMAGES), {name: getattr(expected, name) for name in OUTPUTS})
+
+
+def test_calibration_is_inside(models):
+    pipeline, path = models["features"]
+    expected = pipeline(IMAGES)
+    assert expected.is_anomalous.any()
+    assert not expected.is_anomalous.all()
+    actual = Runtime(path)(IMAGES)
+    assert_equal(actual, {name: getattr(expected, name) for name in OUTPUTS})
+
+
+def test_a_graph_of_several_categories_takes_one_at_a_time(models):
+    pipeline, path = models["unified"]
+    runtime = Runtime(path)
+    pixels = np.random.default_rng(0).random((2, 16, 16, 3), dtype=np.float32)
+    outputs = [graph_output(pipeline, pixels, index) for index in (0, 1)]
+    for index, expected in enumerate(outputs):
+        assert_equal(runtime.run(pixels, index), expected)
+    assert np.abs(outputs[0]["anomaly_map"] - outputs[1]["anomaly_map"]).max() > 0.1
+    mixed = runtime(list(pixels), category=["b", "a"])
+    assert np.allclose(mixed.anomaly_map[0], outputs[1]["anomaly_map"][0], atol=1e-3)
+    assert np.allclose(mixed.anomaly_map[1], outputs[0]["anomaly_map"][1], atol=1e-3)
+
+
+def test_without_a_calibration_there_are_maps_and_scores_alone(models):
+    pipeline, path = models["uncalibrated"]
+    pixels = np.random.default_rng(0).random((2, 24, 24, 3), dtype=np.float32)
+    output = Runtime(path).run(pixels)
+    assert_equal(output, graph_output(pipeline, pixels))
+    assert output.is_anomalous is None
+
+
+@pytest.mark.parametrize("name", ["denoiser", "features", "unified"])
+def test_openvino_gives_the_same(models, name, tmp_path):
+    pytest.importorskip("openvino")
+    pipeline, path = models[name]
+    if name == "features":
+        pipeline.export(tmp_path / "model.xml")
+    else:  # the same, without a second trace
+        write_graph(onnx.load(path), Runtime(path).metadata, tmp_path / "model.xml")
+    runtime = Runtime(tmp_path / "model.xml")
+    side = pipeline.input_resolution
+    for count in (1, 3):
+        pixels = np.random.default_rng(count).random((count, side, side, 3), dtype=np.float32)
+        expected = graph_output(pipeline, pixels, 1 if name == "unified" else None)
+        assert_equal(runtime.run(pixels, 1 if name == "unified" else 0), expected)
+    assert runtime.metadata == Runtime(models[name][1]).metadata
+
+
+def test_half_precision_halves_the_networks_and_little_else(models, tmp_path):
+    pipeline, path = models["denoiser"]
+    model, half = onnx.load(path), tmp_path / "half.onnx"
+    halve_weights(model)
+    write_graph(model, Runtime(path).metadata, half)
+    runtime = Runtime(half)
+    assert path.stat().st_size - half.stat().st_size > 1.5 * sum(p.numel() for p in pipeline.unet.parameters())
+    pixels = np.random.default_rng(0).random((3, 24, 24, 3), dtype=np.float32)
+    actual, expected = runtime.run(pixels), graph_output(pipeline, pixels)
+    assert np.abs(actual.anomaly_map - expected["anomaly_map"]).max() < 0.05 * np.abs(expected["anomaly_map"]).max()
+
+
+def test_int8_sets_its_thresholds_again(models, tmp_path):
+    pytest.importorskip("nncf")
+    pipeline, _ = models["features"]
+    good = textures(40, first_seed=300)
+    runtime = Runtime(pipeline.export(tmp_path / "int8.onnx", precision="int8", images=good))
+    output = runtime([*good[::2], *IMAGES[3:]])
+    # at most 20% of the images that set them, as is stated: 16 of 20 lie below, and what is defective above
+    assert 1 <= output.is_anomalous[:20].sum() <= 4
+    assert output.is_anomalous[20:].all()
+    assert output.p_value[20:].max() == pytest.approx(1 / 21)
+    assert runtime.metadata.image_threshold != Runtime(models["features"][1]).metadata.image_threshold
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("model.bin", {}, "`path` must end in .onnx"),
+        ("model.onnx", {"format": "openvino"}, "`path` must end in .onnx"),
+        ("model.onnx", {"precision": "int4"}, "`precision` must be fp32, fp16 or int8"),
+        ("model.onnx", {"precision": "int8"}, "`images` go with int8"),
+        ("model.onnx", {"images": textures(8)}, "`images` go with int8"),
+        ("model.onnx", {"precision": "int8", "images": textures(3)}, "holds 3 good images"),
+    ],
+)
+def test_wrong_arguments_are_named(models, tmp_path, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        models["features"][0].export(tmp_path / name, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_another_format_is_refused_and_one_of_another_version_read(models, tmp_path, caplog):
+    model = onnx.load(models["features"][1])
+    text = model.metadata_props[0].value
+
+    def with_text(text: str | None, name: str) -> Path:
+        del model.metadata_props[:]
+        if text is not None:
+            onnx.helper.set_model_props(model, {"diffad": text})
+        onnx.save(model, tmp_path / name)
+        return tmp_path / name
+
+    with pytest.raises(ValueError, match=r"exported by diffad .* in format 99.*Export the model again"):
+        Runtime(with_text(text.replace('"format": 1', '"format": 99'), "new.onnx"))
+    with pytest.raises(ValueError, match=r"no graph of diffad's"):
+        Runtime(with_text(None, "other.onnx"))
+    Runtime(with_text(text.replace('"version": "', '"version": "7.'), "old.onnx"))
+    assert "old.onnx was exported by diffad 7." in caplog.text
+    with pytest.raises(FileNotFoundError, match=r"no file at .*nowhere\.onnx"):
+        Runtime(tmp_path / "nowhere.onnx")
+
+
+def test_the_runtimes_agree_on_images_that_were_not_calibrated_on(models, tmp_path):
+    pytest.importorskip("openvino")
+    for name in ("denoiser", "features"):
+        pipeline, path = models[name]
+        write_graph(onnx.load(path), Runtime(path).metadata, tmp_path / f"{name}.xml")
+        runtimes = {"onnx": Runtime(path), "openvino": Runtime(tmp_path / f"{name}.xml")}
+        good = [(image, 0) for image in textures(30, first_seed=600)]
+        results = compare(pipeline, runtimes, good + [(texture(700 + i, defect=True), 1) for i in range(10)])
+        for found in results.values():
+            assert found["images"] == 40
+            assert found["largest_relative_map_error"] < 1e-3
+            assert found["verdicts_that_differ"] == 0
+            assert found["image_auroc"] == pytest.approx(results["torch"]["image_auroc"], abs=1e-3)
+
+
+def test_the_program_of_the_docs_inspects_an_image(models, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not here")
+    _, path = models["features"]
+    write_graph(onnx.load(path), Runtime(path).metadata, tmp_path / "model.xml")
+    package = Path(openvino.__file__).parent
+    library = next(package.glob("libs/libopenvino.so*"))
+    source = Path(__file__).parents[2] / "docs" / "inspect.cpp"
+    command = ["g++", "-std=c++17", source, f"-I{package / 'include'}", library, f"-Wl,-rpath,{library.parent}"]
+    subprocess.run([*command, "-o", tmp_path / "inspect"], check=True)
+    for image in (IMAGES[0], IMAGES[-1]):
+        picture = Image.fromarray(image).resize((24, 24))
+        picture.save(tmp_path / "part.ppm")
+        expected = Runtime(path)(picture)
+        command = [tmp_path / "inspect", tmp_path / "model.xml", tmp_path / "part.ppm"]
+        done = subprocess.run(command, capture_output=True)
+        assert done.returncode == (3 if expected.is_anomalous[0] else 0)
+        found = dict(line.split(" ", 1) for line in done.stdout.decode().splitlines())
+        assert float(found["score"]) == pytest.approx(float(expected.anomaly_score[0]), rel=1e-4)
+        assert float(found["p_value"]) == pytest.approx(float(expected.p_value[0]), rel=1e-4)
+        assert '"input_size": [24, 24]' in found["model"]
