@@ -140,7 +140,7 @@ def test_the_page_holds_settings_metrics_figures_and_cases():
     names += ("pixel_aupimo",)
     bolt = report["results"]["bolt"]
     assert outline.rows[1] == ["bolt", *(f"{100 * bolt[name]:.1f}" for name in names)]
-    assert outline.rows[3] == ["mean", "98.8", "–", "–", "–", "–", "–", "12.3"]
+    assert outline.rows[3] == ["mean", "98.8", "–", "–", "–", "–", "–", "12.3", "–"]
     assert outline.rows[4][:2] == ["PaDiM, mean", "55.0"]  # the last row: what else there is
     assert outline.rows[5][0] == "category"  # and again by category
     assert [row[:2] for row in outline.rows[6:]] == [["bolt", "50.0"], ["nut", "60.0"]]
