@@ -256,6 +256,7 @@ def predict(
     device: Device = None,
     dtype: Dtype = "float32",
     seed: Seed = 0,
+    parts: Annotated[Path | None, typer.Option(metavar="CSV", help="image,part: one verdict a part.")] = None,
     fail_on_anomaly: Annotated[bool, typer.Option("--fail-on-anomaly", help="Exit with 3 if there is one.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each image that is new.")] = False,
 ) -> None:
@@ -266,11 +267,14 @@ def predict(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from diffad.part_verdicts import check_parts, read_parts, write_part_verdicts
     from diffad.predict import find_images, predict_files
 
     check_folder(output_dir)
     paths = find_images(images, output_dir)
+    of_parts = None if parts is None else read_parts(parts)
     pipeline = load_model(model, device, dtype)
+    rate = None if of_parts is None else check_parts(of_parts, paths, pipeline, category)
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("Predicting", total=len(paths))
@@ -293,7 +297,13 @@ def predict(
 
         told = TableDrift(output_dir / "scores.csv").sentence()
         console.print(escape(told), highlight=False, soft_wrap=True)
-    if fail_on_anomaly and counts["anomalous"]:
+    num_alarms = counts["anomalous"]
+    if of_parts is not None and rate is not None:
+        of_part = write_part_verdicts(output_dir, of_parts, rate)
+        num_alarms = of_part["anomalous"]
+        summary = ", ".join(f"{count} {verdict}" for verdict, count in of_part.items() if count)
+        console.print(f"Parts: {summary}, at a false-alarm rate of {rate:g} for parts.", highlight=False)
+    if fail_on_anomaly and num_alarms:
         raise typer.Exit(3)
     if not any(counts[verdict] for verdict in ("normal", "anomalous", "scored")):
         raise typer.Exit(4)

@@ -46,6 +46,7 @@ from diffad.journal import (
     read_rows,
     take_up,
 )
+from diffad.part_verdicts import PART_VERDICTS_NAME
 from diffad.region_files import REGION_FILES, RegionJournal, describe_regions
 from diffad.regions import without_small_regions
 from diffad.resizing import Resizing
@@ -296,7 +297,7 @@ def save_most_anomalous(scores: Path, output_dir: Path) -> None:
 def check_output(output_dir: Path) -> None:
     """Raises where pictures would go into links, or between or over files of another program's."""
     is_ours = any((output_dir / name).is_file() for name in (LOCK_NAME, SETTINGS_NAME, JOURNAL_NAME))
-    for name in (*PICTURE_FOLDERS, SHEET_NAME, *REGION_FILES):
+    for name in (*PICTURE_FOLDERS, SHEET_NAME, *REGION_FILES, PART_VERDICTS_NAME):
         path = output_dir / name
         if path.is_symlink():
             raise ValueError(f"{path} is a link, and nothing is written outside the output. Give another `output_dir`.")

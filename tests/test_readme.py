@@ -69,6 +69,7 @@ def workplace(tmp_path, monkeypatch, stable_diffusion) -> Path:
     write_folder(tmp_path / "good_parts", 12)
     write_folder(tmp_path / "new_good_parts", 12, first_seed=12)
     write_folder(tmp_path / "new_parts", 3)
+    (tmp_path / "parts.csv").write_text("image,part\nnew_parts/000.png,a\nnew_parts/001.png,b\nnew_parts/002.png,c\n")
     write_mvtec(tmp_path / "data")
     predict_files(pipeline, find_images(["new_parts"]), "runs/found")
     return tmp_path

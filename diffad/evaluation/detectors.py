@@ -18,7 +18,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from diffad import AnomalyOutput
+from diffad.data.checks import cast_images
 from diffad.data.masks import resize_image_and_mask
+from diffad.data.saturation import read_defects
 from diffad.evaluation.metric_names import MEAN
 from diffad.evaluation.metrics import AnomalyMetrics
 from diffad.files import bounded_name, write_whole
@@ -143,6 +145,7 @@ def evaluate_detectors(
     """
     metrics = [AnomalyMetrics(pro_fpr_limit=pro_fpr_limit) for _ in range(num_detectors)]
     records: list[list[dict[str, Any]]] = [[] for _ in range(num_detectors)]
+    stored = cast_images(images, decode=False)  # whose masks are still folders, where they are
     map_names = [] if save_maps is None else name_maps(images["path"], images["defect"], category)
     started = time.time()
     # this process's share, without the padding that would count images twice
@@ -152,13 +155,19 @@ def evaluate_detectors(
             rows = [images[i] for i in indices]
             masks = [_mask(row, resolution) for row in rows]
             known = {j: mask for j, mask in enumerate(masks) if mask is not None}
+            defects = [_defects(stored[indices[j]]["mask"], resolution) for j in known]
             outputs = detect([row["image"] for row in rows], indices)
             for number, output in enumerate(outputs):
                 maps = resize_images(output.anomaly_map.float()[:, None], (resolution, resolution))[:, 0].cpu()
                 scores = output.anomaly_score.cpu()
                 metrics[number].update(anomaly_score=scores, label=torch.tensor([row["label"] for row in rows]))
                 if known:
-                    metrics[number].update(anomaly_map=maps[list(known)], mask=np.stack(list(known.values())))
+                    metrics[number].update(
+                        anomaly_map=maps[list(known)],
+                        mask=np.stack(list(known.values())),
+                        predicted_mask=_predicted_masks(output, list(known), resolution),
+                        defects=defects if any(defects) else None,
+                    )
                 records[number] += [_record(output, j, float(scores[j]), indices[j], row) for j, row in enumerate(rows)]
                 if save_maps is not None and number == 0:
                     for one, index in zip(maps, indices, strict=True):
@@ -179,6 +188,21 @@ def _mask(row: dict[str, Any], resolution: int) -> np.ndarray | None:
     if row["mask"] is None:
         return None if row["label"] else np.zeros((resolution, resolution), dtype=bool)
     return resize_image_and_mask(row["image"], row["mask"], (resolution, resolution))[1]
+
+
+def _defects(stored: dict[str, Any] | None, resolution: int) -> list[tuple[np.ndarray, float]] | None:
+    """Of an image with a folder of masks, its defects as `read_defects`."""
+    if stored is None or stored["path"] is None or not os.path.isdir(stored["path"]):
+        return None
+    return read_defects(Path(stored["path"]), (resolution, resolution))
+
+
+def _predicted_masks(output: Any, chosen: list[int], resolution: int) -> torch.Tensor | None:
+    """The masks that a detector shows, (N, resolution, resolution) bool; None where it has no threshold."""
+    masks = getattr(output, "anomaly_mask", None)
+    if masks is None:
+        return None
+    return resize_images(masks[chosen].float()[:, None], (resolution, resolution))[:, 0].cpu() >= 0.5
 
 
 def _record(output: Any, j: int, score: float, index: int, row: dict[str, Any]) -> dict[str, Any]:

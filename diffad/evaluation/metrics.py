@@ -3,7 +3,10 @@
 AUROC and average precision (AP) at image and pixel level; F1-max, the best F1 over all thresholds (Zou et
 al., "SPot-the-Difference Self-supervised Pre-training for Anomaly Detection and Segmentation", ECCV 2022);
 PRO, the per-region overlap (Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021, section 5.2);
-DICE at the best threshold.
+AUPIMO, the overlap per image at very low false-positive rates (Bertoldo et al., BMVC 2024); DICE at the best
+threshold. Where they are asked for: sPRO, the overlap with defects of which a part suffices (Bergmann et al., "Beyond
+Dents and Scratches", IJCV 2022, section 5.1); SegF1, the F1 of masks at a threshold that no test image has set
+(Heckler-Kram et al., "The MVTec AD 2 Dataset", 2025).
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from scipy import ndimage
 
 from diffad.evaluation.score_histogram import (
     EMPTY,
+    PER_REGION,
+    SATURATED,
     Histogram,
     count_scores,
     curve,
@@ -24,6 +29,7 @@ from diffad.evaluation.score_histogram import (
     merge,
     merge_packed,
     pack,
+    per_image_overlap,
     per_region_overlap,
     ranking_metrics,
     thin,
@@ -39,9 +45,15 @@ with needs_extra("evaluate"):
 # spend less time on merging the bins.
 _BUFFERED_PIXELS_PER_BIN = 4
 
+SPRO_FPR_LIMIT = 0.05  # as MVTec LOCO's tables
+AUPIMO_BOUNDS = (1e-5, 1e-4)  # of false-positive rates, as the paper's
+
+
+_DEFECTIVE_STATES = ("defective_scores", "region_areas", "defective_areas")
+
 
 class AnomalyMetrics(Metric):
-    """AUROC, AP, F1-max, PRO and DICE of anomaly maps and image scores.
+    """AUROC, AP, F1-max, PRO, AUPIMO and DICE of anomaly maps and image scores; sPRO and SegF1 where asked for.
 
     ```python
     metrics = AnomalyMetrics()
@@ -82,6 +94,11 @@ class AnomalyMetrics(Metric):
     pixel_scores: list[torch.Tensor]
     defective_scores: list[torch.Tensor]
     region_areas: list[torch.Tensor]
+    defective_areas: list[torch.Tensor]
+    good_scores: list[torch.Tensor]
+    saturated_scores: list[torch.Tensor]
+    saturation_areas: list[torch.Tensor]
+    segmented_pixels: torch.Tensor
     num_buffered_pixels: torch.Tensor
     pixel_histogram: torch.Tensor
 
@@ -98,10 +115,12 @@ class AnomalyMetrics(Metric):
         # Lists are float32 throughout: it is what torchmetrics sends for a process that has seen no image.
         self.add_state("image_scores", default=[], dist_reduce_fx="cat")
         self.add_state("image_labels", default=[], dist_reduce_fx="cat")
-        # pixels not yet in the histogram: all, then the defective ones again with the area of their region
-        self.add_state("pixel_scores", default=[], dist_reduce_fx="cat")
-        self.add_state("defective_scores", default=[], dist_reduce_fx="cat")
-        self.add_state("region_areas", default=[], dist_reduce_fx="cat")
+        # Pixels not yet in the histogram: all; the defective ones again, with the areas of their region and of all
+        # defects of their image; those of images without a defect again; those that count in sPRO again.
+        for name in (*_DEFECTIVE_STATES, "pixel_scores", "good_scores", "saturated_scores", "saturation_areas"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+        # of predicted masks: pixels that are defective and in them, pixels in them, defective pixels
+        self.add_state("segmented_pixels", default=torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("num_buffered_pixels", default=torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("pixel_histogram", default=pack(EMPTY, num_bins), dist_reduce_fx=merge_packed)
 
@@ -112,6 +131,8 @@ class AnomalyMetrics(Metric):
         mask: torch.Tensor | np.ndarray | None = None,
         anomaly_score: torch.Tensor | np.ndarray | Sequence[float] | None = None,
         label: torch.Tensor | np.ndarray | Sequence[int] | None = None,
+        predicted_mask: torch.Tensor | np.ndarray | None = None,
+        defects: Sequence[Sequence[tuple[np.ndarray, float]] | None] | None = None,
     ) -> None:
         """Adds N images.
 
@@ -124,6 +145,9 @@ class AnomalyMetrics(Metric):
             anomaly_score: (N,), higher is more anomalous. None leaves these images out of the image metrics.
             label: (N,), 1 for defective images, 0 for good ones. Needed with `anomaly_score`, and for maps
                 without `mask`.
+            predicted_mask: (N, H, W), true or 1 where a detector outlines a defect, for SegF1; with `mask`.
+            defects: for sPRO, of each image its defects, which may overlap: a mask (H, W) bool and the share of its
+                pixels, in (0, 1], from which on it counts as found in full. None for an image without. With `mask`.
 
         Raises:
             ValueError: a shape does not fit the others, a value is NaN, `mask` or `label` holds something
@@ -134,6 +158,7 @@ class AnomalyMetrics(Metric):
         scores = None if anomaly_score is None else _as_float32(anomaly_score, "anomaly_score", "(N,)")
         labels = None if label is None else _as_bool(label, "label", "(N,)")
         masks = None if mask is None else _as_bool(mask, "mask", "(N, H, W)")
+        predicted = None if predicted_mask is None else _as_bool(predicted_mask, "predicted_mask", "(N, H, W)")
         if scores is None and (maps is None or (masks is None and labels is None)):
             raise ValueError(
                 "Nothing to count: give `anomaly_score` and `label`, or `anomaly_map` and `mask` or `label`."
@@ -144,7 +169,12 @@ class AnomalyMetrics(Metric):
             raise ValueError(
                 f"`mask` has shape {masks.shape}, `anomaly_map` {maps.shape}: resize one to fit the other."
             )
+        if (predicted is not None or defects is not None) and (maps is None or masks is None):
+            raise ValueError("`predicted_mask` and `defects` come with `anomaly_map` and `mask`.")
+        if predicted is not None and masks is not None and predicted.shape != masks.shape:
+            raise ValueError(f"`predicted_mask` has shape {predicted.shape}, `mask` {masks.shape}: resize one.")
         given = {"anomaly_map": maps, "mask": masks, "anomaly_score": scores, "label": labels}
+        given |= {"predicted_mask": predicted, "defects": defects}
         lengths = {name: len(value) for name, value in given.items() if value is not None}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"All arguments must hold the same number of images, but have {lengths}.")
@@ -161,8 +191,12 @@ class AnomalyMetrics(Metric):
             self.image_labels.append(self._to_state(labels))
         if maps is None:
             return
+        if predicted is not None and masks is not None:
+            counts = [(predicted & masks).sum(), predicted.sum(), masks.sum()]
+            self.segmented_pixels = self.segmented_pixels + torch.tensor(counts, dtype=torch.float64).to(self.device)
         for i, scores_at in enumerate(maps):  # (H, W)
             if masks is not None:
+                self._add_defects(scores_at, (defects[i] if defects is not None else None) or ())
                 self._add_pixels(scores_at, masks[i])
             elif labels is not None and not labels[i]:
                 self._add_pixels(scores_at, np.zeros(scores_at.shape, bool))
@@ -172,8 +206,10 @@ class AnomalyMetrics(Metric):
 
         Returns:
             `image_auroc`, `image_ap`, `image_f1max`, `pixel_auroc`, `pixel_ap`, `pixel_f1max`, `pixel_pro`,
-            `pixel_dice`; always these keys. Without at least one defective and one normal example there is
-            nothing to rank, and a level's metrics are NaN: the pixel metrics, say, if no mask was ever given.
+            `pixel_aupimo`, `pixel_dice`; always these keys. Without at least one defective and one normal example there
+            is nothing to rank, and a level's metrics are NaN: the pixel metrics, say, if no mask was ever given. AUPIMO
+            takes an image without a defect, too. `pixel_spro`, up to a false-positive rate of 5%, where `defects` were
+            given, and `pixel_segf1` where predicted masks were.
             `pixel_dice` equals `pixel_f1max`: it is the DICE of all pixels together at the best threshold, as
             the medical literature gives it.
 
@@ -188,7 +224,13 @@ class AnomalyMetrics(Metric):
             auroc, ap, f1max = ranking_metrics(histogram)
             result |= {f"{level}_auroc": auroc, f"{level}_ap": ap, f"{level}_f1max": f1max}
         result["pixel_pro"] = per_region_overlap(pixel, self.pro_fpr_limit)
+        result["pixel_aupimo"] = per_image_overlap(pixel, AUPIMO_BOUNDS)
         result["pixel_dice"] = result["pixel_f1max"]
+        if pixel.counts[SATURATED].any():
+            result["pixel_spro"] = per_region_overlap(pixel, SPRO_FPR_LIMIT, SATURATED)
+        found, outlined, defective = self.segmented_pixels.tolist()
+        if outlined + defective > 0:
+            result["pixel_segf1"] = 2.0 * found / (outlined + defective)
         return result
 
     def curves(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -204,10 +246,10 @@ class AnomalyMetrics(Metric):
             image, pixel = self._image_histogram(), self._pixel_histogram()
         result = {}
         if is_ranked(image):
-            result["image_roc"] = thin(*curve(image, overlap=False))
+            result["image_roc"] = thin(*curve(image))
         if is_ranked(pixel):
-            result["pixel_roc"] = thin(*curve(pixel, overlap=False))
-            result["pro"] = thin(*up_to(self.pro_fpr_limit, *curve(pixel, overlap=True)))
+            result["pixel_roc"] = thin(*curve(pixel))
+            result["pro"] = thin(*up_to(self.pro_fpr_limit, *curve(pixel, PER_REGION)))
         return result
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
@@ -238,13 +280,28 @@ class AnomalyMetrics(Metric):
             regions = ndimage.label(mask, structure=np.ones((3, 3)))[0][mask]
             self.defective_scores.append(self._to_state(defective))
             self.region_areas.append(self._to_state(np.bincount(regions)[regions]))
+            self.defective_areas.append(self._to_state(np.full(defective.size, defective.size)))
+        else:
+            self.good_scores.append(self._to_state(scores))
         self._fold_if_full()
+
+    def _add_defects(self, scores: np.ndarray, defects: Sequence[tuple[np.ndarray, float]]) -> None:
+        """As the threshold falls, a defect's overlap rises by one over its saturation area for each pixel, and stops at
+        1: so its highest pixels count, as many as that area, and the others do not.
+        """
+        for mask, share in defects:
+            own = scores[mask]
+            if own.size:
+                area = max(1, round(share * own.size))
+                self.saturated_scores.append(self._to_state(np.partition(own, -area)[-area:]))
+                self.saturation_areas.append(self._to_state(np.full(area, area)))
 
     def _fold_if_full(self) -> None:
         if self.num_buffered_pixels < _BUFFERED_PIXELS_PER_BIN * self.num_bins:
             return
         self.pixel_histogram = pack(self._pixel_histogram(), self.num_bins).to(self.device)
-        self.pixel_scores, self.defective_scores, self.region_areas = [], [], []
+        self.pixel_scores, self.good_scores, self.saturated_scores, self.saturation_areas = [], [], [], []
+        self.defective_scores, self.region_areas, self.defective_areas = [], [], []
         self.num_buffered_pixels = torch.zeros_like(self.num_buffered_pixels)
         # one tensor an update would take far more memory than the number in it
         self.image_scores = [self._to_state(concatenate(self.image_scores))]
@@ -252,17 +309,19 @@ class AnomalyMetrics(Metric):
 
     def _image_histogram(self) -> Histogram:
         scores, labels = concatenate(self.image_scores), concatenate(self.image_labels)
-        return count_scores(scores, scores[labels > 0], np.ones(np.count_nonzero(labels)))
+        return count_scores(scores, [(scores[labels > 0], None)])
 
     def _pixel_histogram(self) -> Histogram:
         folded = unpack(self.pixel_histogram)
-        buffered = count_scores(
-            concatenate(self.pixel_scores),
-            concatenate(self.defective_scores),
-            concatenate(self.region_areas),
-            folded.dropped_bits,
-            self.num_bins,
-        )
+        defective, saturated = concatenate(self.defective_scores), concatenate(self.saturated_scores)
+        rows = [  # in the order of the histogram's
+            (defective, None),
+            (defective, _inverse(self.region_areas)),
+            (defective, _inverse(self.defective_areas)),
+            (concatenate(self.good_scores), None),
+            (saturated, _inverse(self.saturation_areas)),
+        ]
+        buffered = count_scores(concatenate(self.pixel_scores), rows, folded.dropped_bits, self.num_bins)
         return merge([folded, buffered], self.num_bins) if folded.keys.size else buffered
 
 
@@ -270,6 +329,10 @@ def concatenate(state: torch.Tensor | list[torch.Tensor]) -> np.ndarray:
     """A list state as one array. Synchronised over processes, it is one tensor already."""
     tensors = [state] if isinstance(state, torch.Tensor) else state
     return np.concatenate([np.zeros(0, np.float32), *(tensor.numpy(force=True) for tensor in tensors)])
+
+
+def _inverse(areas: torch.Tensor | list[torch.Tensor]) -> np.ndarray:
+    return 1.0 / concatenate(areas).astype(np.float64)
 
 
 def _as_array(value: Any, name: str, shape: str) -> np.ndarray:

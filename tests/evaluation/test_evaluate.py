@@ -33,6 +33,7 @@ METRICS = (
     "pixel_ap",
     "pixel_f1max",
     "pixel_pro",
+    "pixel_aupimo",
     "pixel_dice",
 )
 

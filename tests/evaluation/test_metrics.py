@@ -27,7 +27,7 @@ from diffad.evaluation.metrics import AnomalyMetrics
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 KEYS = [
     *("image_auroc", "image_ap", "image_f1max"),
-    *("pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_pro", "pixel_dice"),
+    *("pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_pro", "pixel_aupimo", "pixel_dice"),
 ]
 
 
@@ -114,7 +114,15 @@ def sorted_reference(images: dict, fpr_limit: float = 0.3) -> dict[str, float]:
     overlap = np.append(0, np.cumsum(weights.ravel()[order])[ends] / weights.sum())
     inside = fpr < fpr_limit
     x, y = np.append(fpr[inside], fpr_limit), np.append(overlap[inside], np.interp(fpr_limit, fpr, overlap))
-    return {**result, "pixel_pro": integrate.trapezoid(y, x) / fpr_limit, "pixel_dice": result["pixel_f1max"]}
+    result["pixel_pro"] = integrate.trapezoid(y, x) / fpr_limit
+    # AUPIMO: what share of the logarithmic range of false-positive rates finds each defective pixel
+    good = images["anomaly_map"][~images["mask"].any(axis=(1, 2))].ravel()
+    of_images = []
+    for anomaly_map, mask in zip(images["anomaly_map"], images["mask"], strict=True):
+        rates = [np.mean(good >= score) for score in anomaly_map[mask]]
+        if mask.any():
+            of_images.append(np.mean(np.log(1e-4 / np.clip(rates, 1e-5, 1e-4)) / np.log(10)))
+    return {**result, "pixel_aupimo": np.mean(of_images), "pixel_dice": result["pixel_f1max"]}
 
 
 # ---------------------------------------------------------------------------------------------- values
@@ -366,7 +374,8 @@ def test_values_lie_in_the_unit_interval(maps, mask, fpr_limit):
     result = metrics.compute()
     for level, both_classes in (("image", 0 < label.sum() < 3), ("pixel", 0 < mask.sum() < mask.size)):
         for name in (key for key in KEYS if key.startswith(level)):
-            assert 0.0 <= result[name] <= 1.0 if both_classes else np.isnan(result[name])
+            is_defined = both_classes if name != "pixel_aupimo" else 0 < label.sum() < 3  # it takes a good image
+            assert 0.0 <= result[name] <= 1.0 if is_defined else np.isnan(result[name])
     for x, y in metrics.curves().values():
         assert len(x) == len(y) <= 500
         assert x[0] == y[0] == 0.0

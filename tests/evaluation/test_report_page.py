@@ -134,12 +134,13 @@ def test_the_page_holds_settings_metrics_figures_and_cases():
         assert words in page
     assert re.search(r"<dt>seed</dt><dd>7</dd>", page)
 
-    titles = ["image AUROC", "image AP", "image F1-max", "pixel AUROC", "pixel AP", "pixel F1-max", "PRO"]
+    titles = ["image AUROC", "image AP", "image F1-max", "pixel AUROC", "pixel AP", "pixel F1-max", "PRO", "AUPIMO"]
     assert outline.rows[0] == ["category", *titles]
     names = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "pixel_pro")
+    names += ("pixel_aupimo",)
     bolt = report["results"]["bolt"]
     assert outline.rows[1] == ["bolt", *(f"{100 * bolt[name]:.1f}" for name in names)]
-    assert outline.rows[3] == ["mean", "98.8", "–", "–", "–", "–", "–", "12.3"]
+    assert outline.rows[3] == ["mean", "98.8", "–", "–", "–", "–", "–", "12.3", "–"]
     assert outline.rows[4][:2] == ["PaDiM, mean", "55.0"]  # the last row: what else there is
     assert outline.rows[5][0] == "category"  # and again by category
     assert [row[:2] for row in outline.rows[6:]] == [["bolt", "50.0"], ["nut", "60.0"]]
