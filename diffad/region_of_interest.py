@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 
-def inside_region(region: torch.Tensor | None, category: torch.Tensor, size: tuple[int, int]) -> torch.Tensor | None:
+def inside_region(region: torch.Tensor | None, category: torch.Tensor, size: Sequence[int]) -> torch.Tensor | None:
     """Where the pixels of N images count, (N, *size) bool; None without a region.
 
     Args:
