@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperCommand
+
+from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
 
 from diffad.command_options import BatchSize, Category, Device, Dtype, Model, PartPattern, Seed
 from diffad.line_commands import drift, watch
@@ -131,28 +132,6 @@ Categories = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only
 Layout = Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout: mvtec_ad, visa, ...")]
 FalseAlarmRate = Annotated[float, typer.Option(metavar="RATE", help="Of good parts that may alarm.")]
 DataSeed = Annotated[int, typer.Option(metavar="N", help="Of the images held out, and noise.")]
-
-
-Resolution = Annotated[
-    str | None,
-    typer.Option(metavar="SIDE|H W", help="Pixels the networks see (at the images' ratio)."),
-]
-
-
-Roi = Annotated[Path | None, typer.Option(metavar="PATH", help="What counts: mask (PNG), COCO JSON.")]
-TileSize = Annotated[str | None, typer.Option(metavar="SIDE|H W", help="Tiles of large images; none: no tiles.")]
-
-
-class TakesHeightAndWidth(TyperCommand):
-    """A command whose sizes are one number or two; click's options have one number of values."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        joined = ["--tile-size" if word == "--tile_size" else word for word in args]
-        for option in ("--resolution", "--tile-size"):
-            at = joined.index(option) if option in joined else len(joined)
-            if all(word.isdigit() for word in joined[at + 1 : at + 3]):
-                joined[at + 1 : at + 3] = [" ".join(joined[at + 1 : at + 3])] if joined[at + 1 :] else []
-        return super().parse_args(ctx, joined)
 
 
 def training_flags(

@@ -6,11 +6,13 @@ before the networks see them, by the mean colour inside, so that nothing there c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 
-def inside_region(region: torch.Tensor | None, category: torch.Tensor, size: tuple[int, int]) -> torch.Tensor | None:
+def inside_region(region: torch.Tensor | None, category: torch.Tensor, size: Sequence[int]) -> torch.Tensor | None:
     """Where the pixels of N images count, (N, *size) bool; None without a region.
 
     Args:
@@ -20,7 +22,7 @@ def inside_region(region: torch.Tensor | None, category: torch.Tensor, size: tup
     """
     if region is None:
         return None
-    share = F.interpolate(region[category.to(region.device)].float()[:, None], size, mode="area")[:, 0]
+    share = F.interpolate(region[category.to(region.device)].float()[:, None], tuple(size), mode="area")[:, 0]
     share = share.to(category.device)
     return share >= share.amax(dim=(1, 2), keepdim=True).clamp(max=0.5)
 

@@ -269,6 +269,11 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         categories = category_indices(category, self.categories, len(images)).to(device)
         generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * len(images)
         resolution = as_size(resolution)
+        if self.tile_size is not None and resolution != as_size(self.processing_resolution):
+            raise ValueError(
+                f"`processing_resolution` must be {self.processing_resolution}, or None, as tiles were calibrated at "
+                f"that, but is {processing_resolution!r}."
+            )
         size = images.sizes[0] if match_input_resolution else resolution
         if self.tile_size is not None and not match_input_resolution:
             size = grid_of(self, images.sizes[0])[:2]

@@ -344,8 +344,9 @@ class CalibrationFit:
         """Which pixels count, (H, W) bool; None for all."""
         if self.region is None:
             return None
-        index = torch.tensor([self.category], device=self.region.device)
-        return inside_region(self.region, index, (size[0], size[1]))[0]
+        of_category = self.region[self.category : self.category + 1]
+        inside = inside_region(of_category, torch.zeros(1, dtype=torch.long, device=of_category.device), size)
+        return None if inside is None else inside[0]
 
     def _values_inside(self, maps: torch.Tensor) -> torch.Tensor:
         return values_inside(maps, self._inside(maps.shape[-2:]))

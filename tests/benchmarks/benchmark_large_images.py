@@ -3,8 +3,8 @@
     python tests/benchmarks/benchmark_large_images.py
     python tests/benchmarks/benchmark_large_images.py --megapixels 1 4 12 48
 
-The second is of a model that looks at tiles, as `diffad fit` makes it of EfficientNet-lite0's features at 224 pixels, and
-of images of so many megapixels: memory above idle and images a minute.
+The second is of images of so many megapixels and a model that looks at tiles, as `diffad fit` makes it of
+EfficientNet-lite0's features at 224 pixels: memory above idle and images a minute.
 
 JPEG, PNG and tiled TIFF, 8 and 16 bits, grey and colour; one image and five, through `pipe(paths)` with maps at the
 network's size and through `predict_files`, which writes maps and masks at the image's own. Each case has a process of

@@ -176,6 +176,11 @@ def test_files_are_predicted_at_their_own_size(calibrated, tmp_path):
     assert np.array_equal(mask > 0, calibrated(tmp_path / "in" / "bad.png").anomaly_mask[0])
 
 
+def test_another_resolution_is_refused(calibrated):
+    with pytest.raises(ValueError, match="`processing_resolution` must be 16, or None"):
+        calibrated(texture(0, SIZE), processing_resolution=32)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -343,7 +343,7 @@ def test_large_images_are_looked_at_in_tiles_unless_told_otherwise(tmp_path, cap
     assert (chosen.tile_size, chosen.config.tile_overlap) == ((24, 20), 0.5)
 
 
-def test_of_few_images_given_tiles_half_set_the_thresholds(tmp_path):
+def test_of_few_images_given_tiles_a_fifth_sets_the_thresholds(tmp_path):
     good = write_long(tmp_path / "good", 6, (72, 56))
     assert fit_as_they_are(good, tmp_path / "auto", "--resolution", 16).tile_size is None
     pipeline = fit_as_they_are(good, tmp_path / "model", "--resolution", 16, "--tile_size", 16)
