@@ -97,9 +97,9 @@ def _speed(
             seconds.append(time.perf_counter() - started)
     per_image = statistics.median(seconds[1:]) / len(images)
     return {
-        "milliseconds_per_image": round(1000.0 * per_image, 2),
-        "images_per_second": round(1.0 / per_image, 1),
-        "share_of_peak": round(seconds_at_peak / per_image, 3),
+        "milliseconds_per_image": 1000.0 * per_image,
+        "images_per_second": 1.0 / per_image,
+        "share_of_peak": seconds_at_peak / per_image,
     }
 
 
