@@ -152,7 +152,13 @@ class Runtime:
         if len(given) != len(items):
             raise ValueError(f"`category` lists {len(given)} names for {len(items)} images. Pass one, or one each.")
         indices = np.array([self.category_index(name) for name in given])
-        size = sizes[0] if match_input_resolution else tuple(self.metadata.map_size)
+        size = sizes[0] if match_input_resolution else (self.metadata.map_size[0], self.metadata.map_size[1])
+
+        def network_input(i: int) -> np.ndarray:
+            one, place = items[i]
+            if isinstance(one, (str, os.PathLike)):
+                one = read_image(one, reduce_large=True)
+            return resized_array(one, self.metadata.input_size, value_range, place)
 
         places: list[int] = []
         outputs: list[RuntimeOutput] = []
@@ -160,13 +166,11 @@ class Runtime:
             of_category = np.flatnonzero(indices == index)
             for start in range(0, len(of_category), batch_size):
                 batch = of_category[start : start + batch_size].tolist()
-                pixels = np.stack(
-                    [_network_input(*items[i], self.metadata.input_size, value_range) for i in batch]
-                )  # (B, R', R', 3)
+                pixels = np.stack([network_input(i) for i in batch])  # (B, R', R', 3)
                 outputs.append(self.at_size(self.run(pixels, index), index, size))
                 places += batch
         order = np.argsort(places)
-        values = {
+        values: dict[str, Any] = {
             name: np.concatenate([getattr(one, name) for one in outputs])[order]
             for name in OUTPUTS
             if getattr(outputs[0], name) is not None
@@ -178,7 +182,8 @@ class Runtime:
         inputs = {"image": np.ascontiguousarray(pixels, dtype=np.float32)}
         if self.categories:
             inputs["category"] = np.array(category, dtype=np.int64)
-        return RuntimeOutput(**dict(zip(OUTPUTS, self._run(inputs), strict=False)))
+        values: dict[str, Any] = dict(zip(OUTPUTS, self._run(inputs), strict=False))
+        return RuntimeOutput(**values)
 
     def at_size(self, output: RuntimeOutput, category: int, size: tuple[int, int]) -> RuntimeOutput:
         """An output with maps and masks of another size, (H, W): masks are drawn anew, in alarmed images only."""
@@ -197,12 +202,6 @@ def _singles(image: Any, name: str) -> list[Any]:
     if is_batch and not len(image):
         raise ValueError(f"`{name}` has no pixels: its shape is {image.shape}.")
     return list(image) if is_batch else [image]
-
-
-def _network_input(image: Any, name: str, size: Sequence[int], value_range: float | None) -> np.ndarray:
-    if isinstance(image, (str, os.PathLike)):
-        image = read_image(image, reduce_large=True)
-    return resized_array(image, size, value_range, name)
 
 
 def available_cores() -> int:
