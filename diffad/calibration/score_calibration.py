@@ -384,6 +384,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         """Lays out the whitening as a graph's constants (`triangle_parts`)."""
         for name in ("residual", "feature"):
             if (packed := getattr(self, f"{name}_whitening")) is not None:
+                if name == "feature":
+                    packed = packed.half()  # as it is saved: a pipeline that is loaded in float32 has no more digits
                 self._whitening_parts[name] = triangle_parts(packed, getattr(self, f"{name}_mean").shape[2])
 
     def _whiten(self, name: str, category: int, vectors: torch.Tensor, positions: slice = slice(None)) -> torch.Tensor:

@@ -6,9 +6,10 @@ import importlib
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ NETWORKS = ("networks.unet.", "networks.feature_extractor.")  # how the names of
 MOST_SAMPLES = 63  # from 64 on diffusers' `Upsample2D` lays them out anew: the same graph, but another trace
 
 
-class GraphThresholds(NamedTuple):
+@dataclass
+class GraphThresholds:
     """A calibration's thresholds as `threshold_output` takes them, here inputs of a graph."""
 
     map_mean: torch.Tensor  # says on which device
@@ -44,7 +46,7 @@ class GraphThresholds(NamedTuple):
     has_thresholds: bool = True
     smallest_area: float = 0.0
 
-    p_value = ScoreCalibration.p_value
+    p_value: ClassVar[Any] = ScoreCalibration.p_value
 
 
 class InspectionGraph(nn.Module):
@@ -94,13 +96,13 @@ class InspectionGraph(nn.Module):
         measurement = pipeline.measure(pixel_values, noise, indices)
         maps = pipeline.score_maps(measurement, index, calibration)  # (N, S, R, R)
         anomaly_map = pipeline.join_maps(maps, index, calibration)  # (N, R, R)
-        output = AnomalyOutput(anomaly_map, pipeline.image_scores(anomaly_map))
+        score = pipeline.image_scores(anomaly_map)  # (N,)
         if calibration is None or not calibration.has_thresholds:
-            return anomaly_map, output.anomaly_score
-        thresholds = calibration
-        if image_threshold is not None:
+            return anomaly_map, score
+        thresholds: Any = calibration
+        if image_threshold is not None and pixel_threshold is not None and normal_scores is not None:
             thresholds = GraphThresholds(calibration.map_mean, image_threshold, pixel_threshold, normal_scores)
-        output = threshold_output(output, indices, thresholds)
+        output = threshold_output(AnomalyOutput(anomaly_map, score), indices, thresholds)
         return tuple(getattr(output, name) for name in OUTPUTS)
 
 

@@ -165,15 +165,19 @@ class Runtime:
         indices = np.array([self.category_index(name) for name in given])
         size = sizes[0] if match_input_resolution else as_size(self.metadata.map_size)
 
+        def network_input(i: int) -> np.ndarray:
+            one, place = items[i]
+            if isinstance(one, (str, os.PathLike)):
+                one = read_image(one, reduce_large=True)
+            return resized_array(one, self.metadata.input_size, value_range, place)
+
         places: list[int] = []
         outputs: list[RuntimeOutput] = []
         for index in sorted(set(indices.tolist())):
             of_category = np.flatnonzero(indices == index)
             for start in range(0, len(of_category), batch_size):
                 batch = of_category[start : start + batch_size].tolist()
-                pixels = np.stack(
-                    [_network_input(*items[i], self.metadata.input_size, value_range) for i in batch]
-                )  # (B, R', R', 3)
+                pixels = np.stack([network_input(i) for i in batch])  # (B, R', R', 3)
                 outputs.append(self.at_size(self.run(pixels, index), index, size))
                 places += batch
         order = np.argsort(places)
@@ -209,12 +213,6 @@ def _singles(image: Any, name: str) -> list[Any]:
     if is_batch and not len(image):
         raise ValueError(f"`{name}` has no pixels: its shape is {image.shape}.")
     return list(image) if is_batch else [image]
-
-
-def _network_input(image: Any, name: str, size: Sequence[int], value_range: float | None) -> np.ndarray:
-    if isinstance(image, (str, os.PathLike)):
-        image = read_image(image, reduce_large=True)
-    return resized_array(image, size, value_range, name)
 
 
 def available_cores() -> int:

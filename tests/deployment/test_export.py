@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -57,27 +59,30 @@ def assert_equal(actual, expected: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, tuple[AnomalyDenoisePipeline, Path]]:
-    """Pipelines and their .onnx files: with a denoiser, without one, of two categories."""
-    made = {}
-    for name, pipeline in {
-        "denoiser": tiny_pipeline(timesteps=[5, 100], image_size=24).to("cpu"),
-        "features": without_denoiser(),
-        "unified": tiny_pipeline(timesteps=[50], categories=["a", "b"]).to("cpu"),
-        "uncalibrated": without_denoiser(),
-    }.items():
+def models(tmp_path_factory) -> Callable[[str], tuple[AnomalyDenoisePipeline, Path]]:
+    """Pipelines and their .onnx files by name, each exported when it is first asked for, as that takes seconds."""
+    folder = tmp_path_factory.mktemp("models")
+
+    @functools.cache
+    def make(name: str) -> tuple[AnomalyDenoisePipeline, Path]:
+        if name == "denoiser":
+            pipeline = tiny_pipeline(timesteps=[5, 100], image_size=24).to("cpu")
+        elif name == "unified":
+            pipeline = tiny_pipeline(timesteps=[50], categories=["a", "b"]).to("cpu")
+        else:
+            pipeline = without_denoiser()
         for number, category in enumerate(pipeline.categories or [None]):
             if name != "uncalibrated":
                 images = textures(12, first_seed=50 * number)
                 pipeline.calibrate(images, false_alarm_rate=0.2, category=category)
-        folder = tmp_path_factory.mktemp(name)
-        made[name] = (pipeline, pipeline.export(folder / "model.onnx"))
-    return made
+        return pipeline, pipeline.export(folder / f"{name}.onnx")
+
+    return make
 
 
 @pytest.mark.parametrize("name", ["denoiser", "features"])
 def test_a_graph_gives_what_the_pipeline_gives_in_batches_of_any_size(models, name):
-    pipeline, path = models[name]
+    pipeline, path = models(name)
     runtime = Runtime(path)
     side = pipeline.input_resolution
     for count in (1, 3, 70):  # 140 samples of the denoiser
@@ -86,14 +91,14 @@ def test_a_graph_gives_what_the_pipeline_gives_in_batches_of_any_size(models, na
 
 
 def test_a_graph_has_the_noise_of_a_generator_that_its_documentation_names(models):
-    pipeline, path = models["denoiser"]
+    pipeline, path = models("denoiser")
     noises = [torch.Generator().manual_seed(0) for _ in IMAGES]
     expected = pipeline(IMAGES, generator=noises)
     assert_equal(Runtime(path)(IMAGES), {name: getattr(expected, name) for name in OUTPUTS})
 
 
 def test_calibration_is_inside(models):
-    pipeline, path = models["features"]
+    pipeline, path = models("features")
     expected = pipeline(IMAGES)
     assert expected.is_anomalous.any()
     assert not expected.is_anomalous.all()
@@ -102,7 +107,7 @@ def test_calibration_is_inside(models):
 
 
 def test_a_graph_of_several_categories_takes_one_at_a_time(models):
-    pipeline, path = models["unified"]
+    pipeline, path = models("unified")
     runtime = Runtime(path)
     pixels = np.random.default_rng(0).random((2, 16, 16, 3), dtype=np.float32)
     outputs = [graph_output(pipeline, pixels, index) for index in (0, 1)]
@@ -115,7 +120,7 @@ def test_a_graph_of_several_categories_takes_one_at_a_time(models):
 
 
 def test_without_a_calibration_there_are_maps_and_scores_alone(models):
-    pipeline, path = models["uncalibrated"]
+    pipeline, path = models("uncalibrated")
     pixels = np.random.default_rng(0).random((2, 24, 24, 3), dtype=np.float32)
     output = Runtime(path).run(pixels)
     assert_equal(output, graph_output(pipeline, pixels))
@@ -125,7 +130,7 @@ def test_without_a_calibration_there_are_maps_and_scores_alone(models):
 @pytest.mark.parametrize("name", ["denoiser", "features", "unified"])
 def test_openvino_gives_the_same(models, name, tmp_path):
     pytest.importorskip("openvino")
-    pipeline, path = models[name]
+    pipeline, path = models(name)
     if name == "features":
         pipeline.export(tmp_path / "model.xml")
     else:  # the same, without a second trace
@@ -136,11 +141,11 @@ def test_openvino_gives_the_same(models, name, tmp_path):
         pixels = np.random.default_rng(count).random((count, side, side, 3), dtype=np.float32)
         expected = graph_output(pipeline, pixels, 1 if name == "unified" else None)
         assert_equal(runtime.run(pixels, 1 if name == "unified" else 0), expected)
-    assert runtime.metadata == Runtime(models[name][1]).metadata
+    assert runtime.metadata == Runtime(models(name)[1]).metadata
 
 
 def test_half_precision_halves_the_networks_and_little_else(models, tmp_path):
-    pipeline, path = models["denoiser"]
+    pipeline, path = models("denoiser")
     model, half = onnx.load(path), tmp_path / "half.onnx"
     halve_weights(model)
     write_graph(model, Runtime(path).metadata, half)
@@ -153,7 +158,7 @@ def test_half_precision_halves_the_networks_and_little_else(models, tmp_path):
 
 def test_int8_sets_its_thresholds_again(models, tmp_path):
     pytest.importorskip("nncf")
-    pipeline, _ = models["features"]
+    pipeline, _ = models("features")
     good = textures(40, first_seed=300)
     runtime = Runtime(pipeline.export(tmp_path / "int8.onnx", precision="int8", images=good))
     output = runtime([*good[::2], *IMAGES[3:]])
@@ -161,7 +166,7 @@ def test_int8_sets_its_thresholds_again(models, tmp_path):
     assert 1 <= output.is_anomalous[:20].sum() <= 4
     assert output.is_anomalous[20:].all()
     assert output.p_value[20:].max() == pytest.approx(1 / 21)
-    assert runtime.metadata.image_threshold != Runtime(models["features"][1]).metadata.image_threshold
+    assert runtime.metadata.image_threshold != Runtime(models("features")[1]).metadata.image_threshold
 
 
 @pytest.mark.parametrize(
@@ -177,12 +182,12 @@ def test_int8_sets_its_thresholds_again(models, tmp_path):
 )
 def test_wrong_arguments_are_named(models, tmp_path, name, options, message):
     with pytest.raises(ValueError, match=message):
-        models["features"][0].export(tmp_path / name, **options)
+        models("features")[0].export(tmp_path / name, **options)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_of_another_format_is_refused_and_one_of_another_version_read(models, tmp_path, caplog):
-    model = onnx.load(models["features"][1])
+    model = onnx.load(models("features")[1])
     text = model.metadata_props[0].value
 
     def with_text(text: str | None, name: str) -> Path:
@@ -205,7 +210,7 @@ def test_a_file_of_another_format_is_refused_and_one_of_another_version_read(mod
 def test_the_runtimes_agree_on_images_that_were_not_calibrated_on(models, tmp_path):
     pytest.importorskip("openvino")
     for name in ("denoiser", "features"):
-        pipeline, path = models[name]
+        pipeline, path = models(name)
         write_graph(onnx.load(path), Runtime(path).metadata, tmp_path / f"{name}.xml")
         runtimes = {"onnx": Runtime(path), "openvino": Runtime(tmp_path / f"{name}.xml")}
         good = [(image, 0) for image in textures(30, first_seed=600)]
@@ -221,7 +226,7 @@ def test_the_program_of_the_docs_inspects_an_image(models, tmp_path):
     openvino = pytest.importorskip("openvino")
     if shutil.which("g++") is None:
         pytest.skip("g++ is not here")
-    _, path = models["features"]
+    _, path = models("features")
     write_graph(onnx.load(path), Runtime(path).metadata, tmp_path / "model.xml")
     package = Path(openvino.__file__).parent
     library = next(package.glob("libs/libopenvino.so*"))
