@@ -319,6 +319,7 @@ class CalibrationFit:
             coreset_shape=coreset_shape,
             num_scores=max(self.num_scores, 0 if previous is None else previous.config.num_scores),
             false_alarm_rate=self.false_alarm_rate,
+            keeps_maxima=True,
             **self.record,
         ).to(measurement.maps.device)
         if previous is not None:

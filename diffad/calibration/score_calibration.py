@@ -45,6 +45,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         feature_shape: (C, h, w) of the features that have a Gaussian at each position (`feature_gaussian`), or None.
         value_range: of images of more than 8 bits, where the calibration has found it and the pipeline has none.
         coreset_shape: (M, C) of the good images' patches that are kept, or None.
+        keeps_maxima: whether the maxima of held-out good images' maps are kept; an earlier version did not.
 
     Attributes:
         map_mean, map_std: (K, S, H, W), of the smoothed maps over good images; the latter times one constant for each
@@ -56,6 +57,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             (K, h * w, C (C + 1) / 2).
         coreset: (K, M, C) float16, patches of good images (`diffad.calibration.coreset`).
         normal_scores: (K, n), held-out good images' scores, ascending, padded with NaN.
+        normal_maxima: the maxima of their maps, likewise, or None.
         image_threshold: (K,): scores above it are anomalous.
         pixel_threshold: (K,): pixels of the map above it are. At most `false_alarm_rate` of good images show any.
     """
@@ -69,6 +71,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         "feature_whitening",
         "coreset",
         "normal_scores",
+        "normal_maxima",
         "image_threshold",
         "pixel_threshold",
     ]
@@ -81,6 +84,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     feature_whitening: torch.Tensor
     coreset: torch.Tensor
     normal_scores: torch.Tensor
+    normal_maxima: torch.Tensor  # None where they are not kept
     image_threshold: torch.Tensor
     pixel_threshold: torch.Tensor
 
@@ -98,6 +102,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         feature_shape: tuple[int, int, int] | None = None,
         value_range: float | None = None,
         coreset_shape: tuple[int, int] | None = None,
+        keeps_maxima: bool = False,
     ):
         super().__init__()
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
@@ -123,6 +128,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         self.register_buffer("coreset", coreset)
         self.coreset_owner: dict[int, torch.Tensor] = {}  # (M,), while a category's statistics are taken
         self.register_buffer("normal_scores", torch.full((num_categories, num_scores), float("nan")))
+        self.register_buffer(
+            "normal_maxima", torch.full_like(self.normal_scores, float("nan")) if keeps_maxima else None
+        )
         self.register_buffer("image_threshold", torch.full((num_categories,), float("inf")))
         self.register_buffer("pixel_threshold", torch.full((num_categories,), float("inf")))
 
@@ -402,6 +410,32 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             warnings.simplefilter("ignore")  # said once already, for the same number of images
             maxima = torch.as_tensor(map_maxima, dtype=torch.float32).sort().values
             self.pixel_threshold[category] = _rounded_up(conformal_threshold(maxima, rate))
+        if self.normal_maxima is not None:
+            self.normal_maxima[category] = float("nan")
+            self.normal_maxima[category, : len(maxima)] = maxima
+
+    def thresholds_at(self, category: int, false_alarm_rate: float) -> tuple[float, float]:
+        """The thresholds of scores and of pixels that another false-alarm rate would have set.
+
+        A calibration of an earlier version, which kept no maxima, takes the scores for them where a score is a map's
+        maximum, and else leaves the pixels' threshold as it is.
+
+        Raises:
+            ValueError: the rate is not in (0, 1), or the category is not calibrated.
+        """
+        self._num_scores(category)
+        scores = self.normal_scores[category]
+        is_maximum = bool(self.image_threshold[category] == self.pixel_threshold[category])
+        maxima = scores if is_maximum else None
+        if self.normal_maxima is not None and not self.normal_maxima[category].isnan().all():
+            maxima = self.normal_maxima[category]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a rate that they cannot vouch for: the largest is the threshold
+            of_scores = conformal_threshold(scores[~scores.isnan()], false_alarm_rate)
+            if maxima is None:
+                return _rounded_up(of_scores), float(self.pixel_threshold[category])
+            of_pixels = conformal_threshold(maxima[~maxima.isnan()], false_alarm_rate)
+        return _rounded_up(of_scores), _rounded_up(of_pixels)
 
 
 def identity_triangle(num_channels: int) -> torch.Tensor:

@@ -113,8 +113,8 @@ def main() -> None:
         verdicts = dict(Counter(row["verdict"] for row in rows))
         print(
             f"{args.count} files, {sum(events.values())} images in them, {args.kills} kills, "
-            f"{time.monotonic() - started:.0f} s: {len(rows)} rows ({verdicts}); files with another number of rows than "
-            f"of images: {unlike or 'none'}. Ctrl-C ended it with {code}."
+            f"{time.monotonic() - started:.0f} s: {len(rows)} rows ({verdicts}); files with another number of rows "
+            f"than of images: {unlike or 'none'}. Ctrl-C ended it with {code}."
         )
 
 
