@@ -119,5 +119,9 @@ def serve(
         import uvicorn
     app = create_app(load_pipeline(model, device), category, token, batch_size)
     shown = f"http://{host}:{port}/" + ("" if token is None else "?token=...")
-    console.print(f"Serving at {escape(shown)}; Ctrl-C ends it.", highlight=False, soft_wrap=True)
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    try:
+        console.print(f"Serving at {escape(shown)}; Ctrl-C ends it.", highlight=False, soft_wrap=True)
+        uvicorn.run(app, host=host, port=port, log_level="warning")
+    except KeyboardInterrupt:
+        pass
+    console.print("Stopped.")

@@ -8,8 +8,11 @@ import math
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from tiny_taef2 import save_as_published, tiny_taef2
 from typer.testing import CliRunner
 
 from diffad.cli import app
+from diffad.predict import predict_files
 from diffad.training.train_autoencoder import AUTOENCODER_PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +69,7 @@ def workplace(tmp_path, monkeypatch, stable_diffusion) -> Path:
     write_folder(tmp_path / "good_parts", 12)
     write_folder(tmp_path / "new_good_parts", 12, first_seed=12)
     write_folder(tmp_path / "new_parts", 3)
+    predict_files(pipeline, sorted((tmp_path / "new_parts").iterdir()), tmp_path / "runs" / "line")
     write_mvtec(tmp_path / "data")
     return tmp_path
 
@@ -74,8 +79,34 @@ def test_python_examples_run(code, workplace):
     exec(compile(code, "example", "exec"), {})
 
 
+LASTING = ("watch", "serve")  # until Ctrl-C
+
+
+@pytest.mark.parametrize("words", [c for c in commands() if c[0] == "diffad" and c[1] in LASTING], ids=" ".join)
+def test_examples_that_run_until_ctrl_c_end_by_it(words, workplace):
+    pytest.importorskip({"watch": "watchfiles", "serve": "gradio"}[words[1]])
+    shutil.rmtree("runs/line")
+    command = [sys.executable, "-m", "diffad.cli", *words[1:], *(["--port", "0"] if words[1] == "serve" else [])]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            told = ""
+            while "Ctrl-C ends it" not in told:
+                line = process.stderr.readline()
+                assert line, told
+                told += line
+            table = Path("runs/line/scores.csv")
+            while words[1] == "watch" and not (table.is_file() and table.read_text().count("\n") == 4):
+                assert process.poll() is None
+                time.sleep(0.1)  # until each of the three new parts has its row
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+            assert "Stopped" in process.stderr.read()
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize(
-    "words", [c for c in commands() if c[0] == "diffad" and c[1] not in ("demo", "push")], ids=" ".join
+    "words", [c for c in commands() if c[0] == "diffad" and c[1] not in ("demo", "push", *LASTING)], ids=" ".join
 )
 def test_diffad_examples_run(words, workplace):
     short = ["--minutes", "0.001"] if words[1] == "train" else []  # the last one counts

@@ -318,7 +318,7 @@ def _event(row: dict[str, Any], output_dir: Path) -> dict[str, Any]:
 
 def _drift_events(rows: Sequence[dict[str, Any]], drift: DriftTest | None) -> list[dict[str, Any]]:
     """Takes rows into the test; an event where it was drift's first."""
-    events = []
+    events: list[dict[str, Any]] = []
     for row in rows:
         if drift is None or not row.get("score") or drift.drifted_at is not None:
             continue
