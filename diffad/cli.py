@@ -17,10 +17,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
-
 from diffad.command_options import BatchSize, Category, Device, Dtype, Model, PartPattern, Seed
-from diffad.line_commands import drift, watch
+from diffad.line_commands import drift, serve, watch
+from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
 
 app = typer.Typer(
     help="Finds and outlines defects in images, having seen only good ones.",
@@ -290,6 +289,7 @@ def predict(
 
 app.command(short_help="Whether light, focus or parts have changed since calibration.")(drift)
 app.command(short_help="Scores images as they come into a folder.")(watch)
+app.command(short_help="A page and an HTTP API for a model.")(serve)
 
 
 @app.command(short_help="The field's metrics on a test split, and a page to read.")

@@ -1,4 +1,4 @@
-"""The commands for a production line: `diffad drift`, `diffad watch`. `diffad.cli` gives them their names."""
+"""The commands for a production line, `diffad drift`, `watch` and `serve`; `diffad.cli` gives them their names."""
 
 from __future__ import annotations
 
@@ -96,3 +96,32 @@ def watch(
         for one, handler in former.items():
             signal.signal(one, handler)
     console.print(f"Stopped after {count} images. Scores: {escape(str(output_dir / 'scores.csv'))}", soft_wrap=True)
+
+
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(metavar="H", help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="P", help="Where it listens.")] = 7860,
+    token: Annotated[str | None, typer.Option(metavar="T", help="Callers must show it.")] = None,
+    category: Category = None,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+) -> None:
+    """A page at /, and an API: POST /predict with the field image, /healthz, /metrics.
+
+    With a token: `Authorization: Bearer T`, and the page at /?token=T.
+    """
+    from diffad.cli import load_pipeline
+    from diffad.deployment.service import create_app
+    from diffad.installation import needs_extra
+
+    with needs_extra("app"):
+        import uvicorn
+    app = create_app(load_pipeline(model, device), category, token, batch_size)
+    shown = f"http://{host}:{port}/" + ("" if token is None else "?token=...")
+    try:
+        console.print(f"Serving at {escape(shown)}; Ctrl-C ends it.", highlight=False, soft_wrap=True)
+        uvicorn.run(app, host=host, port=port, log_level="warning")
+    except KeyboardInterrupt:
+        pass
+    console.print("Stopped.")

@@ -9,8 +9,11 @@ import math
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -70,6 +73,7 @@ def workplace(tmp_path, monkeypatch, stable_diffusion) -> Path:
     write_folder(tmp_path / "new_good_parts", 12, first_seed=12)
     write_folder(tmp_path / "new_parts", 3)
     (tmp_path / "parts.csv").write_text("image,part\nnew_parts/000.png,a\nnew_parts/001.png,b\nnew_parts/002.png,c\n")
+    predict_files(pipeline, sorted((tmp_path / "new_parts").iterdir()), tmp_path / "runs" / "line")
     write_mvtec(tmp_path / "data")
     predict_files(pipeline, find_images(["new_parts"]), "runs/found")
     return tmp_path
@@ -97,8 +101,34 @@ def test_python_examples_run(code, workplace, exported):
     exec(compile(code, "example", "exec"), {})
 
 
+LASTING = ("watch", "serve")  # until Ctrl-C
+
+
+@pytest.mark.parametrize("words", [c for c in commands() if c[0] == "diffad" and c[1] in LASTING], ids=" ".join)
+def test_examples_that_run_until_ctrl_c_end_by_it(words, workplace):
+    pytest.importorskip({"watch": "watchfiles", "serve": "gradio"}[words[1]])
+    shutil.rmtree("runs/line")
+    command = [sys.executable, "-m", "diffad.cli", *words[1:], *(["--port", "0"] if words[1] == "serve" else [])]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            told = ""
+            while "Ctrl-C ends it" not in told:
+                line = process.stderr.readline()
+                assert line, told
+                told += line
+            table = Path("runs/line/scores.csv")
+            while words[1] == "watch" and not (table.is_file() and table.read_text().count("\n") == 4):
+                assert process.poll() is None
+                time.sleep(0.1)  # until each of the three new parts has its row
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+            assert "Stopped" in process.stderr.read()
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize(
-    "words", [c for c in commands() if c[0] == "diffad" and c[1] not in ("demo", "push")], ids=" ".join
+    "words", [c for c in commands() if c[0] == "diffad" and c[1] not in ("demo", "push", *LASTING)], ids=" ".join
 )
 def test_diffad_examples_run(words, workplace, exported):
     if words[1] == "export":

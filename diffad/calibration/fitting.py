@@ -392,6 +392,7 @@ class CalibrationFit:
             num_scores=max(self.num_scores, 0 if previous is None else previous.config.num_scores),
             false_alarm_rate=self.false_alarm_rate,
             region_shape=None if self.region is None else tuple(self.region.shape[1:]),
+            keeps_maxima=True,
             **self.record,
         ).to(measurement.maps.device)
         if previous is not None:

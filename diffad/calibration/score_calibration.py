@@ -51,6 +51,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         region_shape: (h, w) of the categories' regions of interest, or None.
         shared_whitening: whether all positions have one covariance of the features, as those of tiles do: a place in a
             tile, which may lie anywhere, says nothing of the part.
+        keeps_maxima: whether the maxima of held-out good images' maps are kept; an earlier version did not.
 
     Attributes:
         map_mean, map_std: (K, S, H, W), of the smoothed maps over good images; the latter times one constant for each
@@ -63,6 +64,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         coreset: (K, M, C) float16, patches of good images (`diffad.calibration.coreset`).
         region: (K, h, w) bool, which pixels of an image count (`diffad.region_of_interest`).
         normal_scores: (K, n), held-out good images' scores, ascending, padded with NaN.
+        normal_maxima: the maxima of their maps, likewise, or None.
         image_threshold: (K,): scores above it are anomalous.
         pixel_threshold: (K,): pixels of the map above it are. At most `false_alarm_rate` of good images show any.
     """
@@ -76,6 +78,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         "feature_whitening",
         "coreset",
         "normal_scores",
+        "normal_maxima",
         "image_threshold",
         "pixel_threshold",
     ]
@@ -89,6 +92,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     coreset: torch.Tensor
     region: torch.Tensor | None
     normal_scores: torch.Tensor
+    normal_maxima: torch.Tensor  # None where they are not kept
     image_threshold: torch.Tensor
     pixel_threshold: torch.Tensor
 
@@ -109,6 +113,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         smallest_area: float = 0.0,
         shared_whitening: bool = False,
         region_shape: tuple[int, int] | None = None,
+        keeps_maxima: bool = False,
     ):
         super().__init__()
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
@@ -138,6 +143,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         region = None if region_shape is None else torch.ones(num_categories, *region_shape, dtype=torch.bool)
         self.register_buffer("region", region)
         self.register_buffer("normal_scores", torch.full((num_categories, num_scores), float("nan")))
+        self.register_buffer(
+            "normal_maxima", torch.full_like(self.normal_scores, float("nan")) if keeps_maxima else None
+        )
         self.register_buffer("image_threshold", torch.full((num_categories,), float("inf")))
         self.register_buffer("pixel_threshold", torch.full((num_categories,), float("inf")))
 
@@ -435,6 +443,32 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             warnings.simplefilter("ignore")  # said once already, for the same number of images
             maxima = torch.as_tensor(map_maxima, dtype=torch.float32).sort().values
             self.pixel_threshold[category] = _rounded_up(conformal_threshold(maxima, rate))
+        if self.normal_maxima is not None:
+            self.normal_maxima[category] = float("nan")
+            self.normal_maxima[category, : len(maxima)] = maxima
+
+    def thresholds_at(self, category: int, false_alarm_rate: float) -> tuple[float, float]:
+        """The thresholds of scores and of pixels that another false-alarm rate would have set.
+
+        A calibration of an earlier version, which kept no maxima, takes the scores for them where a score is a map's
+        maximum, and else leaves the pixels' threshold as it is.
+
+        Raises:
+            ValueError: the rate is not in (0, 1), or the category is not calibrated.
+        """
+        self._num_scores(category)
+        scores = self.normal_scores[category]
+        is_maximum = bool(self.image_threshold[category] == self.pixel_threshold[category])
+        maxima = scores if is_maximum else None
+        if self.normal_maxima is not None and not self.normal_maxima[category].isnan().all():
+            maxima = self.normal_maxima[category]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a rate that they cannot vouch for: the largest is the threshold
+            of_scores = conformal_threshold(scores[~scores.isnan()], false_alarm_rate)
+            if maxima is None:
+                return _rounded_up(of_scores), float(self.pixel_threshold[category])
+            of_pixels = conformal_threshold(maxima[~maxima.isnan()], false_alarm_rate)
+        return _rounded_up(of_scores), _rounded_up(of_pixels)
 
 
 def of_each_category(category: torch.Tensor | int) -> list[tuple[Any, Any]]:

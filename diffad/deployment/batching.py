@@ -1,0 +1,80 @@
+"""Requests that come one by one, run through the networks together."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+
+class BusyError(RuntimeError):
+    """More images wait than may."""
+
+
+class Batcher:
+    """A thread that takes what has come while the batch before was run: nothing waits for others to come.
+
+    Args:
+        run: from a list of items to one result for each; an error is that of all of them.
+        batch_size: the most items in one run.
+        max_waiting: the most items that wait or are run.
+        report: called with each batch's size.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[Any]], list[Any]],
+        batch_size: int,
+        max_waiting: int,
+        report: Callable[[int], None] = lambda size: None,
+    ):
+        self.run, self.batch_size, self.max_waiting, self.report = run, batch_size, max_waiting, report
+        self.waiting: queue.SimpleQueue[tuple[Any, Future] | None] = queue.SimpleQueue()
+        self.count, self.lock = 0, threading.Lock()
+        self.thread = threading.Thread(target=self._loop, name="batches", daemon=True)
+        self.thread.start()
+
+    def submit(self, item: Any) -> Future:
+        """The item's result, when it is there.
+
+        Raises:
+            BusyError: `max_waiting` items wait.
+        """
+        with self.lock:
+            if self.count >= self.max_waiting:
+                raise BusyError(f"{self.count} images wait already, and no more than {self.max_waiting} may.")
+            self.count += 1
+        future: Future = Future()
+        self.waiting.put((item, future))
+        return future
+
+    def close(self) -> None:
+        """Ends the thread once what waits is done."""
+        self.waiting.put(None)
+        self.thread.join()
+
+    def _loop(self) -> None:
+        is_open = True
+        while is_open:
+            batch = [self.waiting.get()]
+            while len(batch) < self.batch_size and not self.waiting.empty():
+                batch.append(self.waiting.get())
+            is_open = None not in batch
+            self._run([one for one in batch if one is not None])
+
+    def _run(self, batch: list[tuple[Any, Future]]) -> None:
+        if not batch:
+            return
+        try:
+            results = self.run([item for item, _ in batch])
+            for (_, future), result in zip(batch, results, strict=True):
+                future.set_result(result)
+        except BaseException as error:
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+        with self.lock:
+            self.count -= len(batch)
+        self.report(len(batch))

@@ -1,0 +1,182 @@
+"""A pipeline behind a service: images as they are sent, to what was found in each."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from diffad.calibration.drift import DriftTest
+from diffad.deployment.batching import Batcher
+from diffad.image_files import image_file_header, one_large_at_a_time, read_image
+from diffad.images import image_to_rgb, resize_image, resize_images
+from diffad.seeding import image_generator
+
+SHOWN_SIDE = 1024  # of a picture on the page, in pixels, at most
+
+
+class TooLargeError(ValueError):
+    """An image of more pixels than a service takes."""
+
+
+class Sent(NamedTuple):
+    """An image that could be read.
+
+    size: (H, W) of the file.
+    shown: (h, w, 3) uint8, reduced for the screen; None where nobody looks.
+    network_input: (3, R, R) in [0, 1].
+    """
+
+    size: tuple[int, int]
+    shown: np.ndarray | None
+    network_input: torch.Tensor
+
+
+class Finding(NamedTuple):
+    """What was found in an image.
+
+    anomaly_map: (R, R) float32, at the networks' size.
+    score, p_value, is_anomalous: as of `AnomalyOutput`; the last two are None without a calibration.
+    reconstruction: (3, R, R) in [0, 1], or None.
+    """
+
+    anomaly_map: torch.Tensor
+    score: float
+    p_value: float | None
+    is_anomalous: bool | None
+    reconstruction: torch.Tensor | None
+
+
+class Detector:
+    """Runs a pipeline over images from any number of threads, in batches, and tests for drift on the way.
+
+    Equal images have equal results, whatever they are batched with: noise is that of one seed.
+
+    Args:
+        pipeline: an anomaly pipeline.
+        category: of a unified model.
+        batch_size: images in one pass, at most.
+        max_waiting: images that wait or are run, at most.
+        max_pixels: of one image.
+        report: called with each batch's size.
+
+    Attributes:
+        drift: the test, over all images in the order of their batches; None without a calibration.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        category: str | None = None,
+        batch_size: int = 16,
+        max_waiting: int = 256,
+        max_pixels: int = 100_000_000,
+        report: Callable[[int], None] = lambda size: None,
+    ):
+        self.pipeline, self.category, self.max_pixels = pipeline, category, max_pixels
+        self.index = pipeline.category_index(category)
+        self.drift: DriftTest | None = None
+        self.evidence = 1.0
+        if pipeline.has_thresholds:
+            scores = pipeline.calibration.normal_scores[self.index]
+            rate = pipeline.calibration.config.false_alarm_rate
+            self.drift = DriftTest(scores[~scores.isnan()].tolist(), rate)
+        self.decoding = threading.Semaphore(4)  # images in memory as they are decoded
+        self.batcher = Batcher(self._run, batch_size, max_waiting, report)
+
+    def read(self, name: str, content: bytes, for_screen: bool = False) -> Sent:
+        """Decodes and resizes a file's bytes.
+
+        Raises:
+            UnreadableImageError: it is no image.
+            TooLargeError: it has too many pixels.
+        """
+        (width, height), _ = image_file_header(name, content)
+        if width * height > self.max_pixels:
+            raise TooLargeError(
+                f"{name} has {width} x {height} pixels, and {self.max_pixels:,} are the most. Reduce it or cut it up."
+            )
+        side = self.pipeline.input_resolution
+        with self.decoding, one_large_at_a_time(width * height):
+            image = read_image(name, content, reduce_large=True)
+            value_range = self.pipeline.value_range
+            network_input = resize_image(image, (side, side), value_range)[0].clamp(0.0, 1.0)
+            shown = None
+            if for_screen:
+                picture = image_to_rgb(image, value_range)
+                picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+                shown = np.asarray(picture)
+        return Sent((height, width), shown, network_input)
+
+    def submit(self, sent: Sent) -> Future:
+        """The [`Finding`], when it is there.
+
+        Raises:
+            BusyError: too many images wait.
+        """
+        return self.batcher.submit(sent.network_input)
+
+    def thresholds_at(self, false_alarm_rate: float) -> tuple[float, float]:
+        """As of `ScoreCalibration`, of this category."""
+        return self.pipeline.calibration.thresholds_at(self.index, false_alarm_rate)
+
+    def _run(self, network_inputs: list[torch.Tensor]) -> list[Finding]:
+        output = self.pipeline(
+            network_inputs,
+            batch_size=len(network_inputs),
+            match_input_resolution=False,
+            generator=[image_generator(0, 0) for _ in network_inputs],
+            output_type="pt",
+            **({"category": self.category} if self.category is not None else {}),
+        )
+        findings = []
+        for i in range(len(network_inputs)):
+            score = float(output.anomaly_score[i])
+            if self.drift is not None:
+                self.evidence = self.drift.update(score).total
+            findings.append(
+                Finding(
+                    output.anomaly_map[i].clone(),  # which does not keep the whole batch in memory
+                    score,
+                    None if output.p_value is None else float(output.p_value[i]),
+                    None if output.is_anomalous is None else bool(output.is_anomalous[i]),
+                    None if output.reconstruction is None else output.reconstruction[i].clone(),
+                )
+            )
+        return findings
+
+
+def map_at(anomaly_map: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    """A map (R, R) at a size (H, W), float32."""
+    return resize_images(anomaly_map[None, None], size)[0, 0].numpy()
+
+
+def mask_regions(mask: np.ndarray, anomaly_map: np.ndarray) -> list[dict[str, Any]]:
+    """Connected parts of a mask, the highest first.
+
+    Args:
+        mask: (H, W) bool.
+        anomaly_map: (H, W).
+
+    Returns:
+        Of each: `box` [left, top, right, bottom] in pixels, the last two beyond it; `area` in pixels; `peak` and `mean`
+        of the map there.
+    """
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))
+    regions = []
+    for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        values = anomaly_map[rows, columns][labels[rows, columns] == number]
+        regions.append(
+            {
+                "box": [columns.start, rows.start, columns.stop, rows.stop],
+                "area": int(values.size),
+                "peak": float(values.max()),
+                "mean": float(values.mean()),
+            }
+        )
+    return sorted(regions, key=lambda region: -region["peak"])

@@ -1,0 +1,138 @@
+"""The page of `diffad serve`: an image, what was found in it, and the threshold as a false-alarm rate."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffad.deployment.batching import BusyError
+from diffad.deployment.detector import Detector, Finding, Sent, TooLargeError, map_at, mask_regions
+from diffad.grey_depth import UnreadableImageError
+from diffad.installation import needs_extra
+from diffad.visualization import overlay, to_uint8
+
+with needs_extra("app"):
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing about a line leaves its machine
+    import gradio as gr
+    from fastapi import FastAPI
+
+HISTORY = ["time", "image", "score", "p-value", "verdict", "false-alarm rate (%)"]
+REGIONS = ["left", "top", "right", "bottom", "area (px)", "peak", "mean"]
+Seen = tuple[str, Sent, Finding]
+
+
+def show(detector: Detector, seen: Seen | None, rate: float | None) -> tuple[Any, str, list[list[Any]], str]:
+    """A finding at a false-alarm rate in percent: overlay, words, regions, verdict."""
+    if seen is None:
+        return None, "", [], ""
+    _, sent, finding = seen
+    assert sent.shown is not None
+    anomaly_map = map_at(finding.anomaly_map, sent.shown.shape[:2])
+    if rate is None or finding.p_value is None:
+        return overlay(sent.shown, anomaly_map), f"Score **{finding.score:.4g}** (the model is not calibrated)", [], "-"
+    image_threshold, pixel_threshold = detector.thresholds_at(rate / 100.0)
+    is_anomalous = finding.score > image_threshold
+    mask = (anomaly_map > pixel_threshold) & is_anomalous
+    verdict = "anomalous" if is_anomalous else "normal"
+    words = (
+        f"**{verdict}**: score **{finding.score:.4g}**, threshold {image_threshold:.4g}. p-value "
+        f"**{finding.p_value:.2g}**: the share of good parts that look at least as anomalous."
+    )
+    if detector.drift is not None and detector.drift.drifted_at is not None:
+        words += "\n\nThe parts no longer look as they did at calibration: look at light, focus and place."
+    scale = sent.size[1] / mask.shape[1]  # regions are told in the image's own pixels
+    rows = []
+    for region in mask_regions(mask, anomaly_map):
+        box = [round(scale * edge) for edge in region["box"]]
+        rows.append([*box, round(scale**2 * region["area"]), round(region["peak"], 3), round(region["mean"], 3)])
+    return overlay(sent.shown, anomaly_map, mask, pixel_threshold), words, rows, verdict
+
+
+def write_history(history: list[list[Any]]) -> str:
+    """The visit's table as a CSV file; its path."""
+    path = Path(tempfile.mkdtemp(prefix="diffad-"), "history.csv")
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([HISTORY, *history])
+    return str(path)
+
+
+def build_page(detector: Detector, max_bytes: int) -> gr.Blocks:
+    """The page, as Gradio has it."""
+    calibration = detector.pipeline.calibration if detector.pipeline.has_thresholds else None
+    stated, least = None, 1.0
+    if calibration is not None:
+        least = 100.0 / (calibration.num_good_images(detector.index) + 1)
+        stated = 100.0 * calibration.stated_false_alarm_rate(detector.index)
+
+    def look(path: str | None, rate: float | None, history: list[list[Any]]) -> tuple[Any, ...]:
+        if path is None:
+            return None, None, "", [], None, history, history, None
+        name = Path(path).name
+        try:
+            if Path(path).stat().st_size > max_bytes:
+                raise TooLargeError(f"{name} has more than {max_bytes:,} bytes.")
+            sent = detector.read(name, Path(path).read_bytes(), for_screen=True)
+            finding = detector.submit(sent).result()
+        except (UnreadableImageError, TooLargeError, BusyError) as error:
+            raise gr.Error(str(error)) from error
+        seen = (name, sent, finding)
+        picture, words, rows, verdict = show(detector, seen, rate)
+        now = datetime.datetime.now().isoformat(timespec="seconds")
+        p_value = None if finding.p_value is None else round(finding.p_value, 4)
+        history = [*history, [now, name, round(finding.score, 4), p_value, verdict, rate]]
+        rebuilt = finding.reconstruction
+        rebuilt = None if rebuilt is None else to_uint8(np.moveaxis(rebuilt.float().numpy(), 0, -1))
+        return seen, picture, words, rows, rebuilt, history, history, write_history(history)
+
+    def move(seen: Seen | None, rate: float | None) -> tuple[Any, ...]:
+        return show(detector, seen, rate)[:3]
+
+    with gr.Blocks(title="diffad", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        seen = gr.State(None, time_to_live=3600)
+        history = gr.State([], time_to_live=86400)
+        gr.Markdown("# Is this part good?")
+        with gr.Row():
+            sources: Any = ["upload", "webcam", "clipboard"]
+            image = gr.Image(label="Part", type="filepath", image_mode=None, sources=sources, elem_id="part")
+            shown: dict[str, Any] = {"interactive": False, "buttons": ["download", "fullscreen"], "format": "png"}
+            picture = gr.Image(label="What is unusual", elem_id="overlay", **shown)
+            rebuilt = gr.Image(label="As it would be without", visible=False, **shown)
+        rate = gr.Slider(
+            round(least, 2),
+            50.0,
+            round(stated, 2) if stated is not None else 1.0,
+            step=0.01,
+            label="False-alarm rate: of good parts that may raise an alarm, in %",
+            visible=calibration is not None,
+            elem_id="rate",
+        )
+        words = gr.Markdown(elem_id="words")
+        regions = gr.Dataframe(headers=REGIONS, label="Regions, in the image's pixels", interactive=False)
+        with gr.Accordion("This visit", open=False):
+            table = gr.Dataframe(headers=HISTORY, interactive=False)
+            download = gr.DownloadButton("As CSV", elem_id="csv")
+        current = rate if calibration is not None else gr.State(None)
+        outputs: list[Any] = [seen, picture, words, regions, rebuilt, history, table, download]
+        image.change(look, [image, current, history], outputs, show_progress="minimal", api_visibility="private").then(
+            lambda seen: gr.Image(visible=seen is not None and seen[2].reconstruction is not None),
+            seen,
+            rebuilt,
+            api_visibility="private",
+        )
+        if calibration is not None:
+            rate.change(move, [seen, rate], [picture, words, regions], show_progress="hidden", api_visibility="private")
+    return page
+
+
+def mount_page(app: FastAPI, detector: Detector, max_bytes: int) -> FastAPI:
+    """Puts the page at `/`, behind the API's own paths. It loads nothing from elsewhere."""
+    fonts = ["system-ui", "sans-serif"]
+    theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
+    page = build_page(detector, max_bytes)
+    return gr.mount_gradio_app(app, page, path="/", theme=theme, footer_links=[], max_file_size=max_bytes)

@@ -1,0 +1,225 @@
+"""`diffad serve`: a page for people and an HTTP API for machines, over one model."""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import io
+import time
+from collections.abc import Awaitable, Callable
+from http.cookies import SimpleCookie
+from typing import Any
+from urllib.parse import parse_qs
+
+import numpy as np
+from PIL import Image
+
+from diffad.deployment.batching import BusyError
+from diffad.deployment.detector import Detector, Finding, Sent, TooLargeError, map_at, mask_regions
+from diffad.grey_depth import UnreadableImageError
+from diffad.installation import needs_extra
+
+with needs_extra("app"):
+    from anyio import to_thread
+    from fastapi import FastAPI, HTTPException, Query, Request, Response, UploadFile
+    from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+MAX_BYTES = 64 * 2**20  # of one request
+MAX_IMAGES = 64  # in one request
+COOKIE = "diffad_token"
+
+
+def create_app(
+    pipeline: Any,
+    category: str | None = None,
+    token: str | None = None,
+    batch_size: int = 16,
+    max_bytes: int = MAX_BYTES,
+    max_waiting: int = 256,
+    max_pixels: int = 100_000_000,
+    page: bool = True,
+) -> FastAPI:
+    """The service, for `uvicorn`.
+
+    Args:
+        pipeline: an anomaly pipeline, on its device.
+        category: of a unified model.
+        token: what callers must show, as `Authorization: Bearer TOKEN`; a browser is shown the page at `/?token=TOKEN`
+            and remembers it. None lets everyone in who reaches the port.
+        batch_size: images in one pass of the networks, at most.
+        max_bytes: of one request, else 413.
+        max_waiting: images that wait or are run; those beyond get 429.
+        max_pixels: of one image, else 413.
+        page: whether the page is there as well, or the API alone.
+    """
+    metrics = Metrics()
+    detector = Detector(pipeline, category, batch_size, max_waiting, max_pixels, metrics.batches.observe)
+    metrics.watch(detector)
+    app = FastAPI(title="diffad", docs_url=None, redoc_url=None)
+
+    @app.post("/predict")
+    async def predict(image: list[UploadFile], mask: bool = Query(False, description="With masks, as PNG.")) -> Any:
+        """What is found in one image or several."""
+        if len(image) > MAX_IMAGES:
+            raise HTTPException(413, f"{len(image)} images came in one request, and {MAX_IMAGES} are the most.")
+        sent = []
+        for i, one in enumerate(image):
+            name = one.filename or f"image[{i}]"
+            try:
+                sent.append(await to_thread.run_sync(detector.read, name, await one.read()))
+            except UnreadableImageError as error:
+                raise HTTPException(422, f"Image {i} of the request: {error}") from error
+            except TooLargeError as error:
+                raise HTTPException(413, f"Image {i} of the request: {error}") from error
+        try:
+            futures = [detector.submit(one) for one in sent]
+        except BusyError as error:
+            raise HTTPException(429, f"{error} Try again.", headers={"Retry-After": "1"}) from error
+        findings = [await to_thread.run_sync(future.result) for future in futures]
+        metrics.images.inc(len(findings))
+        metrics.anomalous.inc(sum(bool(finding.is_anomalous) for finding in findings))
+        described = []
+        for one, sent_one, finding in zip(image, sent, findings, strict=True):
+            described.append(await to_thread.run_sync(describe, detector, one.filename, sent_one, finding, mask))
+        return {"images": described}
+
+    @app.get("/healthz")
+    def healthz() -> dict[str, Any]:
+        """Whether the service is up, and whether the world is still as it was calibrated."""
+        drift = detector.drift
+        return {"status": "ok", "drift": None if drift is None else drift.drifted_at is not None}
+
+    @app.get("/metrics")
+    def shown_metrics() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.middleware("http")
+    async def measured(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        started = time.perf_counter()
+        response = await answer(request)
+        if request.url.path == "/predict":
+            metrics.requests.labels(str(response.status_code)).inc()
+            metrics.seconds.observe(time.perf_counter() - started)
+        return response
+
+    app.add_middleware(BoundedBody, max_bytes=max_bytes)
+    if token is not None:
+        app.add_middleware(TokenCheck, token=token)
+    if page:
+        from diffad.deployment.page import mount_page
+
+        app = mount_page(app, detector, max_bytes)
+    return app
+
+
+def describe(detector: Detector, name: str | None, sent: Sent, finding: Finding, with_mask: bool) -> dict[str, Any]:
+    """What the API answers for an image: numbers, regions in the image's own pixels, and its mask where asked for."""
+    answer: dict[str, Any] = {"name": name, "size": list(sent.size), "score": finding.score}
+    if finding.is_anomalous is None:
+        return answer
+    anomaly_map = map_at(finding.anomaly_map, sent.size)
+    threshold = float(detector.pipeline.calibration.pixel_threshold[detector.index])
+    mask = (anomaly_map > threshold) & finding.is_anomalous
+    answer |= {"p_value": finding.p_value, "is_anomalous": finding.is_anomalous}
+    answer["regions"] = mask_regions(mask, anomaly_map)
+    if with_mask:
+        file = io.BytesIO()
+        Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
+        answer["mask_png"] = base64.b64encode(file.getvalue()).decode()
+    return answer
+
+
+class Metrics:
+    """What Prometheus reads at `/metrics`."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("diffad_requests", "Requests of /predict.", ["status"], registry=registry)
+        self.images = Counter("diffad_images", "Images that were scored for /predict.", registry=registry)
+        self.anomalous = Counter("diffad_anomalous_images", "Of them, those that raised an alarm.", registry=registry)
+        self.seconds = Histogram("diffad_request_seconds", "From a request to its answer.", registry=registry)
+        sizes = (1, 2, 4, 8, 16, 32, 64)
+        self.batches = Histogram("diffad_batch_images", "Images in a batch.", buckets=sizes, registry=registry)
+        self.waiting = Gauge("diffad_waiting_images", "Images that wait or are run.", registry=registry)
+        self.evidence = Gauge("diffad_drift_evidence", "Of drift; 100 is an alarm.", registry=registry)
+        self.drifted = Gauge("diffad_drifted", "1 once the evidence has reached 100.", registry=registry)
+
+    def watch(self, detector: Detector) -> None:
+        """Takes from a detector what changes by itself."""
+        self.waiting.set_function(lambda: detector.batcher.count)
+        self.evidence.set_function(lambda: detector.evidence)
+        self.drifted.set_function(lambda: bool(detector.drift and detector.drift.drifted_at is not None))
+
+
+class BoundedBody:
+    """Refuses a request of more than `max_bytes` before it is read, or, where it does not say how long it is, then."""
+
+    def __init__(self, app: Any, max_bytes: int):
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """As ASGI calls it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        message = f"The request has more than {self.max_bytes:,} bytes. Send fewer or smaller images."
+        stated = dict(scope["headers"]).get(b"content-length", b"0")
+        if not stated.isdigit() or int(stated) > self.max_bytes:
+            await JSONResponse({"detail": message}, 413)(scope, receive, send)
+            return
+        received, is_too_large = 0, False
+
+        async def bounded() -> Any:
+            nonlocal received, is_too_large
+            part = await receive()
+            received += len(part.get("body", b""))
+            if received > self.max_bytes:
+                is_too_large = True
+                return {"type": "http.disconnect"}  # nothing more is read
+            return part
+
+        async def answer(part: Any) -> None:
+            if not is_too_large:
+                await send(part)
+
+        try:
+            await self.app(scope, bounded, answer)
+        except Exception:
+            if not is_too_large:
+                raise
+        if is_too_large:
+            await JSONResponse({"detail": message}, 413)(scope, receive, send)
+
+
+class TokenCheck:
+    """Lets in who shows the token: in a header, in a cookie, or once in the page's address, which sets the cookie.
+
+    `/healthz` is open, as what looks after a service often knows no secret.
+    """
+
+    def __init__(self, app: Any, token: str):
+        self.app, self.token = app, token.encode()
+
+    def _is_token(self, shown: str) -> bool:
+        return hmac.compare_digest(shown.encode(), self.token)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """As ASGI calls it."""
+        if scope["type"] not in ("http", "websocket") or scope["path"] == "/healthz":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        bearer = headers.get("authorization", "")
+        if self._is_token(bearer.removeprefix("Bearer ")) or (cookie is not None and self._is_token(cookie.value)):
+            await self.app(scope, receive, send)
+            return
+        shown = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        answer: Response = PlainTextResponse(
+            "A token is needed: `Authorization: Bearer TOKEN`, or open /?token=TOKEN in a browser.", 401
+        )
+        if scope["type"] == "http" and scope["path"] == "/" and self._is_token(shown):
+            answer = RedirectResponse(scope.get("root_path", "") + "/", 303)
+            answer.set_cookie(COOKIE, shown, httponly=True, samesite="strict")
+        await answer(scope, receive, send)

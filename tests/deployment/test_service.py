@@ -1,0 +1,237 @@
+"""The HTTP API over a real port: answers as a call gives them, limits, the token, many callers at once."""
+
+from __future__ import annotations
+
+import base64
+import io
+import runpy
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import texture, textures, tiny_pipeline
+from PIL import Image
+
+from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.deployment.batching import Batcher, BusyError
+from diffad.seeding import image_generator
+
+pytest.importorskip("gradio")
+httpx = pytest.importorskip("httpx")
+uvicorn = pytest.importorskip("uvicorn")
+
+from diffad.deployment.service import create_app  # noqa: E402
+
+
+@contextmanager
+def running(*arguments, **options) -> Iterator[str]:
+    """The address of a service, without the page unless asked for."""
+    with serving(create_app(*arguments, **{"page": False, **options})) as url:
+        yield url
+
+
+@contextmanager
+def serving(app) -> Iterator[str]:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny_pipeline().calibrate(textures(19), false_alarm_rate=0.25)
+
+
+@pytest.fixture(scope="module")
+def url(pipeline) -> Iterator[str]:
+    with running(pipeline, max_pixels=10_000, max_bytes=100_000) as address:
+        yield address
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def post(url: str, *contents: bytes, **options) -> httpx.Response:
+    files = [("image", (f"{i}.png", content)) for i, content in enumerate(contents)]
+    return httpx.post(f"{url}/predict", files=files, timeout=60, **options)
+
+
+def expected(pipeline, pixels: np.ndarray):
+    return pipeline(pixels, generator=image_generator(0, 0))
+
+
+def test_the_answer_is_what_a_call_gives(pipeline, url):
+    images = [texture(50, (40, 30)), texture(51, (20, 60), defect=True)]
+    answer = post(url, *map(png, images), params={"mask": "true"})
+    assert answer.status_code == 200
+    for i, (found, pixels) in enumerate(zip(answer.json()["images"], images, strict=True)):
+        direct = expected(pipeline, pixels)
+        assert found["name"] == f"{i}.png"
+        assert found["size"] == list(pixels.shape[:2])
+        assert found["score"] == pytest.approx(float(direct.anomaly_score[0]), rel=1e-4)
+        assert found["p_value"] == pytest.approx(float(direct.p_value[0]))
+        assert found["is_anomalous"] == bool(direct.is_anomalous[0])
+        mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["mask_png"])))) > 0
+        assert mask.shape == pixels.shape[:2]
+        assert (mask != direct.anomaly_mask[0]).mean() < 0.01
+        assert sum(region["area"] for region in found["regions"]) == mask.sum()
+        for region in found["regions"]:
+            left, top, right, bottom = region["box"]
+            assert mask[top:bottom, left:right].any()
+            assert region["mean"] <= region["peak"]
+    assert "mask_png" not in post(url, png(images[0])).json()["images"][0]
+
+
+@pytest.mark.parametrize(
+    ("contents", "status", "words"),
+    [
+        ([b"no image"], 422, "Image 0 of the request: `image`: 0.png cannot be read as an image"),
+        ([png(texture(0)), png(texture(0))[:200]], 422, "Image 1 of the request"),
+        ([b""], 422, "empty"),
+        ([png(np.zeros((101, 100, 3), np.uint8))], 413, "100 x 101 pixels, and 10,000 are the most"),
+        ([bytes(200_000)], 413, "more than 100,000 bytes"),
+        ([png(texture(0))] * 65, 413, "64 are the most"),
+    ],
+)
+def test_what_cannot_be_taken_is_refused_with_a_reason(url, contents, status, words):
+    answer = post(url, *contents)
+    assert answer.status_code == status
+    assert words in answer.json()["detail"]
+
+
+def test_a_body_that_does_not_say_how_long_it_is_is_cut_off(url):
+    parts = [b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n', *[bytes(50_000)] * 4]
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    answer = httpx.post(f"{url}/predict", content=iter(parts), headers=headers, timeout=60)
+    assert answer.status_code == 413
+    assert httpx.post(f"{url}/predict", timeout=60).status_code == 422  # no image at all
+
+
+def test_many_at_once_are_neither_lost_nor_mixed_up(pipeline):
+    images = [texture(100 + i, (10 + i % 7, 12 + i % 5)) for i in range(60)]
+    direct = [float(expected(pipeline, pixels).anomaly_score[0]) for pixels in images]
+    with running(pipeline, batch_size=8) as url, ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda i: post(url, b"broken" if i % 10 == 9 else png(images[i])), range(60)))
+        told = httpx.get(f"{url}/metrics").text
+    for i, answer in enumerate(answers):
+        assert answer.status_code == (422 if i % 10 == 9 else 200)
+        if answer.status_code == 200:
+            [found] = answer.json()["images"]
+            assert found["score"] == pytest.approx(direct[i], rel=1e-3)
+            assert found["size"] == list(images[i].shape[:2])
+    assert 'diffad_requests_total{status="200"} 54.0' in told
+    assert 'diffad_requests_total{status="422"} 6.0' in told
+    assert "diffad_images_total 54.0" in told
+    assert "diffad_waiting_images 0.0" in told
+
+
+def test_a_full_queue_says_so():
+    begun, go_on = threading.Event(), threading.Event()
+    sizes: list[int] = []
+
+    def run(items: list[int]) -> list[int]:
+        begun.set()
+        assert go_on.wait(60)
+        return [item + 1 for item in items]
+
+    batcher = Batcher(run, 4, 6, sizes.append)
+    futures = [batcher.submit(0)]
+    assert begun.wait(60)
+    futures += [batcher.submit(i) for i in range(1, 6)]
+    with pytest.raises(BusyError, match="6 images wait already"):
+        batcher.submit(6)
+    go_on.set()
+    assert [future.result(60) for future in futures] == [1, 2, 3, 4, 5, 6]
+    batcher.close()
+    assert sizes == [1, 4, 1]  # what came meanwhile ran together
+
+
+def test_an_error_of_a_batch_reaches_its_callers_and_no_others():
+    def run(items: list[int]) -> list[float]:
+        return [1 / item for item in items]
+
+    batcher = Batcher(run, 1, 10)
+    futures = [batcher.submit(item) for item in (1, 0, 2)]
+    with pytest.raises(ZeroDivisionError):
+        futures[1].result(60)
+    assert [futures[0].result(60), futures[2].result(60)] == [1.0, 0.5]
+    batcher.close()
+
+
+def test_only_who_shows_the_token_gets_in(pipeline):
+    with running(pipeline, token="secret") as url:
+        assert httpx.get(f"{url}/healthz").json() == {"status": "ok", "drift": False}
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Cookie": "diffad_token=wrong"}):
+            answer = post(url, png(texture(0)), headers=headers)
+            assert answer.status_code == 401
+            assert "Bearer TOKEN" in answer.text
+        assert httpx.get(f"{url}/metrics").status_code == 401
+        assert httpx.get(f"{url}/?token=wrong").status_code == 401
+        assert post(url, png(texture(0)), headers={"Authorization": "Bearer secret"}).status_code == 200
+        shown = httpx.get(f"{url}/?token=secret")
+        assert (shown.status_code, shown.headers["location"]) == (303, "/")
+        cookies = {"Cookie": shown.headers["set-cookie"].split(";")[0]}
+        assert httpx.get(f"{url}/metrics", headers=cookies).status_code == 200
+
+
+def test_a_changed_world_is_told(pipeline):
+    with running(pipeline) as url:
+        black = png(np.zeros((16, 16, 3), np.uint8))
+        for _ in range(40):
+            assert post(url, black).status_code == 200
+        assert httpx.get(f"{url}/healthz").json()["drift"] is True
+        assert "diffad_drifted 1.0" in httpx.get(f"{url}/metrics").text
+
+
+def test_another_rate_gives_the_thresholds_that_it_would_have_set():
+    scores, maxima = torch.rand(99), torch.rand(99) + 1.0
+    kept = ScoreCalibration(1, num_scores=99, false_alarm_rate=0.05, keeps_maxima=True)
+    plain = ScoreCalibration(1, num_scores=99, false_alarm_rate=0.05)
+    for calibration in (kept, plain):
+        calibration.set_thresholds(0, scores, maxima)
+    other = ScoreCalibration(1, num_scores=99, false_alarm_rate=0.2)
+    other.set_thresholds(0, scores, maxima)
+    assert kept.thresholds_at(0, 0.2) == pytest.approx((float(other.image_threshold), float(other.pixel_threshold)))
+    # of an earlier version, which kept no maxima
+    assert plain.thresholds_at(0, 0.2) == pytest.approx((float(other.image_threshold), float(plain.pixel_threshold)))
+    plain.set_thresholds(0, maxima, maxima)
+    assert plain.thresholds_at(0, 0.2) == pytest.approx((float(other.pixel_threshold),) * 2)
+
+
+def test_the_space_is_the_same_service(pipeline, tmp_path, monkeypatch):
+    """As the Hub runs it: `app.py`, with the variables that its README names; the metadata name what is there."""
+    space = Path(__file__).parents[2] / "model_cards" / "space"
+    metadata = yaml.safe_load((space / "README.md").read_text().split("---")[1])
+    assert metadata["sdk"] == "gradio"
+    assert (space / metadata["app_file"]).is_file()
+    assert (space / "requirements.txt").read_text() == "diffad[app]\n"
+    with pytest.raises(SystemExit, match="DIFFAD_MODEL"):
+        runpy.run_path(str(space / "app.py"))
+    pipeline.save_pretrained(tmp_path)
+    monkeypatch.setenv("DIFFAD_MODEL", str(tmp_path))
+    monkeypatch.setenv("DIFFAD_TOKEN", "secret")
+    app = runpy.run_path(str(space / "app.py"))["app"]
+    with serving(app) as url:
+        assert post(url, png(texture(0))).status_code == 401
+        page = httpx.get(f"{url}/", headers={"Authorization": "Bearer secret"})
+        assert "gradio" in page.text
