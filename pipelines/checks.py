@@ -66,7 +66,7 @@ def check_call(
 
 def check_resolution(resolution: Side, size_multiple: int) -> None:
     """Raises a ValueError where `processing_resolution`, a side or height and width, is none for a network."""
-    sides = list(resolution) if isinstance(resolution, (list, tuple)) else [resolution] * 2
+    sides: list[Any] = list(resolution) if isinstance(resolution, (list, tuple)) else [resolution] * 2
     if len(sides) != 2:
         raise ValueError(f"`processing_resolution` must be one side, or height and width, but is {resolution!r}.")
     if not all(isinstance(side, int) and side >= size_multiple for side in sides):

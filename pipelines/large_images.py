@@ -161,7 +161,8 @@ def calibrate_large(
             tile_fit.add_statistics(measurement if is_mine else empty_measurement(measurement))
     for one in (fit, tile_fit):
         one.set_statistics()
-    calibrations = Calibrations(fit.level(), tile_fit.level())
+    of_tiles = tile_fit.level()
+    calibrations = Calibrations(fit.level(), of_tiles)
 
     # 2. Thresholds of the images' maps
     for i, image, is_mine in own_images(held_out, accelerator):
@@ -171,8 +172,8 @@ def calibrate_large(
         )
         fit.add_joined_maps(joined[None][: int(is_mine)])
     calibration = fit.finish()
-    calibrations.of_tiles.map_std[category] *= fit.scale
-    pipeline.register_modules(calibration=calibration, tile_calibration=calibrations.of_tiles)
+    of_tiles.map_std[category] *= fit.scale
+    pipeline.register_modules(calibration=calibration, tile_calibration=of_tiles)
 
 
 def own_images(
@@ -193,6 +194,8 @@ def size_of(image: Image.Image | torch.Tensor) -> tuple[int, int]:
 
 def grid_of(pipeline: DetectionPipeline, size: tuple[int, int]) -> TileGrid:
     """The tiles of images of a size."""
+    if pipeline.tile_size is None:
+        raise ValueError("`pipeline` looks at whole images: it has no `tile_size`.")
     return tile_grid(size, pipeline.tile_size, as_size(pipeline.input_resolution), pipeline.config.tile_overlap)
 
 

@@ -174,9 +174,9 @@ def measure_defects(pipeline: AnomalyDenoisePipeline, unseen: Sequence[Any], cat
     defects = [defect for _, defect in add_defects(good, DEFECTS_AN_IMAGE, seed)]
     inside = inside_region(pipeline.region, torch.tensor([category]), side)
     if inside is not None:
-        inside = inside[0].numpy()
+        counts = inside[0].numpy()
         defects = [
-            one._replace(mask=one.mask & inside) for one in defects if 2 * one.mask[inside].sum() > one.mask.sum()
+            one._replace(mask=one.mask & counts) for one in defects if 2 * one.mask[counts].sum() > one.mask.sum()
         ]
     images = [torch.from_numpy(image).permute(2, 0, 1) for image in [*good, *(defect.image for defect in defects)]]
     masks = np.stack([*(np.zeros(side, dtype=bool) for _ in good), *(defect.mask for defect in defects)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -37,7 +38,7 @@ def mask_to_array(mask: PIL.Image.Image) -> np.ndarray:
     return values >= levels[-1] / 2 if _has_soft_edges(values, levels) else values > 0
 
 
-def unite_masks(folder: str | os.PathLike) -> PIL.Image.Image:
+def unite_masks(folder: str | Path) -> PIL.Image.Image:
     """The masks in a folder as one, 0 and 255: some data sets have a file for each defect of an image.
 
     Raises:
