@@ -173,7 +173,7 @@ class AnomalyMetrics(Metric):
             raise ValueError("`predicted_mask` and `defects` come with `anomaly_map` and `mask`.")
         if predicted is not None and masks is not None and predicted.shape != masks.shape:
             raise ValueError(f"`predicted_mask` has shape {predicted.shape}, `mask` {masks.shape}: resize one.")
-        given = {"anomaly_map": maps, "mask": masks, "anomaly_score": scores, "label": labels}
+        given: dict[str, Any] = {"anomaly_map": maps, "mask": masks, "anomaly_score": scores, "label": labels}
         given |= {"predicted_mask": predicted, "defects": defects}
         lengths = {name: len(value) for name, value in given.items() if value is not None}
         if len(set(lengths.values())) > 1:
