@@ -46,7 +46,7 @@ def unite_masks(folder: str | Path) -> PIL.Image.Image:
         FileNotFoundError: there is none.
     """
     united: np.ndarray | None = None
-    for path in images_below(folder):
+    for path in images_below(os.fspath(folder)):
         mask = mask_to_array(read_image(path))
         if united is not None and mask.shape != united.shape:
             reason = f"{path.name} has another size than the masks before it"
