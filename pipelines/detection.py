@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from diffad.calibration.category_features import mean_features, nearest_category
 from diffad.calibration.fitting import CalibrationFit, ScoreFunctions
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.data.regions_of_interest import read_roi
 from diffad.grey_depth import warn_of_found_range
-from diffad.images import ImageSequence, common_value_range, resize_images
+from diffad.images import ImageSequence, as_size, common_value_range, images_to_pixel_values, resize_images
+from diffad.moments import FeatureMoments
 from diffad.pipelines.base import AnomalyPipeline
 from diffad.pipelines.checks import check_value_range
 from diffad.pipelines.large_images import calibrate_large
@@ -184,9 +186,10 @@ class DetectionPipeline(AnomalyPipeline):
         found = self._found_value_range(index, value_range, images, statistics_images)
         num_scores = len(for_scores)
         region = self._new_region(roi, index)
+        shown = ImageSequence.of_rows(statistics_images, for_statistics, self.config.value_range or found)
+        moments = self._category_moments(shown, batch_size, accelerator)
         if self.tile_size is not None:
             generators = image_generators(generator, len(for_statistics) + len(for_scores))
-            statistics = ImageSequence.of_rows(statistics_images, for_statistics, self.config.value_range or found)
             held_out = ImageSequence.of_rows(images, for_scores, self.config.value_range or found)
             options: dict[str, Any] = {
                 "false_alarm_rate": false_alarm_rate,
@@ -194,8 +197,9 @@ class DetectionPipeline(AnomalyPipeline):
                 "value_range": found,
             }
             options |= {"region": region, "smallest_area": smallest_area}
-            calibrate_large(self, statistics, held_out, index, generators, batch_size, **options)
+            calibrate_large(self, shown, held_out, index, generators, batch_size, **options)
             self.maybe_free_model_hooks()
+            self._keep_category_moments(index, moments)
             return self
         if leave_one_out and len(images) >= FEWEST_IMAGES:
             num_scores = len(images)
@@ -216,7 +220,59 @@ class DetectionPipeline(AnomalyPipeline):
                 learn(measurement)
         self.maybe_free_model_hooks()
         self.register_modules(calibration=fit.finish())
+        self._keep_category_moments(index, moments)
         return self
+
+    def recognise(self, images: ImageSequence, batch_size: int) -> list[int]:
+        """The index of each image's category, by its features: of a model of several, where none is given.
+
+        Raises:
+            ValueError: the model is not calibrated, or was by an earlier version, which kept nothing of that.
+        """
+        calibration = self.calibration
+        if calibration is None or calibration.category_mean is None:
+            raise ValueError(
+                f"`category` is needed: this model knows {', '.join(self.categories)}, and its calibration nothing by "
+                "which to recognise them. Pass one of them, or calibrate it again."
+            )
+        found = [
+            nearest_category(features, calibration.category_mean, calibration.category_covariance)
+            for features in self._category_features(images, batch_size)
+        ]
+        return torch.cat(found).tolist()
+
+    @property
+    def _category_channels(self) -> int | None:
+        several = len(self.categories) > 1 and self.feature_extractor is not None
+        return sum(self.feature_extractor.layer_channels) if several else None
+
+    def _category_features(self, images: ImageSequence, batch_size: int) -> Iterator[torch.Tensor]:
+        """(B, C), batch by batch: what of the features tells categories apart."""
+        size = as_size(self.input_resolution)
+        for start in range(0, len(images), batch_size):
+            pixel_values = images_to_pixel_values(images[start : start + batch_size], size)
+            yield mean_features(self.feature_extractor, pixel_values.to(self._execution_device))
+
+    def _category_moments(
+        self, images: ImageSequence, batch_size: int, accelerator: Accelerator | None
+    ) -> FeatureMoments | None:
+        """Mean and covariance of `_category_features` over good images, of this process's share and then of all."""
+        if len(self.categories) < 2 or len(images) < 2:
+            return None
+        moments: FeatureMoments | None = None
+        mine = process_share(len(images), accelerator)
+        chosen = mine or range(1)  # whose features tell the shapes
+        for features in self._category_features(images[chosen.start : chosen.stop : chosen.step], batch_size):
+            moments = moments or FeatureMoments(1, features.shape[1], features.device)
+            moments.update(features[: len(features) if mine else 0, :, None])
+        if moments is not None:
+            moments.reduce(accelerator)
+        return moments
+
+    def _keep_category_moments(self, category: int, moments: FeatureMoments | None) -> None:
+        if moments is not None:
+            self.calibration.category_mean[category] = moments.mean()[0]
+            self.calibration.category_covariance[category] = moments.covariance()[0]
 
     @property
     def region(self) -> torch.Tensor | None:
@@ -309,6 +365,7 @@ class DetectionPipeline(AnomalyPipeline):
             settings=settings,
             value_range=value_range,
             smallest_area=smallest_area,
+            category_channels=self._category_channels,
         )
 
     def measurements(

@@ -243,7 +243,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         Args:
             image: PIL image, path, array (H, W[, C]) or (N, H, W, C), tensor ([C,] H, W) or (N, C, H, W), or a list of
                 these. Floats lie in [0, 1].
-            category: of a unified model, its name or index, one for all images or one each.
+            category: of a unified model, its name or index, one for all images or one each; None takes that which an
+                image's features are nearest to (`recognise`).
             batch_size: images, or tiles of one, in one pass of the network; each counts `len(timesteps)` samples.
             processing_resolution: side in pixels at which the network sees the images, or height and width; None takes
                 the pipeline's own, at which it was calibrated. A pipeline of tiles takes no other.
@@ -266,6 +267,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         resolution = self.processing_resolution if processing_resolution is None else processing_resolution
         check_call(images, batch_size, resolution, self.size_multiple, match_input_resolution, generator, output_type)
         device, calibration = self._execution_device, self.calibration
+        if category is None and len(self.categories) > 1:
+            category = self.recognise(images, batch_size)
         categories = category_indices(category, self.categories, len(images)).to(device)
         generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * len(images)
         resolution = as_size(resolution)

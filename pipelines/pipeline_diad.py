@@ -229,7 +229,8 @@ class DiADPipeline(DetectionPipeline):
         Args:
             image: PIL image, path, array (H, W[, C]) or (N, H, W, C), tensor ([C,] H, W) or (N, C, H, W), or a list of
                 these. Floats lie in [0, 1].
-            category: of a calibrated model of many, its name or index, one for all images or one each.
+            category: of a calibrated model of many, its name or index, one for all images or one each; None takes that
+                which an image's features are nearest to (`recognise`).
             num_inference_steps: steps of the reverse process; None takes the pipeline's own, as for the other
                 arguments that the pipeline has.
             strength: in (0, 1], as in the class.
@@ -261,6 +262,8 @@ class DiADPipeline(DetectionPipeline):
         device, calibration = self._execution_device, self.calibration
         if category is None and calibration is None:  # nothing is chosen by it
             category = 0
+        if category is None and len(self.categories) > 1:
+            category = self.recognise(images, batch_size)
         categories = category_indices(category, self.categories, len(images)).to(device)
         generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * len(images)
         latents = check_latents(latents, self.vae, (len(images), resolution, resolution))

@@ -51,6 +51,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         region_shape: (h, w) of the categories' regions of interest, or None.
         shared_whitening: whether all positions have one covariance of the features, as those of tiles do: a place in a
             tile, which may lie anywhere, says nothing of the part.
+        category_channels: C of the features by which a model of several categories tells them apart
+            (`diffad.calibration.category_features`), or None.
         keeps_maxima: whether the maxima of held-out good images' maps are kept; an earlier version did not.
 
     Attributes:
@@ -62,6 +64,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         feature_mean, feature_whitening: the same of the features themselves, (K, h * w, C) and, in half precision,
             (K, h * w, C (C + 1) / 2), or (K, 1, ...) where the covariance is shared.
         coreset: (K, M, C) float16, patches of good images (`diffad.calibration.coreset`).
+        category_mean, category_covariance: (K, C) and (K, C, C), of good images' features, by which categories are
+            told apart; NaN where nothing is known.
         region: (K, h, w) bool, which pixels of an image count (`diffad.region_of_interest`).
         normal_scores: (K, n), held-out good images' scores, ascending, padded with NaN.
         normal_maxima: the maxima of their maps, likewise, or None.
@@ -77,6 +81,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         "feature_mean",
         "feature_whitening",
         "coreset",
+        "category_mean",
+        "category_covariance",
         "normal_scores",
         "normal_maxima",
         "image_threshold",
@@ -91,6 +97,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     feature_whitening: torch.Tensor
     coreset: torch.Tensor
     region: torch.Tensor | None
+    category_mean: torch.Tensor | None
+    category_covariance: torch.Tensor | None
     normal_scores: torch.Tensor
     normal_maxima: torch.Tensor  # None where they are not kept
     image_threshold: torch.Tensor
@@ -114,6 +122,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         shared_whitening: bool = False,
         region_shape: tuple[int, int] | None = None,
         keeps_maxima: bool = False,
+        category_channels: int | None = None,
     ):
         super().__init__()
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
@@ -142,6 +151,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         self.coreset_owner: dict[int, torch.Tensor] = {}  # (M,), while a category's statistics are taken
         region = None if region_shape is None else torch.ones(num_categories, *region_shape, dtype=torch.bool)
         self.register_buffer("region", region)
+        for name, power in (("category_mean", 1), ("category_covariance", 2)):
+            shape = None if category_channels is None else (num_categories, *(category_channels,) * power)
+            self.register_buffer(name, None if shape is None else torch.full(shape, float("nan")))
         self.register_buffer("normal_scores", torch.full((num_categories, num_scores), float("nan")))
         self.register_buffer(
             "normal_maxima", torch.full_like(self.normal_scores, float("nan")) if keeps_maxima else None

@@ -536,8 +536,8 @@ def test_one_model_of_two_categories_differs_in_calibration_alone():
     assert np.array_equal(cable.reconstruction, tile.reconstruction)
     both = pipe([texture(0)] * 2, ["cable", 1], latents=noise(1).expand(2, -1, -1, -1))
     np.testing.assert_allclose(both.anomaly_map[1], tile.anomaly_map[0], rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match="`category` is needed: this model knows cable, tile"):
-        pipe(texture(0))
+    recognised = pipe(good[0], latents=noise(1))
+    assert np.array_equal(recognised.anomaly_map, pipe(good[0], "tile", latents=noise(1)).anomaly_map)
 
 
 # -- saving ------------------------------------------------------------------------------------------------------
