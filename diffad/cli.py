@@ -9,7 +9,6 @@ import re
 import sys
 import traceback
 import warnings
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from diffad.command_options import BatchSize, Category, Device, Dtype, Model, PartPattern, Seed
+from diffad.command_options import BadImages, BatchSize, Category, Device, Dtype, Model, OnBadImage, PartPattern, Seed
 from diffad.line_commands import drift, serve, watch
 from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
 
@@ -33,13 +32,6 @@ ModelOrFile = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="Folder or Hub id of a pipeline, or exported file.", show_default=False),
 ]
-
-
-class OnBadImage(str, Enum):
-    error, skip = "error", "skip"
-
-
-BadImages = Annotated[OnBadImage, typer.Option("--on-bad-image", metavar="WHAT", help="error, or skip those files.")]
 
 
 @app.callback()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated
 
 import typer
@@ -15,3 +16,10 @@ PartPattern = Annotated[
     str | None, typer.Option(metavar="REGEX", help="Finds the part in a path (several photographs).")
 ]
 Category = Annotated[str | None, typer.Option(metavar="NAME", help="Of a unified model.")]
+
+
+class OnBadImage(str, Enum):
+    error, skip = "error", "skip"
+
+
+BadImages = Annotated[OnBadImage, typer.Option("--on-bad-image", metavar="WHAT", help="error, or skip those files.")]
