@@ -342,10 +342,12 @@ class DetectionPipeline(AnomalyPipeline):
         smallest_area: float = 0.0,
         of_tiles: bool = False,
         region: torch.Tensor | None = None,
+        place_shape: tuple[int, int] | None = None,
     ) -> CalibrationFit:
         """A fit of this pipeline's calibration for one category, which has seen nothing yet; arguments as there.
 
-        `of_tiles`: of its `tile_calibration` instead; `region`: of each category, (K, h, w) bool.
+        `of_tiles`: of its `tile_calibration` instead, whose `place_shape` is `ScoreCalibration`'s; `region`: of each
+        category, (K, h, w) bool.
         """
         settings = {name: value for name, value in self.config.items() if name in setting_names(type(self))}
         return CalibrationFit(
@@ -365,7 +367,8 @@ class DetectionPipeline(AnomalyPipeline):
             settings=settings,
             value_range=value_range,
             smallest_area=smallest_area,
-            category_channels=self._category_channels,
+            category_channels=None if of_tiles else self._category_channels,
+            place_shape=place_shape,
         )
 
     def measurements(

@@ -1,7 +1,8 @@
 """Detection in tiles: maps of large images, and their calibration. Any pipeline that says what it measures of pixels.
 
 An image is looked at as a whole, resized, and in tiles at its own pixels. What is wrong at large shows in the one, what
-is small in the others. Each view has statistics of its own: the whole image at each place, tiles wherever they lie.
+is small in the others. Each view has statistics of its own: the whole image at each place; tiles share theirs wherever
+they lie, and the map that is blended of them has a mean and a deviation at each place of the image.
 The larger of the two, in standard deviations, is the image's map. Thresholds come from such maps of held-out images, so
 the false-alarm rate is that of images. One image at a time is in memory, decoded once, and a batch of its tiles.
 """
@@ -17,10 +18,11 @@ from PIL import Image
 
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.images import ImageSequence, as_size, resize_image
+from diffad.moments import MomentSums
 from diffad.process_share import process_share
 from diffad.read_ahead import read_ahead
 from diffad.region_of_interest import hide_outside, inside_region
-from diffad.scoring import Measurement, cut_small_peaks, empty_measurement
+from diffad.scoring import Measurement, cut_small_peaks, empty_measurement, resize_maps
 from diffad.tiling import (
     MOSTLY,
     TileGrid,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from diffad.pipelines.detection import DetectionPipeline
 
 MAX_STATISTICS_TILES = 512  # of a category; each shows as many positions as a whole image
+MAX_PLACE_IMAGES = 64  # of a category, whose every tile is looked at to know what is usual at a place
 
 
 class Calibrations(NamedTuple):
@@ -99,23 +102,44 @@ def large_image_map(
         calibrations: without them the map is raw.
         region: of each category, (K, h, w) bool.
     """
+    whole = whole_view(pipeline, image, category, value_range, region)
+    measurement, index = measure_view(pipeline, whole, category, generator, of_tiles=False)
+    maps = pipeline.score_maps(measurement, index, calibrations.of_image)
+    of_image = pipeline.join_maps(maps, index, calibrations.of_image)[0]
+    of_tiles = blended_map(pipeline, image, category, generator, batch_size, value_range, calibrations.of_tiles, region)
+    if calibrations.of_image is None or calibrations.of_tiles is None:
+        return join_views(of_tiles, of_image)
+    joined = join_views(calibrations.of_tiles.normalize_places(of_tiles, category), of_image)
+    return cut_small_peaks(joined[None], calibrations.of_image.smallest_area)[0]
+
+
+def blended_map(
+    pipeline: DetectionPipeline,
+    image: Image.Image | torch.Tensor,
+    category: int,
+    generator: torch.Generator | None,
+    batch_size: int,
+    value_range: float | None,
+    calibration: ScoreCalibration | None,
+    region: torch.Tensor | None,
+    number: int | None = None,
+) -> torch.Tensor:
+    """The map of an image's tiles, (rows, columns), on the CPU; arguments as of `large_image_map`.
+
+    `number`: of an image that is among those of the statistics, which is then measured by the others' patches.
+    """
     grid = grid_of(pipeline, size_of(image))
     inside = cells_inside(region, category, grid)
     places = places_inside(grid, inside)
 
-    def joined_map(pixel_values: torch.Tensor, of_tiles: bool) -> torch.Tensor:  # (N, R, R')
-        measurement, index = measure_view(pipeline, pixel_values, category, generator, of_tiles)
-        calibration = calibrations.of_tiles if of_tiles else calibrations.of_image
+    def joined_map(pixel_values: torch.Tensor) -> torch.Tensor:  # (N, R, R')
+        measurement, index = measure_view(pipeline, pixel_values, category, generator, of_tiles=True)
+        if number is not None:
+            measurement = measurement._replace(image=torch.full_like(index, number))
         return pipeline.join_maps(pipeline.score_maps(measurement, index, calibration), index, calibration)
 
-    of_image = joined_map(whole_view(pipeline, image, category, value_range, region), of_tiles=False)[0]
     tiles = tile_views(image, grid, places, batch_size, as_size(pipeline.input_resolution), value_range, inside)
-    maps = (joined_map(batch, of_tiles=True) for batch in tiles)
-    of_tiles = blend_tiles(grid, places, maps, pipeline.config.tile_overlap)
-    joined = join_views(of_tiles, of_image)
-    if calibrations.of_image is None:
-        return joined
-    return cut_small_peaks(joined[None], calibrations.of_image.config.smallest_area)[0]
+    return blend_tiles(grid, places, map(joined_map, tiles), pipeline.config.tile_overlap)
 
 
 def calibrate_large(
@@ -144,6 +168,7 @@ def calibrate_large(
     options: dict[str, Any] = {"accelerator": accelerator, "value_range": value_range}
     of_image: dict[str, Any] = {"smallest_area": smallest_area, "region": region}
     fit = pipeline.calibration_fit(category, len(held_out), false_alarm_rate, **of_image, **options)
+    options["place_shape"] = place_shape(pipeline, statistics)
     tile_fit = pipeline.calibration_fit(category, 0, false_alarm_rate, of_tiles=True, **options)
 
     # 1. Statistics of each view, and maps of deviation 1
@@ -164,7 +189,20 @@ def calibrate_large(
     of_tiles = tile_fit.level()
     calibrations = Calibrations(fit.level(), of_tiles)
 
-    # 2. Thresholds of the images' maps
+    # 2. Mean and deviation of the tiles' maps at each place of the image
+    sums, step = MomentSums(), -(-len(statistics) // MAX_PLACE_IMAGES)
+    for i, image, is_mine in own_images(statistics[::step], accelerator):
+        blended = blended_map(
+            *(pipeline, image, category, generators[i * step], batch_size, statistics.value_range, of_tiles, region),
+            number=i * step,
+        )
+        at_places = resize_maps(blended[None, None], of_tiles.place_mean.shape[1:])  # (1, 1, rows, columns)
+        sums.update(at_places[: int(is_mine)])
+    sums.reduce(accelerator)
+    of_tiles.place_mean[category] = sums.mean()[0]
+    of_tiles.place_std[category] = sums.standard_deviation(pipeline.config.position_prior_images)[0]
+
+    # 3. Thresholds of the images' maps
     for i, image, is_mine in own_images(held_out, accelerator):
         noise = generators[len(statistics) + i]
         joined = large_image_map(
@@ -172,8 +210,17 @@ def calibrate_large(
         )
         fit.add_joined_maps(joined[None][: int(is_mine)])
     calibration = fit.finish()
-    of_tiles.map_std[category] *= fit.scale
+    of_tiles.place_std[category] *= fit.scale
     pipeline.register_modules(calibration=calibration, tile_calibration=of_tiles)
+
+
+def place_shape(pipeline: DetectionPipeline, statistics: ImageSequence) -> tuple[int, int]:
+    """Rows and columns of the places that have statistics: the cells of the first image, or what others have."""
+    earlier = pipeline.tile_calibration
+    if earlier is not None and earlier.place_mean is not None:
+        return earlier.place_mean.shape[1], earlier.place_mean.shape[2]
+    grid = grid_of(pipeline, size_of(next(iter(statistics[:1].whole()))))
+    return grid.rows, grid.columns
 
 
 def own_images(

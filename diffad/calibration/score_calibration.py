@@ -51,6 +51,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         region_shape: (h, w) of the categories' regions of interest, or None.
         shared_whitening: whether all positions have one covariance of the features, as those of tiles do: a place in a
             tile, which may lie anywhere, says nothing of the part.
+        place_shape: (rows, columns) of the places in an image whose maps of tiles have a mean and a deviation each, or
+            None.
         category_channels: C of the features by which a model of several categories tells them apart
             (`diffad.calibration.category_features`), or None.
         keeps_maxima: whether the maxima of held-out good images' maps are kept; an earlier version did not.
@@ -64,6 +66,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         feature_mean, feature_whitening: the same of the features themselves, (K, h * w, C) and, in half precision,
             (K, h * w, C (C + 1) / 2), or (K, 1, ...) where the covariance is shared.
         coreset: (K, M, C) float16, patches of good images (`diffad.calibration.coreset`).
+        place_mean, place_std: (K, rows, columns), of good images' maps that are blended of tiles, or None.
         category_mean, category_covariance: (K, C) and (K, C, C), of good images' features, by which categories are
             told apart; NaN where nothing is known.
         region: (K, h, w) bool, which pixels of an image count (`diffad.region_of_interest`).
@@ -81,6 +84,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         "feature_mean",
         "feature_whitening",
         "coreset",
+        "place_mean",
+        "place_std",
         "category_mean",
         "category_covariance",
         "normal_scores",
@@ -97,6 +102,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     feature_whitening: torch.Tensor
     coreset: torch.Tensor
     region: torch.Tensor | None
+    place_mean: torch.Tensor | None
+    place_std: torch.Tensor | None
     category_mean: torch.Tensor | None
     category_covariance: torch.Tensor | None
     normal_scores: torch.Tensor
@@ -123,6 +130,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         region_shape: tuple[int, int] | None = None,
         keeps_maxima: bool = False,
         category_channels: int | None = None,
+        place_shape: tuple[int, int] | None = None,
     ):
         super().__init__()
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
@@ -151,6 +159,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         self.coreset_owner: dict[int, torch.Tensor] = {}  # (M,), while a category's statistics are taken
         region = None if region_shape is None else torch.ones(num_categories, *region_shape, dtype=torch.bool)
         self.register_buffer("region", region)
+        for name, value in (("place_mean", 0.0), ("place_std", 1.0)):
+            places = None if place_shape is None else torch.full((num_categories, *place_shape), value)
+            self.register_buffer(name, places)
         for name, power in (("category_mean", 1), ("category_covariance", 2)):
             shape = None if category_channels is None else (num_categories, *(category_channels,) * power)
             self.register_buffer(name, None if shape is None else torch.full(shape, float("nan")))
@@ -425,6 +436,16 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             mean = F.interpolate(mean, maps.shape[-2:], mode="bilinear")
             std = F.interpolate(std, maps.shape[-2:], mode="bilinear")
         return (maps - mean[category]) / std[category]
+
+    def normalize_places(self, of_tiles: torch.Tensor, category: int) -> torch.Tensor:
+        """A map (rows, columns) that is blended of tiles, in standard deviations above good images' at its place."""
+        if self.place_mean is None:
+            return of_tiles
+        mean, std = (
+            resize_maps(values[None, category : category + 1], of_tiles.shape)[0, 0].to(of_tiles.device)
+            for values in (self.place_mean, self.place_std)
+        )
+        return (of_tiles - mean) / std
 
     def p_value(self, scores: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Conformal p-value, (1 + #{normal >= score}) / (1 + #normal), (N,) -> (N,) float32."""

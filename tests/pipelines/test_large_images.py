@@ -136,10 +136,11 @@ def test_what_waits_while_calibrating_is_bounded(monkeypatch):
 
     monkeypatch.setattr(pipeline, "measure_pixels", counting)
     monkeypatch.setattr("diffad.pipelines.large_images.MAX_STATISTICS_TILES", 12)
+    monkeypatch.setattr("diffad.pipelines.large_images.MAX_PLACE_IMAGES", 2)
     assert MAX_STATISTICS_TILES == 512
     pipeline.calibrate(textures(1, SIZE, 50), textures(6, SIZE), false_alarm_rate=0.5)
     of_one_image = 6 * 5
-    assert sum(counted) == 12 + of_one_image
+    assert sum(counted) == 12 + 2 * of_one_image + of_one_image
     assert max(counted) <= 16
 
 
