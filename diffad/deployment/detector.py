@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import ndimage
+from PIL import Image
 
 from diffad.calibration.drift import DriftTest
 from diffad.deployment.batching import Batcher
 from diffad.image_files import image_file_header, one_large_at_a_time, read_image
-from diffad.images import image_to_rgb, resize_image, resize_images
+from diffad.images import as_size, image_to_rgb, resize_image, resize_images
+from diffad.regions import Region, find_regions, without_small_regions
 from diffad.seeding import image_generator
 
 SHOWN_SIDE = 1024  # of a picture on the page, in pixels, at most
@@ -29,12 +30,12 @@ class Sent(NamedTuple):
 
     size: (H, W) of the file.
     shown: (h, w, 3) uint8, reduced for the screen; None where nobody looks.
-    network_input: (3, R, R) in [0, 1].
+    network_input: (3, R, R') in [0, 1]; or the image as it is, of which the networks see tiles.
     """
 
     size: tuple[int, int]
     shown: np.ndarray | None
-    network_input: torch.Tensor
+    network_input: torch.Tensor | Image.Image
 
 
 class Finding(NamedTuple):
@@ -101,11 +102,12 @@ class Detector:
             raise TooLargeError(
                 f"{name} has {width} x {height} pixels, and {self.max_pixels:,} are the most. Reduce it or cut it up."
             )
-        side = self.pipeline.input_resolution
+        side = None if self.pipeline.tile_size else self.pipeline.input_resolution
         with self.decoding, one_large_at_a_time(width * height):
-            image = read_image(name, content, reduce_large=True)
-            value_range = self.pipeline.value_range
-            network_input = resize_image(image, (side, side), value_range)[0].clamp(0.0, 1.0)
+            image = read_image(name, content, reduce_large=side is not None)
+            value_range, network_input = self.pipeline.value_range, image
+            if side is not None:
+                network_input = resize_image(image, as_size(side), value_range)[0].clamp(0.0, 1.0)
             shown = None
             if for_screen:
                 picture = image_to_rgb(image, value_range)
@@ -121,11 +123,16 @@ class Detector:
         """
         return self.batcher.submit(sent.network_input)
 
+    @property
+    def smallest_area(self) -> float:
+        """Of a region that counts, as a share of the image's area."""
+        return self.pipeline.calibration.smallest_area if self.pipeline.has_thresholds else 0.0
+
     def thresholds_at(self, false_alarm_rate: float) -> tuple[float, float]:
         """As of `ScoreCalibration`, of this category."""
         return self.pipeline.calibration.thresholds_at(self.index, false_alarm_rate)
 
-    def _run(self, network_inputs: list[torch.Tensor]) -> list[Finding]:
+    def _run(self, network_inputs: list[Any]) -> list[Finding]:
         output = self.pipeline(
             network_inputs,
             batch_size=len(network_inputs),
@@ -156,27 +163,9 @@ def map_at(anomaly_map: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
     return resize_images(anomaly_map[None, None], size)[0, 0].numpy()
 
 
-def mask_regions(mask: np.ndarray, anomaly_map: np.ndarray) -> list[dict[str, Any]]:
-    """Connected parts of a mask, the highest first.
-
-    Args:
-        mask: (H, W) bool.
-        anomaly_map: (H, W).
-
-    Returns:
-        Of each: `box` [left, top, right, bottom] in pixels, the last two beyond it; `area` in pixels; `peak` and `mean`
-        of the map there.
-    """
-    labels, _ = ndimage.label(mask, np.ones((3, 3)))
-    regions = []
-    for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
-        values = anomaly_map[rows, columns][labels[rows, columns] == number]
-        regions.append(
-            {
-                "box": [columns.start, rows.start, columns.stop, rows.stop],
-                "area": int(values.size),
-                "peak": float(values.max()),
-                "mean": float(values.mean()),
-            }
-        )
-    return sorted(regions, key=lambda region: -region["peak"])
+def found_regions(
+    anomaly_map: np.ndarray, threshold: float, is_anomalous: bool, smallest_area: float
+) -> tuple[np.ndarray, list[Region]]:
+    """The mask (H, W) of an image's map of that size, and its regions, as of `AnomalyOutput`."""
+    mask = without_small_regions((anomaly_map > threshold) & is_anomalous, smallest_area)
+    return mask, find_regions(anomaly_map, mask)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffad.deployment.batching import BusyError
-from diffad.deployment.detector import Detector, Finding, Sent, TooLargeError, map_at, mask_regions
+from diffad.deployment.detector import Detector, Finding, Sent, TooLargeError, found_regions, map_at
 from diffad.grey_depth import UnreadableImageError
 from diffad.installation import needs_extra
 from diffad.visualization import overlay, to_uint8
@@ -23,7 +23,7 @@ with needs_extra("app"):
     from fastapi import FastAPI
 
 HISTORY = ["time", "image", "score", "p-value", "verdict", "false-alarm rate (%)"]
-REGIONS = ["left", "top", "right", "bottom", "area (px)", "peak", "mean"]
+REGIONS = ["x", "y", "width", "height", "area (px)", "peak", "mean"]
 Seen = tuple[str, Sent, Finding]
 
 
@@ -38,7 +38,7 @@ def show(detector: Detector, seen: Seen | None, rate: float | None) -> tuple[Any
         return overlay(sent.shown, anomaly_map), f"Score **{finding.score:.4g}** (the model is not calibrated)", [], "-"
     image_threshold, pixel_threshold = detector.thresholds_at(rate / 100.0)
     is_anomalous = finding.score > image_threshold
-    mask = (anomaly_map > pixel_threshold) & is_anomalous
+    mask, regions = found_regions(anomaly_map, pixel_threshold, is_anomalous, detector.smallest_area)
     verdict = "anomalous" if is_anomalous else "normal"
     words = (
         f"**{verdict}**: score **{finding.score:.4g}**, threshold {image_threshold:.4g}. p-value "
@@ -48,9 +48,9 @@ def show(detector: Detector, seen: Seen | None, rate: float | None) -> tuple[Any
         words += "\n\nThe parts no longer look as they did at calibration: look at light, focus and place."
     scale = sent.size[1] / mask.shape[1]  # regions are told in the image's own pixels
     rows = []
-    for region in mask_regions(mask, anomaly_map):
-        box = [round(scale * edge) for edge in region["box"]]
-        rows.append([*box, round(scale**2 * region["area"]), round(region["peak"], 3), round(region["mean"], 3)])
+    for region in regions:
+        box = [round(scale * edge) for edge in region.box]
+        rows.append([*box, round(scale**2 * region.area), round(region.peak, 3), round(region.mean, 3)])
     return overlay(sent.shown, anomaly_map, mask, pixel_threshold), words, rows, verdict
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from diffad.deployment.batching import BusyError
-from diffad.deployment.detector import Detector, Finding, Sent, TooLargeError, map_at, mask_regions
+from diffad.deployment.detector import Detector, Finding, Sent, TooLargeError, found_regions, map_at
 from diffad.grey_depth import UnreadableImageError
 from diffad.installation import needs_extra
 
@@ -120,9 +120,9 @@ def describe(detector: Detector, name: str | None, sent: Sent, finding: Finding,
         return answer
     anomaly_map = map_at(finding.anomaly_map, sent.size)
     threshold = float(detector.pipeline.calibration.pixel_threshold[detector.index])
-    mask = (anomaly_map > threshold) & finding.is_anomalous
+    mask, regions = found_regions(anomaly_map, threshold, finding.is_anomalous, detector.smallest_area)
     answer |= {"p_value": finding.p_value, "is_anomalous": finding.is_anomalous}
-    answer["regions"] = mask_regions(mask, anomaly_map)
+    answer["regions"] = [region._asdict() for region in regions]
     if with_mask:
         file = io.BytesIO()
         Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")

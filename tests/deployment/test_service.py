@@ -96,8 +96,8 @@ def test_the_answer_is_what_a_call_gives(pipeline, url):
         assert (mask != direct.anomaly_mask[0]).mean() < 0.01
         assert sum(region["area"] for region in found["regions"]) == mask.sum()
         for region in found["regions"]:
-            left, top, right, bottom = region["box"]
-            assert mask[top:bottom, left:right].any()
+            x, y, width, height = region["box"]
+            assert mask[y : y + height, x : x + width].any()
             assert region["mean"] <= region["peak"]
     assert "mask_png" not in post(url, png(images[0])).json()["images"][0]
 
