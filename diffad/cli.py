@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from diffad.command_options import BadImages, BatchSize, Category, Device, Dtype, Model, OnBadImage, PartPattern, Seed
 from diffad.line_commands import drift, serve, watch
+from diffad.model_commands import convert, export, push
 from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
 
 app = typer.Typer(
@@ -237,6 +238,7 @@ def predict(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from diffad.journal import CALIBRATION_NAME
     from diffad.part_verdicts import check_parts, read_parts, write_part_verdicts
     from diffad.predict import find_images, predict_files
 
@@ -262,7 +264,7 @@ def predict(
     console.print(
         f"{summary} ({counts['skipped']} done before). Scores: {escape(files)}", highlight=False, soft_wrap=True
     )
-    if counts["normal"] or counts["anomalous"]:
+    if (counts["normal"] or counts["anomalous"]) and (output_dir / CALIBRATION_NAME).is_file():
         from diffad.drift_table import TableDrift
 
         told = TableDrift(output_dir / "scores.csv").sentence()
@@ -417,86 +419,9 @@ def benchmark(
     )
 
 
-@app.command(short_help="One graph, from pixels to verdicts, that runs without torch.")
-def export(
-    model: Model,
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The file, .onnx or .xml.")],
-    format: Annotated[str | None, typer.Option(metavar="NAME", help="onnx or openvino (by OUTPUT's ending).")] = None,
-    precision: Annotated[str, typer.Option(metavar="NAME", help="fp32, fp16 (weights) or int8.")] = "fp32",
-    data: Annotated[str | None, typer.Option(metavar="DATA", help="For int8: good images, seen by nothing.")] = None,
-) -> None:
-    """A model with its calibration as one file for ONNX Runtime, OpenVINO and others.
-
-    predict takes it as MODEL. int8 takes good images: every other one serves 8 bits, the rest the thresholds.
-    """
-    from diffad.deployment.export import export_pipeline
-
-    images = None
-    if data is not None:
-        from diffad.data import load_anomaly_dataset
-
-        good = load_anomaly_dataset(data, "train")
-        images = good.filter(lambda label: label == 0, input_columns="label")["image"]
-    path = export_pipeline(load_pipeline(model, "cpu"), output, format, precision, images)
-    console.print(f"Saved to {escape(str(path))}. Next: diffad predict {escape(str(path))} NEW_PARTS --output RESULTS")
-
-
-@app.command()
-def convert(
-    method: Annotated[str, typer.Argument(metavar="diad|taef2", help="What it is a checkpoint of.")],
-    state_dict_or_path: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help=".ckpt, .pth or .safetensors; for taef2 the folder of both")
-    ],
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder for what comes of it.")],
-    prompt_embeds: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Empty prompt's embedding, .safetensors.")
-    ] = None,
-) -> None:
-    """A published checkpoint to a saved pipeline, or autoencoder."""
-    if method not in ("diad", "taef2"):
-        raise ValueError(f"Only 'diad' and 'taef2' checkpoints can be converted, not {method!r}.")
-    check_folder(output)
-
-    from diffad.conversion import load_diad_checkpoint, load_taef2
-
-    if method == "taef2":
-        load_taef2(state_dict_or_path).save_pretrained(output)
-        console.print(f"Saved to {escape(str(output))}. Next: training/train_diad.py --vae_path {escape(str(output))}")
-        return
-    pipeline = load_diad_checkpoint(state_dict_or_path, prompt_embeds=prompt_embeds)
-    pipeline.save_pretrained(output)
-    if pipeline.feature_extractor is None:
-        console.print(
-            "The checkpoint brings no network that images are compared with. Save the pipeline once more with one:\n"
-            f'DiADPipeline.from_pretrained("{escape(str(output))}", feature_extractor='
-            'TimmFeatureExtractor.from_backbone("resnet50", (4, 8, 16)))',
-            highlight=False,
-            soft_wrap=True,
-        )
-    console.print(f"Saved to {escape(str(output))}. Next: diffad calibrate {escape(str(output))} --data GOOD_IMAGES")
-
-
-@app.command()
-def push(
-    model: Model,
-    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="org/name on the Hub.")],
-    private: Annotated[bool, typer.Option("--private", help="Create it as a private repository.")] = False,
-    token: Annotated[str | None, typer.Option(metavar="TOKEN", help="Of the Hub (the one you logged in with).")] = None,
-) -> None:
-    """Uploads a saved pipeline with its model card."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    pipeline = load_pipeline(model, "cpu")
-    try:
-        commit = pipeline.push_to_hub(repo_id, private=private or None, token=token)
-    except HfHubHTTPError as error:
-        if error.response.status_code not in (401, 403):
-            raise
-        raise PermissionError(
-            f"The Hub does not let you write to {repo_id} ({error.response.status_code}). Log in with `hf auth login`, "
-            "or give a `token` that may write there."
-        ) from error
-    console.print(f"Pushed to {commit.commit_url}", highlight=False, soft_wrap=True)
+app.command(short_help="One graph, from pixels to verdicts, that runs without torch.")(export)
+app.command()(convert)
+app.command()(push)
 
 
 def describe_error(error: Exception, arguments: list[str]) -> str:

@@ -12,9 +12,7 @@ from matplotlib.figure import Figure
 
 from diffad.calibration.drift import DriftTest, shown_score
 from diffad.files import write_text_whole, write_whole
-from diffad.journal import read_rows
-
-CALIBRATION_NAME = "calibration.json"  # beside scores.csv: what its scores are ranked among
+from diffad.journal import CALIBRATION_NAME, read_rows
 
 HOW = {
     "higher": "Parts score higher than before.",

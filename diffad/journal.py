@@ -31,6 +31,7 @@ COLUMNS = (
 )
 VERDICTS = ("normal", "anomalous", "unreadable", "scored")
 SCORES_NAME, JOURNAL_NAME = "scores.csv", "scores.partial.csv"
+CALIBRATION_NAME = "calibration.json"  # beside scores.csv: what its scores are ranked among
 ENCODING: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
 
 

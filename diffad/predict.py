@@ -14,22 +14,21 @@ import json
 import math
 import os
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
 
+from diffad.decoding import Decoded, decoded_batches, decoding_of
 from diffad.deployment.runtime import Runtime
-from diffad.drift_table import save_calibration_scores
 from diffad.files import locked_folder, write_text_whole, write_whole
-from diffad.grey_depth import BAND_PIXELS, UnreadableImageError, value_range_of, warn_of_found_range
-from diffad.image_arrays import WITHOUT_TORCH, find_value_range, image_to_rgb, pil_to_array
-from diffad.image_files import LARGE_PIXELS, image_file_header, one_large_at_a_time, read_image
-from diffad.image_sizes import Side, as_size
+from diffad.grey_depth import BAND_PIXELS, warn_of_found_range
+from diffad.image_arrays import WITHOUT_TORCH, find_value_range
+from diffad.image_files import one_large_at_a_time
+from diffad.image_sizes import Side
 from diffad.inputs import LOCK_NAME, PICTURE_FOLDERS, SHEET_NAME, find_images
 from diffad.journal import (
     COLUMNS,
@@ -48,7 +47,7 @@ from diffad.journal import (
 )
 from diffad.part_verdicts import PART_VERDICTS_NAME
 from diffad.region_files import REGION_FILES, RegionJournal, describe_regions
-from diffad.regions import without_small_regions
+from diffad.regions import can_list_regions, without_small_regions
 from diffad.resizing import Resizing
 from diffad.visualization import overlay, save_rows
 
@@ -59,20 +58,6 @@ SHEET_COLUMNS, SHEET_ROWS = 6, 4
 
 # (network inputs, each (R, R', 3) in [0, 1]; places of the images among all) -> an output of arrays or CPU tensors
 Detect: TypeAlias = Callable[[list[Any], list[int]], Any]
-
-
-class Decoded(NamedTuple):
-    """An input that could be read.
-
-    Attributes:
-        size: (H, W) of the file.
-        pixels: (h, w, 3) uint8, what its overlay is drawn on: of this size or, where it is large, reduced.
-        network_input: (R, R', 3) in [0, 1], what the networks see; or the image as it is, of which they see tiles.
-    """
-
-    size: tuple[int, int]
-    pixels: np.ndarray
-    network_input: np.ndarray | Image.Image
 
 
 def predict_files(
@@ -122,7 +107,9 @@ def predict_files(
         settings["value_range"] = found
     resizing = resizing_of(pipeline)
     counts = score_files(detect, side, threshold, settings, paths, output_dir, at_once, num_workers, report, resizing)
-    if pipeline.has_thresholds:
+    if pipeline.has_thresholds and not isinstance(pipeline, Runtime):
+        from diffad.drift_table import save_calibration_scores
+
         save_calibration_scores(Path(output_dir), pipeline, index)
     return counts
 
@@ -141,14 +128,6 @@ def detection_settings(pipeline: Any, category: str | None, seed: int) -> tuple[
     settings["calibration"] = [float(thresholds.image_threshold[index]), float(thresholds.pixel_threshold[index])]
     settings["smallest_area"] = smallest_area or None
     return settings, settings["calibration"][1]
-
-
-def decoding_of(pipeline: Any, batch_size: int) -> tuple[Side | None, int]:
-    """To what size images are resized when they are decoded, and how many are one batch.
-
-    Tiles are cut from the whole image, and a batch is then of one image's tiles.
-    """
-    return (None, 1) if pipeline.tile_size else (pipeline.input_resolution, batch_size)
 
 
 def resizing_of(pipeline: Any) -> Resizing:
@@ -267,7 +246,7 @@ def score_files(
             save_most_anomalous(journal, output_dir)
         except OSError as error:
             warnings.warn(f"{output_dir / SHEET_NAME} cannot be written: {error}", stacklevel=2)
-        if threshold is not None:
+        if threshold is not None and can_list_regions():
             regions.write_files(settings.get("category"))
         journal.replace(output_dir / SCORES_NAME)
     return counts
@@ -353,64 +332,6 @@ def _places(todo: Sequence[tuple[int, Input]], root: str, output_dir: Path) -> l
     return places
 
 
-def decoded_batches(
-    todo: Sequence[tuple[int, Input]],
-    side: Side | None,
-    batch_size: int,
-    pool: ThreadPoolExecutor,
-    value_range: float | None,
-    resizing: Resizing = WITHOUT_TORCH,
-) -> Iterator[list[tuple[int, Input, Decoded | Exception]]]:
-    """Decoded images, or the error of reading them, with one batch decoded ahead."""
-
-    def decode(path: Path) -> Decoded | Exception:
-        try:
-            (width, height), _ = image_file_header(path)
-            with one_large_at_a_time(width * height):
-                image = read_image(path, reduce_large=side is not None)
-                network_input = _network_input(image, side, value_range, resizing)
-                pixels = np.asarray(image_to_rgb(_reduce(image), value_range))
-        except (UnreadableImageError, OSError) as error:
-            return error
-        return Decoded((height, width), pixels, network_input)
-
-    entries = iter(todo)
-    waiting: deque[tuple[int, Input, Future]] = deque()
-    batch: list[tuple[int, Input, Decoded | Exception]] = []
-    while True:
-        while len(waiting) <= batch_size and (entry := next(entries, None)) is not None:
-            waiting.append((*entry, pool.submit(decode, entry[1].path)))
-        if not waiting:
-            break
-        i, one, future = waiting.popleft()
-        batch.append((i, one, future.result()))
-        if len(batch) == batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _network_input(
-    image: Image.Image, side: Side | None, value_range: float | None, resizing: Resizing
-) -> np.ndarray | Image.Image:
-    if side is None:
-        return image if value_range_of(image) is None else pil_to_array(image, value_range)
-    return resizing.image(image, as_size(side), value_range).clip(0.0, 1.0)  # rounding may have left the range
-
-
-def _reduce(image: Image.Image) -> Image.Image:
-    """A large image by the smallest whole factor that leaves no more than `LARGE_PIXELS`; others as they are."""
-    factor = math.ceil(math.sqrt(image.width * image.height / LARGE_PIXELS))
-    if factor == 1:
-        return image
-    if image.mode.startswith("I;"):
-        image = image.convert("I")
-    elif image.mode in ("1", "P"):  # whose values have no mean
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    return image.reduce(factor)
-
-
 def _at_size(
     image: np.ndarray,
     shown: np.ndarray,
@@ -478,8 +399,9 @@ def write_outputs(
         pictures["masks"] = lambda: mask().astype(np.uint8) * 255
         row["p_value"] = f"{float(output.p_value[j]):.6g}"
         row["verdict"] = "anomalous" if bool(output.is_anomalous[j]) else "normal"
-        row["upright_size"], row["regions"] = decoded.size, []
-        if bool(output.is_anomalous[j]):
+        if can_list_regions():
+            row["upright_size"], row["regions"] = decoded.size, []
+        if "regions" in row and bool(output.is_anomalous[j]):
             with one_large_at_a_time(math.prod(decoded.size)):
                 at_size = _at_size(anomaly_map, shown, decoded.size, lambda values: values, resizing)
                 row["regions"] = describe_regions(at_size, mask())

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)  # corners count, as in PRO
 
@@ -28,6 +27,15 @@ class Region(NamedTuple):
     area: int
     peak: float
     mean: float
+
+
+def can_list_regions() -> bool:
+    """Whether SciPy is there, without which an exported model runs, too, and lists no regions."""
+    try:
+        import scipy.ndimage  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def find_regions(anomaly_map: np.ndarray, mask: np.ndarray) -> list[Region]:
@@ -50,6 +58,8 @@ def outlined_regions(anomaly_map: np.ndarray, mask: np.ndarray) -> list[tuple[Re
 
 
 def _regions(anomaly_map: np.ndarray, mask: np.ndarray) -> Iterator[tuple[Region, np.ndarray]]:
+    from scipy import ndimage
+
     for around in ndimage.find_objects(mask.astype(np.uint8)):  # one box, of all that is set, or none
         labels, _ = ndimage.label(mask[around], structure=EIGHT_NEIGHBOURS)
         for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
@@ -90,6 +100,8 @@ def without_small_regions(mask: np.ndarray, share: float) -> np.ndarray:
     num_pixels = num_smallest(share, mask.shape)
     if num_pixels == 1:
         return mask
+    from scipy import ndimage
+
     kept = np.zeros_like(mask)
     for around in ndimage.find_objects(mask.astype(np.uint8)):
         labels, _ = ndimage.label(mask[around], structure=EIGHT_NEIGHBOURS)
@@ -109,6 +121,8 @@ def level_of_area(anomaly_map: np.ndarray, num_pixels: int) -> float:
         anomaly_map: (H, W) float, finite.
         num_pixels: from 1, which gives the map's maximum, to H * W, which gives its minimum.
     """
+    from scipy import ndimage
+
     side = math.ceil(math.sqrt(num_pixels))
     low = float(anomaly_map.min())
     if side <= min(anomaly_map.shape):  # a square of these pixels is such a region: the level cannot be below it

@@ -17,9 +17,10 @@ import torch
 from conftest import texture, textures, tiny_pipeline, write_folder, write_png
 from PIL import Image
 
+from diffad.decoding import decoded_batches
 from diffad.images import image_to_rgb
 from diffad.journal import distinct_inputs
-from diffad.predict import decoded_batches, find_images, predict_files
+from diffad.predict import find_images, predict_files
 from diffad.seeding import image_generator
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffad.calibration.drift import DriftTest
+from diffad.decoding import Decoded, decoded_batches, decoding_of
 from diffad.deployment.outbox import Outbox
 from diffad.drift_table import CalibrationScores, describe, save_calibration_scores
 from diffad.files import bounded_name, digest, locked_folder, write_whole
@@ -24,12 +25,9 @@ from diffad.inputs import LOCK_NAME, images_below, is_image_name, is_input_folde
 from diffad.installation import needs_extra
 from diffad.journal import COLUMNS, ENCODING, SCORES_NAME, Input, describe_input, read_rows
 from diffad.predict import (
-    Decoded,
     begin_settings,
     check_output,
     check_settings,
-    decoded_batches,
-    decoding_of,
     detection_settings,
     pipeline_detect,
     resizing_of,

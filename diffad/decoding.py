@@ -1,0 +1,100 @@
+"""Image files, decoded and resized for the networks while these look at the batch before."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from diffad.grey_depth import UnreadableImageError, value_range_of
+from diffad.image_arrays import WITHOUT_TORCH, image_to_rgb, pil_to_array
+from diffad.image_files import LARGE_PIXELS, image_file_header, one_large_at_a_time, read_image
+from diffad.image_sizes import Side, as_size
+from diffad.journal import Input
+from diffad.resizing import Resizing
+
+
+class Decoded(NamedTuple):
+    """An input that could be read.
+
+    Attributes:
+        size: (H, W) of the file.
+        pixels: (h, w, 3) uint8, what its overlay is drawn on: of this size or, where it is large, reduced.
+        network_input: (R, R', 3) in [0, 1], what the networks see; or the image as it is, of which they see tiles.
+    """
+
+    size: tuple[int, int]
+    pixels: np.ndarray
+    network_input: np.ndarray | Image.Image
+
+
+def decoding_of(pipeline: Any, batch_size: int) -> tuple[Side | None, int]:
+    """To what size images are resized when they are decoded, and how many are one batch.
+
+    Tiles are cut from the whole image, and a batch is then of one image's tiles.
+    """
+    return (None, 1) if pipeline.tile_size else (pipeline.input_resolution, batch_size)
+
+
+def decoded_batches(
+    todo: Sequence[tuple[int, Input]],
+    side: Side | None,
+    batch_size: int,
+    pool: ThreadPoolExecutor,
+    value_range: float | None,
+    resizing: Resizing = WITHOUT_TORCH,
+) -> Iterator[list[tuple[int, Input, Decoded | Exception]]]:
+    """Decoded images, or the error of reading them, with one batch decoded ahead."""
+
+    def decode(path: Path) -> Decoded | Exception:
+        try:
+            (width, height), _ = image_file_header(path)
+            with one_large_at_a_time(width * height):
+                image = read_image(path, reduce_large=side is not None)
+                network_input = _network_input(image, side, value_range, resizing)
+                pixels = np.asarray(image_to_rgb(_reduce(image), value_range))
+        except (UnreadableImageError, OSError) as error:
+            return error
+        return Decoded((height, width), pixels, network_input)
+
+    entries = iter(todo)
+    waiting: deque[tuple[int, Input, Future]] = deque()
+    batch: list[tuple[int, Input, Decoded | Exception]] = []
+    while True:
+        while len(waiting) <= batch_size and (entry := next(entries, None)) is not None:
+            waiting.append((*entry, pool.submit(decode, entry[1].path)))
+        if not waiting:
+            break
+        i, one, future = waiting.popleft()
+        batch.append((i, one, future.result()))
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _network_input(
+    image: Image.Image, side: Side | None, value_range: float | None, resizing: Resizing
+) -> np.ndarray | Image.Image:
+    if side is None:
+        return image if value_range_of(image) is None else pil_to_array(image, value_range)
+    return resizing.image(image, as_size(side), value_range).clip(0.0, 1.0)  # rounding may have left the range
+
+
+def _reduce(image: Image.Image) -> Image.Image:
+    """A large image by the smallest whole factor that leaves no more than `LARGE_PIXELS`; others as they are."""
+    factor = math.ceil(math.sqrt(image.width * image.height / LARGE_PIXELS))
+    if factor == 1:
+        return image
+    if image.mode.startswith("I;"):
+        image = image.convert("I")
+    elif image.mode in ("1", "P"):  # whose values have no mean
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return image.reduce(factor)
