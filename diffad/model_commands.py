@@ -1,4 +1,4 @@
-"""The commands that bring a model elsewhere, `diffad export`, `convert`, `push`; `diffad.cli` gives them their names."""
+"""Commands that bring a model elsewhere, `diffad export`, `convert` and `push`; `diffad.cli` gives them their names."""
 
 from __future__ import annotations
 
