@@ -31,7 +31,7 @@ app = typer.Typer(
 console = Console(stderr=True)  # standard output is for results
 ModelOrFile = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="Folder or Hub id of a pipeline, or exported file.", show_default=False),
+    typer.Argument(metavar="MODEL", help="Folder, Hub id or exported file.", show_default=False),
 ]
 
 
@@ -318,7 +318,7 @@ def calibrate(
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout.")] = None,
     category: Category = None,
     part_pattern: PartPattern = None,
-    smallest_area: Annotated[float, typer.Option(metavar="SHARE", help="Of an image: smaller is no defect.")] = 0.0,
+    smallest_area: Annotated[float, typer.Option(metavar="SHARE", help="Of an image: less is no defect.")] = 0.0,
     on_bad_image: BadImages = OnBadImage.error,
     batch_size: BatchSize = 16,
     device: Device = None,
@@ -327,7 +327,7 @@ def calibrate(
 ) -> None:
     """Statistics and thresholds from good images that training has not seen.
 
-    Of a data set, its train split. Half of the images or parts set thresholds.
+    Of a data set, its train split. Half of it (or of its parts) sets thresholds.
     """
     import numpy as np
     import torch

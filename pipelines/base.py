@@ -36,6 +36,11 @@ class AnomalyPipeline(DiffusionPipeline):
         return category_names(self.config.categories)
 
     @property
+    def tile_size(self) -> tuple[int, int] | None:
+        """Height and width of a tile in pixels of the images; None where images are looked at as a whole."""
+        return None
+
+    @property
     def has_thresholds(self) -> bool:
         """Whether calls give masks, alarms and p-values: the pipeline is calibrated, and by more than two images."""
         calibration = getattr(self, "calibration", None)

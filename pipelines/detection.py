@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from diffad.calibration.category_features import mean_features, nearest_category
 from diffad.calibration.fitting import CalibrationFit, ScoreFunctions
 from diffad.calibration.score_calibration import ScoreCalibration
-from diffad.data.regions_of_interest import read_roi
 from diffad.grey_depth import warn_of_found_range
 from diffad.images import ImageSequence, as_size, common_value_range, images_to_pixel_values, resize_images
 from diffad.moments import FeatureMoments
@@ -46,11 +45,6 @@ class DetectionPipeline(AnomalyPipeline):
     def scores_features(self) -> bool:
         """Whether no map counts that a trained network has a part in."""
         return False
-
-    @property
-    def tile_size(self) -> tuple[int, int] | None:
-        """Height and width of a tile in pixels of the images; None where images are looked at as a whole."""
-        return None
 
     @property
     def measuring_networks(self) -> tuple[Any, ...]:
@@ -283,6 +277,8 @@ class DetectionPipeline(AnomalyPipeline):
         """The pipeline's `region` with one category's replaced."""
         if roi is None:
             return self.region
+        from diffad.data.regions_of_interest import read_roi  # with what reads data sets, which a call does not need
+
         names = self.categories
         own = torch.from_numpy(read_roi(roi, names[category] if len(names) > 1 else None).copy())
         if self.region is None:

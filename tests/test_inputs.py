@@ -26,7 +26,7 @@ from diffad.predict import score_files
 
 def brightness(images: list[torch.Tensor], places: list[int]) -> SimpleNamespace:
     """Detects what is bright."""
-    maps = torch.stack(images).mean(dim=1)  # (N, R, R)
+    maps = torch.from_numpy(np.stack(images)).mean(dim=3)  # (N, R, R)
     scores = maps.amax(dim=(1, 2))
     return SimpleNamespace(
         anomaly_map=maps,

@@ -198,7 +198,7 @@ def test_a_shipped_record_names_no_folder_of_a_machine(record):
 
 # -- the cards that come with the project ------------------------------------------------------------------------
 
-SHIPPED = pytest.mark.parametrize("folder", sorted(p.parent for p in CARDS.glob("*/README.md")), ids=lambda f: f.name)
+SHIPPED = pytest.mark.parametrize("folder", sorted(p.parent for p in CARDS.glob("*-*/README.md")), ids=lambda f: f.name)
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -254,7 +254,7 @@ def test_a_shipped_card_is_what_the_template_makes_and_how_to_make_the_model_aga
 
 
 def test_binding_data_binds_every_shipped_card():
-    for path in CARDS.glob("*/README.md"):
+    for path in CARDS.glob("*-*/README.md"):
         of_solar_cells = any(name in path.parent.name for name in ("elpv", "three-categories"))
         assert ModelCard(path.read_text()).data.license == ("cc-by-nc-sa-4.0" if of_solar_cells else None)
 

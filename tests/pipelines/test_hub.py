@@ -110,6 +110,7 @@ def finish_training(folder: Path) -> None:
     model.mkdir()
     (model / "report.json").write_text('{"data": "parts", "results": {"tile": {"image_auroc": 0.5}}}')
     arguments = Namespace(
+        roi=None,
         train_data_dir=str(data),
         output_dir=str(model),
         seed=0,
