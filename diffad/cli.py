@@ -327,7 +327,7 @@ def calibrate(
 ) -> None:
     """Statistics and thresholds from good images that training has not seen.
 
-    Of a data set, its train split. Half of it (or of its parts) sets thresholds.
+    Of a data set, its train split. Half of the parts set thresholds.
     """
     import numpy as np
     import torch

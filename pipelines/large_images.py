@@ -196,11 +196,11 @@ def calibrate_large(
             *(pipeline, image, category, generators[i * step], batch_size, statistics.value_range, of_tiles, region),
             number=i * step,
         )
-        at_places = resize_maps(blended[None, None], of_tiles.place_mean.shape[1:])  # (1, 1, rows, columns)
+        at_places = resize_maps(blended[None, None], options["place_shape"])  # (1, 1, rows, columns)
         sums.update(at_places[: int(is_mine)])
     sums.reduce(accelerator)
-    of_tiles.place_mean[category] = sums.mean()[0]
-    of_tiles.place_std[category] = sums.standard_deviation(pipeline.config.position_prior_images)[0]
+    place_std = sums.standard_deviation(pipeline.config.position_prior_images)
+    of_tiles.set_places(category, sums.mean()[0], place_std[0])
 
     # 3. Thresholds of the images' maps
     for i, image, is_mine in own_images(held_out, accelerator):
@@ -210,15 +210,15 @@ def calibrate_large(
         )
         fit.add_joined_maps(joined[None][: int(is_mine)])
     calibration = fit.finish()
-    of_tiles.place_std[category] *= fit.scale
+    of_tiles.set_places(category, sums.mean()[0], place_std[0] * fit.scale)
     pipeline.register_modules(calibration=calibration, tile_calibration=of_tiles)
 
 
 def place_shape(pipeline: DetectionPipeline, statistics: ImageSequence) -> tuple[int, int]:
     """Rows and columns of the places that have statistics: the cells of the first image, or what others have."""
     earlier = pipeline.tile_calibration
-    if earlier is not None and earlier.place_mean is not None:
-        return earlier.place_mean.shape[1], earlier.place_mean.shape[2]
+    if earlier is not None and earlier.config.place_shape is not None:
+        return tuple(earlier.config.place_shape)
     grid = grid_of(pipeline, size_of(next(iter(statistics[:1].whole()))))
     return grid.rows, grid.columns
 

@@ -437,14 +437,19 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             std = F.interpolate(std, maps.shape[-2:], mode="bilinear")
         return (maps - mean[category]) / std[category]
 
+    def set_places(self, category: int, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Stores what `normalize_places` takes, each (rows, columns)."""
+        for kept, values in ((self.place_mean, mean), (self.place_std, std)):
+            if kept is not None:
+                kept[category] = values
+
     def normalize_places(self, of_tiles: torch.Tensor, category: int) -> torch.Tensor:
         """A map (rows, columns) that is blended of tiles, in standard deviations above good images' at its place."""
-        if self.place_mean is None:
+        if self.place_mean is None or self.place_std is None:
             return of_tiles
-        mean, std = (
-            resize_maps(values[None, category : category + 1], of_tiles.shape)[0, 0].to(of_tiles.device)
-            for values in (self.place_mean, self.place_std)
-        )
+        of_category = torch.stack([self.place_mean[category], self.place_std[category]])[None]  # (1, 2, rows, columns)
+        size = of_tiles.shape[0], of_tiles.shape[1]
+        mean, std = resize_maps(of_category, size)[0].to(of_tiles.device)
         return (of_tiles - mean) / std
 
     def p_value(self, scores: torch.Tensor, category: torch.Tensor) -> torch.Tensor:

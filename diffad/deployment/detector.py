@@ -105,7 +105,8 @@ class Detector:
         side = None if self.pipeline.tile_size else self.pipeline.input_resolution
         with self.decoding, one_large_at_a_time(width * height):
             image = read_image(name, content, reduce_large=side is not None)
-            value_range, network_input = self.pipeline.value_range, image
+            value_range = self.pipeline.value_range
+            network_input: torch.Tensor | Image.Image = image
             if side is not None:
                 network_input = resize_image(image, as_size(side), value_range)[0].clamp(0.0, 1.0)
             shown = None

@@ -123,7 +123,7 @@ def test_a_broken_file_gets_time_and_then_a_row(calibrated, tmp_path):
     folder.mkdir()
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "paused.png").write_bytes(content[:500])
-    with Watching(calibrated, folder, out):
+    with Watching(calibrated, folder, out, settle=0.5):  # a machine may be slow: five seconds until it is broken
         write_png(folder / "good.png", texture(1))
         wait_for(lambda: len(rows_of(out)) >= 1)  # longer than a file takes to settle
         (folder / "paused.png").write_bytes(content)
