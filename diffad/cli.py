@@ -238,7 +238,7 @@ def predict(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from diffad.journal import CALIBRATION_NAME
+    from diffad.deployment import Runtime
     from diffad.part_verdicts import check_parts, read_parts, write_part_verdicts
     from diffad.predict import find_images, predict_files
 
@@ -264,7 +264,7 @@ def predict(
     console.print(
         f"{summary} ({counts['skipped']} done before). Scores: {escape(files)}", highlight=False, soft_wrap=True
     )
-    if (counts["normal"] or counts["anomalous"]) and (output_dir / CALIBRATION_NAME).is_file():
+    if (counts["normal"] or counts["anomalous"]) and not isinstance(pipeline, Runtime):
         from diffad.drift_table import TableDrift
 
         told = TableDrift(output_dir / "scores.csv").sentence()

@@ -43,7 +43,7 @@ def clear_outside(maps: torch.Tensor, inside: torch.Tensor | None) -> torch.Tens
 
 def values_inside(maps: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
     """The pixels of maps (N, H, W) that count, (N, 1, n), of one region (H, W); the maps where there is none."""
-    return maps if inside is None else maps[:, inside][:, None]
+    return maps if inside is None or bool(inside.all()) else maps[:, inside][:, None]
 
 
 def stand_ins(inside: torch.Tensor) -> torch.Tensor:

@@ -136,8 +136,9 @@ def check_map_settings(suppression: float, position_prior_images: float) -> None
 
 def check_tiles(tile_size: Side | None, tile_overlap: float) -> None:
     """Raises a ValueError where one is out of its range."""
-    sides = [tile_size] if isinstance(tile_size, int) else [*(tile_size or ())]
-    if any(not isinstance(side, int) or side < 8 for side in sides) or len(sides) > 2:
+    sides: list[Any] = list(tile_size) if isinstance(tile_size, (list, tuple)) else [tile_size] * 2
+    is_size = len(sides) == 2 and all(isinstance(side, int) and side >= 8 for side in sides)
+    if tile_size is not None and not is_size:
         raise ValueError(f"`tile_size` must be a side of at least 8 pixels, or height and width, but is {tile_size!r}.")
     if not 0.0 <= tile_overlap <= 0.75:
         raise ValueError(f"`tile_overlap` must lie in [0, 0.75], but is {tile_overlap}.")

@@ -183,6 +183,11 @@ class DetectionPipeline(AnomalyPipeline):
         shown = ImageSequence.of_rows(statistics_images, for_statistics, self.config.value_range or found)
         moments = self._category_moments(shown, batch_size, accelerator)
         if self.tile_size is not None:
+            if len(for_statistics) < FEWEST_IMAGES:
+                raise ValueError(
+                    f"`statistics_images`: {len(for_statistics)} images tell too little of tiles, whose statistics "
+                    f"take at least {FEWEST_IMAGES}. Give more good images, or a pipeline without a `tile_size`."
+                )
             generators = image_generators(generator, len(for_statistics) + len(for_scores))
             held_out = ImageSequence.of_rows(images, for_scores, self.config.value_range or found)
             options: dict[str, Any] = {
@@ -224,7 +229,11 @@ class DetectionPipeline(AnomalyPipeline):
             ValueError: the model is not calibrated, or was by an earlier version, which kept nothing of that.
         """
         calibration = self.calibration
-        if calibration is None or calibration.category_mean is None:
+        if (
+            calibration is None
+            or calibration.category_mean is None
+            or not calibration.category_mean[calibration.calibrated_categories].isfinite().all()
+        ):
             raise ValueError(
                 f"`category` is needed: this model knows {', '.join(self.categories)}, and its calibration nothing by "
                 "which to recognise them. Pass one of them, or calibrate it again."
@@ -251,7 +260,7 @@ class DetectionPipeline(AnomalyPipeline):
         self, images: ImageSequence, batch_size: int, accelerator: Accelerator | None
     ) -> FeatureMoments | None:
         """Mean and covariance of `_category_features` over good images, of this process's share and then of all."""
-        if len(self.categories) < 2 or len(images) < 2:
+        if self._category_channels is None or len(images) < 2:
             return None
         moments: FeatureMoments | None = None
         mine = process_share(len(images), accelerator)
@@ -281,11 +290,11 @@ class DetectionPipeline(AnomalyPipeline):
 
         names = self.categories
         own = torch.from_numpy(read_roi(roi, names[category] if len(names) > 1 else None).copy())
-        if self.region is None:
+        if self.region is None or len(names) < 2:
             region = torch.ones(max(1, len(names)), *own.shape, dtype=torch.bool)
         else:
             region = self.region.cpu().clone()
-            own = F.interpolate(own[None, None].float(), region.shape[1:])[0, 0] > 0.5
+            own = F.adaptive_max_pool2d(own[None, None].float(), region.shape[1:])[0, 0] > 0.5
         region[category] = own
         return region.to(self._execution_device)
 

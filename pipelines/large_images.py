@@ -21,7 +21,7 @@ from diffad.images import ImageSequence, as_size, resize_image
 from diffad.moments import MomentSums
 from diffad.process_share import process_share
 from diffad.read_ahead import read_ahead
-from diffad.region_of_interest import hide_outside, inside_region
+from diffad.region_of_interest import hide_outside, inside_region, stand_ins
 from diffad.scoring import Measurement, cut_small_peaks, empty_measurement, resize_maps
 from diffad.tiling import (
     MOSTLY,
@@ -199,6 +199,9 @@ def calibrate_large(
         at_places = resize_maps(blended[None, None], options["place_shape"])  # (1, 1, rows, columns)
         sums.update(at_places[: int(is_mine)])
     sums.reduce(accelerator)
+    inside_places = inside_region(region, torch.tensor([category]), options["place_shape"])
+    if inside_places is not None:
+        sums.replace_positions(stand_ins(inside_places.flatten()))
     place_std = sums.standard_deviation(pipeline.config.position_prior_images)
     of_tiles.set_places(category, sums.mean()[0], place_std[0])
 

@@ -278,6 +278,11 @@ class AnomalyDenoisePipeline(DetectionPipeline):
                 f"that, but is {processing_resolution!r}."
             )
         size = images.sizes[0] if match_input_resolution else resolution
+        if self.tile_size is not None and calibration is not None and self.tile_calibration is None:
+            raise ValueError(
+                f"`tile_size` is {self.config.tile_size}, but this pipeline was calibrated without tiles. Call "
+                "`pipe.calibrate(good_images)`, or load it without."
+            )
         if self.tile_size is not None and not match_input_resolution:
             size = grid_of(self, images.sizes[0])[:2]
         seen = as_size(self.feature_extractor.input_resolution(resolution))

@@ -73,15 +73,23 @@ def common_ratio(sizes: Sequence[tuple[int, int]]) -> float:
     return ratios[len(ratios) // 2] if ratios[-1] <= SAME_RATIO * ratios[0] else 1.0
 
 
-def choose_tile_size(sizes: Sequence[tuple[int, int]], input_side: Side) -> int | tuple[int, int] | None:
+def choose_tile_size(
+    sizes: Sequence[tuple[int, int]], input_side: Side, categories: Sequence[str]
+) -> int | tuple[int, int] | None:
     """A tile of as many pixels as the networks see, where images are much larger than that; else None.
 
     They are where the middle one of all has sides more than `MUCH_LARGER` times as long, by their product, and there
-    are enough to hold some out.
+    are enough of each category to hold some out.
+
+    Args:
+        sizes: of all images.
+        input_side: what the networks see.
+        categories: of the same images.
     """
     pixels = sorted(height * width for height, width in sizes)[len(sizes) // 2]
     is_much_larger = pixels > MUCH_LARGER**2 * math.prod(as_size(input_side))
-    return as_side(input_side) if is_much_larger and len(sizes) >= FEW_IMAGES else None
+    fewest = min(Counter(categories).values())
+    return as_side(input_side) if is_much_larger and fewest >= FEW_IMAGES else None
 
 
 def load_region(args: argparse.Namespace, categories: Sequence[str]) -> torch.Tensor | None:

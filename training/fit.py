@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.resolution is None:
         args.resolution = as_side(size_of_ratio(IMAGE_SIZE, common_ratio(sizes), COARSEST_STRIDE))
     if args.tile_size == "auto":
-        args.tile_size = choose_tile_size(sizes, args.resolution)
+        args.tile_size = choose_tile_size(sizes, args.resolution, good["category"])
         if args.tile_size is not None:
             accelerator.print(
                 f"The images are large: tiles of {' x '.join(map(str, as_size(args.tile_size)))} px, and the whole."

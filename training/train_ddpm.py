@@ -324,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     feature_size = size[0] // stride, size[1] // stride
     seen = as_size(extractor.input_resolution(size))
     if args.tile_size == "auto":
-        args.tile_size = choose_tile_size(sizes, seen)
+        args.tile_size = choose_tile_size(sizes, seen, training["category"])
     tiles, region = tile_height_and_width(args.tile_size, seen), load_region(args, categories)
     images = ResizedImages(training, seen, categories, args.value_range, tiles, args.tile_overlap, region)
     accelerator.print(

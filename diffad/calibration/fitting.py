@@ -26,7 +26,7 @@ from diffad.calibration.residual_gaussian import (
     residual_grid,
     residual_size,
 )
-from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.calibration.score_calibration import ScoreCalibration, changed_settings
 from diffad.moments import PRIOR_IMAGES, FeatureMoments, MomentSums
 from diffad.region_of_interest import inside_region, stand_ins, values_inside
 from diffad.scoring import Measurement
@@ -423,7 +423,12 @@ class CalibrationFit:
                 "`calibration` holds other categories' statistics of other scores than this pipeline's settings give, "
                 "or an earlier version's. Load the pipeline with `calibration=None` and calibrate every category."
             )
-        for name in ("precision", "settings", "smallest_area") if others.any() else ():
+        if others.any() and (changed := changed_settings(config.settings, self.record.get("settings"))):
+            raise ValueError(
+                f"The other categories were calibrated with other settings ({', '.join(changed)}). Use the same, or "
+                "load the pipeline with `calibration=None` and calibrate every category."
+            )
+        for name in ("precision", "smallest_area") if others.any() else ():
             if config.get(name) not in (None, self.record.get(name)):
                 raise ValueError(
                     f"The other categories were calibrated with {name} {config[name]}, and this is "

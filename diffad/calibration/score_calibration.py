@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -363,9 +363,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
 
     def warn_of_settings(self, settings: dict[str, Any]) -> None:
         """Warns, once, where a pipeline's settings are not those that the statistics were taken with."""
-        recorded = self.config.settings or {}
-        changed = [name for name, value in recorded.items() if name in settings and settings[name] != value]
-        if changed:
+        if changed := changed_settings(self.config.settings, settings):
             warn_once(
                 f"This pipeline was calibrated with other settings ({', '.join(changed)}), which moves scores. The "
                 "stated false-alarm rate then holds no longer. Calibrate it again."
@@ -507,6 +505,16 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 return _rounded_up(of_scores), float(self.pixel_threshold[category])
             of_pixels = conformal_threshold(maxima[~maxima.isnan()], false_alarm_rate)
         return _rounded_up(of_scores), _rounded_up(of_pixels)
+
+
+def changed_settings(recorded: Mapping[str, Any] | None, settings: Mapping[str, Any] | None) -> list[str]:
+    """Which settings are not those that were recorded. What an earlier version did not record is passed over."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, (list, tuple)) else value  # a file knows no tuples
+
+    recorded, settings = recorded or {}, settings or {}
+    return [name for name, value in recorded.items() if name in settings and plain(settings[name]) != plain(value)]
 
 
 def of_each_category(category: torch.Tensor | int) -> list[tuple[Any, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -36,19 +36,20 @@ class Batcher:
         self.thread = threading.Thread(target=self._loop, name="batches", daemon=True)
         self.thread.start()
 
-    def submit(self, item: Any) -> Future:
-        """The item's result, when it is there.
+    def submit(self, items: Sequence[Any]) -> list[Future]:
+        """The items' results, when they are there; of all of them or of none.
 
         Raises:
-            BusyError: `max_waiting` items wait.
+            BusyError: with them, more than `max_waiting` items would wait.
         """
         with self.lock:
-            if self.count >= self.max_waiting:
+            if self.count + len(items) > self.max_waiting:
                 raise BusyError(f"{self.count} images wait already, and no more than {self.max_waiting} may.")
-            self.count += 1
-        future: Future = Future()
-        self.waiting.put((item, future))
-        return future
+            self.count += len(items)
+        futures: list[Future] = [Future() for _ in items]
+        for pair in zip(items, futures, strict=True):
+            self.waiting.put(pair)
+        return futures
 
     def close(self) -> None:
         """Ends the thread once what waits is done."""

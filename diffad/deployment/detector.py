@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from diffad.calibration.drift import DriftTest
 from diffad.deployment.batching import Batcher
@@ -30,12 +29,13 @@ class Sent(NamedTuple):
 
     size: (H, W) of the file.
     shown: (h, w, 3) uint8, reduced for the screen; None where nobody looks.
-    network_input: (3, R, R') in [0, 1]; or the image as it is, of which the networks see tiles.
+    network_input: (3, R, R') in [0, 1]; or the file, of whose image the networks see tiles, decoded when its turn
+        comes; None where it is no longer needed.
     """
 
     size: tuple[int, int]
     shown: np.ndarray | None
-    network_input: torch.Tensor | Image.Image
+    network_input: torch.Tensor | bytes | None
 
 
 class Finding(NamedTuple):
@@ -80,6 +80,7 @@ class Detector:
         report: Callable[[int], None] = lambda size: None,
     ):
         self.pipeline, self.category, self.max_pixels = pipeline, category, max_pixels
+        self.batch_size = batch_size
         self.index = pipeline.category_index(category)
         self.drift: DriftTest | None = None
         self.evidence = 1.0
@@ -106,7 +107,7 @@ class Detector:
         with self.decoding, one_large_at_a_time(width * height):
             image = read_image(name, content, reduce_large=side is not None)
             value_range = self.pipeline.value_range
-            network_input: torch.Tensor | Image.Image = image
+            network_input: torch.Tensor | bytes = content
             if side is not None:
                 network_input = resize_image(image, as_size(side), value_range)[0].clamp(0.0, 1.0)
             shown = None
@@ -116,13 +117,13 @@ class Detector:
                 shown = np.asarray(picture)
         return Sent((height, width), shown, network_input)
 
-    def submit(self, sent: Sent) -> Future:
-        """The [`Finding`], when it is there.
+    def submit(self, sent: Sequence[Sent]) -> list[Future]:
+        """The [`Finding`] of each, when it is there.
 
         Raises:
             BusyError: too many images wait.
         """
-        return self.batcher.submit(sent.network_input)
+        return self.batcher.submit([one.network_input for one in sent])
 
     @property
     def smallest_area(self) -> float:
@@ -134,16 +135,22 @@ class Detector:
         return self.pipeline.calibration.thresholds_at(self.index, false_alarm_rate)
 
     def _run(self, network_inputs: list[Any]) -> list[Finding]:
+        if self.pipeline.tile_size is None:
+            return self._find(network_inputs)
+        # one by one: each has as many tiles as it is large, and a map of its own size
+        return [finding for content in network_inputs for finding in self._find([read_image("image", content)])]
+
+    def _find(self, images: list[Any]) -> list[Finding]:
         output = self.pipeline(
-            network_inputs,
-            batch_size=len(network_inputs),
+            images,
+            batch_size=self.batch_size,
             match_input_resolution=False,
-            generator=[image_generator(0, 0) for _ in network_inputs],
+            generator=[image_generator(0, 0) for _ in images],
             output_type="pt",
             **({"category": self.category} if self.category is not None else {}),
         )
         findings = []
-        for i in range(len(network_inputs)):
+        for i in range(len(images)):
             score = float(output.anomaly_score[i])
             if self.drift is not None:
                 self.evidence = self.drift.update(score).total

@@ -150,8 +150,6 @@ def export_pipeline(
         )
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be fp32, fp16 or int8, but is {precision!r}.")
-    if not isinstance(pipeline, diffad.AnomalyDenoisePipeline):
-        raise ValueError(f"`pipeline`: only an AnomalyDenoisePipeline has a graph yet, and not {type(pipeline)}.")
     check_graph(pipeline)
     if (precision == "int8") != (images is not None):
         raise ValueError("`images` go with int8: good images, from which it takes its 8 bits and its thresholds.")
@@ -174,6 +172,8 @@ def export_pipeline(
 
 def check_graph(pipeline: Any) -> None:
     """Raises a ValueError where a pipeline does what no graph does yet."""
+    if not isinstance(pipeline, diffad.AnomalyDenoisePipeline):
+        raise ValueError(f"`pipeline`: only an AnomalyDenoisePipeline has a graph yet, and not {type(pipeline)}.")
     smallest_area = 0.0 if pipeline.calibration is None else pipeline.calibration.config.smallest_area
     for what, is_used in {
         "looks at tiles": pipeline.tile_size is not None,

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -36,6 +39,7 @@ class Outbox:
     def __init__(self, folder: Path, deliver: Deliver, name: str):
         self.folder, self.deliver, self.name = folder, deliver, name
         folder.mkdir(parents=True, exist_ok=True)
+        self.refused: Counter[str] = Counter()  # how often each waiting event was
         self.new, self.closing = threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._run, name=f"outbox {folder.name}", daemon=True)
         self.thread.start()
@@ -50,26 +54,34 @@ class Outbox:
         self.closing.set()
         self.new.set()
         self.thread.join(timeout=3 * SECONDS)
-        self.deliver_all()
+        if not self.thread.is_alive():
+            self.deliver_all(time.monotonic() + 3 * SECONDS)
 
-    def deliver_all(self) -> bool:
-        """Delivers what there is, the oldest first; returns whether all of it was taken.
+    def deliver_all(self, until: float = float("inf")) -> bool:
+        """Delivers what there is, the oldest first, up to a time of the monotonic clock; whether all of it was taken.
 
-        An event that a receiver refuses does not hold up the others.
+        An event that a receiver refuses does not hold up the others: it comes after those that it has refused less.
         """
-        waiting = [(path.stat().st_mtime_ns, path.name, path) for path in self.folder.glob("*.json")]
+        waiting = []
+        for path in self.folder.glob("[!.]*.json"):  # with a dot begins what is being written
+            with suppress(FileNotFoundError):
+                waiting.append((self.refused[path.name], path.stat().st_mtime_ns, path.name, path))
         failed = 0
-        for _, _, path in sorted(one for one in waiting if not one[1].startswith(".")):
+        for *_, name, path in sorted(waiting):
+            if time.monotonic() > until or (self.closing.is_set() and until == float("inf")):
+                return False
             try:
                 self.deliver(json.loads(path.read_text(encoding="utf-8")))
             except Exception as error:  # of the network's many
                 failed += 1
+                self.refused[name] += 1
                 if failed == 1:
                     warnings.warn(f"{self.name} does not take an event, which waits: {error}", stacklevel=2)
                 if failed == TRIES_IN_A_ROW:
                     break
                 continue
-            path.unlink()
+            path.unlink(missing_ok=True)
+            del self.refused[name]
         return not failed
 
     def _run(self) -> None:

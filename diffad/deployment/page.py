@@ -78,10 +78,10 @@ def build_page(detector: Detector, max_bytes: int) -> gr.Blocks:
             if Path(path).stat().st_size > max_bytes:
                 raise TooLargeError(f"{name} has more than {max_bytes:,} bytes.")
             sent = detector.read(name, Path(path).read_bytes(), for_screen=True)
-            finding = detector.submit(sent).result()
+            finding = detector.submit([sent])[0].result()
         except (UnreadableImageError, TooLargeError, BusyError) as error:
             raise gr.Error(str(error)) from error
-        seen = (name, sent, finding)
+        seen = (name, sent._replace(network_input=None), finding)
         picture, words, rows, verdict = show(detector, seen, rate)
         now = datetime.datetime.now().isoformat(timespec="seconds")
         p_value = None if finding.p_value is None else round(finding.p_value, 4)

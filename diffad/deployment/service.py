@@ -7,7 +7,6 @@ import hmac
 import io
 import time
 from collections.abc import Awaitable, Callable
-from http.cookies import SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -24,6 +23,7 @@ with needs_extra("app"):
     from fastapi import FastAPI, HTTPException, Query, Request, Response, UploadFile
     from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+    from starlette.requests import cookie_parser
 
 MAX_BYTES = 64 * 2**20  # of one request
 MAX_IMAGES = 64  # in one request
@@ -73,7 +73,7 @@ def create_app(
             except TooLargeError as error:
                 raise HTTPException(413, f"Image {i} of the request: {error}") from error
         try:
-            futures = [detector.submit(one) for one in sent]
+            futures = detector.submit(sent)
         except BusyError as error:
             raise HTTPException(429, f"{error} Try again.", headers={"Retry-After": "1"}) from error
         findings = [await to_thread.run_sync(future.result) for future in futures]
@@ -105,6 +105,8 @@ def create_app(
 
     app.add_middleware(BoundedBody, max_bytes=max_bytes)
     if token is not None:
+        if not token:
+            raise ValueError("`token` must not be empty: everybody would be let in. Leave it out, or give one.")
         app.add_middleware(TokenCheck, token=token)
     if page:
         from diffad.deployment.page import mount_page
@@ -210,9 +212,9 @@ class TokenCheck:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE)
         bearer = headers.get("authorization", "")
-        if self._is_token(bearer.removeprefix("Bearer ")) or (cookie is not None and self._is_token(cookie.value)):
+        if self._is_token(bearer.removeprefix("Bearer ")) or (cookie is not None and self._is_token(cookie)):
             await self.app(scope, receive, send)
             return
         shown = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]

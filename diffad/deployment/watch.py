@@ -188,8 +188,8 @@ def watch_folder(
         pipeline: an anomaly pipeline; uncalibrated, it gives no masks, no verdicts, and nothing of drift.
         folder: with its subfolders. What `diffad.inputs` takes for an image counts; hidden files, as programs make
             while they write, do not.
-        output_dir: as `predict_files` writes it, without the sheet. `scores.csv` grows by a row an event; a picture's
-            name holds the event's number, so that a rewritten file's pictures replace none.
+        output_dir: as `predict_files` writes it, without the sheet and the regions' files. `scores.csv` grows by a row
+            an event; a picture's name holds the event's number, so that a rewritten file's pictures replace none.
         stop: set by another thread or a signal. What has been begun is finished.
         settle: a file is whole once it has not changed for so many seconds; one that cannot be read then is given ten
             times as long.
@@ -211,6 +211,8 @@ def watch_folder(
     folder, output_dir = Path(os.path.realpath(folder)), Path(os.path.realpath(output_dir))
     if not folder.is_dir():
         raise ValueError(f"`folder` must be a folder, but there is none at {folder}.")
+    if folder.is_relative_to(output_dir):
+        raise ValueError(f"`output_dir` must not be the watched folder or one above it, but is {output_dir}.")
     if settle <= 0.0:
         raise ValueError(f"`settle` must be above 0 seconds, but is {settle:g}.")
     check_output(output_dir)

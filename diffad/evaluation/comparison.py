@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffad.deployment.export import InspectionGraph, export_pipeline
+from diffad.deployment.export import InspectionGraph, check_graph, export_pipeline
 from diffad.deployment.runtime import Runtime, available_cores
 from diffad.image_sizes import as_size
 
@@ -47,6 +47,7 @@ def compare_runtimes(pipeline: Any, repeats: int = 5) -> dict[str, Any]:
         `cores`, and `runtimes`: by name, `{batch size: {"milliseconds_per_image", "images_per_second",
         "share_of_peak"}}`, or why there is nothing: "not here: ...".
     """
+    check_graph(pipeline)
     size = as_size(pipeline.input_resolution)
     images = np.random.default_rng(0).random((max(BATCH_SIZES), *size, 3), dtype=np.float32)
     category = {"category": 0} if len(pipeline.categories) > 1 else {}

@@ -59,3 +59,12 @@ def test_an_earlier_calibration_asks_for_the_category():
     pipe.calibration.category_mean = None
     with pytest.raises(ValueError, match=r"`category` is needed: this model knows bright, dark.*calibrate it again"):
         pipe(dark(50, 1))
+
+
+def test_a_category_that_nothing_is_kept_of_is_asked_for():
+    pipe = tiny_pipeline(categories=["bright", "dark"])
+    for name, images in (("bright", bright(0, 8)), ("dark", dark(0, 8))):
+        pipe.calibrate(images, false_alarm_rate=0.3, category=name, generator=generator())
+    pipe.calibration.category_mean[1] = float("nan")
+    with pytest.raises(ValueError, match="`category` is needed"):
+        pipe(dark(50, 1))

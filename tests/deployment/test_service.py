@@ -155,11 +155,11 @@ def test_a_full_queue_says_so():
         return [item + 1 for item in items]
 
     batcher = Batcher(run, 4, 6, sizes.append)
-    futures = [batcher.submit(0)]
+    futures = batcher.submit([0])
     assert begun.wait(60)
-    futures += [batcher.submit(i) for i in range(1, 6)]
+    futures += batcher.submit(range(1, 6))
     with pytest.raises(BusyError, match="6 images wait already"):
-        batcher.submit(6)
+        batcher.submit([6])
     go_on.set()
     assert [future.result(60) for future in futures] == [1, 2, 3, 4, 5, 6]
     batcher.close()
@@ -171,7 +171,7 @@ def test_an_error_of_a_batch_reaches_its_callers_and_no_others():
         return [1 / item for item in items]
 
     batcher = Batcher(run, 1, 10)
-    futures = [batcher.submit(item) for item in (1, 0, 2)]
+    futures = batcher.submit([1, 0, 2])
     with pytest.raises(ZeroDivisionError):
         futures[1].result(60)
     assert [futures[0].result(60), futures[2].result(60)] == [1.0, 0.5]

@@ -282,3 +282,29 @@ def test_results_of_another_kind_are_not_taken_for_these(calibrated, tmp_path):
     with pytest.raises(ValueError, match="holds results of another seed"):
         watch_folder(calibrated, folder, tmp_path / "predicted", stop)
     assert np.array_equal([row["path"] for row in rows_of(tmp_path / "predicted")], sorted(map(str, folder.iterdir())))
+
+
+@pytest.mark.filterwarnings("ignore:The receiver does not take an event")
+def test_refused_events_do_not_hold_up_the_others(tmp_path):
+    taken: list[str] = []
+
+    def deliver(event: dict) -> None:
+        if event["event"].startswith("bad"):
+            raise OSError("refused")
+        taken.append(event["event"])
+
+    for number, name in enumerate(["bad1", "bad2", "bad3", "good1", "good2"]):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"event": name}))
+        os.utime(path, (number, number))
+    outbox = Outbox(tmp_path, deliver, "The receiver")
+    wait_for(lambda: len(taken) == 2)
+    outbox.close()
+    assert taken == ["good1", "good2"]
+    assert sorted(path.stem for path in tmp_path.glob("*.json")) == ["bad1", "bad2", "bad3"]
+
+
+def test_the_output_does_not_hide_the_folder_that_is_watched(calibrated, tmp_path):
+    for output in (tmp_path, tmp_path.parent):
+        with pytest.raises(ValueError, match="`output_dir` must not be the watched folder or one above"):
+            watch_folder(calibrated, tmp_path, output, threading.Event())

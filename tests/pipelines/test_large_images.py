@@ -193,3 +193,15 @@ def test_another_resolution_is_refused(calibrated):
 def test_wrong_options_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         of_features(**options)
+
+
+def test_tiles_are_asked_for_by_calibration_and_by_enough_images():
+    whole = tiny_pipeline().calibrate(textures(8, SIZE), false_alarm_rate=0.3, generator=generator())
+    tiled = tiny_pipeline(tile_size=16, calibration=whole.calibration)
+    with pytest.raises(ValueError, match="`tile_size` is 16, but this pipeline was calibrated without tiles"):
+        tiled(texture(0, SIZE))
+    with pytest.raises(ValueError, match="`statistics_images`: 2 images tell too little of tiles"):
+        of_features().calibrate(textures(2, SIZE), textures(2, SIZE), false_alarm_rate=0.5)
+    for wrong in (256.0, [256], (), 7):
+        with pytest.raises(ValueError, match="`tile_size` must be a side of at least 8 pixels"):
+            tiny_pipeline(tile_size=wrong)
