@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,23 +173,31 @@ def image_size(image: Any, name: str) -> tuple[int, int]:
     return to_arrays(image, name, 2.0**31).shape[1:3]
 
 
+def is_large(image: Any) -> bool:
+    """Whether an image is to be in floating point by `row_bands` alone, and never as a whole."""
+    return isinstance(image, Image.Image) and image.width * image.height > BAND_PIXELS
+
+
+def row_bands(image: Image.Image, value_range: float | None, name: str) -> Iterator[np.ndarray]:
+    """A large image from its top to its bottom, (rows, W, C) float32 in [0, 1], of up to `BAND_PIXELS` each."""
+    image = turn_upright(image)
+    if value_range is None:
+        value_range = value_range_of(image)
+    rows = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        yield to_arrays(image.crop((0, top, image.width, bottom)), name, value_range)[0]
+
+
 def resized_array(image: Any, size: Sequence[int], value_range: float | None = None, name: str = "image") -> np.ndarray:
     """One PIL image or array as (*size, 3) float32 in about [0, 1]: the same as `diffad.images.resize_image`, to 1e-6.
 
     A large image is never in floating point as a whole, see there.
     """
-    if not isinstance(image, Image.Image) or image.width * image.height <= BAND_PIXELS:
+    if not is_large(image):
         resized = resize_array(to_arrays(image, name, value_range)[0], size)
         return np.broadcast_to(resized, (*size, 3))
-    image = turn_upright(image)
-    if value_range is None:
-        value_range = value_range_of(image)
-    rows = max(1, BAND_PIXELS // image.width)
-    bands = []
-    for top in range(0, image.height, rows):
-        bottom = min(top + rows, image.height)
-        band = to_arrays(image.crop((0, top, image.width, bottom)), name, value_range)[0]
-        bands.append(resize_array(band, (bottom - top, size[1])))  # (rows, size[1], C)
+    bands = [resize_array(band, (len(band), size[1])) for band in row_bands(image, value_range, name)]
     return np.broadcast_to(resize_array(np.concatenate(bands), size), (*size, 3))
 
 

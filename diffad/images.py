@@ -13,18 +13,19 @@ import torch.nn.functional as F
 from PIL import Image
 
 from diffad.exporting import is_exporting
-from diffad.grey_depth import BAND_PIXELS, is_deep, value_range_of
+from diffad.grey_depth import is_deep, value_range_of
 from diffad.image_arrays import (
     common_value_range,
     find_value_range,
     flatten,
     image_to_rgb,
+    is_large,
+    row_bands,
     smallest_common_range,
     to_arrays,
     upright_image,
 )
 from diffad.image_files import image_file_header, read_image
-from diffad.image_metadata import turn_upright
 from diffad.image_sizes import Side, as_side, as_size, size_of_ratio
 from diffad.resizing import Resizing, resize_weights
 
@@ -85,8 +86,12 @@ def _to_tensors(image: Any, name: str, value_range: float | None) -> list[torch.
             )
         image = image[(None,) * (4 - image.ndim)].movedim(1, -1)  # (N, H, W, C)
         image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
-    array = np.ascontiguousarray(to_arrays(image, name, value_range).transpose(0, 3, 1, 2))  # (N, C, H, W)
-    return list(torch.from_numpy(array).expand(-1, 3, -1, -1))
+    return list(_from_arrays(to_arrays(image, name, value_range)))
+
+
+def _from_arrays(images: np.ndarray) -> torch.Tensor:
+    """(N, H, W, C), C 1 or 3, as (N, 3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).expand(-1, 3, -1, -1)
 
 
 class ImageSequence:
@@ -191,17 +196,12 @@ def resize_image(
     Bilinear resizing with antialiasing goes along the rows first, then along the columns, so that bands of rows give
     the same as the whole.
     """
-    if not isinstance(image, Image.Image) or image.width * image.height <= BAND_PIXELS:
+    if not is_large(image):
         return resize_images(_to_tensors(image, name, value_range)[0][None], size)
-    image = turn_upright(image)
-    if value_range is None:
-        value_range = value_range_of(image)
-    rows = max(1, BAND_PIXELS // image.width)
-    bands = []
-    for top in range(0, image.height, rows):
-        bottom = min(top + rows, image.height)
-        band = _to_tensors(image.crop((0, top, image.width, bottom)), name, value_range)[0][None]
-        bands.append(resize_images(band, (bottom - top, size[1])))  # (1, 3, rows, size[1])
+    bands = [
+        resize_images(_from_arrays(band[None]), (len(band), size[1]))  # (1, 3, rows, size[1])
+        for band in row_bands(image, value_range, name)
+    ]
     return resize_images(torch.cat(bands, dim=2), size)
 
 
