@@ -24,6 +24,7 @@ from diffad.model_card import SECRETS
 from diffad.precision import resolve_precision
 from diffad.seeding import step_generator
 from diffad.training.checkpoints import list_checkpoints, resume, save_checkpoint
+from diffad.training.early_stopping import HeldOutLoss
 from diffad.training.stop_signals import catch_stop_signals, received_anywhere
 
 # (model, batch, generator) -> the loss, a scalar, and the parts of it that the log names
@@ -61,6 +62,7 @@ def train(
     args: argparse.Namespace,
     accelerator: Accelerator,
     save_pictures: Callable[[Path], None] | None = None,
+    held_out_loss: Callable[[nn.Module], torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     """Trains a model, which ends in evaluation mode, with the averaged weights where `args.use_ema`.
 
@@ -76,9 +78,12 @@ def train(
         accelerator: of `create_accelerator`.
         save_pictures: writes a sheet of validation pictures to a path, called every `args.validation_steps` on the main
             process, with the model in evaluation mode.
+        held_out_loss: of images that are not trained on, as `HeldOutLoss` takes it: the run ends early where it no
+            longer falls.
 
     Returns:
-        For `training.json`: `steps`, and `training_seconds` of this call.
+        For `training.json`: `steps`, `training_seconds` of this call and, where it was measured, `held_out_loss` by
+        step.
 
     Raises:
         RuntimeError: the loss or its gradient is not finite, or the processes' weights differ at the end.
@@ -97,6 +102,7 @@ def train(
     step = first_step = resume(accelerator, args)
     if ema is not None:
         ema.to(accelerator.device)  # a checkpoint is loaded into memory, beside a GPU
+    held_out = None if held_out_loss is None else HeldOutLoss(held_out_loss, args, first_step, accelerator)
     first, last = step * accumulation, args.max_train_steps * accumulation  # batches
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="Training", disable=not accelerator.is_local_main_process
@@ -125,6 +131,9 @@ def train(
 
             # 3. Looks at the loss and for signals, seldom where that waits for a GPU
             is_last, is_tenth = step == args.max_train_steps, step % 10 == 0
+            if held_out is not None and step % held_out.every == 0:
+                accelerator.log({"held-out loss": held_out.measure(model, ema, step)}, step=step)
+                is_last = is_last or held_out.has_converged()
             stop = received_anywhere(received, accelerator) if exchange_is_cheap or is_last or is_tenth else 0
             is_saved = bool(stop) or is_last or step % args.checkpointing_steps == 0
             if is_saved or is_tenth:
@@ -143,17 +152,22 @@ def train(
                 model.train()
             if is_saved:
                 save_checkpoint(accelerator, args, step)
+            if is_last:
+                break
             if stop:
                 progress.close()
                 accelerator.print(f"Stopped at step {step}. Add --resume_from_checkpoint latest to go on.")
                 accelerator.end_training()
                 raise SystemExit(128 + stop)
 
+    if step < args.max_train_steps:
+        accelerator.print(f"The loss of held-out images no longer falls: stopped after {step} steps.")
     check_replicas(model, accelerator)
     if ema is not None:
         ema.copy_to(trained)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()  # its forward is float32's again
-    return {"steps": step, "training_seconds": round(time.time() - started, 1)}
+    record = {"steps": step, "training_seconds": round(time.time() - started, 1)}
+    return record if held_out is None else {**record, "held_out_loss": held_out.values}
 
 
 def training_batches(

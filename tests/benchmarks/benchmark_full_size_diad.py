@@ -30,7 +30,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from diffad import DiADPipeline, SemanticGuidedNetwork, TimmFeatureExtractor
 from diffad.files import write_text_whole
 from diffad.models.prompt_embedding import PromptEmbedding
-from diffad.training.train_diad import SCHEDULER, choose_trained
+from diffad.training.diad_presets import SCHEDULER
+from diffad.training.train_diad import choose_trained
 
 RESOLUTION, PUBLISHED_STEPS, GUIDANCE_SCALE, REPEATS = 256, 10, 7.5, 3
 GIB = 2**30

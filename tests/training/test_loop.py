@@ -17,6 +17,7 @@ from conftest import launch, launch_command
 
 from diffad.training.arguments import add_shared_arguments, parse_arguments
 from diffad.training.checkpoints import list_checkpoints
+from diffad.training.early_stopping import PATIENCE
 from diffad.training.loop import create_accelerator, create_optimizer
 from diffad.training.stop_signals import catch_stop_signals
 
@@ -241,3 +242,51 @@ def test_8_bits_take_bitsandbytes(tmp_path):
             optimizer_of(tmp_path, "--use_8bit_adam")
     else:
         assert type(optimizer_of(tmp_path, "--use_8bit_adam")).__name__ == "AdamW8bit"
+
+
+# -- stopped early -----------------------------------------------------------------------------------------------
+
+
+def rising_after(number: int):
+    """A held-out loss that falls for so many measures, and then rises; and the weights that each measure saw."""
+    seen = []
+
+    def loss(model: torch.nn.Module) -> torch.Tensor:
+        seen.append({name: values.clone() for name, values in model.state_dict().items()})
+        return torch.tensor(float(abs(len(seen) - number)))
+
+    return loss, seen
+
+
+def test_a_run_ends_where_the_held_out_loss_no_longer_falls(tmp_path, capsys):
+    loss, seen = rising_after(3)
+    record = toy_training.run(tmp_path, "--max_train_steps", 40, held_out_loss=loss)  # measured every other step
+    assert record["steps"] == 2 * (3 + PATIENCE) == checkpoint_steps(tmp_path)[-1]
+    assert list(record["held_out_loss"].values()) == [2.0, 1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert "stopped after 16 steps" in capsys.readouterr().out
+    # it is measured of the averaged weights, which are those that the run ends with
+    assert all(torch.equal(seen[-1][name], values) for name, values in weights(tmp_path).items())
+
+
+def test_a_held_out_loss_that_falls_leaves_the_run_as_it_is(tmp_path):
+    toy_training.run(tmp_path / "without")
+    record = toy_training.run(tmp_path / "with", held_out_loss=rising_after(100)[0])
+    assert record["steps"] == 6 == len(record["held_out_loss"])
+    assert_same_weights(tmp_path / "with", tmp_path / "without")
+
+
+def test_a_run_that_goes_on_knows_the_held_out_losses_so_far(tmp_path):
+    flags = ("--max_train_steps", 40, "--checkpointing_steps", 2)
+    toy_training.run(tmp_path / "whole", *flags, held_out_loss=rising_after(3)[0])
+    loss, seen = rising_after(3)
+    interrupt = at_batch(19, lambda: signal.raise_signal(signal.SIGINT))  # in the tenth step, after five measures
+    with pytest.raises(SystemExit):
+        toy_training.run(tmp_path / "stopped", *flags, on_batch=interrupt, held_out_loss=loss)
+    assert len(seen) == 5
+    more = ("--resume_from_checkpoint", "latest")
+    assert toy_training.run(tmp_path / "stopped", *flags, *more, held_out_loss=loss)["steps"] == 16
+    assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
+
+
+def checkpoint_steps(output: Path) -> list[int]:
+    return [int(name.removeprefix("checkpoint-")) for name in checkpoints(output)]

@@ -40,6 +40,7 @@ from diffad.images import ImageSequence, images_to_pixel_values, images_to_tenso
 from diffad.models.autoencoder_taef2 import AutoencoderTAEF2
 from diffad.training import train_autoencoder, train_diad
 from diffad.training.checkpoints import list_checkpoints
+from diffad.training.diad_presets import DIAD_PRESETS, SCHEDULER
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -150,9 +151,9 @@ def test_latents_without_a_scale_are_normalised_by_good_images_and_stay_so(tmp_p
         assert second.config[name] == first.config[name]
 
 
-@pytest.mark.parametrize("preset", sorted(train_diad.DIAD_PRESETS))
+@pytest.mark.parametrize("preset", sorted(DIAD_PRESETS))
 def test_from_scratch_the_last_timestep_is_noise_alone_and_velocity_the_target(preset):
-    scheduler = DDIMScheduler(**{**train_diad.SCHEDULER, **train_diad.DIAD_PRESETS[preset]["scheduler"]})
+    scheduler = DDIMScheduler(**{**SCHEDULER, **DIAD_PRESETS[preset]["scheduler"]})
     assert scheduler.alphas_cumprod[-1] == 0.0
     scheduler.set_timesteps(10)
     assert scheduler.timesteps[0] == 999
@@ -300,7 +301,7 @@ def test_the_configuration_for_256_px_is_valid():
         ["--config", str(SCRIPT.parent / "configs" / "diad_256_cpu.yaml"), "--train_data_dir", "parts"]
     )
     assert (args.preset, args.vae_path, args.cache_latents) == ("cpu-256", "runs/taef2", True)
-    preset = train_diad.DIAD_PRESETS[args.preset]
+    preset = DIAD_PRESETS[args.preset]
     unet = preset["unet"]
     # the guiding skips of the coarsest decoder level stand at 4 x 4, as in the paper
     assert preset["resolution"] // 8 // 2 ** (len(unet["block_out_channels"]) - 1) == 4

@@ -33,10 +33,16 @@ class Points(Dataset):
         return torch.randn(3, generator=torch.Generator().manual_seed(i))
 
 
-def run(output: Path, *flags: object, on_batch: Callable[[int, nn.Module], torch.Tensor | None] | None = None) -> dict:
+def run(
+    output: Path,
+    *flags: object,
+    on_batch: Callable[[int, nn.Module], torch.Tensor | None] | None = None,
+    held_out_loss: Callable[[nn.Module], torch.Tensor] | None = None,
+) -> dict:
     """Trains for 6 steps unless the flags say otherwise; saves the weights that it ends with and returns the record.
 
-    `on_batch` is called with the number of batches before this one, and may return what to add to the loss.
+    `on_batch` is called with the number of batches before this one, and may return what to add to the loss;
+    `held_out_loss` is the loop's.
     """
     parser = argparse.ArgumentParser()
     add_shared_arguments(parser)
@@ -56,7 +62,7 @@ def run(output: Path, *flags: object, on_batch: Callable[[int, nn.Module], torch
         seen += 1
         return loss if added is None else loss + added, {"error": loss}
 
-    record = train(model, batch_loss, create_data_loader(Points(), args), args, accelerator)
+    record = train(model, batch_loss, create_data_loader(Points(), args), args, accelerator, None, held_out_loss)
     torch.save(model.state_dict(), Path(output, f"weights-{accelerator.process_index}.pt"))
     accelerator.end_training()
     return record
