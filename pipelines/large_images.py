@@ -102,7 +102,7 @@ def detect_large(
 
 
 def large_image_map(pipeline: DetectionPipeline, image: LargeImage, calibrations: Calibrations) -> torch.Tensor:
-    """The anomaly map of one image, (rows, columns) of the cells of `tile_grid`, on the CPU; raw without calibrations."""
+    """The anomaly map of one image, (rows, columns) of `tile_grid`'s cells, on the CPU; raw without calibrations."""
     of_image = whole_map(pipeline, image, calibrations.of_image)
     return join_large(blended_map(pipeline, image, calibrations.of_tiles), of_image, image.category, calibrations)
 
