@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from diffad.training import fit
 
 SEAM = 16  # pixels over which neighbours are blended
 SHADING = 32.0  # sigma in pixels, above which brightness is blended over all the mosaic
+CUT_OFF = 256  # pixels, at most, from the top and the left
 DEFECT = 12  # pixels, the longer side
 LARGEST = 24  # pixels, of the longer side of a real defect that is made so small
 MARGIN = 4  # pixels around it
@@ -48,7 +49,10 @@ def mosaic(images: list[np.ndarray], height: int, width: int, rng: np.random.Gen
 
     Blended in two bands (Burt and Adelson, "A multiresolution spline with application to image mosaics", 1983): detail
     over the seams, shading over the whole, as if one lamp had lit all. Else steps of brightness outshine any defect.
+    Cut out of a larger one, so that no place of a mosaic shows the same as that of another.
     """
+    first_row, first_column = (int(one) for one in rng.integers(CUT_OFF, size=2))
+    height, width = height + first_row, width + first_column
     detail, shading, weights = (np.full((height, width), value, np.float32) for value in (0.0, 0.0, 1e-6))
     top = 0
     while top < height:
@@ -67,7 +71,8 @@ def mosaic(images: list[np.ndarray], height: int, width: int, rng: np.random.Gen
             for total, values in ((detail, image - low), (shading, low), (weights, 1.0)):
                 total[part] += (values * window)[:rows, :columns]
         top += row_height - SEAM
-    return (detail / weights + smooth(shading / weights, 2.0 * SHADING)).round().clip(0, 255).astype(np.uint8)
+    whole = detail / weights + smooth(shading / weights, 2.0 * SHADING)
+    return whole[first_row:, first_column:].round().clip(0, 255).astype(np.uint8)
 
 
 def smooth(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -183,7 +188,7 @@ def scores_of(pipeline: AnomalyDenoisePipeline, paths: list[Path], place: tuple[
 
 def measure(
     folder: Path, places: dict[str, tuple[slice, slice]], tile_size: str, args: argparse.Namespace
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """The share of images with and without a defect that raise an alarm, and the area under the curve."""
     model = folder / f"model-{tile_size}"
     started = time.time()
@@ -199,7 +204,9 @@ def measure(
     good, bad = np.array(pairs).T
     threshold = float(pipeline.calibration.image_threshold[0])
     allowed = np.sort(good)[int(np.ceil(len(good) * (1.0 - args.false_alarm_rate))) - 1]
+    of_places = None if pipeline.tile_calibration is None else pipeline.tile_calibration.place_mean
     return {
+        "places_have_their_own_statistics": of_places is not None and bool(of_places.std() > 0.0),
         "found_at_the_threshold": float((bad > threshold).mean()),
         "false_alarms_at_the_threshold": float((good > threshold).mean()),
         "found_at_the_rate": float((bad > allowed).mean()),
