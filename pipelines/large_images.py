@@ -233,8 +233,8 @@ def places_are_alike(sums: MomentSums, of_even: MomentSums) -> bool:
 
     The means at each place, of every other image and of the rest, are correlated over the places. By Spearman and
     Brown's formula (1910) a correlation r of two halves is one of 2 r / (1 + r) between the mean over all images and
-    what it is to tell: the share of its variance over the places that is no chance. Above a half, a place's own mean is
-    nearer to the truth than the mean over all places.
+    what it is to tell: the share of its variance over the places that is no chance. Above a half, where r is above a
+    third, a place's own mean is nearer to the truth than the mean over all places.
 
     Args:
         sums: of all images' maps.
@@ -246,7 +246,7 @@ def places_are_alike(sums: MomentSums, of_even: MomentSums) -> bool:
     halves = of_even.mean(), (sums.total - of_even.total) / num_others
     a, b = (one.flatten() - one.mean() for one in halves)
     r = float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt().clamp(min=1e-12))
-    return 2.0 * r / (1.0 + max(r, 0.0)) > 0.5
+    return r > 1.0 / 3.0
 
 
 def place_shape(pipeline: DetectionPipeline, statistics: ImageSequence) -> tuple[int, int]:
