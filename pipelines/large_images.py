@@ -2,7 +2,8 @@
 
 An image is looked at as a whole, resized, and in tiles at its own pixels. What is wrong at large shows in the one, what
 is small in the others. Each view has statistics of its own: the whole image at each place; tiles share theirs wherever
-they lie, and the map that is blended of them has a mean and a deviation at each place of the image.
+they lie, and the map that is blended of them has a mean and a deviation at each place of the image, or, where good
+images do not show the same at the same place, one for all places.
 The larger of the two, in standard deviations, is the image's map. Thresholds come from such maps of held-out images, so
 the false-alarm rate is that of images. One image at a time is in memory, decoded once, and a batch of its tiles.
 """
@@ -16,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from diffad.calibration.fitting import trust_positions
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.images import ImageSequence, as_size, resize_image
 from diffad.moments import MomentSums
@@ -48,6 +50,26 @@ class Calibrations(NamedTuple):
     of_tiles: ScoreCalibration | None
 
 
+class LargeImage(NamedTuple):
+    """An image that is looked at in several views, and what they have in common.
+
+    Attributes:
+        pixels: a PIL image, upright, or a tensor (3, H, W) in [0, 1].
+        category: its index.
+        generator: of its noise, first that of the whole, then that of the tiles in their order.
+        batch_size: tiles in one pass of the networks.
+        value_range: of images of more than 8 bits.
+        region: of each category, (K, h, w) bool; None where all pixels count.
+    """
+
+    pixels: Image.Image | torch.Tensor
+    category: int
+    generator: torch.Generator | None
+    batch_size: int
+    value_range: float | None
+    region: torch.Tensor | None
+
+
 def detect_large(
     pipeline: DetectionPipeline,
     images: ImageSequence,
@@ -71,75 +93,64 @@ def detect_large(
     """
     calibrations = Calibrations(pipeline.calibration, pipeline.tile_calibration)
     maps, scores = [], []
-    for image, index, generator in zip(images.whole(), category.cpu().split(1), generators, strict=True):
-        joined = large_image_map(
-            pipeline, image, int(index), generator, batch_size, images.value_range, calibrations, pipeline.region
-        )
-        joined, score = pipeline.score_inside(joined[None], index)
+    for pixels, index, generator in zip(images.whole(), category.cpu().split(1), generators, strict=True):
+        image = LargeImage(pixels, int(index), generator, batch_size, images.value_range, pipeline.region)
+        joined, score = pipeline.score_inside(large_image_map(pipeline, image, calibrations)[None], index)
         scores.append(score)
         maps.append(pipeline.at_size(joined, size, index))
     return torch.cat(maps), torch.cat(scores)
 
 
-def large_image_map(
-    pipeline: DetectionPipeline,
-    image: Image.Image | torch.Tensor,
-    category: int,
-    generator: torch.Generator | None,
-    batch_size: int,
-    value_range: float | None,
-    calibrations: Calibrations,
-    region: torch.Tensor | None,
-) -> torch.Tensor:
-    """The anomaly map of one image, (rows, columns) of the cells of `tile_grid`, on the CPU.
+def large_image_map(pipeline: DetectionPipeline, image: LargeImage, calibrations: Calibrations) -> torch.Tensor:
+    """The anomaly map of one image, (rows, columns) of `tile_grid`'s cells, on the CPU; raw without calibrations."""
+    of_image = whole_map(pipeline, image, calibrations.of_image)
+    return join_large(blended_map(pipeline, image, calibrations.of_tiles), of_image, image.category, calibrations)
 
-    Args:
-        image: a PIL image, upright, or a tensor (3, H, W) in [0, 1].
-        category: its index.
-        generator: of its noise, first that of the whole, then that of the tiles in their order.
-        batch_size: tiles in one pass of the networks.
-        value_range: of images of more than 8 bits.
-        calibrations: without them the map is raw.
-        region: of each category, (K, h, w) bool.
-    """
-    whole = whole_view(pipeline, image, category, value_range, region)
-    measurement, index = measure_view(pipeline, whole, category, generator, of_tiles=False)
-    maps = pipeline.score_maps(measurement, index, calibrations.of_image)
-    of_image = pipeline.join_maps(maps, index, calibrations.of_image)[0]
-    of_tiles = blended_map(pipeline, image, category, generator, batch_size, value_range, calibrations.of_tiles, region)
-    if calibrations.of_image is None or calibrations.of_tiles is None:
-        return join_views(of_tiles, of_image)
-    joined = join_views(calibrations.of_tiles.normalize_places(of_tiles, category), of_image)
-    return cut_small_peaks(joined[None], calibrations.of_image.smallest_area)[0]
+
+def whole_map(pipeline: DetectionPipeline, image: LargeImage, calibration: ScoreCalibration | None) -> torch.Tensor:
+    """The map of an image as a whole, (R, R') of the networks' size."""
+    measurement, index = measure_view(pipeline, whole_view(pipeline, image), image, of_tiles=False)
+    return pipeline.join_maps(pipeline.score_maps(measurement, index, calibration), index, calibration)[0]
 
 
 def blended_map(
     pipeline: DetectionPipeline,
-    image: Image.Image | torch.Tensor,
-    category: int,
-    generator: torch.Generator | None,
-    batch_size: int,
-    value_range: float | None,
+    image: LargeImage,
     calibration: ScoreCalibration | None,
-    region: torch.Tensor | None,
     number: int | None = None,
+    places: Sequence[tuple[int, int]] | None = None,
 ) -> torch.Tensor:
-    """The map of an image's tiles, (rows, columns), on the CPU; arguments as of `large_image_map`.
+    """The map of an image's tiles, (rows, columns), on the CPU.
 
-    `number`: of an image that is among those of the statistics, which is then measured by the others' patches.
+    Args:
+        pipeline, image: as of `large_image_map`.
+        calibration: of tiles.
+        number: of an image that is among those of the statistics, which is then measured by the others' patches.
+        places: of the tiles that are looked at, whose share of the map it then is; None takes all that count.
     """
-    grid = grid_of(pipeline, size_of(image))
-    inside = cells_inside(region, category, grid)
-    places = places_inside(grid, inside)
+    grid = grid_of(pipeline, size_of(image.pixels))
+    inside = cells_inside(image.region, image.category, grid)
+    places = places_inside(grid, inside) if places is None else places
 
     def joined_map(pixel_values: torch.Tensor) -> torch.Tensor:  # (N, R, R')
-        measurement, index = measure_view(pipeline, pixel_values, category, generator, of_tiles=True)
+        measurement, index = measure_view(pipeline, pixel_values, image, of_tiles=True)
         if number is not None:
             measurement = measurement._replace(image=torch.full_like(index, number))
         return pipeline.join_maps(pipeline.score_maps(measurement, index, calibration), index, calibration)
 
-    tiles = tile_views(image, grid, places, batch_size, as_size(pipeline.input_resolution), value_range, inside)
+    size = as_size(pipeline.input_resolution)
+    tiles = tile_views(image.pixels, grid, places, image.batch_size, size, image.value_range, inside)
     return blend_tiles(grid, places, map(joined_map, tiles), pipeline.config.tile_overlap)
+
+
+def join_large(
+    of_tiles: torch.Tensor, of_image: torch.Tensor, category: int, calibrations: Calibrations
+) -> torch.Tensor:
+    """The anomaly map of an image, (rows, columns), of `blended_map` and `whole_map`."""
+    if calibrations.of_image is None or calibrations.of_tiles is None:
+        return join_views(of_tiles, of_image)
+    joined = join_views(calibrations.of_tiles.normalize_places(of_tiles, category), of_image)
+    return cut_small_peaks(joined[None], calibrations.of_image.smallest_area)[0]
 
 
 def calibrate_large(
@@ -173,15 +184,15 @@ def calibrate_large(
 
     # 1. Statistics of each view, and maps of deviation 1
     count, size = max(1, MAX_STATISTICS_TILES // len(statistics)), as_size(pipeline.input_resolution)
-    for i, image, is_mine in own_images(statistics, accelerator):
-        whole = whole_view(pipeline, image, category, statistics.value_range, region)
-        measurement, _ = measure_view(pipeline, whole, category, generators[i], of_tiles=False)
+    for i, pixels, is_mine in own_images(statistics, accelerator):
+        image = LargeImage(pixels, category, generators[i], batch_size, statistics.value_range, region)
+        measurement, _ = measure_view(pipeline, whole_view(pipeline, image), image, of_tiles=False)
         fit.add_statistics(measurement if is_mine else empty_measurement(measurement))
-        grid = grid_of(pipeline, size_of(image))
+        grid = grid_of(pipeline, size_of(pixels))
         inside = cells_inside(region, category, grid)
         places = spread_places(places_inside(grid, inside, MOSTLY), count, i)
-        for tiles in tile_views(image, grid, places, batch_size, size, statistics.value_range, inside):
-            measurement, _ = measure_view(pipeline, tiles, category, generators[i], of_tiles=True)
+        for tiles in tile_views(pixels, grid, places, batch_size, size, statistics.value_range, inside):
+            measurement, _ = measure_view(pipeline, tiles, image, of_tiles=True)
             measurement = measurement._replace(image=torch.full((len(tiles),), i))
             tile_fit.add_statistics(measurement if is_mine else empty_measurement(measurement))
     for one in (fit, tile_fit):
@@ -189,32 +200,53 @@ def calibrate_large(
     of_tiles = tile_fit.level()
     calibrations = Calibrations(fit.level(), of_tiles)
 
-    # 2. Mean and deviation of the tiles' maps at each place of the image
-    sums, step = MomentSums(), -(-len(statistics) // MAX_PLACE_IMAGES)
-    for i, image, is_mine in own_images(statistics[::step], accelerator):
-        blended = blended_map(
-            *(pipeline, image, category, generators[i * step], batch_size, statistics.value_range, of_tiles, region),
-            number=i * step,
-        )
-        at_places = resize_maps(blended[None, None], options["place_shape"])  # (1, 1, rows, columns)
-        sums.update(at_places[: int(is_mine)])
-    sums.reduce(accelerator)
+    # 2. Mean and deviation of the tiles' maps at each place of the image, or of all places together
+    sums, of_even, step = MomentSums(), MomentSums(), -(-len(statistics) // MAX_PLACE_IMAGES)
+    for i, pixels, is_mine in own_images(statistics[::step], accelerator):
+        image = LargeImage(pixels, category, generators[i * step], batch_size, statistics.value_range, region)
+        blended = blended_map(pipeline, image, of_tiles, number=i * step)
+        at_places = resize_maps(blended[None, None], options["place_shape"])[: int(is_mine)]  # (1, 1, rows, columns)
+        sums.update(at_places)
+        of_even.update(at_places[: 1 - i % 2])
     inside_places = inside_region(region, torch.tensor([category]), options["place_shape"])
-    if inside_places is not None:
-        sums.replace_positions(stand_ins(inside_places.flatten()))
-    place_std = sums.standard_deviation(pipeline.config.position_prior_images)
-    of_tiles.set_places(category, sums.mean()[0], place_std[0])
+    for one in (sums, of_even):
+        one.reduce(accelerator)
+        if inside_places is not None:
+            one.replace_positions(stand_ins(inside_places.flatten()))
+    place_mean, place_std = sums.mean()[0], sums.standard_deviation(pipeline.config.position_prior_images)[0]
+    if not places_are_alike(sums, of_even):
+        place_mean, place_std = (one[0] for one in trust_positions(place_mean[None], place_std[None], trust=0.0))
+    of_tiles.set_places(category, place_mean, place_std)
 
     # 3. Thresholds of the images' maps
-    for i, image, is_mine in own_images(held_out, accelerator):
+    for i, pixels, is_mine in own_images(held_out, accelerator):
         noise = generators[len(statistics) + i]
-        joined = large_image_map(
-            pipeline, image, category, noise, batch_size, held_out.value_range, calibrations, region
-        )
-        fit.add_joined_maps(joined[None][: int(is_mine)])
+        image = LargeImage(pixels, category, noise, batch_size, held_out.value_range, region)
+        fit.add_joined_maps(large_image_map(pipeline, image, calibrations)[None][: int(is_mine)])
     calibration = fit.finish()
-    of_tiles.set_places(category, sums.mean()[0], place_std[0] * fit.scale)
+    of_tiles.set_places(category, place_mean, place_std * fit.scale)
     pipeline.register_modules(calibration=calibration, tile_calibration=of_tiles)
+
+
+def places_are_alike(sums: MomentSums, of_even: MomentSums) -> bool:
+    """Whether a place of the image shows much the same in every good image, so that it deserves statistics of its own.
+
+    The means at each place, of every other image and of the rest, are correlated over the places. By Spearman and
+    Brown's formula (1910) a correlation r of two halves is one of 2 r / (1 + r) between the mean over all images and
+    what it is to tell: the share of its variance over the places that is no chance. Above a half, where r is above a
+    third, a place's own mean is nearer to the truth than the mean over all places.
+
+    Args:
+        sums: of all images' maps.
+        of_even: of every other one's.
+    """
+    num_others = sums.count - of_even.count
+    if not (of_even.count and num_others):
+        return True
+    halves = of_even.mean(), (sums.total - of_even.total) / num_others
+    a, b = (one.flatten() - one.mean() for one in halves)
+    r = float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt().clamp(min=1e-12))
+    return r > 1.0 / 3.0
 
 
 def place_shape(pipeline: DetectionPipeline, statistics: ImageSequence) -> tuple[int, int]:
@@ -255,28 +287,18 @@ def cells_inside(region: torch.Tensor | None, category: int, grid: TileGrid) -> 
     return None if inside is None else inside[0]
 
 
-def whole_view(
-    pipeline: DetectionPipeline,
-    image: Image.Image | torch.Tensor,
-    category: int,
-    value_range: float | None,
-    region: torch.Tensor | None,
-) -> torch.Tensor:
+def whole_view(pipeline: DetectionPipeline, image: LargeImage) -> torch.Tensor:
     """The image at the networks' size, (1, 3, R, R') in [-1, 1], what does not count hidden."""
     size = as_size(pipeline.input_resolution)
-    pixel_values = resize_image(image, size, value_range) * 2.0 - 1.0
-    return hide_outside(pixel_values, inside_region(region, torch.tensor([category]), size))
+    pixel_values = resize_image(image.pixels, size, image.value_range) * 2.0 - 1.0
+    return hide_outside(pixel_values, inside_region(image.region, torch.tensor([image.category]), size))
 
 
 def measure_view(
-    pipeline: DetectionPipeline,
-    pixel_values: torch.Tensor,
-    category: int,
-    generator: torch.Generator | None,
-    of_tiles: bool,
+    pipeline: DetectionPipeline, pixel_values: torch.Tensor, image: LargeImage, of_tiles: bool
 ) -> tuple[Measurement, torch.Tensor]:
     """What the networks say of views of one image, and its category's index for each, (N,)."""
     device = pipeline._execution_device
-    index = torch.full((len(pixel_values),), category, device=device)
-    generators = [generator] * len(pixel_values)
+    index = torch.full((len(pixel_values),), image.category, device=device)
+    generators = [image.generator] * len(pixel_values)
     return pipeline.measure_pixels(pixel_values.to(device), index, generators, of_tiles), index

@@ -15,7 +15,7 @@ from diffad import GaussianFeatureModel, TimmFeatureExtractor
 from diffad.data import load_anomaly_dataset
 from diffad.evaluation.detectors import call_arguments, evaluate_detectors
 from diffad.evaluation.metric_names import BASELINE_TITLES
-from diffad.images import ImageSequence, images_to_pixel_values
+from diffad.images import ImageSequence, Side, as_size, images_to_pixel_values
 from diffad.pipelines.pipeline_ddpm_reconstruction import DDPMReconstructionPipeline
 from diffad.process_share import process_share
 
@@ -42,13 +42,13 @@ def fit_padim(
 
 
 def image_batches(
-    images: Dataset, batch_size: int, image_size: int, value_range: float | None
+    images: Dataset, batch_size: int, image_size: Side, value_range: float | None
 ) -> Iterator[torch.Tensor]:
-    """A data set's images in batches of (N, 3, image_size, image_size) in [-1, 1]; only one is in memory."""
+    """A data set's images in batches of (N, 3, H, W) of a size, in [-1, 1]; only one is in memory."""
     for start in range(0, len(images), batch_size):
         indices = range(start, min(start + batch_size, len(images)))
         rows = ImageSequence.of_rows(images["image"], indices, value_range)
-        yield images_to_pixel_values(rows, (image_size, image_size))
+        yield images_to_pixel_values(rows, as_size(image_size))
 
 
 def evaluate_baseline(

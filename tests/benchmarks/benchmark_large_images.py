@@ -124,7 +124,7 @@ def of_tiles() -> AnomalyDenoisePipeline:
         weights={"gaussian": 0.75, "nearest": 0.25},
         tile_size=224,
     )
-    return pipeline.calibrate(textures(4, 448), false_alarm_rate=0.5)
+    return pipeline.calibrate(textures(8, 448), false_alarm_rate=0.5)
 
 
 def small() -> AnomalyDenoisePipeline:

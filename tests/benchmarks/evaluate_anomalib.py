@@ -13,6 +13,12 @@ et al., CVPR 2022) takes strides 8 and 16, the paper's layer2 and layer3, a core
 passes over all patches once for each that it keeps: with 600 images, 4704 times over 470400. `--fast_coreset` selects
 by the same rule and the same random numbers, in passes that take a fraction of the time on a CPU; only a near tie may
 fall the other way by rounding. The report is written after each detector.
+
+`--tile` cuts images up by anomalib's own tiler. Where tiles and strides do not make up the image, that tiler pads it
+and keeps the padding, so give an `--image_size` of a tile and some strides:
+
+    python tests/benchmarks/evaluate_anomalib.py --data KOLEKTOR_SDD --models patchcore --fast_coreset \
+        --image_size 1248 496 --tile 352 144 --tile_stride 224 88 --output runs/anomalib_tiles.json
 """
 
 from __future__ import annotations
@@ -37,11 +43,13 @@ from diffad.evaluation.baselines import image_batches, load_training_images
 from diffad.evaluation.detectors import evaluate_detectors, split_by_category
 from diffad.evaluation.metric_names import METRIC_TITLES
 from diffad.evaluation.report import describe_machine, with_mean
-from diffad.images import images_to_pixel_values, images_to_tensors
+from diffad.images import as_size, images_to_pixel_values, images_to_tensors
 from diffad.models.feature_extractor import LITE0_BACKBONE
+from diffad.training.arguments import POSITIVE, OneSideOrTwo
 from diffad.training.evaluate import add_evaluation_arguments
 
 try:
+    from anomalib.data.utils.tiler import Tiler
     from anomalib.models.components import KCenterGreedy
     from anomalib.models.image.padim.torch_model import PadimModel
     from anomalib.models.image.patchcore.torch_model import PatchcoreModel
@@ -57,9 +65,10 @@ class FastKCenterGreedy(KCenterGreedy):
     """anomalib's coreset selection with the same distances for less memory traffic.
 
     anomalib subtracts the centre from all projected patches and takes norms, which writes and reads a copy of them in
-    every step. Here a step is one matrix-vector product. Besides, the projection (Johnson and Lindenstrauss's bound on
-    the number of patches) has more components than these backbones have channels: the triangular factor of its QR
-    decomposition gives the same distances in as many components as there are channels.
+    every step. Here a step is one matrix-vector product, of those patches that the new centre may be nearest to.
+    Besides, the projection (Johnson and Lindenstrauss's bound on the number of patches) has more components than these
+    backbones have channels: the triangular factor of its QR decomposition gives the same distances in as many
+    components as there are channels.
     """
 
     def select_coreset_idxs(self) -> list[int]:
@@ -78,12 +87,26 @@ class FastKCenterGreedy(KCenterGreedy):
         super().reset_distances()
         self.features -= self.features.mean(dim=0)  # smaller norms, less rounding
         self.squared_norms = torch.linalg.vecdot(self.features, self.features)  # (N,)
+        self.centers: list[int] = []
+        self.nearest = torch.zeros(len(self.features), dtype=torch.long)  # of a patch, the number of its centre
 
     def update_distances(self, cluster_center: torch.Tensor) -> None:
-        center = self.features[cluster_center]
-        squared = torch.addmv(self.squared_norms, self.features, center, alpha=-2.0).add_(center @ center)
-        distances = squared.clamp_(min=0.0).sqrt_()[:, None]
-        self.min_distances = distances if self.min_distances is None else torch.minimum(self.min_distances, distances)
+        if self.min_distances is None:
+            self.min_distances = self.distances_to(cluster_center, self.features, self.squared_norms)[:, None]
+        else:
+            # who is nearer to its centre than half of what lies between both centres keeps it (triangle inequality)
+            known = torch.tensor(self.centers)
+            between = self.distances_to(cluster_center, self.features[known], self.squared_norms[known])
+            rest = (self.min_distances[:, 0] > 0.5 * between[self.nearest]).nonzero()[:, 0]
+            distances = self.distances_to(cluster_center, self.features[rest], self.squared_norms[rest])
+            is_nearer = distances < self.min_distances[rest, 0]
+            self.min_distances[rest[is_nearer], 0] = distances[is_nearer]
+            self.nearest[rest[is_nearer]] = len(self.centers)
+        self.centers.append(int(cluster_center))
+
+    def distances_to(self, center: torch.Tensor, features: torch.Tensor, squared_norms: torch.Tensor) -> torch.Tensor:
+        squared = torch.addmv(squared_norms, features, self.features[center], alpha=-2.0)
+        return squared.add_(self.squared_norms[center]).clamp_(min=0.0).sqrt_()  # (N,)
 
 
 def create_model(
@@ -142,6 +165,8 @@ def evaluate_model(
     model = create_model(name, feature_extractor, args.n_features).to(device)
     first = next(image_batches(good.select([0]), 1, args.image_size, None)).to(device)
     difference = check_features(model, feature_extractor, first)
+    if args.tile:
+        model.tiler = Tiler(args.tile, args.tile_stride or args.tile)
 
     started = time.perf_counter()
     model.train()  # it gathers embeddings so; the backbone stays in evaluation mode
@@ -164,18 +189,19 @@ def evaluate_model(
     def detect(pictures: list[Any], indices: list[int]) -> list[AnomalyOutput]:
         nonlocal detect_seconds
         began = time.perf_counter()
-        pixel_values = images_to_pixel_values(images_to_tensors(pictures), (args.image_size,) * 2).to(device)
+        pixel_values = images_to_pixel_values(images_to_tensors(pictures), as_size(args.image_size)).to(device)
         output = model(normalize(feature_extractor, pixel_values))
         maps, scores = output.anomaly_map[:, 0].cpu(), output.pred_score.flatten().cpu()  # (N, S, S), (N,)
         detect_seconds += time.perf_counter() - began
         return [AnomalyOutput(anomaly_map=maps, anomaly_score=scores)]
 
     title = f"{TITLES[name]}: {category}"
-    result = evaluate_detectors(
+    evaluation = evaluate_detectors(
         detect, 1, images, title, accelerator, args.resolution, args.pro_fpr_limit, args.batch_size
-    )[0].result
+    )[0]
     return {
-        **result,
+        **evaluation.result,
+        "scores": [{key: one[key] for key in ("path", "label", "score")} for one in evaluation.records],
         "training_images": len(good),
         "features_differ_by": difference,
         **({"n_features": model.n_features} if name == "padim" else {"memory_bank": list(model.memory_bank.shape)}),
@@ -213,6 +239,7 @@ def parse_n_features(text: str) -> int | None:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_evaluation_arguments(parser)
+    size_flag: dict[str, Any] = {"type": POSITIVE, "nargs": "+", "action": OneSideOrTwo}
     parser.add_argument("--models", nargs="+", choices=TITLES, default=list(TITLES), help="(padim patchcore)")
     parser.add_argument(
         "--n_features", type=parse_n_features, default=100, help="random channels of PaDiM, or 'all' (%(default)s)"
@@ -221,7 +248,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "--coreset_ratio", type=float, default=0.01, help="share of patches that PatchCore keeps (%(default)s)"
     )
     parser.add_argument("--fast_coreset", action="store_true", help="select it with fewer passes over memory")
-    parser.add_argument("--image_size", type=int, default=224, help="pixels a side that the backbone sees (224)")
+    parser.add_argument(
+        "--image_size", **size_flag, default=224, help="to which images are resized, a side or height and width (224)"
+    )
+    parser.add_argument("--tile", **size_flag, help="that the backbone sees at once, by anomalib's tiler (the image)")
+    parser.add_argument("--tile_stride", **size_flag, help="from one tile to the next (a tile)")
     parser.add_argument("--output", default="runs/anomalib.json", help="the report (%(default)s)")
     args = parser.parse_args(argv)
     if args.mixed_precision not in (None, "no"):

@@ -7,6 +7,10 @@ Each run is the shipped command with data and output alone, in a process of its 
 is done stays in the output folder, `COMMAND-DATA-seed-N/report.json`, so the same command goes on where it was stopped.
 The table, `table.json`, holds means and deviations over the seeds, and a 95% interval of the mean image AUROC: 2,000
 bootstrap samples of the test images, good and defective ones apart, the same for all seeds.
+
+`--against` takes the reports of another detector on the same data set and splits, one a seed, as `training/evaluate.py`
+or `evaluate_anomalib.py` writes them, and adds how much higher ours is: the interval is paired, as both see each sample
+of images.
 """
 
 from __future__ import annotations
@@ -54,13 +58,26 @@ def run(module: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", module, *arguments], check=True)
 
 
-def auroc_interval(reports: Sequence[dict[str, Any]], category: str) -> tuple[float, float]:
-    """Of the mean over the seeds, by bootstrap over images."""
-    labels = np.asarray([row["label"] for row in reports[0]["scores"][category]])
-    scores = np.asarray([[row["score"] for row in report["scores"][category]] for report in reports])  # (seeds, N)
+def shares_above(reports: Sequence[dict[str, Any]], category: str) -> np.ndarray:
+    """(defective, good): for each two images, the share of seeds whose scores tell them apart; their mean is the AUROC."""
+    of_seeds = [sorted(scores_of(report, category), key=lambda row: row["path"]) for report in reports]
+    labels = np.asarray([row["label"] for row in of_seeds[0]])
+    scores = np.asarray([[row["score"] for row in rows] for rows in of_seeds])  # (seeds, N)
     good, bad = scores[:, labels == 0], scores[:, labels == 1]
     above = (bad[:, :, None] > good[:, None]) + 0.5 * (bad[:, :, None] == good[:, None])
-    above = above.mean(axis=0)  # (bad, good): its mean over all pairs is the seeds' mean AUROC
+    return above.mean(axis=0)
+
+
+def scores_of(report: dict[str, Any], category: str) -> list[dict[str, Any]]:
+    """Path, label and score of each test image, of `training/evaluate.py`'s report or of one model of anomalib's."""
+    if "scores" in report:
+        return report["scores"][category]
+    (of_model,) = report["results"].values()
+    return of_model[category]["scores"]
+
+
+def interval(above: np.ndarray) -> tuple[float, float]:
+    """In which 95% of bootstrap samples of the images have the mean of (defective, good) pairs."""
     generator = np.random.default_rng(0)
     values = [
         above[np.ix_(*(generator.integers(count, size=count) for count in above.shape))].mean()
@@ -68,6 +85,21 @@ def auroc_interval(reports: Sequence[dict[str, Any]], category: str) -> tuple[fl
     ]
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
+
+
+def difference(reports: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], category: str) -> dict[str, Any]:
+    """How much higher the reports' image AUROC is than the others', means over the seeds of either."""
+    ours, theirs = shares_above(reports, category), shares_above(others, category)
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"--against: {theirs.shape} defective and good images of {category}, and ours are {ours.shape}."
+        )
+    return {
+        "seeds": len(others),
+        "image_auroc": float(theirs.mean()),
+        "image_auroc_difference": float((ours - theirs).mean()),
+        "image_auroc_difference_interval": interval(ours - theirs),
+    }
 
 
 def summarise(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -81,7 +113,7 @@ def summarise(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
             if all(isinstance(result.get(name), float) for result in results)
             if (values := [result[name] for result in results])
         }
-        row["image_auroc_interval"] = auroc_interval(reports, category)
+        row["image_auroc_interval"] = interval(shares_above(reports, category))
         row["seconds"] = [report["seconds"] for report in reports]
         row["padim"] = reports[0]["baselines"].get("padim", {}).get(category)
         table[category] = row
@@ -95,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--command", choices=["fit", "train"], default="fit")
     parser.add_argument("--minutes", type=float, default=20.0, help="of each training (20)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--against", type=Path, nargs="+", metavar="REPORT", help="of another detector, one a seed")
     args = parser.parse_args(argv)
     table = {}
     for data in args.data:
@@ -106,10 +139,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             reports.append(evaluate(data, args.command, seed, folder, args.minutes, with_padim=not reports))
         table[data] = summarise(reports)
+        if args.against:
+            others = [json.loads(path.read_text(encoding="utf-8")) for path in args.against]
+            for category, row in table[data].items():
+                row["against"] = difference(reports, others, category)
         record = {"command": args.command, "seeds": args.seeds, "machine": reports[0]["machine"], "results": table}
         write_text_whole(args.output / "table.json", json.dumps(record, indent=1) + "\n")
         for category, row in table[data].items():
             shown = ", ".join(f"{METRIC_TITLES[n]} {100 * row[n][0]:.1f}" for n in METRIC_TITLES if n in row)
+            if args.against:
+                low, high = row["against"]["image_auroc_difference_interval"]
+                mean = row["against"]["image_auroc_difference"]
+                shown += f"; image AUROC above the other's by {100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
             print(f"{data} {category}: {shown}", flush=True)
 
 
