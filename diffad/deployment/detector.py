@@ -12,6 +12,7 @@ import torch
 
 from diffad.calibration.drift import DriftTest
 from diffad.deployment.batching import Batcher
+from diffad.grey_depth import check_known_range
 from diffad.image_files import image_file_header, one_large_at_a_time, read_image
 from diffad.images import as_size, image_to_rgb, resize_image, resize_images
 from diffad.regions import Region, find_regions, without_small_regions
@@ -95,10 +96,11 @@ class Detector:
         """Decodes and resizes a file's bytes.
 
         Raises:
-            UnreadableImageError: it is no image.
+            UnreadableImageError: it is no image, or one of more than 8 bits whose range the model does not know.
             TooLargeError: it has too many pixels.
         """
-        (width, height), _ = image_file_header(name, content)
+        (width, height), mode = image_file_header(name, content)
+        check_known_range(mode, self.pipeline.value_range)
         if width * height > self.max_pixels:
             raise TooLargeError(
                 f"{name} has {width} x {height} pixels, and {self.max_pixels:,} are the most. Reduce it or cut it up."

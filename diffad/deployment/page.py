@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -13,7 +14,9 @@ import numpy as np
 
 from diffad.deployment.batching import BusyError
 from diffad.deployment.detector import Detector, Finding, Sent, TooLargeError, found_regions, map_at
+from diffad.files import write_whole
 from diffad.grey_depth import UnreadableImageError
+from diffad.inputs import is_image_name
 from diffad.installation import needs_extra
 from diffad.visualization import overlay, to_uint8
 
@@ -62,8 +65,22 @@ def write_history(history: list[list[Any]]) -> str:
     return str(path)
 
 
-def build_page(detector: Detector, max_bytes: int) -> gr.Blocks:
-    """The page, as Gradio has it."""
+def keep_good(path: str | None, folder: Path) -> str:
+    """Copies an image into a folder, once, however often it is called good; says so."""
+    if path is None:
+        return ""
+    content = Path(path).read_bytes()
+    number = hashlib.sha256(content).hexdigest()[:16]
+    if not list(folder.glob(f"*-{number}.*")):
+        folder.mkdir(parents=True, exist_ok=True)
+        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        with write_whole(folder / f"{now}-{number}{Path(path).suffix.lower()}") as unfinished:
+            unfinished.write_bytes(content)
+    return f"Kept. In the folder now: {sum(map(is_image_name, os.listdir(folder)))}."
+
+
+def build_page(detector: Detector, max_bytes: int, collect: Path | None = None) -> gr.Blocks:
+    """The page, as Gradio has it; `collect` is a folder for what is called good."""
     calibration = detector.pipeline.calibration if detector.pipeline.has_thresholds else None
     stated, least = None, 1.0
     if calibration is not None:
@@ -113,6 +130,10 @@ def build_page(detector: Detector, max_bytes: int) -> gr.Blocks:
             elem_id="rate",
         )
         words = gr.Markdown(elem_id="words")
+        if collect is not None:
+            with gr.Row():
+                good = gr.Button("This part is good: keep it for `diffad update`", elem_id="good")
+                kept = gr.Markdown(elem_id="kept")
         regions = gr.Dataframe(headers=REGIONS, label="Regions, in the image's pixels", interactive=False)
         with gr.Accordion("This visit", open=False):
             table = gr.Dataframe(headers=HISTORY, interactive=False)
@@ -125,14 +146,18 @@ def build_page(detector: Detector, max_bytes: int) -> gr.Blocks:
             rebuilt,
             api_visibility="private",
         )
+        if collect is not None:
+            folder = collect
+            good.click(lambda path: keep_good(path, folder), image, kept, api_visibility="private")
+            image.change(lambda: "", None, kept, api_visibility="private")
         if calibration is not None:
             rate.change(move, [seen, rate], [picture, words, regions], show_progress="hidden", api_visibility="private")
     return page
 
 
-def mount_page(app: FastAPI, detector: Detector, max_bytes: int) -> FastAPI:
+def mount_page(app: FastAPI, detector: Detector, max_bytes: int, collect: Path | None = None) -> FastAPI:
     """Puts the page at `/`, behind the API's own paths. It loads nothing from elsewhere."""
     fonts = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
-    page = build_page(detector, max_bytes)
+    page = build_page(detector, max_bytes, collect)
     return gr.mount_gradio_app(app, page, path="/", theme=theme, footer_links=[], max_file_size=max_bytes)
