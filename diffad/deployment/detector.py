@@ -15,6 +15,7 @@ from diffad.deployment.batching import Batcher
 from diffad.grey_depth import check_known_range
 from diffad.image_files import image_file_header, one_large_at_a_time, read_image
 from diffad.images import as_size, image_to_rgb, resize_image, resize_images
+from diffad.pipelines.explaining import Explanation
 from diffad.regions import Region, find_regions, without_small_regions
 from diffad.seeding import image_generator
 
@@ -126,6 +127,12 @@ class Detector:
             BusyError: too many images wait.
         """
         return self.batcher.submit([one.network_input for one in sent])
+
+    def explain(self, sent: Sent) -> Explanation | None:
+        """What the peak of an image's map is made of; None where the pipeline cannot tell."""
+        if not hasattr(self.pipeline, "explain") or not self.pipeline.has_thresholds or self.pipeline.tile_size:
+            return None
+        return self.pipeline.explain(sent.network_input, category=self.category, generator=image_generator(0, 0))
 
     @property
     def smallest_area(self) -> float:

@@ -18,6 +18,7 @@ from diffad.files import write_whole
 from diffad.grey_depth import UnreadableImageError
 from diffad.inputs import is_image_name
 from diffad.installation import needs_extra
+from diffad.pipelines.explaining import Explanation
 from diffad.visualization import overlay, to_uint8
 
 with needs_extra("app"):
@@ -57,6 +58,22 @@ def show(detector: Detector, seen: Seen | None, rate: float | None) -> tuple[Any
     return overlay(sent.shown, anomaly_map, mask, pixel_threshold), words, rows, verdict
 
 
+def describe_peak(explanation: Explanation | None) -> str:
+    """Which maps, layers and noise levels spoke, in words."""
+    if explanation is None:
+        return ""
+
+    def in_percent(shares: dict[str, float]) -> str:
+        return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+
+    told = []
+    for name, height in sorted(explanation.maps.items(), key=lambda one: -one[1]):
+        of_layers = in_percent(explanation.layers.get(name, {}))
+        levels = "; noise " + in_percent(explanation.levels) if name == "feature_error" else ""
+        told.append(f"{name.replace('_', ' ')} {height:+.1f}" + (f" ({of_layers}{levels})" if of_layers else ""))
+    return "Where the map is highest, in standard deviations: " + "; ".join(told) + "."
+
+
 def write_history(history: list[list[Any]]) -> str:
     """The visit's table as a CSV file; its path."""
     path = Path(tempfile.mkdtemp(prefix="diffad-"), "history.csv")
@@ -89,13 +106,14 @@ def build_page(detector: Detector, max_bytes: int, collect: Path | None = None) 
 
     def look(path: str | None, rate: float | None, history: list[list[Any]]) -> tuple[Any, ...]:
         if path is None:
-            return None, None, "", [], None, history, history, None
+            return None, None, "", "", [], None, history, history, None
         name = Path(path).name
         try:
             if Path(path).stat().st_size > max_bytes:
                 raise TooLargeError(f"{name} has more than {max_bytes:,} bytes.")
             sent = detector.read(name, Path(path).read_bytes(), for_screen=True)
             finding = detector.submit([sent])[0].result()
+            because = describe_peak(detector.explain(sent))
         except (UnreadableImageError, TooLargeError, BusyError) as error:
             raise gr.Error(str(error)) from error
         seen = (name, sent._replace(network_input=None), finding)
@@ -105,7 +123,7 @@ def build_page(detector: Detector, max_bytes: int, collect: Path | None = None) 
         history = [*history, [now, name, round(finding.score, 4), p_value, verdict, rate]]
         rebuilt = finding.reconstruction
         rebuilt = None if rebuilt is None else to_uint8(np.moveaxis(rebuilt.float().numpy(), 0, -1))
-        return seen, picture, words, rows, rebuilt, history, history, write_history(history)
+        return seen, picture, words, because, rows, rebuilt, history, history, write_history(history)
 
     def move(seen: Seen | None, rate: float | None) -> tuple[Any, ...]:
         return show(detector, seen, rate)[:3]
@@ -130,6 +148,7 @@ def build_page(detector: Detector, max_bytes: int, collect: Path | None = None) 
             elem_id="rate",
         )
         words = gr.Markdown(elem_id="words")
+        why = gr.Markdown(elem_id="why")
         if collect is not None:
             with gr.Row():
                 good = gr.Button("This part is good: keep it for `diffad update`", elem_id="good")
@@ -139,7 +158,7 @@ def build_page(detector: Detector, max_bytes: int, collect: Path | None = None) 
             table = gr.Dataframe(headers=HISTORY, interactive=False)
             download = gr.DownloadButton("As CSV", elem_id="csv")
         current = rate if calibration is not None else gr.State(None)
-        outputs: list[Any] = [seen, picture, words, regions, rebuilt, history, table, download]
+        outputs: list[Any] = [seen, picture, words, why, regions, rebuilt, history, table, download]
         image.change(look, [image, current, history], outputs, show_progress="minimal", api_visibility="private").then(
             lambda seen: gr.Image(visible=seen is not None and seen[2].reconstruction is not None),
             seen,

@@ -73,6 +73,7 @@ def test_an_image_is_shown_with_its_map_and_the_slider_moves_the_mask(tmp_path):
         wait_for(tab, f"{OVERLAY} && {OVERLAY}.complete && {OVERLAY}.naturalWidth == 64")
         wait_for(tab, "document.querySelector('#words').innerText.includes('normal')")
         assert tab.evaluate(OUTLINED) == 0
+        assert "feature error" in tab.evaluate("document.querySelector('#why').innerText")
         set_rate(tab, 50)
         wait_for(tab, "document.querySelector('#words').innerText.includes('anomalous')")
         wait_for(tab, f"{OVERLAY}.complete && {OUTLINED} > 0")
