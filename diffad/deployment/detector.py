@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +15,11 @@ from diffad.deployment.batching import Batcher
 from diffad.grey_depth import check_known_range
 from diffad.image_files import image_file_header, one_large_at_a_time, read_image
 from diffad.images import as_size, image_to_rgb, resize_image, resize_images
-from diffad.pipelines.explaining import Explanation
 from diffad.regions import Region, find_regions, without_small_regions
 from diffad.seeding import image_generator
+
+if TYPE_CHECKING:
+    from diffad.pipelines.explaining import Explanation
 
 SHOWN_SIDE = 1024  # of a picture on the page, in pixels, at most
 

@@ -8,7 +8,7 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,13 +18,15 @@ from diffad.files import write_whole
 from diffad.grey_depth import UnreadableImageError
 from diffad.inputs import is_image_name
 from diffad.installation import needs_extra
-from diffad.pipelines.explaining import Explanation
 from diffad.visualization import overlay, to_uint8
 
 with needs_extra("app"):
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing about a line leaves its machine
     import gradio as gr
     from fastapi import FastAPI
+
+if TYPE_CHECKING:
+    from diffad.pipelines.explaining import Explanation
 
 HISTORY = ["time", "image", "score", "p-value", "verdict", "false-alarm rate (%)"]
 REGIONS = ["x", "y", "width", "height", "area (px)", "peak", "mean"]
