@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from diffad.command_options import BadImages, BatchSize, Category, Device, Dtype, Model, OnBadImage, PartPattern, Seed
-from diffad.line_commands import drift, serve, watch
+from diffad.line_commands import drift, serve, update, watch
 from diffad.model_commands import convert, export, push
 from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
 
@@ -192,28 +192,18 @@ def fit(
     resolution: Resolution = None,
     tile_size: TileSize = None,
     roi: Roi = None,
+    kept_images: Annotated[int, typer.Option(metavar="K", help="In the model, for update (200).")] = 0,
 ) -> None:
-    """Good images' features: their Gaussian (PaDiM) and the nearest of them (PatchCore), calibrated.
+    """Good images' features: their Gaussian and the nearest of them, calibrated.
 
-    From 20 good images on, a fifth is held out for the thresholds. More: accelerate launch training/fit.py.
+    A fifth sets the thresholds. More: accelerate launch training/fit.py.
     """
     from diffad.training.fit import main as run
 
-    run(
-        training_flags(
-            data,
-            output,
-            category,
-            dataset,
-            false_alarm_rate,
-            part_pattern,
-            on_bad_image,
-            seed,
-            resolution,
-            tile_size,
-            roi,
-        )
+    flags = training_flags(
+        data, output, category, dataset, false_alarm_rate, part_pattern, on_bad_image, seed, resolution, tile_size, roi
     )
+    run([*flags, "--kept_images", str(kept_images)])
     console.print(f"Next: diffad predict {escape(str(output))} NEW_PARTS --output RESULTS", highlight=False)
 
 
@@ -282,6 +272,7 @@ def predict(
 
 
 app.command(short_help="Whether light, focus or parts have changed since calibration.")(drift)
+app.command(short_help="Learns new good images, without the old files.")(update)
 app.command(short_help="Scores images as they come into a folder.")(watch)
 app.command(short_help="A page and an HTTP API for a model.")(serve)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from diffad.grey_depth import UnreadableImageError, value_range_of
+from diffad.grey_depth import UnreadableImageError, check_known_range, value_range_of
 from diffad.image_arrays import WITHOUT_TORCH, image_to_rgb, pil_to_array
 from diffad.image_files import LARGE_PIXELS, image_file_header, one_large_at_a_time, read_image
 from diffad.image_sizes import Side, as_size
@@ -49,12 +49,18 @@ def decoded_batches(
     pool: ThreadPoolExecutor,
     value_range: float | None,
     resizing: Resizing = WITHOUT_TORCH,
+    refuse_unknown_range: bool = False,
 ) -> Iterator[list[tuple[int, Input, Decoded | Exception]]]:
-    """Decoded images, or the error of reading them, with one batch decoded ahead."""
+    """Decoded images, or the error of reading them, with one batch decoded ahead.
+
+    Images of more than 8 bits have, without a `value_range`, each its own, or an error with `refuse_unknown_range`.
+    """
 
     def decode(path: Path) -> Decoded | Exception:
         try:
-            (width, height), _ = image_file_header(path)
+            (width, height), mode = image_file_header(path)
+            if refuse_unknown_range:
+                check_known_range(mode, value_range)
             with one_large_at_a_time(width * height):
                 image = read_image(path, reduce_large=side is not None)
                 network_input = _network_input(image, side, value_range, resizing)

@@ -47,6 +47,18 @@ def value_range_of(image: Any) -> float | None:
     return None
 
 
+def check_known_range(mode: str, value_range: float | None) -> None:
+    """Raises an UnreadableImageError for a mode of more than 8 bits where no range is known, and more are to come.
+
+    A range of its own for each image would move their scores against each other.
+    """
+    if value_range is None and is_deep(mode):
+        raise UnreadableImageError(
+            "An image of more than 8 bits does not say which of its values is white, and nor does the model. Calibrate "
+            "it with images of this camera, or fit it by training/fit.py with --value_range, 4095 for 12 bits."
+        )
+
+
 def warn_of_found_range(value_range: float) -> None:
     """Says, once, which range was taken for images of more than 8 bits."""
     warn_once(

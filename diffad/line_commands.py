@@ -1,4 +1,4 @@
-"""The commands for a production line, `diffad drift`, `watch` and `serve`; `diffad.cli` gives them their names."""
+"""The commands for a production line, `diffad drift`, `update`, `watch` and `serve`; `diffad.cli` names them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from diffad.command_options import BatchSize, Category, Device, Model
+from diffad.command_options import BadImages, BatchSize, Category, Device, Model, OnBadImage
 
 if TYPE_CHECKING:
     from diffad.deployment.outbox import Outbox
@@ -40,6 +40,53 @@ def drift(
     console.print(f"Plot: {escape(str(plot))}", highlight=False, soft_wrap=True)
     if fail_on_drift and found.test.drifted_at is not None:
         raise typer.Exit(3)
+
+
+def update(
+    model: Model,
+    data: Annotated[str, typer.Option("--data", metavar="DATA", help="New good images: a folder or data set.")],
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to save (MODEL).")] = None,
+    dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout.")] = None,
+    on_bad_image: BadImages = OnBadImage.error,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+) -> None:
+    """Statistics and thresholds learn new good images, without the old files; nothing is trained.
+
+    Of a model of `diffad fit --kept-images 200`. Give all good parts of whole periods, alarms among them.
+    """
+    from diffad.cli import check_folder, load_pipeline
+    from diffad.data import load_anomaly_dataset
+    from diffad.model_card import remove_reports
+    from diffad.pipelines.updating import load_good_images, save_updatable
+
+    if not Path(model).is_dir():
+        raise ValueError(f"`model` must be a folder, as `diffad fit` writes it, but there is none at {model}.")
+    folder = check_folder(Path(model) if output is None else output)
+    pipeline = load_pipeline(model, device)
+    good_images = load_good_images(pipeline, model)
+    good = load_anomaly_dataset(data, "train", None, dataset, on_bad_image.value)
+    good = good.filter(lambda label: label == 0, input_columns="label")
+    alarms = pipeline.update(good["image"], good_images, batch_size)
+    save_updatable(pipeline, good_images, folder)
+    remove_reports(folder)  # they speak of the calibration that was here before
+    calibration = pipeline.calibration
+    if alarms:
+        console.print(
+            f"{len(alarms)} of the {len(good)} new images raised an alarm before. Look at them: a defect among them is "
+            "now good, and the old model must learn again without it.\n"
+            + "\n".join(escape(path) for path in good.select(alarms)["path"]),
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(
+        f"Learned {len(good)} good images, and saved to {escape(str(folder))}: {good_images.num_seen} are in the "
+        f"statistics ({len(good_images.for_statistics)} kept), {len(good_images.for_thresholds)} set the thresholds.\n"
+        f"On average over such sets of images, at most {calibration.stated_false_alarm_rate(0):.2%} of new good parts "
+        f"raise an alarm; with 95% confidence, these keep it below {calibration.false_alarm_bound(0):.2%}.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def watch(
@@ -103,6 +150,7 @@ def serve(
     host: Annotated[str, typer.Option(metavar="H", help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="P", help="Where it listens.")] = 7860,
     token: Annotated[str | None, typer.Option(metavar="T", help="Callers must show it.")] = None,
+    collect: Annotated[Path | None, typer.Option(metavar="DIR", help="Gets what the page calls good.")] = None,
     category: Category = None,
     batch_size: BatchSize = 16,
     device: Device = None,
@@ -111,13 +159,15 @@ def serve(
 
     With a token: `Authorization: Bearer T`, and the page at /?token=T.
     """
-    from diffad.cli import load_pipeline
+    from diffad.cli import check_folder, load_pipeline
     from diffad.deployment.service import create_app
     from diffad.installation import needs_extra
 
     with needs_extra("app"):
         import uvicorn
-    app = create_app(load_pipeline(model, device), category, token, batch_size)
+    if collect is not None:
+        check_folder(collect)
+    app = create_app(load_pipeline(model, device), category, token, batch_size, collect=collect)
     shown = f"http://{host}:{port}/" + ("" if token is None else "?token=...")
     try:
         console.print(f"Serving at {escape(shown)}; Ctrl-C ends it.", highlight=False, soft_wrap=True)

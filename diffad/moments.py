@@ -124,6 +124,23 @@ class FeatureMoments:
             for part in changed.split(POSITIONS_AT_ONCE):
                 sums[part] = sums[index[part]]
 
+    def rescale(self, factor: torch.Tensor, offset: torch.Tensor) -> None:
+        """Makes the sums those of `factor * features + offset`, each (C,)."""
+        factor, offset = (values.to(self.total) for values in (factor, offset))
+        for part in torch.arange(len(self.total)).split(POSITIONS_AT_ONCE):
+            total = self.total[part] * factor  # (P', C)
+            mixed = total[:, :, None] * offset  # (P', C, C)
+            products = self.total_of_products[part] * factor[:, None] * factor
+            self.total_of_products[part] = products + mixed + mixed.mT + self.count * offset[:, None] * offset
+            self.total[part] = total + self.count * offset
+
+    def over_positions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance of each channel over all images and positions, (C,) float64 each."""
+        values = self.count * len(self.total)
+        mean = self.total.sum(dim=0) / values
+        square = self.total_of_products.diagonal(dim1=1, dim2=2).sum(dim=0) / values
+        return mean, (square - mean.square()).clamp(min=0.0)
+
     def mean(self) -> torch.Tensor:
         """(P, C) float64."""
         return self.total / self.count

@@ -348,11 +348,12 @@ class DetectionPipeline(AnomalyPipeline):
         of_tiles: bool = False,
         region: torch.Tensor | None = None,
         place_shape: tuple[int, int] | None = None,
+        feature_moments: FeatureMoments | None = None,
     ) -> CalibrationFit:
         """A fit of this pipeline's calibration for one category, which has seen nothing yet; arguments as there.
 
         `of_tiles`: of its `tile_calibration` instead, whose `place_shape` is `ScoreCalibration`'s; `region`: of each
-        category, (K, h, w) bool.
+        category, (K, h, w) bool; `feature_moments`: as of `CalibrationFit`.
         """
         settings = {name: value for name, value in self.config.items() if name in setting_names(type(self))}
         return CalibrationFit(
@@ -368,6 +369,7 @@ class DetectionPipeline(AnomalyPipeline):
             leave_one_out=leave_one_out,
             shared=of_tiles,
             region=region,
+            feature_moments=feature_moments,
             precision=running_precision(self.measuring_networks, self._execution_device),
             settings=settings,
             value_range=value_range,

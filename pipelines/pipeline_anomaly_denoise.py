@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler
 
 from diffad.calibration.coreset import locally_aware_patches, patch_layers
 from diffad.calibration.feature_gaussian import feature_grid
+from diffad.calibration.good_images import GoodImages
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.images import (
     ImageInput,
@@ -39,6 +40,7 @@ from diffad.pipelines.checks import (
     scored_layers,
 )
 from diffad.pipelines.detection import DetectionPipeline
+from diffad.pipelines.explaining import Explanation
 from diffad.pipelines.large_images import detect_large, grid_of
 from diffad.pipelines.output import AnomalyOutput, ReconstructionOutput, convert_output, threshold_output
 from diffad.pipelines.pipeline_ddpm_reconstruction import DDPMReconstructionPipeline
@@ -528,6 +530,41 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         from diffad.deployment.export import export_pipeline
 
         return export_pipeline(self, path, format, precision, images)
+
+    def update(self, images: Sequence[Any], good_images: GoodImages, batch_size: int = 16) -> list[int]:
+        """Learns more good images without the old files, of a pipeline of `diffad fit --kept-images`.
+
+        ```python
+        good_images = load_good_images(pipe, "runs/parts")  # of diffad.pipelines.updating
+        pipe.update(new_good_parts, good_images)
+        save_updatable(pipe, good_images, "runs/parts")
+        ```
+
+        Args:
+            images: PIL images, paths, arrays, or a column of a `datasets.Dataset`; all good parts of a whole period,
+                those that raise an alarm among them, or the false-alarm rate holds no longer.
+            good_images: what the pipeline keeps, to which they are added.
+            batch_size: images in one pass.
+
+        Returns:
+            Which of them raise an alarm by the calibration so far: look at them.
+
+        Raises:
+            ValueError: the pipeline is none of `diffad fit`.
+        """
+        from diffad.pipelines.updating import update_calibration
+
+        return update_calibration(self, images, good_images, batch_size)
+
+    def explain(self, image: ImageInput, **options: Any) -> Explanation:
+        """Why one image has its score: which map, layer and noise level, and the good images most like it.
+
+        `options` are those of `diffad.pipelines.explaining.explain`. What would have to change for the image to be
+        normal, `reconstruct` shows, where there is a denoiser.
+        """
+        from diffad.pipelines.explaining import explain
+
+        return explain(self, image, **options)
 
     # -- one-line ways to the pipelines that share these networks ------------------------------------------------
 

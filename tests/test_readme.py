@@ -27,7 +27,9 @@ from tiny_taef2 import save_as_published, tiny_taef2
 from typer.testing import CliRunner
 
 from diffad import AnomalyDenoisePipeline
+from diffad.calibration.good_images import GoodImages
 from diffad.cli import app
+from diffad.pipelines.updating import learn_good_images, save_updatable
 from diffad.predict import find_images, predict_files
 from diffad.training.train_autoencoder import AUTOENCODER_PRESETS
 
@@ -60,6 +62,9 @@ def workplace(tmp_path, monkeypatch, stable_diffusion) -> Path:
     pipeline.fit_gaussian(textures(12), image_size=16, feature_size=4)
     for name in ("runs/demo", "runs/parts"):
         pipeline.save_pretrained(name)
+    growing = AnomalyDenoisePipeline(None, None, tiny_extractor(image_size=16))
+    learn_good_images(growing, textures(12), good_images := GoodImages(200), 0.25)
+    save_updatable(growing, good_images, "runs/growing")
     make_pipeline().calibrate(textures(12), false_alarm_rate=0.25).save_pretrained("runs/diad")
     AutoencoderKL(**AUTOENCODER_PRESETS["cpu-128"]).save_pretrained("runs/autoencoder")
     AutoencoderKL.from_pretrained(stable_diffusion / "vae").save_pretrained("runs/autoencoder-sd")

@@ -22,12 +22,14 @@ from datasets import Dataset
 
 from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
 from diffad.calibration.feature_gaussian import feature_grid
+from diffad.calibration.good_images import GoodImages
 from diffad.data.checks import dataset_sizes
 from diffad.images import ImageSequence, as_side, as_size, images_to_pixel_values, size_of_ratio
 from diffad.model_card import remove_reports
 from diffad.models.feature_extractor import LITE0_BACKBONE
 from diffad.models.gaussian_feature_model import one_size
 from diffad.pipelines.detection import FEW_IMAGES
+from diffad.pipelines.updating import learn_good_images, save_updatable
 from diffad.region_of_interest import hide_outside, inside_region
 from diffad.training.arguments import (
     ABOVE_ZERO,
@@ -67,6 +69,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"share of good images held out for thresholds, from {FEW_IMAGES} of a category on (0.2)",
     )
     data.add_argument("--part_pattern", metavar="REGEX", help="finds the part in an image's path, see train_ddpm.py")
+    data.add_argument(
+        "--kept_images",
+        type=COUNT,
+        default=0,
+        metavar="K",
+        help="good images that the model keeps for the statistics, and as many for the thresholds, so that `diffad "
+        "update` can learn more; 0 for none, which then cannot (0)",
+    )
     data.add_argument("--false_alarm_rate", type=RATE, default=0.01, help="of good parts that may alarm (0.01)")
     features = parser.add_argument_group("features")
     features.add_argument("--backbone", default=LITE0_BACKBONE, help=f"timm model ({LITE0_BACKBONE})")
@@ -95,16 +105,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_example_images", type=COUNT, default=2, help="good images saved as pictures (2)")
     args = parser.parse_args(argv)
     check_source(parser, args)
+    if args.kept_images and args.part_pattern is not None:
+        parser.error("--kept_images: a hash says which images are held out, and would tear parts of --part_pattern.")
     return args
 
 
 def create_extractor(
     good: Dataset, args: argparse.Namespace, categories: list[str], device: torch.device
 ) -> TimmFeatureExtractor:
-    """The backbone, its channels standardised by good images spread over all of them."""
+    """The backbone, its channels standardised by good images spread over all of them, or later (`--kept_images`)."""
     extractor = TimmFeatureExtractor.from_backbone(
         args.backbone, args.feature_strides, one_size(args.resolution), args.backbone_weights, args.feature_layers
     ).to(device)
+    if args.kept_images:
+        return extractor
     chosen = np.linspace(0, len(good) - 1, min(len(good), STANDARDIZATION_IMAGES)).astype(int).tolist()
     size, region = as_size(args.resolution), load_region(args, categories)
     grid = args.feature_resolution or feature_grid((size[0] // 4, size[1] // 4), extractor.num_channels)
@@ -140,6 +154,18 @@ def calibrate_category(
     return f"{len(training)} good images, and {len(held_out)} held out for the thresholds"
 
 
+def calibrate_updatable(
+    pipeline: AnomalyDenoisePipeline, good: Dataset, args: argparse.Namespace
+) -> tuple[GoodImages, str]:
+    """Fits Gaussian and thresholds so that `diffad update` can go on; says from which images."""
+    good_images = GoodImages(args.kept_images, args.calibration_fraction)
+    region = load_region(args, good["category"][:1])
+    learn_good_images(pipeline, good["image"], good_images, args.false_alarm_rate, args.batch_size, region)
+    held_out, of_statistics = len(good_images.for_thresholds), len(good_images.for_statistics)
+    how = f"{good_images.num_seen} good images ({of_statistics} kept), and {held_out} kept for the thresholds"
+    return good_images, how
+
+
 def describe_rate(pipeline: AnomalyDenoisePipeline, name: str | None) -> str:
     """What the thresholds vouch for."""
     if not pipeline.has_thresholds:
@@ -155,6 +181,8 @@ def describe_rate(pipeline: AnomalyDenoisePipeline, name: str | None) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = Accelerator(mixed_precision="no")
+    if args.kept_images and accelerator.num_processes > 1:
+        raise ValueError("`--kept_images` takes one process: leave it out, or start `diffad fit` alone.")
     set_seed(args.seed)  # of random weights
     started = time.time()
 
@@ -187,16 +215,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         tile_overlap=args.tile_overlap,
     ).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
+    good_images = None
     for category in categories:
         name = category if len(categories) > 1 else None
         images = good.select(np.flatnonzero(of_image == category))
-        how = calibrate_category(pipeline, images, name, args, accelerator)
+        if args.kept_images:
+            good_images, how = calibrate_updatable(pipeline, images, args)
+        else:
+            how = calibrate_category(pipeline, images, name, args, accelerator)
         accelerator.print(f"{category}: {how}; {describe_rate(pipeline, name)}.")
 
     # 3. Save
     if accelerator.is_main_process:
         remove_reports(args.output_dir)  # they speak of the model that was here before
-        pipeline.save_pretrained(args.output_dir)
+        save_updatable(pipeline, good_images, args.output_dir)
         save_examples(pipeline, good, args)
         save_record(args, {"categories": categories, "seconds": round(time.time() - started, 1)})
         print(f"Saved to {args.output_dir}, {time.time() - started:.0f} s.")

@@ -72,6 +72,7 @@ class CalibrationFit:
         shared: whether the measurements are of tiles, several an image, which say their image's number: one covariance
             of the features then serves all positions.
         region: of each category, (K, h, w) bool: what counts of the images; None for all.
+        feature_moments: of the features of more images, those of `add_statistics` among them, which are then not added.
         record: what is saved with it, `precision`, `settings`, `value_range`, `smallest_area` and the rest of
             [`ScoreCalibration`].
     """
@@ -90,6 +91,7 @@ class CalibrationFit:
         leave_one_out: bool = False,
         shared: bool = False,
         region: torch.Tensor | None = None,
+        feature_moments: FeatureMoments | None = None,
         **record: Any,
     ):
         self.functions, self.category, self.num_scores = functions, category, num_scores
@@ -101,7 +103,8 @@ class CalibrationFit:
         self.record = record if not shared else {**record, "shared_whitening": True}
         self.residual_moments: FeatureMoments | None = None  # at each cell
         self.residual_sums = MomentSums()  # at each position
-        self.feature_moments: FeatureMoments | None = None  # at each position, or of all together
+        self.feature_moments = feature_moments  # at each position, or of all together
+        self.knows_features = feature_moments is not None
         self.feature_sums = MomentSums()  # at each position, where the former is of all
         self.image_numbers: list[int] = []  # of tiles
         self.map_moments = MomentSums()  # of each score map at each pixel
@@ -133,7 +136,7 @@ class CalibrationFit:
         # in full: an image that few others surround is left out by a small difference of large numbers
         features = none if measurement.features is None else measurement.features
         patches = none if measurement.patches is None else half(measurement.patches)
-        if measurement.features is not None:
+        if measurement.features is not None and not self.knows_features:
             positions = 1 if self.shared else math.prod(features.shape[2:])
             if self.feature_moments is None:
                 self.feature_moments = FeatureMoments(positions, features.shape[1], features.device)
@@ -187,7 +190,8 @@ class CalibrationFit:
             for_seen.feature_whitening = for_seen.feature_whitening.float()
             for_seen.set_feature_gaussian(self.category, mean, whitening)
         if calibration.coreset is not None:
-            num_seen = self._set_coreset(calibration, for_seen)
+            num_images = self._set_coreset(calibration, for_seen)
+            num_seen = num_seen if self.knows_features else num_images
         # 2. Mean and deviation of each map at each pixel, (S, H, W); an image is measured by the Gaussian of the others
         smoothed = TemporaryFile()  # noqa: SIM115 (closed below)
         for maps in self._waiting_maps(for_seen, num_seen):

@@ -5,17 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from diffad.calibration.drift import DriftTest
 from diffad.deployment.batching import Batcher
+from diffad.grey_depth import check_known_range
 from diffad.image_files import image_file_header, one_large_at_a_time, read_image
 from diffad.images import as_size, image_to_rgb, resize_image, resize_images
 from diffad.regions import Region, find_regions, without_small_regions
 from diffad.seeding import image_generator
+
+if TYPE_CHECKING:
+    from diffad.pipelines.explaining import Explanation
 
 SHOWN_SIDE = 1024  # of a picture on the page, in pixels, at most
 
@@ -95,10 +99,11 @@ class Detector:
         """Decodes and resizes a file's bytes.
 
         Raises:
-            UnreadableImageError: it is no image.
+            UnreadableImageError: it is no image, or one of more than 8 bits whose range the model does not know.
             TooLargeError: it has too many pixels.
         """
-        (width, height), _ = image_file_header(name, content)
+        (width, height), mode = image_file_header(name, content)
+        check_known_range(mode, self.pipeline.value_range)
         if width * height > self.max_pixels:
             raise TooLargeError(
                 f"{name} has {width} x {height} pixels, and {self.max_pixels:,} are the most. Reduce it or cut it up."
@@ -124,6 +129,12 @@ class Detector:
             BusyError: too many images wait.
         """
         return self.batcher.submit([one.network_input for one in sent])
+
+    def explain(self, sent: Sent) -> Explanation | None:
+        """What the peak of an image's map is made of; None where the pipeline cannot tell."""
+        if not hasattr(self.pipeline, "explain") or not self.pipeline.has_thresholds or self.pipeline.tile_size:
+            return None
+        return self.pipeline.explain(sent.network_input, category=self.category, generator=image_generator(0, 0))
 
     @property
     def smallest_area(self) -> float:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import datetime
+import hashlib
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from diffad.deployment.batching import BusyError
 from diffad.deployment.detector import Detector, Finding, Sent, TooLargeError, found_regions, map_at
+from diffad.files import write_whole
 from diffad.grey_depth import UnreadableImageError
+from diffad.inputs import is_image_name
 from diffad.installation import needs_extra
 from diffad.visualization import overlay, to_uint8
 
@@ -21,6 +24,9 @@ with needs_extra("app"):
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing about a line leaves its machine
     import gradio as gr
     from fastapi import FastAPI
+
+if TYPE_CHECKING:
+    from diffad.pipelines.explaining import Explanation
 
 HISTORY = ["time", "image", "score", "p-value", "verdict", "false-alarm rate (%)"]
 REGIONS = ["x", "y", "width", "height", "area (px)", "peak", "mean"]
@@ -54,6 +60,22 @@ def show(detector: Detector, seen: Seen | None, rate: float | None) -> tuple[Any
     return overlay(sent.shown, anomaly_map, mask, pixel_threshold), words, rows, verdict
 
 
+def describe_peak(explanation: Explanation | None) -> str:
+    """Which maps, layers and noise levels spoke, in words."""
+    if explanation is None:
+        return ""
+
+    def in_percent(shares: dict[str, float]) -> str:
+        return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+
+    told = []
+    for name, height in sorted(explanation.maps.items(), key=lambda one: -one[1]):
+        of_layers = in_percent(explanation.layers.get(name, {}))
+        levels = "; noise " + in_percent(explanation.levels) if name == "feature_error" else ""
+        told.append(f"{name.replace('_', ' ')} {height:+.1f}" + (f" ({of_layers}{levels})" if of_layers else ""))
+    return "Where the map is highest, in standard deviations: " + "; ".join(told) + "."
+
+
 def write_history(history: list[list[Any]]) -> str:
     """The visit's table as a CSV file; its path."""
     path = Path(tempfile.mkdtemp(prefix="diffad-"), "history.csv")
@@ -62,8 +84,22 @@ def write_history(history: list[list[Any]]) -> str:
     return str(path)
 
 
-def build_page(detector: Detector, max_bytes: int) -> gr.Blocks:
-    """The page, as Gradio has it."""
+def keep_good(path: str | None, folder: Path) -> str:
+    """Copies an image into a folder, once, however often it is called good; says so."""
+    if path is None:
+        return ""
+    content = Path(path).read_bytes()
+    number = hashlib.sha256(content).hexdigest()[:16]
+    if not list(folder.glob(f"*-{number}.*")):
+        folder.mkdir(parents=True, exist_ok=True)
+        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        with write_whole(folder / f"{now}-{number}{Path(path).suffix.lower()}") as unfinished:
+            unfinished.write_bytes(content)
+    return f"Kept. In the folder now: {sum(map(is_image_name, os.listdir(folder)))}."
+
+
+def build_page(detector: Detector, max_bytes: int, collect: Path | None = None) -> gr.Blocks:
+    """The page, as Gradio has it; `collect` is a folder for what is called good."""
     calibration = detector.pipeline.calibration if detector.pipeline.has_thresholds else None
     stated, least = None, 1.0
     if calibration is not None:
@@ -72,13 +108,14 @@ def build_page(detector: Detector, max_bytes: int) -> gr.Blocks:
 
     def look(path: str | None, rate: float | None, history: list[list[Any]]) -> tuple[Any, ...]:
         if path is None:
-            return None, None, "", [], None, history, history, None
+            return None, None, "", "", [], None, history, history, None
         name = Path(path).name
         try:
             if Path(path).stat().st_size > max_bytes:
                 raise TooLargeError(f"{name} has more than {max_bytes:,} bytes.")
             sent = detector.read(name, Path(path).read_bytes(), for_screen=True)
             finding = detector.submit([sent])[0].result()
+            because = describe_peak(detector.explain(sent))
         except (UnreadableImageError, TooLargeError, BusyError) as error:
             raise gr.Error(str(error)) from error
         seen = (name, sent._replace(network_input=None), finding)
@@ -88,7 +125,7 @@ def build_page(detector: Detector, max_bytes: int) -> gr.Blocks:
         history = [*history, [now, name, round(finding.score, 4), p_value, verdict, rate]]
         rebuilt = finding.reconstruction
         rebuilt = None if rebuilt is None else to_uint8(np.moveaxis(rebuilt.float().numpy(), 0, -1))
-        return seen, picture, words, rows, rebuilt, history, history, write_history(history)
+        return seen, picture, words, because, rows, rebuilt, history, history, write_history(history)
 
     def move(seen: Seen | None, rate: float | None) -> tuple[Any, ...]:
         return show(detector, seen, rate)[:3]
@@ -113,26 +150,35 @@ def build_page(detector: Detector, max_bytes: int) -> gr.Blocks:
             elem_id="rate",
         )
         words = gr.Markdown(elem_id="words")
+        why = gr.Markdown(elem_id="why")
+        if collect is not None:
+            with gr.Row():
+                good = gr.Button("This part is good: keep it for `diffad update`", elem_id="good")
+                kept = gr.Markdown(elem_id="kept")
         regions = gr.Dataframe(headers=REGIONS, label="Regions, in the image's pixels", interactive=False)
         with gr.Accordion("This visit", open=False):
             table = gr.Dataframe(headers=HISTORY, interactive=False)
             download = gr.DownloadButton("As CSV", elem_id="csv")
         current = rate if calibration is not None else gr.State(None)
-        outputs: list[Any] = [seen, picture, words, regions, rebuilt, history, table, download]
+        outputs: list[Any] = [seen, picture, words, why, regions, rebuilt, history, table, download]
         image.change(look, [image, current, history], outputs, show_progress="minimal", api_visibility="private").then(
             lambda seen: gr.Image(visible=seen is not None and seen[2].reconstruction is not None),
             seen,
             rebuilt,
             api_visibility="private",
         )
+        if collect is not None:
+            folder = collect
+            good.click(lambda path: keep_good(path, folder), image, kept, api_visibility="private")
+            image.change(lambda: "", None, kept, api_visibility="private")
         if calibration is not None:
             rate.change(move, [seen, rate], [picture, words, regions], show_progress="hidden", api_visibility="private")
     return page
 
 
-def mount_page(app: FastAPI, detector: Detector, max_bytes: int) -> FastAPI:
+def mount_page(app: FastAPI, detector: Detector, max_bytes: int, collect: Path | None = None) -> FastAPI:
     """Puts the page at `/`, behind the API's own paths. It loads nothing from elsewhere."""
     fonts = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
-    page = build_page(detector, max_bytes)
+    page = build_page(detector, max_bytes, collect)
     return gr.mount_gradio_app(app, page, path="/", theme=theme, footer_links=[], max_file_size=max_bytes)

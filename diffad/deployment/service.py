@@ -7,6 +7,7 @@ import hmac
 import io
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -39,6 +40,7 @@ def create_app(
     max_waiting: int = 256,
     max_pixels: int = 100_000_000,
     page: bool = True,
+    collect: Path | None = None,
 ) -> FastAPI:
     """The service, for `uvicorn`.
 
@@ -52,6 +54,7 @@ def create_app(
         max_waiting: images that wait or are run; those beyond get 429.
         max_pixels: of one image, else 413.
         page: whether the page is there as well, or the API alone.
+        collect: a folder for images that somebody at the page calls good; None offers no such thing.
     """
     metrics = Metrics()
     detector = Detector(pipeline, category, batch_size, max_waiting, max_pixels, metrics.batches.observe)
@@ -111,7 +114,7 @@ def create_app(
     if page:
         from diffad.deployment.page import mount_page
 
-        app = mount_page(app, detector, max_bytes)
+        app = mount_page(app, detector, max_bytes, collect)
     return app
 
 

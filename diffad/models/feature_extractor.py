@@ -256,12 +256,16 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
             moments.update(self(pixel_values, size).movedim(1, -1).flatten(0, 2))  # (N * h * w, num_channels)
         if not moments.count:
             raise ValueError("`batches` is empty: standardisation needs at least one batch of good images.")
-        mean, std = moments.mean(), moments.variance().sqrt()  # (num_channels,)
+        self.set_standardization(moments.mean(), moments.variance())  # (num_channels,)
+        return self
+
+    def set_standardization(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        """Sets what is subtracted from each channel, and whose root divides it, (num_channels,) each."""
+        std = variance.sqrt()
         # a channel that never varies (dead for this data) must not be blown up by a division by nothing
         std = std.clamp(min=1e-3 * float(std.mean()) + 1e-12)
         self.channel_mean.copy_(mean.float().view(1, -1, 1, 1))
         self.channel_std.copy_(std.float().view(1, -1, 1, 1))
-        return self
 
 
 def is_hooked(module: torch.nn.Module) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from browser import browser, find_browser
 from conftest import texture, textures, tiny_pipeline, write_png
+from PIL import Image
 
 pytest.importorskip("gradio")
 pytest.importorskip("uvicorn")
@@ -62,15 +64,24 @@ def test_an_image_is_shown_with_its_map_and_the_slider_moves_the_mask(tmp_path):
         if often[0] < output.anomaly_score[0] < scores[-2] and output.anomaly_map.max() > 1.02 * often[1]
     )
     part = write_png(tmp_path / "part.png", large[chosen])
-    with running(pipeline, page=True) as url, browser(find_browser(), tmp_path / "profile") as tab:
+    with (
+        running(pipeline, page=True, collect=tmp_path / "good") as url,
+        browser(find_browser(), tmp_path / "profile") as tab,
+    ):
         tab.open(url)
         upload(tab, part)
         wait_for(tab, f"{OVERLAY} && {OVERLAY}.complete && {OVERLAY}.naturalWidth == 64")
         wait_for(tab, "document.querySelector('#words').innerText.includes('normal')")
         assert tab.evaluate(OUTLINED) == 0
+        assert "feature error" in tab.evaluate("document.querySelector('#why').innerText")
         set_rate(tab, 50)
         wait_for(tab, "document.querySelector('#words').innerText.includes('anomalous')")
         wait_for(tab, f"{OVERLAY}.complete && {OUTLINED} > 0")
+        for _ in range(2):  # twice is once
+            tab.evaluate("document.querySelector('#good').click()")
+            wait_for(tab, "document.querySelector('#kept').innerText.includes('Kept. In the folder now: 1.')")
+        [kept] = (tmp_path / "good").iterdir()
+        assert np.array_equal(np.asarray(Image.open(kept)), large[chosen])
         tab.evaluate("[...document.querySelectorAll('button')].find(b => b.innerText.includes('This visit')).click()")
         tab.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
         wait_for(tab, "!!document.querySelector('#csv')")

@@ -119,6 +119,22 @@ def test_what_cannot_be_taken_is_refused_with_a_reason(url, contents, status, wo
     assert words in answer.json()["detail"]
 
 
+def test_more_than_8_bits_take_a_range(pipeline):
+    """One for each image would move their scores against each other."""
+    file = io.BytesIO()
+    grey = texture(3)[..., 0].astype(np.uint16)
+    Image.fromarray(grey * 16).save(file, "PNG")
+    with running(pipeline) as url:
+        answer = post(url, file.getvalue())
+        assert answer.status_code == 422
+        assert "--value_range" in answer.json()["detail"]
+    with_range = tiny_pipeline(value_range=4080).calibrate(textures(19), false_alarm_rate=0.25)
+    with running(with_range) as url:
+        [found] = post(url, file.getvalue()).json()["images"]
+    expected = with_range(np.stack([grey.astype(np.uint8)] * 3, axis=-1), generator=image_generator(0, 0))
+    assert found["score"] == pytest.approx(float(expected.anomaly_score[0]), rel=1e-4)
+
+
 def test_a_body_that_does_not_say_how_long_it_is_is_cut_off(url):
     parts = [b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n', *[bytes(50_000)] * 4]
     headers = {"Content-Type": "multipart/form-data; boundary=x"}

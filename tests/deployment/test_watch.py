@@ -248,7 +248,10 @@ def test_every_event_is_published(calibrated, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     received: list[dict] = []
-    with subprocess.Popen([MOSQUITTO, "-p", str(port)], stderr=subprocess.DEVNULL) as broker:
+    configuration = (Path(__file__).parents[2] / "docs" / "docker" / "mosquitto.conf").read_text()
+    (tmp_path / "mosquitto.conf").write_text(configuration.replace("listener 1883", f"listener {port} 127.0.0.1"))
+    command = [MOSQUITTO, "-c", str(tmp_path / "mosquitto.conf")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as broker:
         try:
             client = Client(CallbackAPIVersion.VERSION2)
             client.on_message = lambda _, __, message: received.append(json.loads(message.payload))
@@ -265,6 +268,33 @@ def test_every_event_is_published(calibrated, tmp_path):
             broker.kill()
     scores = {row["path"]: float(row["score"]) for row in rows_of(out)}
     assert {event["path"]: event["score"] for event in received} == scores
+
+
+def test_more_than_8_bits_take_a_range(calibrated, tmp_path):
+    """One for each image would move their scores against each other; what can be scored, is."""
+    folder = write_folder(tmp_path / "in", 2)
+    Image.fromarray(texture(3)[..., 0].astype(np.uint16) * 16).save(folder / "deep.png")
+    with Watching(calibrated, folder, tmp_path / "out"):
+        wait_for(lambda: len(rows_of(tmp_path / "out")) == 3)
+    refused = {Path(row["path"]).name: row["message"] for row in rows_of(tmp_path / "out") if not row["score"]}
+    assert list(refused) == ["deep.png"]
+    assert "--value_range" in refused["deep.png"]
+    with_range = tiny_pipeline(value_range=4080).calibrate(textures(12), false_alarm_rate=0.25)
+    with Watching(with_range, folder, tmp_path / "other"):
+        wait_for(lambda: len(rows_of(tmp_path / "other")) == 3)
+    assert all(row["score"] for row in rows_of(tmp_path / "other"))
+
+
+def test_a_folder_is_written_to_by_one_process(calibrated, tmp_path):
+    from diffad.predict import predict_files
+
+    folder, out = write_folder(tmp_path / "in", 2), tmp_path / "out"
+    with Watching(calibrated, folder, out):
+        wait_for(lambda: len(rows_of(out)) == 2)
+        with pytest.raises(RuntimeError, match="is being written to by process"):
+            predict_files(calibrated, sorted(folder.iterdir()), out)
+        with pytest.raises(RuntimeError, match="is being written to by process"):
+            watch_folder(calibrated, folder, out, threading.Event())
 
 
 def test_results_of_another_kind_are_not_taken_for_these(calibrated, tmp_path):

@@ -1,0 +1,208 @@
+"""Why an image has its score: which map, layer and noise level spoke at its peak, and the good images most like it."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from diffad.calibration.triangles import dense_triangles
+from diffad.images import ImageInput, ImageSequence
+from diffad.region_of_interest import inside_region
+from diffad.scoring import Measurement, outline_by_positions
+
+if TYPE_CHECKING:
+    from diffad.pipelines.pipeline_anomaly_denoise import AnomalyDenoisePipeline
+
+
+class Explanation(NamedTuple):
+    """What the score of one image is made of, at the peak of its map.
+
+    score: the image's.
+    peak: row and column of the highest pixel, in the image's own pixels.
+    maps: what each map adds to the joined map there, in standard deviations of good images: `kl at 5` for each noise
+        level, `feature_error`, `gaussian`, `nearest`. Their sum is the map's height before `suppression` and
+        `smallest_area`.
+    layers: of each map of features, the shares that the layers have in its squared distance, such as `stride 8`. They
+        sum to 1. Some may be below 0: channels that vary together make up for each other.
+    levels: the shares of the noise levels in the feature error's, likewise; empty without one.
+    nearest: places in `good_images` of those most like the image, the nearest first, and how far they are: the root
+        mean square difference of the standardised features, or of the patches where no Gaussian counts.
+    """
+
+    score: float
+    peak: tuple[int, int]
+    maps: dict[str, float]
+    layers: dict[str, dict[str, float]]
+    levels: dict[str, float]
+    nearest: list[tuple[int, float]]
+
+
+@torch.no_grad()
+def explain(
+    pipeline: AnomalyDenoisePipeline,
+    image: ImageInput,
+    category: str | int | None = None,
+    generator: torch.Generator | None = None,
+    good_images: Sequence[Any] | None = None,
+    num_nearest: int = 3,
+    batch_size: int = 16,
+) -> Explanation:
+    """Why an image has its score.
+
+    Args:
+        pipeline: calibrated, and without tiles.
+        image: one image, as a call takes it.
+        category: of a unified model; None recognises it.
+        generator: of the noise, as in a call.
+        good_images: good images or their paths, such as those of the calibration; None compares with none.
+        num_nearest: how many of them are told.
+        batch_size: of them, in one pass.
+
+    Raises:
+        ValueError: several images, a pipeline that is not calibrated, or one of tiles.
+    """
+    images = ImageSequence(image, pipeline.value_range)
+    if len(images) != 1:
+        raise ValueError(f"`image` must be one image, but holds {len(images)}. Call `explain` for each.")
+    if pipeline.calibration is None or pipeline.tile_size is not None:
+        raise ValueError("`explain` takes a calibrated pipeline that looks at whole images, not at tiles.")
+    if category is None and len(pipeline.categories) > 1:
+        category = pipeline.recognise(images, 1)[0]
+    index = pipeline.category_index(category)
+
+    def measured(sequence: ImageSequence) -> Measurement:
+        of_category = torch.full((len(sequence),), index, device=pipeline._execution_device)
+        return pipeline.measure_images(sequence, of_category, [generator] * len(sequence), pipeline.region)
+
+    # 1. The maps (1, S, H, W), the joined map and its peak
+    measurement = measured(images)
+    of_category = torch.full((1,), index, device=pipeline._execution_device)
+    calibration = pipeline.calibration
+    maps = pipeline.score_maps(measurement, of_category, calibration)
+    joined = pipeline.join_maps(maps, of_category, calibration)  # (1, H, W)
+    _, scores = pipeline.score_inside(joined, of_category)
+    height, width = joined.shape[1:]
+    inside = inside_region(pipeline.region, of_category, (height, width))
+    highest = int((joined if inside is None else joined.masked_fill(~inside, -torch.inf)).argmax())
+    row, column = divmod(highest, width)
+    place = (row + 0.5) / height, (column + 0.5) / width  # as shares of the sides
+
+    # 2. What each map adds to it, what the layers add to each distance
+    layers, levels = {}, {}
+    if measurement.residual is not None:
+        layers["feature_error"], levels = residual_shares(pipeline, measurement.residual, index, place)
+    if measurement.features is not None:
+        layers["gaussian"] = gaussian_shares(pipeline, measurement.features, index, place)
+    if measurement.patches is not None:
+        layers["nearest"] = nearest_shares(pipeline, measurement.patches, index, place)
+    size = images.sizes[0]
+    return Explanation(
+        float(scores[0]),
+        (int(place[0] * size[0]), int(place[1] * size[1])),
+        map_shares(pipeline, calibration.normalize(maps, of_category)[0], (row, column)),
+        layers,
+        levels,
+        _most_alike(pipeline, measurement, measured, good_images, num_nearest, batch_size),
+    )
+
+
+def map_shares(pipeline: AnomalyDenoisePipeline, normalized: torch.Tensor, peak: tuple[int, int]) -> dict[str, float]:
+    """What normalised maps (S, H, W) add to the joined map at a pixel, as `join_maps` weights them."""
+    weights = {name: weight / sum(pipeline.weights.values()) for name, weight in pipeline.weights.items()}
+    levels = normalized.shape[0] - pipeline.calibration.num_feature_maps
+    of_name = {
+        f"kl at {timestep}": weights["kl"] / levels * one
+        for timestep, one in zip(pipeline.config.timesteps, normalized[:levels], strict=False)
+    }
+    others = list(normalized[levels:])
+    errors = [weights["feature_error"] * others.pop(0) for _ in range(pipeline.calibration.num_distances)]
+    of_name |= {name: weights[name] * others.pop(0) for name in ("gaussian", "nearest") if weights[name]}
+    if errors:
+        rest = torch.stack([*of_name.values(), torch.zeros_like(normalized[0])]).sum(dim=0)
+        if len(errors) == 2:
+            joined = outline_by_positions(*((rest + error)[None] for error in errors))[0]
+            errors = [joined - rest]
+        of_name["feature_error"] = errors[0]
+    return {name: float(one[peak]) for name, one in of_name.items()}
+
+
+def gaussian_shares(
+    pipeline: AnomalyDenoisePipeline, features: torch.Tensor, index: int, place: tuple[float, float]
+) -> dict[str, float]:
+    """The layers' shares in the squared distance of features (1, C, h, w) from their Gaussian at a place."""
+    rows, columns = features.shape[-2:]
+    position = int(place[0] * rows) * columns + int(place[1] * columns)
+    offset = features[0].float().flatten(1)[:, position] - pipeline.calibration.feature_mean[index, position]
+    shares = _shares_of_channels(offset[None], pipeline.calibration.feature_whitening[index, position])[0]
+    return _by_layer(pipeline, shares, pipeline.scored_layers)
+
+
+def residual_shares(
+    pipeline: AnomalyDenoisePipeline, residual: torch.Tensor, index: int, place: tuple[float, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The layers' and the levels' shares in the squared distance of a residual (1, T, C, h, w) in its cell."""
+    calibration = pipeline.calibration
+    size, grid = calibration.config.residual_shape[1:], calibration.grid
+    offset = F.adaptive_avg_pool2d(residual[0].float(), tuple(size))  # (T, C, h, w)
+    offset = F.adaptive_avg_pool2d(offset - calibration.residual_mean[index].mT.unflatten(1, size), grid)
+    cell = int(place[0] * grid[0]) * grid[1] + int(place[1] * grid[1])
+    shares = _shares_of_channels(offset.flatten(2)[:, :, cell], calibration.residual_whitening[index, cell])  # (T, C)
+    of_levels = zip(pipeline.config.timesteps, shares.sum(dim=1).tolist(), strict=True)
+    levels = {f"at {timestep}": share for timestep, share in of_levels}
+    return _by_layer(pipeline, shares.sum(dim=0), pipeline.scored_layers), levels
+
+
+def nearest_shares(
+    pipeline: AnomalyDenoisePipeline, patches: torch.Tensor, index: int, place: tuple[float, float]
+) -> dict[str, float]:
+    """The layers' shares in the squared distance of the patch (of (1, C, h, w)) at a place from the nearest."""
+    rows, columns = patches.shape[-2:]
+    patch = patches[0, :, int(place[0] * rows), int(place[1] * columns)].float()
+    squares = (pipeline.calibration.coreset[index].float() - patch).square()  # (M, C)
+    squares = squares[squares.sum(dim=1).argmin()]
+    return _by_layer(pipeline, squares / squares.sum().clamp(min=1e-12), pipeline.patch_layers)
+
+
+def _shares_of_channels(offset: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """Shares (T, C) of T parts and C channels in |W x|^2, x the mean of `offset` (T, C): x_tc (W^T W x)_c / T."""
+    whitening = dense_triangles(packed[None], offset.shape[1])[0]
+    mean = offset.mean(dim=0)
+    shares = offset * (whitening.mT @ (whitening @ mean)) / len(offset)
+    return shares / shares.sum().clamp(min=1e-12)
+
+
+def _by_layer(pipeline: AnomalyDenoisePipeline, shares: torch.Tensor, layers: Sequence[int]) -> dict[str, float]:
+    strides = pipeline.feature_extractor.layer_strides
+    names = [f"stride {strides[i]}" if strides.count(strides[i]) == 1 else f"layer {i}" for i in layers]
+    of_layers = shares.split([pipeline.feature_extractor.layer_channels[i] for i in layers])
+    return {name: float(one.sum()) for name, one in zip(names, of_layers, strict=True)}
+
+
+def _most_alike(
+    pipeline: AnomalyDenoisePipeline,
+    measurement: Measurement,
+    measured: Any,
+    good_images: Sequence[Any] | None,
+    num_nearest: int,
+    batch_size: int,
+) -> list[tuple[int, float]]:
+    if good_images is None:
+        return []
+
+    def described(one: Measurement) -> torch.Tensor:  # (N, C, h, w)
+        if one.features is not None:
+            return one.features
+        if one.patches is not None:
+            return one.patches
+        raise ValueError("`good_images` are compared by features, which no map of this pipeline is of: `weights`.")
+
+    own, distances = described(measurement), []
+    sequence = ImageSequence.of_rows(good_images, range(len(good_images)), pipeline.value_range)
+    for start in range(0, len(good_images), batch_size):
+        others = described(measured(sequence[start : start + batch_size]))
+        distances += (others - own).square().mean(dim=(1, 2, 3)).sqrt().tolist()
+    return heapq.nsmallest(num_nearest, enumerate(distances), key=lambda one: one[1])
