@@ -19,6 +19,7 @@ from rich.markup import escape
 from diffad.command_options import BadImages, BatchSize, Category, Device, Dtype, Model, OnBadImage, PartPattern, Seed
 from diffad.line_commands import drift, serve, update, watch
 from diffad.model_commands import convert, export, push
+from diffad.predict_command import predict
 from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
 
 app = typer.Typer(
@@ -29,10 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(stderr=True)  # standard output is for results
-ModelOrFile = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="Folder, Hub id or exported file.", show_default=False),
-]
 
 
 @app.callback()
@@ -207,70 +204,7 @@ def fit(
     console.print(f"Next: diffad predict {escape(str(output))} NEW_PARTS --output RESULTS", highlight=False)
 
 
-@app.command(short_help="Scores images, and outlines their defects.")
-def predict(
-    model: ModelOrFile,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE|FOLDER...", help="Files, or folders of them.")],
-    output_dir: Annotated[Path, typer.Option("--output", metavar="DIR", help="Gets all of this.")],
-    category: Category = None,
-    batch_size: BatchSize = 16,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    seed: Seed = 0,
-    parts: Annotated[Path | None, typer.Option(metavar="CSV", help="image,part: one verdict a part.")] = None,
-    fail_on_anomaly: Annotated[bool, typer.Option("--fail-on-anomaly", help="Exit with 3 if there is one.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each image that is new.")] = False,
-) -> None:
-    """Overlays, maps, masks, scores.csv, and a sheet of the most anomalous images.
-
-    Run again, it skips what is done. A file that cannot be read stands in scores.csv as unreadable, and the rest goes
-    on. Exits with 0 if an image was scored, 4 if none could be read.
-    """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    from diffad.deployment import Runtime
-    from diffad.part_verdicts import check_parts, read_parts, write_part_verdicts
-    from diffad.predict import find_images, predict_files
-
-    check_folder(output_dir)
-    paths = find_images(images, output_dir)
-    of_parts = None if parts is None else read_parts(parts)
-    pipeline = load_model(model, device, dtype)
-    rate = None if of_parts is None else check_parts(of_parts, paths, pipeline, category)
-    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("Predicting", total=len(paths))
-
-        def report(row: dict[str, Any]) -> None:
-            progress.advance(task)
-            if as_json:
-                numbers = {k: float(row[k]) for k in ("score", "p_value", "map_low", "map_high") if row[k] is not None}
-                print(json.dumps({**row, **numbers}), flush=True)
-
-        counts = predict_files(pipeline, paths, output_dir, batch_size, category, seed, report=report)
-        progress.update(task, completed=len(paths))
-    summary = ", ".join(f"{count} {name}" for name, count in counts.items() if count and name != "skipped")
-    files = f"{output_dir / 'scores.csv'}; the most anomalous: {output_dir / 'most_anomalous.png'}"
-    console.print(
-        f"{summary} ({counts['skipped']} done before). Scores: {escape(files)}", highlight=False, soft_wrap=True
-    )
-    if (counts["normal"] or counts["anomalous"]) and not isinstance(pipeline, Runtime):
-        from diffad.drift_table import TableDrift
-
-        told = TableDrift(output_dir / "scores.csv").sentence()
-        console.print(escape(told), highlight=False, soft_wrap=True)
-    num_alarms = counts["anomalous"]
-    if of_parts is not None and rate is not None:
-        of_part = write_part_verdicts(output_dir, of_parts, rate)
-        num_alarms = of_part["anomalous"]
-        summary = ", ".join(f"{count} {verdict}" for verdict, count in of_part.items() if count)
-        console.print(f"Parts: {summary}, at a false-alarm rate of {rate:g} for parts.", highlight=False)
-    if fail_on_anomaly and num_alarms:
-        raise typer.Exit(3)
-    if not any(counts[verdict] for verdict in ("normal", "anomalous", "scored")):
-        raise typer.Exit(4)
-
-
+app.command(short_help="Scores images, and outlines their defects.")(predict)
 app.command(short_help="Whether light, focus or parts have changed since calibration.")(drift)
 app.command(short_help="Learns new good images, without the old files.")(update)
 app.command(short_help="Scores images as they come into a folder.")(watch)
@@ -327,6 +261,7 @@ def calibrate(
     from diffad.data.checks import dataset_value_range
     from diffad.model_card import REPORT_NAME, remove_reports
     from diffad.pipelines.detection import FEW_IMAGES
+    from diffad.process_share import launched_processes, on_main
 
     if output is None and not Path(model).is_dir():
         raise ValueError(f"`output` is needed: {model} is not a folder that could be written to.")
@@ -347,7 +282,8 @@ def calibrate(
         images, statistics_images = (
             good.select(np.flatnonzero(chosen))["image"] for chosen in (~of_statistics, of_statistics)
         )
-    pipeline = load_pipeline(model, device)
+    accelerator = launched_processes()
+    pipeline = load_pipeline(model, device or (str(accelerator.device) if accelerator else None))
     pipeline.calibrate(
         images,
         statistics_images,
@@ -359,8 +295,13 @@ def calibrate(
         roi=roi,
         leave_one_out=pipeline.scores_features and len(good) < FEW_IMAGES and part_pattern is None,
         smallest_area=smallest_area,
+        accelerator=accelerator,
     )
-    pipeline.save_pretrained(folder)
+    on_main(accelerator, lambda: pipeline.save_pretrained(folder))
+    if accelerator is not None:
+        accelerator.end_training()  # a process that exits with its group still open may abort
+        if not accelerator.is_main_process:
+            return
     if (folder / REPORT_NAME).is_file():  # it spoke of the statistics that were here before
         remove_reports(folder)
         console.print(f"Removed {escape(str(folder / REPORT_NAME))}: it was measured with the old calibration.")
@@ -429,9 +370,10 @@ def describe_error(error: Exception, arguments: list[str]) -> str:
     return re.sub(r"`(\w+)`", lambda match: typed.get(match[1]) or match[0], message)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Entry point: an error is one line that says what to do, and with `--debug`, anywhere, a traceback."""
-    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    given = sys.argv[1:] if arguments is None else arguments
+    arguments = [word for word in given if word != "--debug"]
     warnings.formatwarning = lambda message, *where, **more: f"warning: {' '.join(str(message).split())}\n"
     try:
         app(arguments)
@@ -439,7 +381,7 @@ def main() -> None:
         console.print("Stopped.")
         sys.exit(130)
     except Exception as error:
-        if "--debug" in sys.argv:
+        if "--debug" in given:
             traceback.print_exc()
         else:
             console.print(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,18 +18,21 @@ from diffad.image_sizes import Side, as_size
 from diffad.journal import Input
 from diffad.resizing import Resizing
 
+PREFETCH_BYTES = 2**29  # of images that are decoded ahead
+
 
 class Decoded(NamedTuple):
     """An input that could be read.
 
     Attributes:
         size: (H, W) of the file.
-        pixels: (h, w, 3) uint8, what its overlay is drawn on: of this size or, where it is large, reduced.
+        pixels: (h, w, 3) uint8, what its overlay is drawn on: of this size or, where it is large, reduced; None where
+            nobody draws one.
         network_input: (R, R', 3) in [0, 1], what the networks see; or the image as it is, of which they see tiles.
     """
 
     size: tuple[int, int]
-    pixels: np.ndarray
+    pixels: np.ndarray | None
     network_input: np.ndarray | Image.Image
 
 
@@ -43,28 +45,45 @@ def decoding_of(pipeline: Any, batch_size: int) -> tuple[Side | None, int]:
 
 
 def decoded_batches(
-    todo: Sequence[tuple[int, Input]],
+    todo: Iterable[tuple[int, Input]],
     side: Side | None,
     batch_size: int,
     pool: ThreadPoolExecutor,
     value_range: float | None,
     resizing: Resizing = WITHOUT_TORCH,
+    with_pixels: bool = True,
+    by_slot: bool = False,
+    read: Callable[[Input], bytes | None] = lambda one: None,
+    ahead: int = 0,
     refuse_unknown_range: bool = False,
 ) -> Iterator[list[tuple[int, Input, Decoded | Exception]]]:
-    """Decoded images, or the error of reading them, with one batch decoded ahead.
+    """Decoded images, or the error of reading them, with one batch decoded ahead, or less where that is large.
 
-    Images of more than 8 bits have, without a `value_range`, each its own, or an error with `refuse_unknown_range`.
+    Args:
+        todo: places and inputs.
+        side: to which images are resized; None leaves them as they are.
+        batch_size: images of a batch, at most.
+        pool: decodes them.
+        value_range: of images of more than 8 bits.
+        resizing: of images.
+        with_pixels: whether overlays will be drawn.
+        by_slot: whether no two images of a batch have the same place modulo `batch_size`.
+        read: the bytes of an input's file, where that is not a local one.
+        ahead: images that are decoded ahead, if more than a batch: as many as `pool` has threads for slow stores.
+        refuse_unknown_range: whether an image of more than 8 bits is an error without a `value_range`; else it has its
+            own.
     """
 
-    def decode(path: Path) -> Decoded | Exception:
+    def decode(one: Input) -> Decoded | Exception:
         try:
-            (width, height), mode = image_file_header(path)
+            content = read(one)
+            (width, height), mode = image_file_header(one.path, content)
             if refuse_unknown_range:
                 check_known_range(mode, value_range)
             with one_large_at_a_time(width * height):
-                image = read_image(path, reduce_large=side is not None)
+                image = read_image(one.path, content, reduce_large=side is not None)
                 network_input = _network_input(image, side, value_range, resizing)
-                pixels = np.asarray(image_to_rgb(_reduce(image), value_range))
+                pixels = np.asarray(image_to_rgb(_reduce(image), value_range)) if with_pixels else None
         except (UnreadableImageError, OSError) as error:
             return error
         return Decoded((height, width), pixels, network_input)
@@ -72,18 +91,34 @@ def decoded_batches(
     entries = iter(todo)
     waiting: deque[tuple[int, Input, Future]] = deque()
     batch: list[tuple[int, Input, Decoded | Exception]] = []
+    largest = 1  # bytes of a decoded image
     while True:
-        while len(waiting) <= batch_size and (entry := next(entries, None)) is not None:
-            waiting.append((*entry, pool.submit(decode, entry[1].path)))
+        room = PREFETCH_BYTES // largest
+        while len(waiting) <= min(max(batch_size, ahead), room) and (entry := next(entries, None)) is not None:
+            waiting.append((*entry, pool.submit(decode, entry[1])))
         if not waiting:
             break
         i, one, future = waiting.popleft()
+        if by_slot and any((i - other) % batch_size == 0 for other, *_ in batch):
+            yield batch
+            batch = []
         batch.append((i, one, future.result()))
+        largest = max(largest, _num_bytes(batch[-1][2]))
         if len(batch) == batch_size:
             yield batch
             batch = []
     if batch:
         yield batch
+
+
+def _num_bytes(decoded: Decoded | Exception) -> int:
+    """What a decoded image takes in memory, about; 1 at least."""
+    if not isinstance(decoded, Decoded):
+        return 1
+    pixels = 0 if decoded.pixels is None else decoded.pixels.nbytes
+    if isinstance(decoded.network_input, np.ndarray):
+        return max(1, pixels + decoded.network_input.nbytes)
+    return max(1, pixels + 4 * math.prod(decoded.size))
 
 
 def _network_input(

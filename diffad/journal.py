@@ -1,17 +1,21 @@
 """The table of what `diffad predict` has found: kept row by row while it runs, and taken up by the next run.
 
-`scores.csv` appears only when every input is accounted for; until then rows stand in `scores.partial.csv`. Names of
-files that are no UTF-8 keep their bytes in both.
+`scores.csv` appears only when every input is accounted for. Until then each process of a run keeps a journal of its
+own, `scores.partial-0.csv`, ..., and `scores.partial.csv` holds what earlier runs had done. All of them are in order of
+the inputs' places, which are their first column, so that they are merged line by line. Names of files that are no UTF-8
+keep their bytes.
 """
 
 from __future__ import annotations
 
 import csv
+import heapq
 import os
+import posixpath
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 from diffad.files import bounded_name, digest, write_whole
 from diffad.inputs import absolute_place
@@ -29,6 +33,9 @@ COLUMNS = (
     "size",
     "modified",
 )
+JOURNAL_COLUMNS = ("place", *COLUMNS)
+PLACE, PATH, SCORE, P_VALUE, VERDICT, _, _, MESSAGE, PICTURE, FILE, SIZE, MODIFIED = range(len(JOURNAL_COLUMNS))
+EARLIER = -1  # the place of rows that earlier runs have completed: above all others
 VERDICTS = ("normal", "anomalous", "unreadable", "scored")
 SCORES_NAME, JOURNAL_NAME = "scores.csv", "scores.partial.csv"
 CALIBRATION_NAME = "calibration.json"  # beside scores.csv: what its scores are ranked among
@@ -38,13 +45,13 @@ ENCODING: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surro
 class Input(NamedTuple):
     """An image file, as it was before it was read.
 
-    path: as it was given.
+    path: as it was given: a `Path`, or a URL as text.
     file: with every link resolved: two names of a file have one.
     size: in bytes; "" where there is no file.
     modified: nanoseconds since 1970, with the former what tells a file from another one of its name.
     """
 
-    path: Path
+    path: Any
     file: str
     size: str
     modified: str
@@ -59,11 +66,11 @@ def describe_input(path: Path) -> Input:
     return Input(path, file, str(status.st_size), str(status.st_mtime_ns))
 
 
-def distinct_inputs(paths: Sequence[Path]) -> list[Input]:
-    """Each file once, under the first of its names."""
+def distinct_inputs(paths: Sequence[Path | Input]) -> list[Input]:
+    """Each file once, under the first of its names; those in a store come as an `Input`."""
     found: dict[str, Input] = {}
     for path in paths:
-        described = describe_input(path)
+        described = path if isinstance(path, Input) else describe_input(Path(path))
         found.setdefault(os.path.normcase(described.file), described)
     return list(found.values())
 
@@ -88,50 +95,90 @@ def check_scores(output_dir: Path) -> None:
                 raise ValueError(f"{path} is no table of diffad's, and would be replaced. Give another `output_dir`.")
 
 
-class Done(NamedTuple):
-    """What earlier runs have done.
+class Inputs(Protocol):
+    """What `take_up` asks of the inputs, in memory or a stream."""
 
-    verdicts: by file.
-    pictures: the file that a picture shows, by its name as `picture_key`.
+    def take(self, row: list[str], is_complete: bool) -> int | None:
+        """Notes that an earlier run has done a row's input.
+
+        Args:
+            row: with `JOURNAL_COLUMNS`.
+            is_complete: whether it stands in `scores.csv`.
+
+        Returns:
+            The place of the row among all; None where it does not count, as it stands there twice or is to be done
+            again.
+        """
+        ...
+
+
+def process_journals(output_dir: Path) -> list[Path]:
+    """Those of a run's processes, in any order."""
+    return sorted(output_dir.glob("scores.partial-*.csv"))
+
+
+def process_journal(output_dir: Path, process: int) -> Path:
+    return output_dir / f"scores.partial-{process}.csv"
+
+
+def read_journal(path: Path) -> Iterator[list[str]]:
+    """Rows of a journal, as lists with `JOURNAL_COLUMNS`; what a killed process has left of a last line is no row.
+
+    Of an earlier version's, which has no places, all are `EARLIER`.
     """
+    if not path.is_file():
+        return
+    with open(path, **ENCODING) as file:
+        rows = csv.reader(_whole_lines(file))
+        if next(rows, None) == list(JOURNAL_COLUMNS):
+            yield from (row for row in rows if len(row) == len(JOURNAL_COLUMNS) and row[VERDICT] in VERDICTS)
+            return
+    for row in read_rows(path):
+        yield [str(EARLIER), *row.values()]
 
-    verdicts: dict[str, str]
-    pictures: dict[str, str]
+
+def _whole_lines(file: IO[str]) -> Iterator[str]:
+    return (line for line in file if line.endswith(("\n", "\r")))
 
 
-def take_up(output_dir: Path, inputs: Sequence[Input], root: str) -> Done:
-    """Begins the journal with what earlier runs have done, with names below `root`.
+def take_up(output_dir: Path, inputs: Inputs) -> None:
+    """Begins `scores.partial.csv` with what earlier runs have done, and tells `inputs` of it.
 
-    Left out are what a killed run left of a line, and those `inputs` that could not be read or written, or whose file
-    has been replaced since: they are done again.
+    Left out are what a killed run left of a line, and inputs that could not be read or written, or whose file has been
+    replaced since: they are done again.
     """
-    done = Done({}, {})
-    now = {one.file: one for one in inputs}
+    journals = process_journals(output_dir)
+    begun = heapq.merge(*(read_journal(path) for path in (output_dir / JOURNAL_NAME, *journals)), key=_place)
+    complete = ([str(i), *row.values()] for i, row in enumerate(read_rows(output_dir / SCORES_NAME)))
     with write_whole(output_dir / JOURNAL_NAME) as unfinished, open(unfinished, "w", **ENCODING) as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for name in (SCORES_NAME, JOURNAL_NAME):
-            for row in read_rows(output_dir / name):
-                if not row["file"]:  # version 0.1 wrote paths alone
-                    row["file"] = os.path.realpath(row["path"])
-                    place = place_below(root, Path(row["path"]))
-                    if place is not None and row["score"]:
-                        row["picture"] = place.as_posix() + ("" if place.suffix == ".png" else ".png")
-                wanted = now.get(row["file"])
-                if wanted is not None and (
-                    row["verdict"] == "unreadable" or row["message"] or _is_replaced(row, wanted)
-                ):
-                    continue
-                if row["file"] not in done.verdicts:
-                    writer.writerow(row)
-                    done.verdicts[row["file"]] = VERDICTS[VERDICTS.index(row["verdict"])]  # one string for all rows
-                    if row["picture"]:
-                        done.pictures[picture_key(row["picture"])] = row["file"]
-    return done
+        writer = csv.writer(file)
+        writer.writerow(JOURNAL_COLUMNS)
+        for rows, is_complete in ((complete, True), (begun, False)):
+            for row in rows:
+                if (place := inputs.take(row, is_complete)) is not None:
+                    writer.writerow([place, *row[1:]])
+    for path in journals:
+        path.unlink()
 
 
-def _is_replaced(row: dict[str, str], wanted: Input) -> bool:
-    return bool(row["size"]) and (row["size"], row["modified"]) != (wanted.size, wanted.modified)
+def merged_journals(output_dir: Path) -> Iterator[list[str]]:
+    """All rows in the order of their places, without the journals in memory."""
+    paths = (output_dir / JOURNAL_NAME, *process_journals(output_dir))
+    return heapq.merge(*(read_journal(path) for path in paths), key=_place)
+
+
+def complete_scores(output_dir: Path) -> None:
+    """Makes `scores.csv` of the journals."""
+    with write_whole(output_dir / SCORES_NAME) as unfinished, open(unfinished, "w", **ENCODING) as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(row[1:] for row in merged_journals(output_dir))
+    for path in (output_dir / JOURNAL_NAME, *process_journals(output_dir)):
+        path.unlink()
+
+
+def _place(row: list[str]) -> int:
+    return int(row[PLACE])
 
 
 def common_folder(inputs: Sequence[Input]) -> str:
@@ -140,6 +187,13 @@ def common_folder(inputs: Sequence[Input]) -> str:
     Raises:
         ValueError: there is none, as they lie on several drives.
     """
+    urls = [one.path for one in inputs if isinstance(one.path, str)]
+    if urls:
+        protocols = {url.split("://")[0] for url in urls}
+        if len(protocols) > 1 or len(urls) < len(inputs):
+            raise ValueError("The images lie in several stores. Give those of each an `output_dir` of its own.")
+        protocol = protocols.pop()
+        return f"{protocol}://{posixpath.commonpath([posixpath.dirname(url.split('://')[1]) for url in urls])}"
     try:
         return os.path.commonpath({str(absolute_place(one.path).parent) for one in inputs})
     except ValueError as error:
@@ -148,8 +202,10 @@ def common_folder(inputs: Sequence[Input]) -> str:
         ) from error
 
 
-def place_below(root: str, path: Path) -> Path | None:
+def place_below(root: str, path: Path | str) -> Path | None:
     """A file's place below `root`, by its own path or by that with all links resolved; None if it lies elsewhere."""
+    if isinstance(path, str) and "://" in path:
+        return Path(path[len(root) + 1 :]) if path.startswith(f"{root}/") else None
     for one, folder in ((absolute_place(path), root), (os.path.realpath(path), os.path.realpath(root))):
         if Path(one).is_relative_to(folder):
             return Path(one).relative_to(folder)

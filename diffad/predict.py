@@ -1,60 +1,69 @@
 """Runs a pipeline over image files of any number, in constant memory, and writes what it finds.
 
-Every file is written under another name and renamed, and `scores.csv` appears only when every input is accounted for:
-a killed run leaves no half-written file, and the next one goes on where it stopped. Nothing is written outside the
-output folder, and no input is written to.
+    accelerate launch -m diffad.predict MODEL IMAGES... --output DIR
+
+is `diffad predict` on any number of processes. Every file is written under another name and renamed, and `scores.csv`
+appears only when every input is accounted for: a killed run leaves no half-written file, and the next one goes on where
+it stopped, on as many processes as it has. Nothing is written outside the output folder, and no input is written to.
 """
 
 from __future__ import annotations
 
 import csv
-import errno
 import heapq
 import json
 import math
-import os
+import sys
+import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from PIL import Image
 
 from diffad.decoding import Decoded, decoded_batches, decoding_of
 from diffad.deployment.runtime import Runtime
-from diffad.files import locked_folder, write_text_whole, write_whole
-from diffad.grey_depth import BAND_PIXELS, warn_of_found_range
-from diffad.image_arrays import WITHOUT_TORCH, find_value_range
-from diffad.image_files import one_large_at_a_time
+from diffad.files import locked_folder
+from diffad.grey_depth import warn_of_found_range
+from diffad.image_arrays import WITHOUT_TORCH
 from diffad.image_sizes import Side
-from diffad.inputs import LOCK_NAME, PICTURE_FOLDERS, SHEET_NAME, find_images
+from diffad.inputs import LOCK_NAME, SHEET_NAME, find_images
 from diffad.journal import (
     COLUMNS,
     ENCODING,
-    JOURNAL_NAME,
-    SCORES_NAME,
+    FILE,
+    JOURNAL_COLUMNS,
+    PATH,
+    PICTURE,
+    PLACE,
+    SCORE,
     VERDICTS,
     Input,
-    check_scores,
-    common_folder,
-    distinct_inputs,
-    name_pictures,
-    place_below,
-    read_rows,
+    complete_scores,
+    merged_journals,
+    process_journal,
     take_up,
 )
-from diffad.part_verdicts import PART_VERDICTS_NAME
-from diffad.region_files import REGION_FILES, RegionJournal, describe_regions
-from diffad.regions import can_list_regions, without_small_regions
+from diffad.listed_files import ListedFiles
+from diffad.manifest import Manifest, range_of_inputs
+from diffad.output_folder import SETTINGS_NAME, begin_settings, check_output, check_settings
+from diffad.picture_files import SHEET_IMAGES, draw_overlay, save_most_anomalous, write_outputs
+from diffad.process_share import of_all_processes, on_main
+from diffad.region_files import RegionJournal
+from diffad.regions import can_list_regions
+from diffad.remote_files import RemoteReader, is_url
 from diffad.resizing import Resizing
-from diffad.visualization import overlay, save_rows
 
-__all__ = ["find_images", "predict_files", "score_files"]
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-SETTINGS_NAME = "settings.json"
-SHEET_COLUMNS, SHEET_ROWS = 6, 4
+__all__ = ["begin_settings", "check_output", "check_settings", "find_images", "predict_files", "score_files"]
+
+STORE_WORKERS = 16  # threads that read from a store, which takes long to answer each
 
 # (network inputs, each (R, R', 3) in [0, 1]; places of the images among all) -> an output of arrays or CPU tensors
 Detect: TypeAlias = Callable[[list[Any], list[int]], Any]
@@ -62,31 +71,41 @@ Detect: TypeAlias = Callable[[list[Any], list[int]], Any]
 
 def predict_files(
     pipeline: Any,
-    paths: Sequence[Path],
+    paths: Sequence[Path | Input] | Manifest,
     output_dir: str | Path,
     batch_size: int = 16,
     category: str | None = None,
     seed: int = 0,
     num_workers: int = 2,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
+    max_pictures: int = 100_000,
+    accelerator: Accelerator | None = None,
+    spent: dict[str, float] | None = None,
 ) -> dict[str, int]:
     """Scores image files and writes overlays, maps, masks, `scores.csv` and a sheet of the most anomalous.
 
     Args:
         pipeline: an anomaly pipeline, or a `Runtime`; uncalibrated, it gives no masks and no verdicts.
         paths: image files, as from `find_images`; a file of several names counts once. The outputs keep their folders
-            below the common one.
+            below the common one. Or what `find_inputs` gives: files in stores, or a `Manifest`, whose outputs are
+            called by their lines' numbers.
         output_dir: gets `overlays/`, `maps/` (16-bit PNG: map_low at 0, map_high at 65535, both in scores.csv),
             `masks/` (0 or 255), `most_anomalous.png`, `scores.csv` (in order of `paths`, below what earlier runs have
             scored), `settings.json` and, calibrated, the defects as a list (`diffad.region_files`) and
             `calibration.json` (the scores that tell drift). Maps and masks have the size of their image, and so have
             overlays, those of more than 16 megapixels reduced. The pictures of `part.png` are named so too, those of
             `part.jpg` `part.jpg.png`; `picture` in scores.csv says how where a name is too long or another's.
-        batch_size: images in one pass of the networks.
+        batch_size: images in one pass of the networks, at most. All batches have one shape, and the last one is filled
+            up, so that no image's numbers depend on where it stands.
         category: of a unified model.
         seed: the noise of an image follows from this and its place in `paths`.
-        num_workers: threads that decode ahead, one batch at most, and write what the batch before has shown.
-        report: called with each new row of scores.csv, as a dict.
+        num_workers: threads that decode ahead, one batch at most, and write what the batch before has shown; files in
+            stores have more.
+        report: called with each new row of scores.csv, as a dict; in each process with its own.
+        max_pictures: of more images there are no overlays, maps and masks, but scores, regions and the sheet.
+        accelerator: whose processes share the images. The tables are those of one process.
+        spent: gets `seconds`, the time spent on batches, `waiting`, how much of it the networks have waited for images,
+            and `retried`, requests to stores that were made again; all summed over the processes.
 
     Returns:
         Counts of "normal", "anomalous", "unreadable" and, uncalibrated, "scored" images, and of those "skipped"
@@ -94,24 +113,67 @@ def predict_files(
         is done again.
 
     Raises:
-        ValueError: `output_dir` holds results of another calibration, category or seed, or of images elsewhere, or
-            files of another program's that would be replaced; or the category is unknown.
-        RuntimeError: another process writes to `output_dir`.
+        ValueError: `output_dir` holds results of another calibration, category, seed or manifest, or of images
+            elsewhere, or files of another program's that would be replaced; or the category is unknown.
+        RuntimeError: another process writes to `output_dir`, or one of `accelerator`'s has ended early.
     """
     index = pipeline.category_index(category)
     settings, threshold = detection_settings(pipeline, category, seed)
     detect = pipeline_detect(pipeline, category, batch_size, seed)
     side, at_once = decoding_of(pipeline, batch_size)
-    if settings["value_range"] is None and (found := find_value_range(paths, skip_unreadable=True)) is not None:
-        warn_of_found_range(found)
-        settings["value_range"] = found
+    if settings["value_range"] is None:
+        settings["value_range"] = on_main(accelerator, lambda: range_of_inputs(paths))
+        if settings["value_range"] is not None:
+            warn_of_found_range(settings["value_range"])
     resizing = resizing_of(pipeline)
-    counts = score_files(detect, side, threshold, settings, paths, output_dir, at_once, num_workers, report, resizing)
+    with same_threads(pipeline, Path(output_dir), accelerator) as threads:
+        counts = score_files(
+            detect,
+            side,
+            threshold,
+            settings,
+            paths,
+            output_dir,
+            at_once,
+            num_workers,
+            report,
+            resizing,
+            max_pictures,
+            accelerator,
+            spent,
+            threads,
+        )
     if pipeline.has_thresholds and not isinstance(pipeline, Runtime):
         from diffad.drift_table import save_calibration_scores
 
-        save_calibration_scores(Path(output_dir), pipeline, index)
+        on_main(accelerator, lambda: save_calibration_scores(Path(output_dir), pipeline, index))
     return counts
+
+
+@contextmanager
+def same_threads(pipeline: Any, output_dir: Path, accelerator: Accelerator | None) -> Iterator[dict[str, int]]:
+    """The number of torch's threads that a folder's results were begun with, as sums over threads differ in last bits.
+
+    Gives what is to be written down of it: nothing of an exported model, whose runtime has its own threads.
+    """
+    if isinstance(pipeline, Runtime):
+        yield {}
+        return
+    import torch
+
+    def begun_with() -> int:
+        try:
+            return int(json.loads((output_dir / SETTINGS_NAME).read_text(encoding="utf-8"))["threads"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return before
+
+    before = torch.get_num_threads()
+    threads = on_main(accelerator, begun_with)
+    torch.set_num_threads(threads)
+    try:
+        yield {"threads": threads}
+    finally:
+        torch.set_num_threads(before)
 
 
 def detection_settings(pipeline: Any, category: str | None, seed: int) -> tuple[dict[str, Any], float | None]:
@@ -164,12 +226,16 @@ def score_files(
     side: Side | None,
     threshold: float | None,
     settings: dict[str, Any],
-    paths: Sequence[Path],
+    paths: Sequence[Path | Input] | Manifest,
     output_dir: str | Path,
     batch_size: int = 16,
     num_workers: int = 2,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
     resizing: Resizing = WITHOUT_TORCH,
+    max_pictures: int = 100_000,
+    accelerator: Accelerator | None = None,
+    spent: dict[str, float] | None = None,
+    recorded: dict[str, Any] | None = None,
 ) -> dict[str, int]:
     """`predict_files`, of anything that detects.
 
@@ -187,245 +253,156 @@ def score_files(
         num_workers: as there.
         report: as there.
         resizing: of images and maps.
+        max_pictures: as there.
+        accelerator: as there.
+        spent: as there.
+        recorded: what stands beside `settings`, and may differ in later runs.
     """
     output_dir = Path(output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"`output_dir` must be a folder, but {output_dir} is a file.")
-    check_output(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with locked_folder(output_dir, LOCK_NAME):
-        inputs = distinct_inputs([Path(path) for path in paths])
-        root = check_settings(settings, output_dir) or begin_settings(settings, common_folder(inputs), output_dir)
-        done = take_up(output_dir, inputs, root)
-        todo = [(i, one) for i, one in enumerate(inputs) if one.file not in done.verdicts]
-        pictures = name_pictures(_places(todo, root, output_dir), done.pictures)
-        counts = dict.fromkeys(VERDICTS, 0) | {"skipped": len(inputs) - len(todo)}
-        for one in inputs:
-            if one.file in done.verdicts:
-                counts[done.verdicts[one.file]] += 1
-        journal = output_dir / JOURNAL_NAME
-        regions = RegionJournal(output_dir, done.verdicts)
-        smallest_area = settings.get("smallest_area") or 0.0
-        with open(journal, "a", **ENCODING) as file, ThreadPoolExecutor(num_workers) as pool:
-            writer = csv.DictWriter(file, COLUMNS)
+    process, num_processes = 0, 1
+    if accelerator is not None:
+        process, num_processes = accelerator.process_index, accelerator.num_processes
+    value_range, smallest_area = settings.get("value_range"), settings.get("smallest_area") or 0.0
+
+    with ExitStack() as stack:
+        # 1. What there is to do; the main process looks, and holds the folder
+        def plan() -> ListedFiles | Manifest:
+            check_output(output_dir)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked_folder(output_dir, LOCK_NAME))
+            inputs = paths if isinstance(paths, Manifest) else ListedFiles(paths)
+            agreed = settings | {"manifest": inputs.digest()}
+            earlier = check_settings(agreed, output_dir)
+            inputs.root = earlier or begin_settings(agreed | (recorded or {}), inputs.common_root(), output_dir)
+            take_up(output_dir, inputs)
+            regions.merge(inputs.place_of_line)
+            return inputs
+
+        regions = RegionJournal(output_dir, process)
+        inputs = on_main(accelerator, plan)
+        shape = batch_shape(inputs.count_up_to(batch_size**2), batch_size)
+        with_pictures = inputs.count_up_to(max_pictures + 1) <= max_pictures
+        workers = max(num_workers, STORE_WORKERS) if inputs.are_far else num_workers
+        names: dict[int, str] = {}  # of pictures, by place, until their image is done
+        read = RemoteReader()
+
+        def own() -> Iterator[tuple[int, Input]]:
+            def is_own(place: int) -> bool:  # so processes share whole batches
+                return place // shape % num_processes == process
+
+            for place, one, names[place] in inputs.todo(is_own, with_pictures):
+                yield place, one
+
+        def decode(todo: Iterable[tuple[int, Input]], pool: ThreadPoolExecutor, with_pixels: bool) -> Iterator[Any]:
+            of_images = (side, shape, pool, value_range, resizing, with_pixels)
+            return decoded_batches(todo, *of_images, by_slot=True, read=read, ahead=workers if inputs.are_far else 0)
+
+        def detect_batch(batch: Sequence[tuple[int, Input, Decoded | Exception]]) -> Any:
+            """Each image in the slot that its place gives it, the rest filled up: sums depend on shape and slot."""
+            good = [(place, decoded) for place, _, decoded in batch if isinstance(decoded, Decoded)]
+            if not good:
+                return None
+            slots = [good[0]] * shape
+            for place, decoded in good:
+                slots[place % shape] = (place, decoded)
+            return detect([decoded.network_input for _, decoded in slots], [place for place, _ in slots])
+
+        # 2. This process's share, batch by batch; a row is in its journals once its files are written
+        counts: Counter[str] = Counter()
+        own_spent = {"seconds": -time.perf_counter(), "waiting": 0.0, "retried": 0.0}
+        with (
+            open(process_journal(output_dir, process), "w", **ENCODING) as file,
+            ThreadPoolExecutor(workers) as pool,
+            closing(regions),
+        ):
+            writer = csv.DictWriter(file, JOURNAL_COLUMNS)
+            writer.writeheader()
 
             def enter(rows: Iterable[dict[str, Any] | Future]) -> None:
-                """Into the journals, once their files are written; an image in that of scores is in both."""
                 for row in rows:
                     row = row.result() if isinstance(row, Future) else row
                     if "regions" in row:
-                        place = place_below(root, Path(row["path"]))
-                        name = row["path"] if place is None else place.as_posix()
-                        regions.enter(row["file"], row["path"], name, row.pop("upright_size"), row.pop("regions"))
-                    writer.writerow(row)
+                        regions.enter(
+                            row["place"], row["file"], row["path"], row["name"], row["upright_size"], row["regions"]
+                        )
+                    writer.writerow({column: row.get(column) for column in JOURNAL_COLUMNS})
                     counts[row["verdict"]] += 1
                     report({column: row.get(column) for column in COLUMNS})
                 file.flush()
 
             being_written: list[dict[str, Any] | Future] = []
-            for batch in decoded_batches(todo, side, batch_size, pool, settings.get("value_range"), resizing):
-                good = [(i, decoded) for i, _, decoded in batch if isinstance(decoded, Decoded)]
-                if good:
-                    output = detect([decoded.network_input for _, decoded in good], [i for i, _ in good])
+            batches = decode(own(), pool, with_pixels=with_pictures)
+            for batch in waited_for(batches, own_spent):
+                output = detect_batch(batch)
                 enter(being_written)
-                being_written, j = [], 0
-                for _, one, decoded in batch:
-                    row = {"path": str(one.path), "file": one.file, "size": one.size, "modified": one.modified}
-                    if isinstance(decoded, Decoded):
-                        row["picture"] = pictures[one.file]
-                        being_written.append(
-                            pool.submit(
-                                write_outputs, row, output, j, decoded, output_dir, threshold, smallest_area, resizing
-                            )
-                        )
-                        j += 1
-                    else:
+                being_written = []
+                for place, one, decoded in batch:
+                    row = {"place": place, "path": str(one.path), "name": inputs.name(place, one)}
+                    row |= {"file": one.file, "size": one.size, "modified": one.modified}
+                    picture = names.pop(place)
+                    if not isinstance(decoded, Decoded):
                         being_written.append({**row, "verdict": "unreadable", "message": str(decoded)})
+                        continue
+                    outputs = (output, place % shape, decoded, output_dir, threshold, smallest_area, resizing)
+                    being_written.append(pool.submit(write_outputs, {**row, "picture": picture}, *outputs))
             enter(being_written)
-        try:
-            save_most_anomalous(journal, output_dir)
-        except OSError as error:
-            warnings.warn(f"{output_dir / SHEET_NAME} cannot be written: {error}", stacklevel=2)
-        if threshold is not None and can_list_regions():
-            regions.write_files(settings.get("category"))
-        journal.replace(output_dir / SCORES_NAME)
-    return counts
+        own_spent["seconds"] += time.perf_counter()
+        own_spent["retried"] += read.retried
+
+        # 3. The main process makes the tables of all journals, line by line
+        of_all = of_all_processes(accelerator, (counts, own_spent))
+
+        def finish() -> None:
+            scored = (row for row in merged_journals(output_dir) if row[SCORE])
+            highest = heapq.nlargest(SHEET_IMAGES, scored, key=lambda row: float(row[SCORE]))
+            try:
+                save_most_anomalous(highest, draw([row for row in highest if not row[PICTURE]]), output_dir)
+            except OSError as error:
+                warnings.warn(f"{output_dir / SHEET_NAME} cannot be written: {error}", stacklevel=2)
+            regions.merge(lambda line: line["place"])
+            if threshold is not None and can_list_regions():
+                regions.write_files(settings.get("category"))
+            complete_scores(output_dir)
+
+        def draw(rows: Sequence[list[str]]) -> dict[int, np.ndarray]:
+            """Overlays of images that have none, by their places."""
+            known = ((int(row[PLACE]), row[PATH], row[FILE]) for row in rows)
+            todo = [(i, Input(path if is_url(path) else Path(path), file, "", "")) for i, path, file in known if i >= 0]
+            drawn = {}
+            with ThreadPoolExecutor(workers) as pool:
+                for batch in decode(todo, pool, with_pixels=True):
+                    output = detect_batch(batch)
+                    for place, _, decoded in batch:
+                        if isinstance(decoded, Decoded):
+                            outputs = (output, place % shape, decoded, threshold, smallest_area, resizing)
+                            drawn[place] = draw_overlay(*outputs)
+            return drawn
+
+        on_main(accelerator, finish)
+    if spent is not None:
+        spent |= {name: sum(one[name] for _, one in of_all) for name in own_spent}
+    new = sum((counts for counts, _ in of_all), Counter())
+    found = {verdict: inputs.counts[verdict] + new[verdict] for verdict in VERDICTS}
+    return found | {"skipped": sum(inputs.counts.values())}
 
 
-def save_most_anomalous(scores: Path, output_dir: Path) -> None:
-    """A contact sheet of the overlays with the highest scores, from a table like scores.csv."""
-    scored = (row for row in read_rows(scores) if row["score"])
-    highest = heapq.nlargest(SHEET_COLUMNS * SHEET_ROWS, scored, key=lambda row: float(row["score"]))
-    tiles, captions = [], []
-    for row in highest:
-        overlay_path = output_dir / "overlays" / row["picture"]
-        if row["picture"] and overlay_path.is_file():  # an earlier run's may have been taken away
-            with Image.open(overlay_path) as picture:
-                picture.thumbnail((320, 320))
-                tiles.append(np.asarray(picture))
-            p_value = f", p = {float(row['p_value']):.2g}" if row["p_value"] else ""
-            name = os.fsencode(Path(row["path"]).name).decode("utf-8", "replace")  # fonts know no halves of letters
-            name = "".join(letter if letter.isprintable() else "?" for letter in name)[:80]
-            captions.append(f"{name}\n{float(row['score']):.4g}{p_value}")
-    if tiles:
-        starts = range(0, len(tiles), SHEET_COLUMNS)
-        rows = [tiles[i : i + SHEET_COLUMNS] for i in starts]
-        save_rows(rows, output_dir / SHEET_NAME, captions=[captions[i : i + SHEET_COLUMNS] for i in starts])
+def batch_shape(num_images: int, batch_size: int) -> int:
+    """Images in each batch, as even as at most `batch_size` allows, so that little is filled up."""
+    return math.ceil(num_images / math.ceil(num_images / batch_size))
 
 
-def check_output(output_dir: Path) -> None:
-    """Raises where pictures would go into links, or between or over files of another program's."""
-    is_ours = any((output_dir / name).is_file() for name in (LOCK_NAME, SETTINGS_NAME, JOURNAL_NAME))
-    for name in (*PICTURE_FOLDERS, SHEET_NAME, *REGION_FILES, PART_VERDICTS_NAME):
-        path = output_dir / name
-        if path.is_symlink():
-            raise ValueError(f"{path} is a link, and nothing is written outside the output. Give another `output_dir`.")
-        if not is_ours and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
-            raise ValueError(
-                f"{path} exists, but {output_dir} holds no results of diffad's: it would be written to. Give another "
-                "`output_dir`."
-            )
-    check_scores(output_dir)
+def waited_for(batches: Iterator[Any], spent: dict[str, float]) -> Iterator[Any]:
+    """The same batches; adds to `spent["waiting"]` how many seconds each has been waited for."""
+    while True:
+        started = time.perf_counter()
+        batch = next(batches, None)
+        spent["waiting"] += time.perf_counter() - started
+        if batch is None:
+            return
+        yield batch
 
 
-def check_settings(settings: dict[str, Any], output_dir: Path) -> str | None:
-    """The folder that the names of an earlier run's outputs start from; None where there was none.
+if __name__ == "__main__":
+    from diffad.cli import main
 
-    Raises:
-        ValueError: the earlier run's results and new ones would not fit together.
-    """
-    path = output_dir / SETTINGS_NAME
-    if not path.is_file():
-        return None
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
-        root = earlier["root"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no file of diffad's, and would be replaced. Give another `output_dir`.") from error
-    changed = [name for name in settings if settings[name] != earlier.get(name)]
-    if changed:
-        values = ", ".join(f"{name} {earlier.get(name)} there and {settings[name]} now" for name in changed)
-        raise ValueError(
-            f"{output_dir} holds results of another {' and '.join(changed)} ({values}). Give another `output_dir`, "
-            "or remove that one."
-        )
-    return root
-
-
-def begin_settings(settings: dict[str, Any], root: str, output_dir: Path) -> str:
-    """Writes down what later runs must agree in, and the folder that the outputs' names start from; returns that."""
-    write_text_whole(output_dir / SETTINGS_NAME, json.dumps({"root": root, **settings}, indent=2) + "\n")
-    return root
-
-
-def _places(todo: Sequence[tuple[int, Input]], root: str, output_dir: Path) -> list[tuple[str, Path]]:
-    """Where each file lies below `root`."""
-    places = []
-    for _, one in todo:
-        place = place_below(root, one.path)
-        if place is None:
-            raise ValueError(
-                f"{output_dir} holds results of images in {root}, and {one.path.parent} lies elsewhere. Give another "
-                "`output_dir`."
-            )
-        places.append((one.file, place))
-    return places
-
-
-def _at_size(
-    image: np.ndarray,
-    shown: np.ndarray,
-    size: tuple[int, int],
-    finish: Callable[[np.ndarray], np.ndarray],
-    resizing: Resizing,
-) -> np.ndarray:
-    """What `finish` makes of an image (h, w) at a size (H, W), in bands of rows, as that may be large.
-
-    `shown` is the image as the overlay has it, which mostly is that size.
-    """
-    if shown.shape == size:
-        return finish(shown)
-    height, width = size
-    rows = resizing.map(np.eye(image.shape[0], dtype=np.float32), (height, image.shape[0]))  # (H, h): its weights
-    wide = resizing.map(image, (image.shape[0], width))  # (h, W)
-    result, step = np.empty(size, finish(shown[:1]).dtype), max(1, BAND_PIXELS // width)
-    for top in range(0, height, step):
-        result[top : top + step] = finish(rows[top : top + step] @ wide)
-    return result
-
-
-def write_outputs(
-    row: dict[str, Any],
-    output: Any,
-    j: int,
-    decoded: Decoded,
-    output_dir: Path,
-    threshold: float | None,
-    smallest_area: float,
-    resizing: Resizing,
-) -> dict[str, Any]:
-    """Writes one image's pictures and completes its row.
-
-    Raises:
-        OSError: the disk is full: no picture of any other could be written.
-    """
-    anomaly_map = np.asarray(output.anomaly_map[j])  # (h, w)
-    shown = resizing.map(anomaly_map, decoded.pixels.shape[:2])  # (h', w')
-    low, high = float(shown.min()), float(shown.max())
-
-    def to_16_bits(values: np.ndarray) -> np.ndarray:
-        scaled = (values - np.float32(low)) / np.float32(max(high - low, 1e-12)) * np.float32(65535.0)
-        return (scaled + np.float32(0.5)).clip(0, 65535).astype(np.uint16)
-
-    def to_mask(values: np.ndarray) -> np.ndarray:  # as `threshold_output`
-        is_above = values > np.float32(math.inf if threshold is None else threshold)
-        return is_above & bool(output.is_anomalous[j])
-
-    def mask() -> np.ndarray:
-        at_size = _at_size(anomaly_map, shown, decoded.size, to_mask, resizing)
-        return without_small_regions(at_size, smallest_area)
-
-    row |= {
-        "score": f"{float(output.anomaly_score[j]):.6g}",
-        "map_low": f"{low:.6g}",
-        "map_high": f"{high:.6g}",
-        "verdict": "scored",
-    }
-    # each made when it is its turn: those of a large image are large
-    pictures = {"maps": lambda: _at_size(anomaly_map, shown, decoded.size, to_16_bits, resizing)}
-    outlined = None
-    if threshold is not None:
-        outlined = without_small_regions(to_mask(shown), smallest_area)
-        pictures["masks"] = lambda: mask().astype(np.uint8) * 255
-        row["p_value"] = f"{float(output.p_value[j]):.6g}"
-        row["verdict"] = "anomalous" if bool(output.is_anomalous[j]) else "normal"
-        if can_list_regions():
-            row["upright_size"], row["regions"] = decoded.size, []
-        if "regions" in row and bool(output.is_anomalous[j]):
-            with one_large_at_a_time(math.prod(decoded.size)):
-                at_size = _at_size(anomaly_map, shown, decoded.size, lambda values: values, resizing)
-                row["regions"] = describe_regions(at_size, mask())
-    pictures["overlays"] = lambda: overlay(decoded.pixels, shown, outlined, threshold)
-    try:
-        for folder, picture in pictures.items():
-            with one_large_at_a_time(math.prod(decoded.size)):
-                _save(Image.fromarray(picture()), output_dir, f"{folder}/{row['picture']}")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        row["message"] = f"Scored, but its pictures cannot be written: {error}"
-    return row
-
-
-def _save(image: Image.Image, output_dir: Path, name: str) -> None:
-    """Writes a PNG below the output folder; its own folders are made, and none of them may be a link elsewhere."""
-    *folders, _ = name.split("/")
-    folder = output_dir
-    for part in folders:
-        folder = folder / part
-        if folder.is_symlink():
-            raise NotADirectoryError(errno.ENOTDIR, "a link stands in the place of a folder", str(folder))
-        folder.mkdir(exist_ok=True)
-    with write_whole(output_dir / name) as unfinished:
-        # the default, 6, makes files a fifth smaller in three times the time: more than a small network takes for one
-        image.save(unfinished, format="PNG", compress_level=2)
+    main(["predict", *sys.argv[1:]])

@@ -1,22 +1,24 @@
 """What `diffad predict` writes of regions: a table, a COCO file, and the lines that both are made of.
 
-`regions.jsonl` gets a line for each image while a run goes on, and is taken up by the next; `regions.csv` and
-`regions.json` are made of it at the end, line by line, so that memory does not grow with the images. Coordinates are
-those of the upright picture, as it is shown after its EXIF orientation.
+While a run goes on, each process writes a line for each of its images to a `regions.partial-0.jsonl` of its own. At the
+end, or by the next run, they are merged into `regions.jsonl`, in the order of the images' places; `regions.csv` and
+`regions.json` are made of it, line by line, so that memory does not grow with the images. Coordinates are those of the
+upright picture, as it is shown after its EXIF orientation.
 """
 
 from __future__ import annotations
 
 import csv
+import heapq
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from diffad.files import write_whole
-from diffad.journal import ENCODING
+from diffad.journal import EARLIER, ENCODING
 from diffad.regions import outlined_regions, run_lengths
 
 LINES_NAME, TABLE_NAME, COCO_NAME = REGION_FILES = ("regions.jsonl", "regions.csv", "regions.json")
@@ -44,48 +46,70 @@ def describe_regions(anomaly_map: np.ndarray, mask: np.ndarray) -> list[dict[str
 
 
 class RegionJournal:
-    """The lines of a run, and of those before it whose images are done.
+    """The lines of a run's process, and those of all processes and earlier runs.
 
     Args:
-        output_dir: where the three files are.
-        done: the files that earlier runs have done (`Input.file`); lines of others are left out.
+        output_dir: where the files are.
+        process: its number.
     """
 
-    def __init__(self, output_dir: Path, done: Collection[str]):
+    def __init__(self, output_dir: Path, process: int = 0):
         self.output_dir, self.path = output_dir, output_dir / LINES_NAME
-        if not self.path.is_file():
-            return
-        kept = set()
-        with write_whole(self.path) as unfinished, open(unfinished, "w", encoding="ascii") as file:
-            for line in self.lines():
-                if line["file"] in done and line["file"] not in kept:
-                    kept.add(line["file"])
-                    file.write(json.dumps(line) + "\n")
+        self._own = output_dir / f"regions.partial-{process}.jsonl"
+        self._file: IO[str] | None = None
 
-    def enter(self, file: str, path: str, name: str, size: tuple[int, int], regions: list[dict[str, Any]]) -> None:
+    def enter(
+        self, place: int, file: str, path: str, name: str, size: tuple[int, int], regions: list[dict[str, Any]]
+    ) -> None:
         """An image's line, on the disk when this returns.
 
         Args:
-            file: `Input.file`, which tells images apart.
+            place: of the image among all; those of a process grow.
+            file: `Input.file`, which tells files apart.
             path: as it was given.
             name: below the images' common folder, with `/`.
             size: (height, width) of the upright picture.
             regions: as of `describe_regions`.
         """
-        line = {"file": file, "path": path, "name": name, "height": size[0], "width": size[1], "regions": regions}
-        with open(self.path, "a", encoding="ascii") as journal:
-            journal.write(json.dumps(line) + "\n")
+        line = {"place": place, "file": file, "path": path, "name": name}
+        if self._file is None:
+            self._file = open(self._own, "w", encoding="ascii")  # noqa: SIM115 (open until `close`)
+        self._file.write(json.dumps({**line, "height": size[0], "width": size[1], "regions": regions}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def merge(self, place_of_line: Callable[[dict[str, Any]], int | None]) -> None:
+        """Makes `regions.jsonl` of all lines, each image's once.
+
+        Args:
+            place_of_line: the place that a line now has; None leaves it out.
+        """
+        journals = sorted(self.output_dir.glob("regions.partial-*.jsonl"))
+        if not journals and not self.path.is_file():
+            return
+        with write_whole(self.path) as unfinished, open(unfinished, "w", encoding="ascii") as file:
+            before: tuple[int, str] | None = None
+            seen: set[tuple[int, str]] = set()  # of places that are no more than `EARLIER`
+            for line in heapq.merge(*map(_read_lines, (self.path, *journals)), key=_place):
+                place = place_of_line(line)
+                if place is None:
+                    continue
+                key = (place, line["file"])
+                if key != before and key not in seen:
+                    file.write(json.dumps(line | {"place": place}) + "\n")
+                before = key
+                if place == EARLIER:
+                    seen.add(key)
+        for path in journals:
+            path.unlink()
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """All lines but one that a killed run has left half written."""
-        if not self.path.is_file():
-            return
-        with open(self.path, encoding="ascii", errors="replace") as file:
-            for text in file:
-                try:
-                    yield json.loads(text)
-                except json.JSONDecodeError:
-                    continue
+        """All merged lines."""
+        return _read_lines(self.path)
 
     def write_files(self, category: str | None) -> None:
         """`regions.csv` and `regions.json` of all lines."""
@@ -124,6 +148,22 @@ class RegionJournal:
                     "score": one["peak"],
                     "segmentation": {"size": size, "counts": one["counts"]},
                 }
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """All lines of a file but one that a killed run has left half written."""
+    if not path.is_file():
+        return
+    with open(path, encoding="ascii", errors="replace") as file:
+        for text in file:
+            try:
+                yield json.loads(text)
+            except json.JSONDecodeError:
+                continue
+
+
+def _place(line: dict[str, Any]) -> int:
+    return line.get("place", EARLIER)  # an earlier version's lines have none
 
 
 def _write_list(entries: Iterable[dict[str, Any]], file: IO[str]) -> None:

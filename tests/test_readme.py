@@ -78,6 +78,7 @@ def workplace(tmp_path, monkeypatch, stable_diffusion) -> Path:
     write_folder(tmp_path / "new_good_parts", 12, first_seed=12)
     write_folder(tmp_path / "new_parts", 3)
     (tmp_path / "parts.csv").write_text("image,part\nnew_parts/000.png,a\nnew_parts/001.png,b\nnew_parts/002.png,c\n")
+    (tmp_path / "manifest.csv").write_text("path\nnew_parts/000.png\nnew_parts/001.png\n")
     predict_files(pipeline, sorted((tmp_path / "new_parts").iterdir()), tmp_path / "runs" / "line")
     write_mvtec(tmp_path / "data")
     predict_files(pipeline, find_images(["new_parts"]), "runs/found")
@@ -164,6 +165,10 @@ MINIATURE = ["--backbone", BACKBONE, "--backbone_weights", "random", "--feature_
 def test_accelerate_examples_run(words, workplace, fresh_accelerate):
     """The arguments as they stand, cut short."""
     script, arguments = words[2], words[3:]
+    if words[2:4] == ["-m", "diffad.predict"]:
+        result = CliRunner().invoke(app, ["predict", *words[4:]], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return
     assert (ROOT / script).is_file()
     main = importlib.import_module(f"diffad.{script.removesuffix('.py').replace('/', '.')}").main
     if script == "training/train_ddpm.py":

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import BACKBONE, STRIDES, texture, tiny_pipeline, write_mvtec, write_png
+from conftest import BACKBONE, STRIDES, launch, texture, tiny_pipeline, write_mvtec, write_png
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from test_pipeline_diad import make_pipeline
@@ -78,6 +78,18 @@ def test_rows_of_one_pass_equal_rows_of_their_own(model, data, tmp_path, capsys)
     printed = capsys.readouterr().out
     assert "| features | " in printed
     assert (tmp_path / "all.md").read_text() in printed
+
+
+def test_two_processes_make_the_table_that_one_does(model, data, tmp_path):
+    table = write_table(tmp_path / "table.yaml", [{"name": "joined"}, {"name": "features", "alpha": 0.0}])
+    results = []
+    for count in (1, 2):
+        output = tmp_path / f"{count}.json"
+        flags = ["--table", table, "--model", model, "--data", data, "--resolution", 32, "--output", output]
+        launch("diffad.training.make_table", *flags, "--batch_size", 2, processes=count, cwd=tmp_path)
+        results.append([row["results"]["mean"] for row in json.loads(output.read_text())["rows"]])
+    for one, two in zip(*results, strict=True):
+        assert two == pytest.approx(one, rel=1e-6, nan_ok=True)
 
 
 def test_alphas_share_one_pass_of_the_network(model, data, tmp_path, monkeypatch):

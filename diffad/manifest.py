@@ -1,0 +1,252 @@
+"""Images by reference, read as a stream and never all in memory: a table of paths or URLs, or tars of images."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from diffad.files import bounded_name
+from diffad.grey_depth import UnreadableImageError
+from diffad.image_arrays import find_value_range
+from diffad.image_files import read_image
+from diffad.inputs import describe_suffixes, find_images, is_image_name
+from diffad.installation import needs_extra
+from diffad.journal import ENCODING, MESSAGE, PLACE, VERDICT, VERDICTS, Input
+from diffad.remote_files import RemoteReader, describe_remote, is_url, list_parquet, list_remote, open_remote, part_of
+
+SUFFIXES = (".csv", ".parquet")
+COLUMN_NAMES = ("path", "image", "url", "file_name")
+IN_A_FOLDER = 1000  # pictures
+LOOKED_AT, FAR_LOOKED_AT = 100, 5  # images that tell the range of values, where the model says nothing of it
+ROWS_AT_ONCE = 65_536  # of a parquet file, in memory
+
+
+def find_inputs(images: Sequence[str | Path], output_dir: str | Path | None = None) -> list[Path | Input] | Manifest:
+    """A manifest, tars, or the image files among `images` and below its folders, local (`find_images`) or by URL.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: there are no images, or a manifest stands among others.
+    """
+    if images and all(is_tar(one) for one in images):
+        return TarImages(images)
+    if parquet := parquet_images(images):
+        return parquet
+    manifests = [one for one in images if os.path.splitext(one)[1].lower() in SUFFIXES]
+    if not manifests:
+        local = [one for one in images if not is_url(one)]
+        found: list[Path | Input] = [*find_images(local, output_dir)] if local else []
+        for url in (str(one) for one in images if is_url(one)):
+            listed = list_remote(url)
+            if not listed:
+                raise ValueError(f"There are no images ({describe_suffixes()}) in {url}.")
+            found += listed
+        return found
+    if len(images) > 1:
+        raise ValueError(f"`images`: the manifest {manifests[0]} must be given alone, as its lines say what is first.")
+    return Manifest(manifests[0])
+
+
+def parquet_images(images: Sequence[str | Path]) -> Manifest | None:
+    """Parquet files that hold images, given or in a store's folder; None where there are none."""
+    from diffad.parquet_images import ParquetImages, image_column
+
+    paths = [os.fspath(one) for one in images]
+    if len(paths) == 1 and is_url(paths[0]) and not os.path.splitext(paths[0])[1]:
+        paths = list_parquet(paths[0])
+    are_parquet = bool(paths) and all(path.lower().endswith(".parquet") for path in paths)
+    if are_parquet and (is_url(paths[0]) or os.path.isfile(paths[0])) and image_column(paths[0]) is not None:
+        return ParquetImages(paths)
+    return None
+
+
+def range_of_inputs(paths: Sequence[Path | Input] | Manifest) -> float | None:
+    """The end of the smallest range that holds images of more than 8 bits; None where there are none.
+
+    The first lines of a manifest tell it, and the first files of a store: to look at all of them takes too long.
+    """
+
+    def images() -> Iterator[Any]:
+        read, num_far = RemoteReader(), 0
+        for one in paths.first(LOOKED_AT) if isinstance(paths, Manifest) else paths:
+            if not isinstance(one, Input) or not isinstance(one.path, str):
+                yield one.path if isinstance(one, Input) else one
+            elif num_far < FAR_LOOKED_AT:
+                num_far += 1
+                with suppress(UnreadableImageError, OSError):
+                    yield read_image(one.path, read(one))
+
+    return find_value_range(images(), skip_unreadable=True)
+
+
+class Manifest:
+    """Images by reference, in the order of a table's lines, with what earlier runs have done of them.
+
+    Each line is an image of its own: one that is named twice is scored twice. Of what is done a bit of memory a line
+    is kept, and nothing else.
+
+    Args:
+        path: a CSV or parquet file with a column `path`, `image`, `url` or `file_name`; a CSV without any of them has
+            no header, and its first column counts. Paths count from the manifest's own folder. Manifest and lines may
+            be URLs of any store that fsspec knows.
+
+    Attributes:
+        root: the folder that paths count from.
+        counts: of the lines that are done, by verdict.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has no line, or, a parquet file, none of the columns.
+    """
+
+    def __init__(self, path: str | Path):
+        self._begin(path)
+        if next(self.entries(), None) is None:
+            raise ValueError(f"{path} has no line, and must have one for each image.")
+
+    def _begin(self, path: str | os.PathLike) -> None:
+        self.path = os.fspath(path)
+        if not is_url(self.path) and not os.path.isfile(path):
+            raise FileNotFoundError(f"There is no file at {path}.")
+        self.folder = os.path.dirname(self.path)
+        self.root = self.folder if is_url(self.path) else os.path.realpath(self.folder)
+        self.counts = dict.fromkeys(VERDICTS, 0)
+        self._done = bytearray()  # a bit a line
+
+    @property
+    def are_far(self) -> bool:
+        """Whether the first image lies in a store."""
+        return isinstance(self.first(1)[0].path, str)
+
+    def common_root(self) -> str:
+        """The manifest's folder."""
+        return self.root
+
+    def digest(self) -> str:
+        """Tells the manifest's contents from any other's."""
+        whole = hashlib.sha256()
+        with self._open("rb") as file:
+            while block := file.read(2**20):
+                whole.update(block)
+        return whole.hexdigest()
+
+    def entries(self) -> Iterator[str]:
+        """Paths and URLs, as they stand in the manifest."""
+        return self._of_parquet() if self.path.lower().endswith(".parquet") else self._of_csv()
+
+    def _open(self, mode: str) -> Any:
+        if is_url(self.path):
+            return open_remote(self.path, mode)
+        return open(self.path, mode, **({} if "b" in mode else ENCODING | {"encoding": "utf-8-sig"}))
+
+    def _of_csv(self) -> Iterator[str]:
+        with self._open("r") as file:
+            reader = csv.reader(file)
+            rows = (row for row in reader if row)
+            first = next(rows, [])
+            names = [cell.strip().lower() for cell in first]
+            column = next((names.index(name) for name in COLUMN_NAMES if name in names), None)
+            if column is None and first:
+                yield first[0]
+            for row in rows:
+                if len(row) <= (column or 0):
+                    raise ValueError(f"{self.path} names no image in line {reader.line_num}.")
+                yield row[column or 0]
+
+    def _of_parquet(self) -> Iterator[str]:
+        with needs_extra("remote", "train"):
+            from pyarrow import parquet
+        with self._open("rb") as opened, parquet.ParquetFile(opened) as file:
+            names = file.schema_arrow.names
+            column = next((name for name in COLUMN_NAMES if name in names), None)
+            if column is None:
+                raise ValueError(f"{self.path} must have a column {', '.join(COLUMN_NAMES)}, but has {names}.")
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[column]):
+                yield from (entry or "" for entry in batch.column(0).to_pylist())
+
+    def count_up_to(self, limit: int) -> int:
+        """How many lines there are, counting no further than `limit`."""
+        return sum(1 for _ in islice(self.entries(), limit))
+
+    def first(self, count: int) -> list[Input]:
+        return [self._input(entry) for entry in islice(self.entries(), count)]
+
+    def take(self, row: list[str], is_complete: bool) -> int | None:
+        """As of `diffad.journal.Inputs`: a row's place is its line's."""
+        place = int(row[PLACE])
+        if row[VERDICT] == "unreadable" or row[MESSAGE] or self._is_done(place):
+            return None
+        self._done.extend(bytes(max(0, place // 8 + 1 - len(self._done))))
+        self._done[place // 8] |= 1 << place % 8
+        self.counts[row[VERDICT]] += 1
+        return place
+
+    def _is_done(self, place: int) -> bool:
+        return place // 8 < len(self._done) and bool(self._done[place // 8] >> place % 8 & 1)
+
+    def place_of_line(self, line: dict[str, Any]) -> int | None:
+        """The place of a line of regions; None where its image is not done."""
+        return line["place"] if self._is_done(line["place"]) else None
+
+    def name(self, place: int, one: Input) -> str:
+        """Of an image in lists; of several lines one image has several."""
+        return one.file
+
+    def todo(self, is_own: Callable[[int], bool], with_pictures: bool) -> Iterator[tuple[int, Input, str]]:
+        """As of `ListedFiles`."""
+        for place, entry in enumerate(self.entries()):
+            if not self._is_done(place) and is_own(place):
+                picture = ""
+                if with_pictures:
+                    stem = os.path.splitext(os.path.basename(entry))[0]
+                    picture = f"{place // IN_A_FOLDER:06}/{bounded_name(f'{place:09}-{stem}', '.png')}"
+                yield place, self._input(entry), picture
+
+    def _input(self, entry: str) -> Input:
+        path = entry if is_url(entry) else os.path.join(self.folder, entry)
+        return Input(path if is_url(path) else Path(path), entry, "", "")
+
+
+def is_tar(path: str | os.PathLike) -> bool:
+    return os.fspath(path).lower().endswith(".tar")
+
+
+class TarImages(Manifest):
+    """The images in tars, as WebDataset has them, in the order of the tars and of what is in them.
+
+    Tars are read once from end to end, without what the images hold; that is then read by its place in the tar.
+
+    Args:
+        paths: of the tars, or their URLs.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there are no images.
+    """
+
+    def __init__(self, paths: Sequence[str | Path]):
+        self.paths = [path if is_url(path) else os.path.abspath(path) for path in map(os.fspath, paths)]
+        for path in self.paths:
+            self._begin(path)
+        if next(self.entries(), None) is None:
+            raise ValueError(f"There are no images ({describe_suffixes()}) in {', '.join(map(str, paths))}.")
+
+    def digest(self) -> str:
+        """Tells the tars from others, by their names, sizes and times."""
+        return hashlib.sha256(repr([describe_remote(path) for path in self.paths]).encode()).hexdigest()
+
+    def entries(self) -> Iterator[str]:
+        """Where each image's bytes are, as `RemoteReader` reads it."""
+        for path in self.paths:
+            with open_remote(path) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
+                for member in tar:
+                    tar.members = []  # which would hold all of them
+                    if member.isfile() and is_image_name(os.path.basename(member.name)):
+                        yield part_of(path, member.offset_data, member.size, member.name)

@@ -1,0 +1,62 @@
+"""Whether a folder may get results: nothing of another program's is replaced, and results of two models never mix."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffad.files import write_text_whole
+from diffad.inputs import LOCK_NAME, PICTURE_FOLDERS, SHEET_NAME
+from diffad.journal import JOURNAL_NAME, check_scores
+from diffad.part_verdicts import PART_VERDICTS_NAME
+from diffad.region_files import REGION_FILES
+
+SETTINGS_NAME = "settings.json"
+
+
+def check_output(output_dir: Path) -> None:
+    """Raises where pictures would go into links, or between or over files of another program's."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"`output_dir` must be a folder, but {output_dir} is a file.")
+    is_ours = any((output_dir / name).is_file() for name in (LOCK_NAME, SETTINGS_NAME, JOURNAL_NAME))
+    for name in (*PICTURE_FOLDERS, SHEET_NAME, *REGION_FILES, PART_VERDICTS_NAME):
+        path = output_dir / name
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link, and nothing is written outside the output. Give another `output_dir`.")
+        if not is_ours and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
+            raise ValueError(
+                f"{path} exists, but {output_dir} holds no results of diffad's: it would be written to. Give another "
+                "`output_dir`."
+            )
+    check_scores(output_dir)
+
+
+def check_settings(settings: dict[str, Any], output_dir: Path) -> str | None:
+    """The folder that the names of an earlier run's outputs start from; None where there was none.
+
+    Raises:
+        ValueError: the earlier run's results and new ones would not fit together.
+    """
+    path = output_dir / SETTINGS_NAME
+    if not path.is_file():
+        return None
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+        root = earlier["root"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no file of diffad's, and would be replaced. Give another `output_dir`.") from error
+    changed = [name for name in settings if settings[name] != earlier.get(name)]
+    if changed:
+        values = ", ".join(f"{name} {earlier.get(name)} there and {settings[name]} now" for name in changed)
+        raise ValueError(
+            f"{output_dir} holds results of another {' and '.join(changed)} ({values}). Give another `output_dir`, "
+            "or remove that one."
+        )
+    return root
+
+
+def begin_settings(settings: dict[str, Any], root: str, output_dir: Path) -> str:
+    """Writes down what later runs must agree in, and the folder that the outputs' names start from; returns that."""
+    write_text_whole(output_dir / SETTINGS_NAME, json.dumps({"root": root, **settings}, indent=2) + "\n")
+    return root

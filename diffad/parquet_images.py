@@ -1,0 +1,103 @@
+"""Images inside parquet files, as data sets on the Hub have them: a column of structs with `bytes` and `path`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from diffad.installation import needs_extra
+from diffad.manifest import Manifest
+from diffad.remote_files import describe_remote, is_url, open_remote
+
+NAMES_AT_ONCE = 65_536  # rows, of which the names alone are read
+_ROW = re.compile(r"(.*)#row=(\d+)/.*", re.DOTALL)
+_LOCK = threading.Lock()  # pyarrow reads a file from one thread at a time
+
+
+class ParquetImages(Manifest):
+    """The images in parquet files, in the order of the files and of their rows.
+
+    A group of rows is read when its first image is needed, and two of them stay in memory.
+
+    Args:
+        paths: of the files, or their URLs.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file has no column of images.
+    """
+
+    def __init__(self, paths: Sequence[str | Path]):
+        self.paths = [path if is_url(path) else os.path.abspath(path) for path in map(os.fspath, paths)]
+        for path in self.paths:
+            self._begin(path)
+            if image_column(path) is None:
+                raise ValueError(f"{path} has no column of images, with their `bytes`.")
+
+    def digest(self) -> str:
+        """Tells the files from others, by their names, sizes and times."""
+        return hashlib.sha256(repr([describe_remote(path) for path in self.paths]).encode()).hexdigest()
+
+    def entries(self) -> Iterator[str]:
+        """Where each image is, as `read_row` reads it."""
+        for path in self.paths:
+            url, row = path if is_url(path) else Path(path).as_uri(), 0
+            with open_parquet(path) as file:
+                for batch in file.iter_batches(NAMES_AT_ONCE, columns=[f"{image_column(path)}.path"]):
+                    for image in batch.column(0).to_pylist():
+                        yield f"{url}#row={row}/{(image or {}).get('path') or row}"
+                        row += 1
+
+
+@contextmanager
+def open_parquet(path: str) -> Iterator[Any]:
+    with needs_extra("remote", "train"):
+        from pyarrow import parquet
+    with open_remote(path) as opened, parquet.ParquetFile(opened) as file:
+        yield file
+
+
+@lru_cache(maxsize=1000)
+def image_column(path: str) -> str | None:
+    """The first column whose values have `bytes` and a `path`."""
+    with open_parquet(path) as file:
+        for field in file.schema_arrow:
+            if {"bytes", "path"} <= {inner.name for inner in getattr(field.type, "fields", ())}:
+                return field.name
+    return None
+
+
+def is_row(url: str) -> bool:
+    return _ROW.fullmatch(url) is not None
+
+
+def read_row(url: str) -> bytes:
+    """The bytes of an image that `ParquetImages.entries` names."""
+    path, row = _ROW.fullmatch(url).groups()  # type: ignore[union-attr]
+    with _LOCK:
+        ends = _group_ends(path)
+        group = bisect_right(ends, int(row))
+        images = _row_group(path, group)
+        return images[int(row) - (ends[group - 1] if group else 0)].as_py()["bytes"] or b""
+
+
+@lru_cache(maxsize=1000)
+def _group_ends(path: str) -> list[int]:
+    with open_parquet(path) as file:
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    return list(accumulate(sizes))
+
+
+@lru_cache(maxsize=2)
+def _row_group(path: str, group: int) -> Any:
+    with open_parquet(path) as file:
+        return file.read_row_group(group, columns=[image_column(path)]).column(0)

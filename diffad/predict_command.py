@@ -1,0 +1,115 @@
+"""`diffad predict`; `diffad.cli` gives it its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from diffad.command_options import BatchSize, Category, Device, Dtype, ModelOrFile, Seed
+
+console = Console(stderr=True)  # standard output is for results
+MOST_OF_DRIFT = 100_000  # images, which are ranked in some 20 s
+
+
+def predict(
+    model: ModelOrFile,
+    images: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Images, folders, or a manifest.")],
+    output_dir: Annotated[Path, typer.Option("--output", metavar="DIR", help="Gets all of this.")],
+    category: Category = None,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    parts: Annotated[Path | None, typer.Option(metavar="CSV", help="image,part: one verdict a part.")] = None,
+    max_pictures: Annotated[int, typer.Option(min=0, metavar="N", help="Of more images, scores alone.")] = 100_000,
+    fail_on_anomaly: Annotated[bool, typer.Option("--fail-on-anomaly", help="Exit with 3 if there is one.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each image that is new.")] = False,
+) -> None:
+    """Overlays, maps, masks, scores.csv, and a sheet of the most anomalous images.
+
+    Run again, it goes on. Exits with 0 if an image was scored, 4 if none was. Several processes: accelerate launch -m
+    diffad.predict.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from diffad.cli import check_folder, load_model
+    from diffad.deployment import Runtime
+    from diffad.manifest import Manifest, find_inputs
+    from diffad.part_verdicts import check_parts, read_parts, write_part_verdicts
+    from diffad.predict import predict_files
+    from diffad.process_share import launched_processes, on_main
+
+    check_folder(output_dir)
+    accelerator = launched_processes()
+    is_main = accelerator is None or accelerator.is_main_process
+    console.quiet = not is_main
+    paths = on_main(accelerator, lambda: find_inputs(images, output_dir))
+    if parts is not None and isinstance(paths, Manifest):
+        raise ValueError("`parts` goes with images and folders, not with a manifest.")
+    of_parts = None if parts is None else read_parts(parts)
+    pipeline = load_model(model, device or (str(accelerator.device) if accelerator else None), dtype)
+    rate = None if of_parts is None else check_parts(of_parts, paths, pipeline, category)
+    total = None if isinstance(paths, Manifest) else len(paths)
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    spent: dict[str, float] = {}
+    with Progress(*columns, console=console, disable=not is_main) as progress:
+        task = progress.add_task("Predicting", total=total)
+
+        def report(row: dict[str, Any]) -> None:
+            progress.advance(task)
+            if as_json:
+                numbers = {k: float(row[k]) for k in ("score", "p_value", "map_low", "map_high") if row[k] is not None}
+                print(json.dumps({**row, **numbers}), flush=True)
+
+        counts = predict_files(
+            pipeline,
+            paths,
+            output_dir,
+            batch_size,
+            category,
+            seed,
+            report=report,
+            max_pictures=max_pictures,
+            accelerator=accelerator,
+            spent=spent,
+        )
+        progress.update(task, completed=total)
+    if accelerator is not None:
+        accelerator.end_training()  # a process that exits with its group still open may abort
+        if not is_main:
+            return
+    summary = ", ".join(f"{count} {name}" for name, count in counts.items() if count and name != "skipped")
+    files = f"{output_dir / 'scores.csv'}; the most anomalous: {output_dir / 'most_anomalous.png'}"
+    console.print(
+        f"{summary} ({counts['skipped']} done before). Scores: {escape(files)}", highlight=False, soft_wrap=True
+    )
+    if (new := sum(counts.values()) - 2 * counts["skipped"]) > 0:
+        retried = f" {spent['retried']:.0f} requests were made again." if spent["retried"] else ""
+        console.print(
+            f"{new / spent['seconds']:.1f} images/s in each process, whose networks waited for images "
+            f"{spent['waiting'] / spent['seconds']:.0%} of the time.{retried}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if sum(counts.values()) - counts["skipped"] > MOST_OF_DRIFT:
+        console.print(f"Drift in so many takes a while: diffad drift {escape(str(output_dir))}/scores.csv")
+    elif (counts["normal"] or counts["anomalous"]) and not isinstance(pipeline, Runtime):
+        from diffad.drift_table import TableDrift
+
+        told = TableDrift(output_dir / "scores.csv").sentence()
+        console.print(escape(told), highlight=False, soft_wrap=True)
+    num_alarms = counts["anomalous"]
+    if of_parts is not None and rate is not None:
+        of_part = write_part_verdicts(output_dir, of_parts, rate)
+        num_alarms = of_part["anomalous"]
+        summary = ", ".join(f"{count} {verdict}" for verdict, count in of_part.items() if count)
+        console.print(f"Parts: {summary}, at a false-alarm rate of {rate:g} for parts.", highlight=False)
+    if fail_on_anomaly and num_alarms:
+        raise typer.Exit(3)
+    if not any(counts[verdict] for verdict in ("normal", "anomalous", "scored")):
+        raise typer.Exit(4)

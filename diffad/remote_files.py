@@ -1,0 +1,137 @@
+"""Files in object stores and on the web, by fsspec: listed, and read whole, again where a request fails."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from diffad.grey_depth import UnreadableImageError
+from diffad.inputs import is_image_name, is_input_folder
+from diffad.installation import needs_extra
+from diffad.journal import Input
+
+TRIES = 6
+FIRST_PAUSE = 0.25  # seconds before the second try; each pause is twice the one before, give or take a half
+TIMEOUT = 60.0  # seconds for a file, where the file system lets it be bounded
+
+_PART = re.compile(r"(.*?)(?:#bytes=(\d+)-(\d+)/.*)?", re.DOTALL)
+
+
+def is_url(path: str | os.PathLike) -> bool:
+    return "://" in os.fspath(path)
+
+
+def open_remote(url: str, mode: str = "rb") -> Any:
+    """A file by its URL, as a context manager."""
+    with needs_extra("remote", "train"):
+        import fsspec
+    return fsspec.open(url, mode, **({"newline": "", "encoding": "utf-8-sig"} if "b" not in mode else {}))
+
+
+def part_of(path: str, start: int, size: int, name: str) -> str:
+    """A URL of `size` bytes of a file, from `start` on, which are called `name`."""
+    url = path if is_url(path) else Path(path).as_uri()
+    return f"{url}#bytes={start}-{start + size}/{name}"
+
+
+def describe_remote(url: str) -> tuple[str, str, str]:
+    """A file's URL, size, and what its store says of its contents: a digest or a time."""
+    with needs_extra("remote", "train"):
+        from fsspec.core import url_to_fs
+    files, path = url_to_fs(url)
+    return (url, *_size_and_change(files.info(path)))
+
+
+def _size_and_change(info: dict[str, Any]) -> tuple[str, str]:
+    changed = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime") if info.get(key)), "")
+    return str(info.get("size") or ""), str(changed)
+
+
+def list_remote(url: str) -> list[Input]:
+    """The image files at a URL and below, sorted, by the rule of `diffad.inputs`; none where there are none.
+
+    Their `modified` is what the store says of their contents: a digest or a time.
+    """
+    return [
+        Input(place, place, *_size_and_change(info))
+        for place, info in _files_below(url)
+        if is_image_name(os.path.basename(place))
+    ]
+
+
+def list_parquet(url: str) -> list[str]:
+    """The parquet files below a URL, sorted."""
+    return [place for place, _ in _files_below(url) if place.lower().endswith(".parquet")]
+
+
+def _files_below(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """URL and description of each file at a URL and below, sorted, without folders that hold no inputs."""
+    with needs_extra("remote", "train"):
+        from fsspec.core import url_to_fs
+    files, path = url_to_fs(url)
+    protocol = url.split("://")[0]
+    for name, info in sorted(files.find(path, detail=True).items()):
+        *folders, _ = name[len(path) :].lstrip("/").split("/")
+        if all(map(is_input_folder, folders)):
+            yield name if is_url(name) else f"{protocol}://{name.lstrip('/')}", info
+
+
+class RemoteReader:
+    """Reads files by their URLs, from any number of threads.
+
+    Attributes:
+        retried: requests that were made again.
+    """
+
+    def __init__(self) -> None:
+        self.retried = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, one: Input) -> bytes | None:
+        """An input's bytes; None of a local file, which is read where it is.
+
+        Raises:
+            FileNotFoundError: the store knows no such file, or does not show it.
+            ImportError: the package of such stores is not installed.
+            UnreadableImageError: every try has failed.
+        """
+        if not is_url(one.path):
+            return None
+        url = str(one.path)
+        for i in range(TRIES):
+            if i:
+                with self._lock:
+                    self.retried += 1
+                time.sleep(FIRST_PAUSE * 2.0 ** (i - 1) * random.uniform(0.5, 1.5))
+            try:
+                return _fetch(url)
+            except ImportError:  # of the store's package: no image could be read
+                raise
+            except (FileNotFoundError, PermissionError) as error:
+                raise FileNotFoundError(f"`image`: no file at {url} ({error}).") from error
+            except Exception as error:  # which one depends on the store and on how far the request came
+                failure = error
+        reason = f"{TRIES} requests failed, the last by {type(failure).__name__}: {failure}"
+        raise UnreadableImageError(f"`image`: {url} cannot be read ({reason}).", reason) from failure
+
+
+def _fetch(url: str) -> bytes:
+    from diffad.parquet_images import is_row, read_row
+
+    if is_row(url):
+        return read_row(url)
+    with needs_extra("remote", "train"):
+        from fsspec.asyn import sync
+        from fsspec.core import url_to_fs
+    url, start, end = _PART.fullmatch(url).groups()
+    files, path = url_to_fs(url)
+    part = {} if start is None else {"start": int(start), "end": int(end)}
+    if files.async_impl:
+        return sync(files.loop, files._cat_file, path, timeout=TIMEOUT, **part)
+    return files.cat_file(path, **part)

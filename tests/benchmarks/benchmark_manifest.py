@@ -1,0 +1,115 @@
+"""`diffad predict` over a manifest of a million lines: memory, the first score, images a second, and a killed run.
+
+    python tests/benchmarks/benchmark_manifest.py --count 1000000
+
+The lines name a few drawn images again and again, and the model is the tests' tiny one, so what is measured is all that
+surrounds the networks. One process is killed with SIGKILL after a share of the lines (`--kill-at`), a second one goes
+on. Each says how long after its imports its first row stood, and what memory it had at every ten thousandth row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import textures, tiny_extractor, tiny_pipeline, write_folder
+
+from diffad import AnomalyDenoisePipeline
+from diffad.cli import load_pipeline
+from diffad.manifest import Manifest
+from diffad.predict import predict_files
+
+NUM_IMAGES, EVERY = 10, 10_000
+
+
+def tiny_model(denoiser: bool) -> AnomalyDenoisePipeline:
+    pipeline = tiny_pipeline() if denoiser else AnomalyDenoisePipeline(None, None, tiny_extractor(image_size=16))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.calibrate(textures(40), false_alarm_rate=0.05)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The run itself, in a process of its own; prints a JSON line now and then."""
+    pipeline, memory = load_pipeline(str(args.model), "cpu"), psutil.Process().memory_info
+    started, rows = time.perf_counter(), 0
+
+    def report(row: dict[str, Any]) -> None:
+        nonlocal rows
+        rows += 1
+        if rows == 1 or rows % EVERY == 0:
+            seconds = time.perf_counter() - started
+            print(json.dumps({"rows": rows, "seconds": seconds, "mib": memory().rss / 2**20}), flush=True)
+
+    counts = predict_files(
+        pipeline, Manifest(args.manifest), args.output, args.batch_size, report=report, max_pictures=0
+    )
+    seconds = time.perf_counter() - started
+    print(json.dumps({"counts": counts, "seconds": seconds, "mib": memory().rss / 2**20}), flush=True)
+
+
+def watch(flags: list[str], kill_at: int | None) -> list[dict[str, Any]]:
+    """What a run says; it gets SIGKILL once it has done so many rows."""
+    command, told = [sys.executable, __file__, "--run", *flags], []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            told.append(json.loads(line))
+            if kill_at is not None and told[-1].get("rows", 0) >= kill_at:
+                process.kill()
+                break
+    return told
+
+
+def describe(told: list[dict[str, Any]]) -> str:
+    rows = [one for one in told if "rows" in one]
+    rate = (rows[-1]["rows"] - 1) / (rows[-1]["seconds"] - rows[0]["seconds"])
+    memory = f"{rows[min(1, len(rows) - 1)]['mib']:.0f} MiB at first, {rows[-1]['mib']:.0f} MiB at last"
+    return (
+        f"first row after {rows[0]['seconds']:.2f} s, {rate:.0f} images/s, resident {memory}, at most "
+        f"{max(one['mib'] for one in told):.0f} MiB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=1_000_000, help="lines (1000000)")
+    parser.add_argument("--kill-at", type=int, default=500_000, help="rows after which the first run is killed")
+    parser.add_argument("--batch-size", type=int, default=64, help="as of diffad predict (64)")
+    parser.add_argument("--denoiser", action="store_true", help="the tiny model has one")
+    parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
+    for name in ("--model", "--manifest", "--output"):
+        parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        run(args)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_folder(folder / "parts", NUM_IMAGES)
+        tiny_model(args.denoiser).save_pretrained(folder / "model")
+        with open(folder / "manifest.csv", "w") as file:
+            file.write("path\n" + "".join(f"parts/{i % NUM_IMAGES:03}.png\n" for i in range(args.count)))
+        flags = ["--model", str(folder / "model"), "--manifest", str(folder / "manifest.csv")]
+        flags += ["--output", str(folder / "out"), "--batch-size", str(args.batch_size)]
+        killed = watch(flags, args.kill_at)
+        print(f"killed after {killed[-1]['rows']} rows: {describe(killed)}", flush=True)
+        whole = watch(flags, None)
+        print(f"gone on with: {describe(whole)}")
+        last, tables = whole[-1], [one for one in whole if "rows" in one][-1]["seconds"]
+        print(
+            f"{last['counts']}; tables and sheet in {last['seconds'] - tables:.0f} s after the last ten thousand rows"
+        )
+        with open(folder / "out" / "scores.csv") as file:
+            assert sum(1 for _ in file) == args.count + 1, "scores.csv does not hold every line"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Inputs in object stores and on the web: every image accounted for, whatever becomes of its requests."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import http.server
+import io
+import tarfile
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import textures, tiny_pipeline, write_folder, write_png
+from faulty_proxy import faulty_proxy
+
+from diffad import remote_files
+from diffad.inputs import find_images
+from diffad.manifest import Manifest, find_inputs
+from diffad.predict import predict_files
+
+pytest.importorskip("aiohttp")
+NUM_IMAGES = 50
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(remote_files, "FIRST_PAUSE", 0.01)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = tiny_pipeline()
+    pipeline.calibrate(textures(12), false_alarm_rate=0.25)
+    return pipeline
+
+
+@pytest.fixture
+def parts(tmp_path) -> Path:
+    return write_folder(tmp_path / "parts", NUM_IMAGES)
+
+
+@pytest.fixture
+def web(tmp_path):
+    """The address of a server of `tmp_path`."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler.log_message = lambda *what: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "scores.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def scores(folder: Path) -> list[str]:
+    return [row["score"] for row in rows_of(folder)]
+
+
+def manifest_of(folder: Path, address: str) -> Manifest:
+    path = folder / "manifest.csv"
+    path.write_text("url\n" + "".join(f"{address}/parts/{i:03}.png\n" for i in range(NUM_IMAGES)))
+    return Manifest(path)
+
+
+def test_errors_slow_answers_and_none_cost_time_and_no_image(pipeline, parts, web, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote_files, "TIMEOUT", 1.0)
+    predict_files(pipeline, find_images([parts]), tmp_path / "local", batch_size=8)
+    kinds = {21: "silent", 25: "slow", **dict.fromkeys(range(10, 50, 4), "error")}
+    spent: dict[str, float] = {}
+    with faulty_proxy(web, lambda number, path: kinds.get(number)) as address:
+        counts = predict_files(pipeline, manifest_of(tmp_path, address), tmp_path / "far", batch_size=8, spent=spent)
+    assert counts["unreadable"] == 0
+    assert scores(tmp_path / "far") == scores(tmp_path / "local")
+    assert spent["retried"] == 11  # all but the slow one
+
+
+def test_what_fails_for_good_is_a_row_and_the_next_run_completes(pipeline, parts, web, tmp_path):
+    broken = [True]
+
+    def fault(number: int, path: str) -> str | None:
+        return "error" if broken[0] and path == "/parts/017.png" else None  # 2% of the images
+
+    with faulty_proxy(web, fault) as address:
+        manifest = manifest_of(tmp_path, address)
+        counts = predict_files(pipeline, manifest, tmp_path / "far", batch_size=8)
+        rows = rows_of(tmp_path / "far")
+        assert len(rows) == NUM_IMAGES
+        assert counts["unreadable"] == 1
+        assert [row["file"] for row in rows if not row["score"]] == [f"{address}/parts/017.png"]
+        assert f"{remote_files.TRIES} requests failed" in rows[17]["message"]
+        broken[0] = False
+        counts = predict_files(pipeline, Manifest(tmp_path / "manifest.csv"), tmp_path / "far", batch_size=8)
+    assert (counts["skipped"], counts["unreadable"]) == (NUM_IMAGES - 1, 0)
+    predict_files(pipeline, find_images([parts]), tmp_path / "local", batch_size=8)
+    assert scores(tmp_path / "far") == scores(tmp_path / "local")
+
+
+@pytest.fixture
+def store(parts, monkeypatch):
+    """S3 with the parts in the bucket `line`, behind a proxy of which every tenth request fails."""
+    moto = pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    for name, value in {"ACCESS_KEY_ID": "nobody", "SECRET_ACCESS_KEY": "none", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        with faulty_proxy(
+            f"http://{host}:{port}", lambda number, path: "error" if number % 10 == 9 else None
+        ) as address:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+            s3fs.S3FileSystem.clear_instance_cache()
+            files = s3fs.S3FileSystem()
+            if files.exists("line"):  # in memory, of another test
+                files.rm("line", recursive=True)
+            files.mkdir("line")
+            files.put(str(parts), "line/parts", recursive=True)
+            files.touch("line/parts/@eaDir/000.png")  # what other programs leave behind
+            yield files
+    finally:
+        server.stop()
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_bucket_is_as_a_folder(pipeline, parts, store, tmp_path):
+    predict_files(pipeline, find_images([parts]), tmp_path / "local", batch_size=8)
+    found = find_inputs(["s3://line/parts"])
+    assert predict_files(pipeline, found, tmp_path / "far", batch_size=8)["unreadable"] == 0
+    assert scores(tmp_path / "far") == scores(tmp_path / "local")
+    rows = rows_of(tmp_path / "far")
+    assert [row["path"] for row in rows] == [f"s3://line/parts/{i:03}.png" for i in range(NUM_IMAGES)]
+    assert [row["picture"] for row in rows] == [row["picture"] for row in rows_of(tmp_path / "local")]
+    # what has been replaced is scored again, and nothing else
+    write_png(tmp_path / "other.png", textures(1, first_seed=99)[0])
+    store.put(str(tmp_path / "other.png"), "line/parts/001.png")
+    store.invalidate_cache()
+    seen: list = []
+    predict_files(pipeline, find_inputs(["s3://line/parts"]), tmp_path / "far", batch_size=8, report=seen.append)
+    assert [row["path"] for row in seen] == ["s3://line/parts/001.png"]
+    with pytest.raises(ValueError, match=r"no images.*s3://line/none"):
+        find_inputs(["s3://line/none"])
+
+
+def test_a_manifest_in_a_bucket_names_what_lies_beside_it(pipeline, parts, store, tmp_path):
+    store.pipe("line/m.csv", b"path\nparts/000.png\ns3://line/parts/001.png\nparts/none.png\n")
+    counts = predict_files(pipeline, find_inputs(["s3://line/m.csv"]), tmp_path / "far", batch_size=8)
+    rows = rows_of(tmp_path / "far")
+    assert [row["path"] for row in rows][:2] == [f"s3://line/parts/00{i}.png" for i in range(2)]
+    assert [bool(row["score"]) for row in rows] == [True, True, False]
+    assert "no file at s3://line/parts/none.png" in rows[2]["message"]
+    assert counts["unreadable"] == 1
+
+
+def write_tar(path: Path, files: list[Path]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for file in files:
+            tar.add(file, file.name)
+            content = b'{"label": 0}'  # what goes with a sample
+            (entry := tarfile.TarInfo(file.stem + ".json")).size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("where", ["local", "far"])
+def test_tars_hold_the_same_images(pipeline, parts, tmp_path, where, request):
+    files = sorted(parts.iterdir())
+    tars = [write_tar(tmp_path / f"{i}.tar", files[start:end]) for i, start, end in ((0, 0, 30), (1, 30, None))]
+    predict_files(pipeline, files, tmp_path / "folder", batch_size=8)
+    if where == "far":
+        request.getfixturevalue("store").put([str(tar) for tar in tars], "line/")
+        tars = [f"s3://line/{tar.name}" for tar in tars]
+    counts = predict_files(pipeline, find_inputs(tars), tmp_path / "out", batch_size=8)
+    assert counts["unreadable"] == 0
+    assert [row["path"].rsplit("/", 1)[1] for row in rows_of(tmp_path / "out")] == [file.name for file in files]
+    assert scores(tmp_path / "out") == scores(tmp_path / "folder")
+    assert predict_files(pipeline, find_inputs(tars), tmp_path / "out", batch_size=8)["skipped"] == NUM_IMAGES
+
+
+def test_parquet_files_hold_the_same_images(pipeline, parts, store, tmp_path):
+    """As a data set on the Hub has them, in two files of several groups of rows."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    files = sorted(parts.iterdir())
+    for i, start, end in ((0, 0, 30), (1, 30, None)):
+        images = [{"bytes": file.read_bytes(), "path": file.name} for file in files[start:end]]
+        table = pa.table({"label": [0] * len(images), "image": images})
+        parquet.write_table(table, tmp_path / f"{i}.parquet", row_group_size=7)
+        store.put(str(tmp_path / f"{i}.parquet"), f"line/set/data/{i}.parquet")
+    predict_files(pipeline, files, tmp_path / "folder", batch_size=8)
+    for name, inputs in (("local", sorted(tmp_path.glob("*.parquet"))), ("far", ["s3://line/set"])):
+        assert predict_files(pipeline, find_inputs(inputs), tmp_path / name, batch_size=8)["unreadable"] == 0
+        assert [row["path"].rsplit("/", 1)[1] for row in rows_of(tmp_path / name)] == [file.name for file in files]
+        assert scores(tmp_path / name) == scores(tmp_path / "folder")
