@@ -16,7 +16,18 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from diffad.command_options import BadImages, BatchSize, Category, Device, Dtype, Model, OnBadImage, PartPattern, Seed
+from diffad.command_options import (
+    BadImages,
+    BatchSize,
+    Category,
+    Device,
+    Dtype,
+    Model,
+    ModelOrFile,
+    OnBadImage,
+    PartPattern,
+    Seed,
+)
 from diffad.line_commands import drift, serve, watch
 from diffad.model_commands import convert, export, push
 from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
@@ -29,10 +40,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(stderr=True)  # standard output is for results
-ModelOrFile = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="Folder, Hub id or exported file.", show_default=False),
-]
 
 
 @app.callback()
@@ -77,9 +84,14 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None, dtype: st
     return pipeline.to(device)
 
 
+def is_exported(model: str) -> bool:
+    """Whether a model is one file, for `diffad.deployment.Runtime`."""
+    return Path(model).suffix in (".onnx", ".xml")
+
+
 def load_model(model: str, device: str | None = None, dtype: str = "float32") -> Any:
     """A saved pipeline, or an exported one, for which torch need not be there."""
-    if Path(model).suffix in (".onnx", ".xml"):
+    if is_exported(model):
         from diffad.deployment import Runtime
 
         return Runtime(model, device or "cpu", dtype)
@@ -238,7 +250,6 @@ def predict(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from diffad.deployment import Runtime
     from diffad.part_verdicts import check_parts, read_parts, write_part_verdicts
     from diffad.predict import find_images, predict_files
 
@@ -264,7 +275,7 @@ def predict(
     console.print(
         f"{summary} ({counts['skipped']} done before). Scores: {escape(files)}", highlight=False, soft_wrap=True
     )
-    if (counts["normal"] or counts["anomalous"]) and not isinstance(pipeline, Runtime):
+    if counts["normal"] or counts["anomalous"]:
         from diffad.drift_table import TableDrift
 
         told = TableDrift(output_dir / "scores.csv").sentence()
@@ -288,7 +299,7 @@ app.command(short_help="A page and an HTTP API for a model.")(serve)
 
 @app.command(short_help="The field's metrics on a test split, and a page to read.")
 def evaluate(
-    model: Model,
+    model: ModelOrFile,
     data: Annotated[str, typer.Option("--data", metavar="DATA", help="With a test split: folder, Hub id, elpv/mono.")],
     output: Annotated[Path, typer.Option(metavar="FILE", help="The report, .json.")] = Path("report.json"),
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout: mvtec_ad, visa, ...")] = None,
@@ -390,7 +401,7 @@ def calibrate(
 
 @app.command()
 def benchmark(
-    model: Model,
+    model: ModelOrFile,
     batch_size: BatchSize = 16,
     repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Timed calls, after a first.")] = 5,
     device: Device = None,
@@ -407,7 +418,7 @@ def benchmark(
         return
     from diffad.evaluation.speed import benchmark_pipeline
 
-    result = benchmark_pipeline(load_pipeline(model, device, dtype), batch_size, repeats)
+    result = benchmark_pipeline(load_model(model, device, dtype), batch_size, repeats)
     if as_json:
         print(json.dumps({"model": model, "dtype": dtype, **result}))
         return

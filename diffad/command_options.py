@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a pipeline.", show_default=False)]
+ModelOrFile = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder, Hub id or exported file.", show_default=False)
+]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, ... (the fastest there is)")]
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images in one pass.")]
