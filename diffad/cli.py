@@ -16,7 +16,18 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from diffad.command_options import BadImages, BatchSize, Category, Device, Dtype, Model, OnBadImage, PartPattern, Seed
+from diffad.command_options import (
+    BadImages,
+    BatchSize,
+    Category,
+    Device,
+    Dtype,
+    Model,
+    ModelOrFile,
+    OnBadImage,
+    PartPattern,
+    Seed,
+)
 from diffad.line_commands import drift, serve, update, watch
 from diffad.model_commands import convert, export, push
 from diffad.predict_command import predict
@@ -74,9 +85,14 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None, dtype: st
     return pipeline.to(device)
 
 
+def is_exported(model: str) -> bool:
+    """Whether a model is one file, for `diffad.deployment.Runtime`."""
+    return Path(model).suffix in (".onnx", ".xml")
+
+
 def load_model(model: str, device: str | None = None, dtype: str = "float32") -> Any:
     """A saved pipeline, or an exported one, for which torch need not be there."""
-    if Path(model).suffix in (".onnx", ".xml"):
+    if is_exported(model):
         from diffad.deployment import Runtime
 
         return Runtime(model, device or "cpu", dtype)
@@ -213,7 +229,7 @@ app.command(short_help="A page and an HTTP API for a model.")(serve)
 
 @app.command(short_help="The field's metrics on a test split, and a page to read.")
 def evaluate(
-    model: Model,
+    model: ModelOrFile,
     data: Annotated[str, typer.Option("--data", metavar="DATA", help="With a test split: folder, Hub id, elpv/mono.")],
     output: Annotated[Path, typer.Option(metavar="FILE", help="The report, .json.")] = Path("report.json"),
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout: mvtec_ad, visa, ...")] = None,
@@ -322,7 +338,7 @@ def calibrate(
 
 @app.command()
 def benchmark(
-    model: Model,
+    model: ModelOrFile,
     batch_size: BatchSize = 16,
     repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Timed calls, after a first.")] = 5,
     device: Device = None,
@@ -339,7 +355,7 @@ def benchmark(
         return
     from diffad.evaluation.speed import benchmark_pipeline
 
-    result = benchmark_pipeline(load_pipeline(model, device, dtype), batch_size, repeats)
+    result = benchmark_pipeline(load_model(model, device, dtype), batch_size, repeats)
     if as_json:
         print(json.dumps({"model": model, "dtype": dtype, **result}))
         return

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from diffad.calibration.drift import DriftTest, shown_score
 from diffad.files import write_text_whole, write_whole
@@ -23,11 +22,8 @@ HOW = {
 
 def save_calibration_scores(output_dir: Path, pipeline: Any, category: int) -> None:
     """Keeps beside `scores.csv` the held-out good images' scores that a calibrated pipeline has of a category."""
-    scores = pipeline.calibration.normal_scores[category]
-    kept = CalibrationScores(
-        [shown_score(score) for score in scores[~scores.isnan()].tolist()],
-        pipeline.calibration.config.false_alarm_rate,
-    )
+    scores = pipeline.calibration.good_scores(category)
+    kept = CalibrationScores([shown_score(score) for score in scores], pipeline.calibration.false_alarm_rate)
     write_text_whole(output_dir / CALIBRATION_NAME, json.dumps(kept._asdict()) + "\n")
 
 
@@ -132,6 +128,8 @@ def draw_drift(found: TableDrift, path: str | Path) -> None:
     """The parts' p-values above, which are even as long as nothing changes, and below them the evidence."""
     path = Path(path)
     parts = np.arange(1, len(found.evidence) + 1)
+    from matplotlib.figure import Figure  # an exported model is watched over without it
+
     figure = Figure(figsize=(9, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     above.plot(parts, found.p_values, ".", markersize=3, color="#31688e", rasterized=True)

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from diffad.command_options import BadImages, BatchSize, Category, Device, Model, OnBadImage
+from diffad.command_options import BadImages, BatchSize, Category, Device, Model, ModelOrFile, OnBadImage
 
 if TYPE_CHECKING:
     from diffad.deployment.outbox import Outbox
@@ -90,7 +90,7 @@ def update(
 
 
 def watch(
-    model: Model,
+    model: ModelOrFile,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where images come in.")],
     output_dir: Annotated[Path, typer.Option("--output", metavar="DIR", help="Gets scores.csv and pictures.")],
     settle: Annotated[float, typer.Option(metavar="S", help="Seconds unchanged until a file is whole.")] = 1.0,
@@ -108,7 +108,7 @@ def watch(
 
     Started again, it goes on. A receiver may get an event twice: `event` tells.
     """
-    from diffad.cli import check_folder, load_pipeline
+    from diffad.cli import check_folder, load_model
     from diffad.deployment.outbox import Outbox, http_sender, mqtt_sender
     from diffad.deployment.watch import watch_folder
 
@@ -118,7 +118,7 @@ def watch(
         senders["anomaly"] = (http_sender(on_anomaly), on_anomaly)
     if mqtt is not None:
         senders["all"] = (mqtt_sender(mqtt), "The MQTT broker")
-    pipeline = load_pipeline(model, device)
+    pipeline = load_model(model, device)
     stop = threading.Event()
     former = {one: signal.signal(one, lambda *_: stop.set()) for one in (signal.SIGINT, signal.SIGTERM)}
 
@@ -146,7 +146,7 @@ def watch(
 
 
 def serve(
-    model: Model,
+    model: ModelOrFile,
     host: Annotated[str, typer.Option(metavar="H", help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="P", help="Where it listens.")] = 7860,
     token: Annotated[str | None, typer.Option(metavar="T", help="Callers must show it.")] = None,
@@ -159,7 +159,7 @@ def serve(
 
     With a token: `Authorization: Bearer T`, and the page at /?token=T.
     """
-    from diffad.cli import check_folder, load_pipeline
+    from diffad.cli import check_folder, load_model
     from diffad.deployment.service import create_app
     from diffad.installation import needs_extra
 
@@ -167,7 +167,7 @@ def serve(
         import uvicorn
     if collect is not None:
         check_folder(collect)
-    app = create_app(load_pipeline(model, device), category, token, batch_size, collect=collect)
+    app = create_app(load_model(model, device), category, token, batch_size, collect=collect)
     shown = f"http://{host}:{port}/" + ("" if token is None else "?token=...")
     try:
         console.print(f"Serving at {escape(shown)}; Ctrl-C ends it.", highlight=False, soft_wrap=True)

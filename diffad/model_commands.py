@@ -20,10 +20,12 @@ def export(
     format: Annotated[str | None, typer.Option(metavar="NAME", help="onnx or openvino (by OUTPUT's ending).")] = None,
     precision: Annotated[str, typer.Option(metavar="NAME", help="fp32, fp16 (weights) or int8.")] = "fp32",
     data: Annotated[str | None, typer.Option(metavar="DATA", help="For int8: good images, seen by nothing.")] = None,
+    uint8: Annotated[bool, typer.Option("--uint8", help="The graph takes pixels from 0 to 255.")] = False,
 ) -> None:
     """A model with its calibration as one file for ONNX Runtime, OpenVINO and others.
 
-    predict takes it as MODEL. int8 takes good images: every other one serves 8 bits, the rest the thresholds.
+    predict, watch, serve, evaluate and benchmark take it as MODEL. int8 takes good images: every other one serves 8
+    bits, the rest the thresholds.
     """
     from diffad.cli import load_pipeline
     from diffad.deployment.export import export_pipeline
@@ -34,7 +36,8 @@ def export(
 
         good = load_anomaly_dataset(data, "train")
         images = good.filter(lambda label: label == 0, input_columns="label")["image"]
-    path = export_pipeline(load_pipeline(model, "cpu"), output, format, precision, images)
+    input_type = "uint8" if uint8 else "float32"
+    path = export_pipeline(load_pipeline(model, "cpu"), output, format, precision, images, input_type)
     console.print(f"Saved to {escape(str(path))}. Next: diffad predict {escape(str(path))} NEW_PARTS --output RESULTS")
 
 

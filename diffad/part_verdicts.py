@@ -72,10 +72,6 @@ def check_parts(parts: dict[str, str], paths: Sequence[Path], pipeline: Any, cat
         ValueError: a picture has no part, the pipeline is not calibrated, or by too few good images for a part of so
             many pictures.
     """
-    if not hasattr(pipeline, "calibration"):
-        raise ValueError(
-            "`parts` takes a saved pipeline: an exported model does not say how many good images set its thresholds."
-        )
     index = pipeline.category_index(category)
     num_good = pipeline.calibration.num_good_images(index) if pipeline.has_thresholds else 0
     if not num_good:

@@ -143,7 +143,7 @@ def predict_files(
             spent,
             threads,
         )
-    if pipeline.has_thresholds and not isinstance(pipeline, Runtime):
+    if pipeline.has_thresholds:
         from diffad.drift_table import save_calibration_scores
 
         on_main(accelerator, lambda: save_calibration_scores(Path(output_dir), pipeline, index))
@@ -183,12 +183,9 @@ def detection_settings(pipeline: Any, category: str | None, seed: int) -> tuple[
     if not pipeline.has_thresholds:
         return settings, None
     index = pipeline.category_index(category)
-    if isinstance(pipeline, Runtime):
-        thresholds, smallest_area = pipeline.metadata, 0.0
-    else:
-        thresholds, smallest_area = pipeline.calibration, pipeline.calibration.config.smallest_area
-    settings["calibration"] = [float(thresholds.image_threshold[index]), float(thresholds.pixel_threshold[index])]
-    settings["smallest_area"] = smallest_area or None
+    calibration = pipeline.calibration
+    settings["calibration"] = [float(calibration.image_threshold[index]), float(calibration.pixel_threshold[index])]
+    settings["smallest_area"] = calibration.smallest_area or None
     return settings, settings["calibration"][1]
 
 

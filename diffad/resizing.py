@@ -37,6 +37,28 @@ def resize_weights(length: int, size: int) -> np.ndarray:
     return resize_array(np.eye(length, dtype=np.float32), (size, length))
 
 
+@lru_cache(maxsize=16)
+def smoothing_weights(length: int, size: int, sigma: float) -> np.ndarray:
+    """The matrix (size, length) float32 that interpolates a column of `length` values, without antialiasing, and then
+    smooths it: `diffad.scoring.gaussian_smooth`, with its cut at 4 sigma and its mirrored edges, in one direction.
+    """
+    source = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0.0, length - 1.0)
+    below = source.astype(int)
+    interpolation = np.zeros((size, length))
+    np.add.at(interpolation, (np.arange(size), below), 1.0 - (source - below))
+    np.add.at(interpolation, (np.arange(size), np.minimum(below + 1, length - 1)), source - below)
+    radius = int(4.0 * sigma + 0.5)
+    if radius == 0:
+        return interpolation.astype(np.float32)
+    offsets = np.arange(-radius, radius + 1)
+    kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
+    places = (np.arange(size)[:, None] + offsets) % (2 * size)
+    smoothing = np.zeros((size, size))
+    rows = np.broadcast_to(np.arange(size)[:, None], places.shape)
+    np.add.at(smoothing, (rows, np.minimum(places, 2 * size - 1 - places)), kernel / kernel.sum())
+    return (smoothing @ interpolation).astype(np.float32)
+
+
 def pool_weights(length: int, size: int) -> np.ndarray:
     """The same of adaptive average pooling, whose windows may overlap: torch's `adaptive_avg_pool1d`."""
     weights = np.zeros((size, length), dtype=np.float32)

@@ -51,11 +51,11 @@ from diffad.scoring import (
     Measurement,
     cut_small_peaks,
     feature_error,
+    gaussian_smooth,
     joint_map,
     max_score,
     outline_by_positions,
     resize_maps,
-    smooth_maps,
     suppress_surroundings,
     top_fraction_score,
 )
@@ -392,8 +392,11 @@ class AnomalyDenoisePipeline(DetectionPipeline):
 
     def _of_layers(self, features: torch.Tensor, layers: Sequence[int] | None) -> torch.Tensor:
         """(N, T, C, h, w) of all layers to those of some; None takes those that are scored."""
+        chosen = self.scored_layers if layers is None else layers
+        if list(chosen) == list(range(len(self.feature_extractor.layer_channels))):
+            return features  # all of them: no copy
         of_layers = features.split(self.feature_extractor.layer_channels, dim=2)
-        return torch.cat([of_layers[i] for i in (self.scored_layers if layers is None else layers)], dim=2)
+        return torch.cat([of_layers[i] for i in chosen], dim=2)
 
     @property
     def feature_resolution(self) -> tuple[int, int]:
@@ -470,24 +473,23 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         `num_seen` is `ScoreCalibration.log_distances`'.
         """
         kl, residual, features, patches, _ = measurement
-        size = kl.shape[-2], kl.shape[-1]
+        size, sigma = (kl.shape[-2], kl.shape[-1]), self.config.feature_sigma
         if calibration is None:
             layer_channels = [self.feature_extractor.layer_channels[i] for i in self.scored_layers]
             errors = features[:, None] if residual is None and features is not None else residual
             if errors is None:
                 raise ValueError("`weights`: the nearest good patches alone give a map after `calibrate` only.")
-            feature_maps = [resize_maps(feature_error(errors, layer_channels), size)]
+            feature_maps = [resize_maps(feature_error(errors, layer_channels), size, sigma)]
         else:
             calibration.check_measurement(measurement)
             feature_maps = []
             if residual is not None:
-                feature_maps.append(calibration.distance_maps(residual.mean(dim=1), category, size, num_seen))
+                feature_maps.append(calibration.distance_maps(residual.mean(dim=1), category, size, num_seen, sigma))
             if features is not None:
-                feature_maps.append(calibration.gaussian_map(features, category, size, num_seen))
+                feature_maps.append(calibration.gaussian_map(features, category, size, num_seen, sigma))
             if patches is not None:
-                feature_maps.append(calibration.nearest_map(measurement, category, size))
-        maps = torch.cat([kl, *feature_maps], dim=1)
-        return smooth_maps(maps, kl.shape[1], self.config.kl_sigma, self.config.feature_sigma)
+                feature_maps.append(calibration.nearest_map(measurement, category, size, sigma))
+        return torch.cat([gaussian_smooth(kl, self.config.kl_sigma), *feature_maps], dim=1)
 
     def join_maps(
         self, maps: torch.Tensor, category: torch.Tensor, calibration: ScoreCalibration | None
@@ -525,11 +527,12 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         format: str | None = None,
         precision: str = "fp32",
         images: Sequence[Any] | None = None,
+        input_type: str = "float32",
     ) -> Path:
         """A call as one graph, calibration inside, that runs without torch: `diffad.deployment.export`."""
         from diffad.deployment.export import export_pipeline
 
-        return export_pipeline(self, path, format, precision, images)
+        return export_pipeline(self, path, format, precision, images, input_type)
 
     def update(self, images: Sequence[Any], good_images: GoodImages, batch_size: int = 16) -> list[int]:
         """Learns more good images without the old files, of a pipeline of `diffad fit --kept-images`.

@@ -13,6 +13,7 @@ from diffad.scoring import (
     gaussian_smooth,
     joint_map,
     max_score,
+    resize_maps,
     suppress_surroundings,
     top_fraction_score,
 )
@@ -54,6 +55,16 @@ def test_smoothing_is_float32_inside_autocast():
         smooth = gaussian_smooth(maps, 2.0)
     assert smooth.dtype == torch.float32
     assert torch.equal(smooth, gaussian_smooth(maps, 2.0))
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 4.0])
+@pytest.mark.parametrize("size", [(32, 24), (9, 11), (4, 40)])
+def test_maps_are_resized_and_smoothed_at_once_as_one_after_the_other(size, sigma):
+    maps = random(2, 3, 9, 11)
+    expected = gaussian_smooth(torch.nn.functional.interpolate(maps, size, mode="bilinear"), sigma)
+    torch.testing.assert_close(resize_maps(maps, size, sigma), expected, atol=5e-6, rtol=0.0)
+    with pytest.raises(ValueError, match="`sigma`"):
+        resize_maps(maps, size, -1.0)
 
 
 def test_feature_error_is_the_mean_square_over_each_layers_channels():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from diffad.cli import load_pipeline
+from diffad.cli import is_exported, load_model
 from diffad.data import load_anomaly_dataset
 from diffad.data.checks import dataset_value_range
 from diffad.evaluation.baselines import evaluate_baseline, load_training_images
@@ -38,7 +38,7 @@ from diffad.training.arguments import POSITIVE, SEED, SHARE, FlagParser, whole_n
 
 def create_parser() -> argparse.ArgumentParser:
     parser = FlagParser(description="Evaluates a saved pipeline.")
-    parser.add_argument("--model", required=True, help="folder or Hub id of a pipeline")
+    parser.add_argument("--model", required=True, help="folder or Hub id of a pipeline, or an exported file")
     add_evaluation_arguments(parser)
     parser.add_argument("--output", default="report.json", help="the report (report.json)")
     parser.add_argument("--save_maps", metavar="DIR", help="float32 TIFF maps, as MVTec's own evaluation reads them")
@@ -83,17 +83,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # 1. Data and detectors
     dataset = load_anomaly_dataset(args.data, "test", args.category, args.dataset, args.on_bad_image)
-    pipeline = load_pipeline(args.model).to(accelerator.device)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_model(args.model, accelerator.device.type if is_exported(args.model) else None)
+    if not is_exported(args.model):
+        pipeline.to(accelerator.device)
     if pipeline.value_range is None and (value_range := dataset_value_range(dataset)) is not None:
         accelerator.print(f"Images are taken to lie in [0, {value_range:g}], the smallest range that holds them all.")
-        pipeline.register_to_config(value_range=value_range)
+        if is_exported(args.model):
+            pipeline.metadata = pipeline.metadata._replace(value_range=value_range)
+        else:
+            pipeline.register_to_config(value_range=value_range)
     baselines = [name for name in args.baselines if name != "none"]
     denoiser = getattr(pipeline, "unet", None)
     if "ddpm" in baselines and (denoiser is None or not hasattr(denoiser.config, "feature_channels")):
         raise ValueError("--baselines ddpm noises and denoises pixels: it goes with AnomalyDenoise pipelines only.")
     training = None
-    if "padim" in baselines and pipeline.feature_extractor is not None:
+    if "padim" in baselines and getattr(pipeline, "feature_extractor", None) is not None:
         training = load_training_images(args.data, args.category, args.dataset, dataset, accelerator, args.on_bad_image)
     if training is None and "padim" in baselines:
         accelerator.print("PaDiM has nothing to be fitted to: its row is left out.")

@@ -8,6 +8,19 @@ with the features themselves; every map by its mean and deviation. Thresholds an
 like the good images measured here.
 """
 
-from diffad.calibration.score_calibration import ScoreCalibration
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffad.calibration.score_calibration import ScoreCalibration
 
 __all__ = ["ScoreCalibration"]
+
+
+def __getattr__(name: str) -> Any:  # thresholds and drift are asked for where torch is not installed
+    if name != "ScoreCalibration":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from diffad.calibration.score_calibration import ScoreCalibration
+
+    return ScoreCalibration

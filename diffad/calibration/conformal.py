@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 
-import torch
-from scipy.special import betaincinv
+# Share by which one image's score may differ from call to call, by the order of float32 sums. Thresholds stand above
+# their score by as much, so that the image which set them raises no alarm.
+ROUNDING = 2e-6
 
 
-def conformal_threshold(sorted_scores: torch.Tensor, false_alarm_rate: float) -> float:
+def conformal_threshold(sorted_scores: Sequence[float], false_alarm_rate: float) -> float:
     """The score above which at most `false_alarm_rate` of good images fall (split conformal).
 
     Args:
@@ -21,7 +23,7 @@ def conformal_threshold(sorted_scores: torch.Tensor, false_alarm_rate: float) ->
     """
     if not 0.0 < false_alarm_rate < 1.0:
         raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate}.")
-    count = sorted_scores.numel()
+    count = len(sorted_scores)
     if threshold_rank(count, false_alarm_rate) > count:
         warnings.warn(
             f"{count} good images cannot vouch for a false-alarm rate of {false_alarm_rate:g}: the threshold is their "
@@ -31,6 +33,30 @@ def conformal_threshold(sorted_scores: torch.Tensor, false_alarm_rate: float) ->
         )
     rank = min(threshold_rank(count, false_alarm_rate), count)
     return float(sorted_scores[rank - 1])
+
+
+def rounded_up(threshold: float) -> float:
+    """A threshold that stands above its score by `ROUNDING`."""
+    return threshold + ROUNDING * abs(threshold)
+
+
+def thresholds_at(
+    scores: Sequence[float], maxima: Sequence[float] | None, pixel_threshold: float, false_alarm_rate: float
+) -> tuple[float, float]:
+    """The thresholds of scores and of pixels at a false-alarm rate.
+
+    Args:
+        scores: of held-out good images, ascending.
+        maxima: of their maps, likewise; None where they are not known, and the pixels' threshold stays.
+        pixel_threshold: as it is.
+        false_alarm_rate: in (0, 1). One that they cannot vouch for takes the largest.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        of_scores = rounded_up(conformal_threshold(scores, false_alarm_rate))
+        if maxima is None:
+            return of_scores, pixel_threshold
+        return of_scores, rounded_up(conformal_threshold(maxima, false_alarm_rate))
 
 
 def threshold_rank(num_scores: int, false_alarm_rate: float) -> int:
@@ -58,5 +84,7 @@ def false_alarm_bound(num_scores: int, false_alarm_rate: float, confidence: floa
     """
     if num_scores < 1:
         raise ValueError("`num_scores` must be at least 1: without good images there is no threshold.")
+    from scipy.special import betaincinv  # an exported model runs without SciPy
+
     rank = min(threshold_rank(num_scores, false_alarm_rate), num_scores)
     return float(betaincinv(num_scores + 1 - rank, rank, confidence))

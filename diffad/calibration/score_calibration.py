@@ -12,19 +12,21 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from diffad.calibration.conformal import conformal_threshold, false_alarm_bound
+from diffad.calibration.conformal import (
+    ROUNDING,
+    conformal_threshold,
+    false_alarm_bound,
+    rounded_up,
+    thresholds_at,
+)
 from diffad.calibration.coreset import nearest_distances
 from diffad.calibration.feature_gaussian import leave_one_out_of_features
 from diffad.calibration.residual_gaussian import by_cell, from_cells, leave_one_out
-from diffad.calibration.triangles import dense_triangles, identity_triangle, multiply_parts, triangle_parts
+from diffad.calibration.triangles import identity_triangle, multiply_parts, triangle_parts
 from diffad.exporting import is_exporting
 from diffad.moments import POSITIONS_AT_ONCE
 from diffad.scoring import Measurement, resize_maps
 from diffad.warn_once import warn_once
-
-# Share by which one image's score may differ from call to call, by the order of float32 sums. Thresholds stand above
-# their score by as much, so that the image which set them raises no alarm.
-ROUNDING = 2e-6
 
 
 class ScoreCalibration(ModelMixin, ConfigMixin):
@@ -152,8 +154,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         else:
             for name in ("feature_mean", "feature_whitening"):
                 self.register_buffer(name, None)
-        self._dense_whitening: dict[tuple[str, int], torch.Tensor] = {}
-        self._whitening_parts: dict[str, list[torch.Tensor]] = {}  # while a graph is exported
+        self._whitening: dict[tuple[str, int], list[torch.Tensor]] = {}  # `triangle_parts`, as used
+        self._graph_whitening: dict[str, list[torch.Tensor]] = {}  # of all categories, while a graph is exported
         coreset = None if coreset_shape is None else torch.zeros(num_categories, *coreset_shape).half()
         self.register_buffer("coreset", coreset)
         self.coreset_owner: dict[int, torch.Tensor] = {}  # (M,), while a category's statistics are taken
@@ -179,7 +181,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             device = fn(tensor.new_empty(0)).device
             return fn(tensor) if device.type == "meta" or tensor.is_meta else tensor.to(device)
 
-        self._dense_whitening.clear()
+        self._whitening.clear()
         return super()._apply(move, recurse)
 
     @property
@@ -208,13 +210,13 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         """Stores what `residual_gaussian` found for a category."""
         self.residual_mean[category] = mean
         self.residual_whitening[category] = whitening
-        self._dense_whitening.clear()
+        self._whitening.clear()
 
     def set_feature_gaussian(self, category: int, mean: torch.Tensor, whitening: torch.Tensor) -> None:
         """Stores what `feature_gaussian` found for a category."""
         self.feature_mean[category] = mean
         self.feature_whitening[category] = whitening
-        self._dense_whitening.clear()
+        self._whitening.clear()
 
     def log_distances(
         self, residual: torch.Tensor, category: torch.Tensor, num_seen: int = 0
@@ -245,7 +247,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             for index, chosen in of_each_category(category):
                 mean = self.residual_mean[index].mT.unflatten(1, size)  # (C, h, w)
                 centered = by_cell(residual[chosen] - mean, grid)  # (P, C, A, N')
-                whitened = self._whiten("residual", index, centered.flatten(2)).view_as(centered)
+                products = multiply_parts(self._whitening_parts("residual", index), centered.flatten(2).mT)
+                whitened = torch.cat(products, dim=2).mT.view_as(centered)
                 average = whitened.mean(dim=2, keepdim=True) if has_positions else whitened  # (P, C, 1, N')
                 cell = average.square().mean(dim=1)  # (P, 1, N')
                 if has_positions:
@@ -263,21 +266,31 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         return tuple(distance.clamp(min=1e-6).log() for distance in (of_cells, (of_positions + around) / 2.0))
 
     def distance_maps(
-        self, residual: torch.Tensor, category: torch.Tensor, size: tuple[int, int], num_seen: int = 0
+        self,
+        residual: torch.Tensor,
+        category: torch.Tensor,
+        size: tuple[int, int],
+        num_seen: int = 0,
+        sigma: float = 0.0,
     ) -> torch.Tensor:
         """`log_distances` as maps (N, E, *size), E = `num_distances`: of cells, then of positions where they differ.
 
-        Arguments as there; the residual is (N, C, h, w).
+        Arguments as there; the residual is (N, C, h, w), and `sigma` smooths the maps, in their pixels.
         """
         distances = self.log_distances(residual, category, num_seen)
-        return torch.cat([resize_maps(distance[:, None], size) for distance in distances], dim=1)
+        return torch.cat([resize_maps(distance[:, None], size, sigma) for distance in distances], dim=1)
 
     def gaussian_map(
-        self, features: torch.Tensor, category: torch.Tensor, size: tuple[int, int], num_seen: int = 0
+        self,
+        features: torch.Tensor,
+        category: torch.Tensor,
+        size: tuple[int, int],
+        num_seen: int = 0,
+        sigma: float = 0.0,
     ) -> torch.Tensor:
         """Logarithms of the features' squared Mahalanobis distance at each position (PaDiM), as a map (N, 1, *size).
 
-        The features are (N, C, h, w); the other arguments those of `log_distances`.
+        The features are (N, C, h, w); the other arguments those of `distance_maps`.
         """
         num_channels, *grid = self.config.feature_shape
         distances = features.new_empty(features.shape[0], math.prod(grid), dtype=torch.float32)
@@ -285,27 +298,31 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             for index, chosen in of_each_category(category):
                 mean = self.feature_mean[index].mT  # (C, P)
                 values = features[chosen].float().flatten(2)  # (N', C, P)
-                if self.config.shared_whitening:
-                    whitened = self._whiten("feature", index, (values - mean).permute(1, 2, 0).flatten(1)[None])
-                    squared = whitened.square_().mean(dim=1).view(values.shape[2], -1)  # (P, N')
-                else:
-                    parts = []
-                    # as many at once as a cache holds; a graph's runtime divides by itself
-                    step = mean.shape[1] if is_exporting() else POSITIONS_AT_ONCE
-                    for start in range(0, mean.shape[1], step):
-                        positions = slice(start, start + step)
-                        centered = (values[:, :, positions] - mean[:, positions]).permute(2, 1, 0).contiguous()
-                        parts.append(self._whiten("feature", index, centered, positions).square_().mean(dim=1))
-                    squared = torch.cat(parts)  # (P, N')
+                whitening = self._whitening_parts("feature", index)
+                squares = []
+                # as many positions at once as a cache holds; a graph's runtime divides by itself
+                step = mean.shape[1] if is_exporting() or self.config.shared_whitening else POSITIONS_AT_ONCE
+                for start in range(0, mean.shape[1], step):
+                    positions = slice(start, start + step)
+                    rows = (values[:, :, positions] - mean[:, positions]).permute(2, 0, 1)  # (P', N', C), not copied
+                    of_positions = whitening if step == mean.shape[1] else [part[positions] for part in whitening]
+                    if self.config.shared_whitening:
+                        rows = rows.flatten(0, 1)[None]  # (1, P' * N', C)
+                    products = multiply_parts(of_positions, rows)
+                    square = sum(product.square().sum(dim=2) for product in products) / num_channels
+                    squares.append(square.view(-1, values.shape[0]))  # (P', N')
+                squared = torch.cat(squares)  # (P, N')
                 if num_seen:
                     shared_by = math.prod(grid) if self.config.shared_whitening else 1
                     squared = leave_one_out_of_features(squared, num_channels, num_seen * shared_by)
                 distances[chosen] = squared.mT
         distances = distances.unflatten(1, grid)
-        return resize_maps(distances.clamp(min=1e-6).log()[:, None], size)
+        return resize_maps(distances.clamp(min=1e-6).log()[:, None], size, sigma)
 
-    def nearest_map(self, measurement: Measurement, category: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """How far the patches are from the nearest of good images, (N, 1, *size).
+    def nearest_map(
+        self, measurement: Measurement, category: torch.Tensor, size: tuple[int, int], sigma: float = 0.0
+    ) -> torch.Tensor:
+        """How far the patches are from the nearest of good images, (N, 1, *size), smoothed by `sigma` pixels.
 
         The images of the statistics are measured by the others' patches.
         """
@@ -318,7 +335,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 own = None if image is None else image[chosen]
                 owner = None if image is None else self.coreset_owner[index]
                 distances[chosen] = nearest_distances(patches[chosen], self.coreset[index], owner, own)
-        return resize_maps(distances[:, None], size)
+        return resize_maps(distances[:, None], size, sigma)
 
     def check_measurement(self, measurement: Measurement) -> None:
         """Raises a ValueError where the statistics are of other scores than a pipeline's settings give."""
@@ -387,6 +404,21 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         """How many good images one category's thresholds come from."""
         return int((~self.normal_scores[category].isnan()).sum())
 
+    def good_scores(self, category: int) -> list[float]:
+        """The scores of those images, ascending."""
+        return self.normal_scores[category][~self.normal_scores[category].isnan()].tolist()
+
+    def good_maxima(self, category: int) -> list[float]:
+        """The maxima of their maps, ascending; empty where an earlier version kept none."""
+        if self.normal_maxima is None:
+            return []
+        return self.normal_maxima[category][~self.normal_maxima[category].isnan()].tolist()
+
+    @property
+    def false_alarm_rate(self) -> float:
+        """At which the thresholds were set."""
+        return self.config.false_alarm_rate
+
     def stated_false_alarm_rate(self, category: int) -> float:
         """The rate that holds on average over sets of good images; n vouch for no less than 1 / (n + 1).
 
@@ -415,17 +447,17 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             if (packed := getattr(self, f"{name}_whitening")) is not None:
                 if name == "feature":
                     packed = packed.half()  # as it is saved: a pipeline that is loaded in float32 has no more digits
-                self._whitening_parts[name] = triangle_parts(packed, getattr(self, f"{name}_mean").shape[2])
+                self._graph_whitening[name] = triangle_parts(packed, getattr(self, f"{name}_mean").shape[2])
 
-    def _whiten(self, name: str, category: int, vectors: torch.Tensor, positions: slice = slice(None)) -> torch.Tensor:
-        """One category's whitening at P positions or cells, times vectors (P, C, N)."""
+    def _whitening_parts(self, name: str, category: Any) -> list[torch.Tensor]:
+        """One category's whitening at P positions or cells, as `triangle_parts`."""
         if is_exporting():
-            return multiply_parts(self._whitening_parts[name], category, vectors)
-        if (name, category) not in self._dense_whitening:  # made once, as that takes as long as their product
+            return [part[category] for part in self._graph_whitening[name]]
+        if (name, category) not in self._whitening:  # made once, as that takes as long as a product with it
             packed = getattr(self, f"{name}_whitening")[category]
-            num_channels = getattr(self, f"{name}_mean").shape[2]
-            self._dense_whitening[name, category] = dense_triangles(packed, num_channels)
-        return self._dense_whitening[name, category][positions] @ vectors
+            parts = triangle_parts(packed, getattr(self, f"{name}_mean").shape[2])
+            self._whitening[name, category] = [part.float() for part in parts]
+        return self._whitening[name, category]
 
     def normalize(self, maps: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Smoothed maps (N, S, H, W) in standard deviations above what good images show at that pixel."""
@@ -433,6 +465,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         if maps.shape[-2:] != mean.shape[-2:]:
             mean = F.interpolate(mean, maps.shape[-2:], mode="bilinear")
             std = F.interpolate(std, maps.shape[-2:], mode="bilinear")
+        if len(mean) == 1:
+            return (maps - mean).div_(std)
         return (maps - mean[category]) / std[category]
 
     def set_places(self, category: int, mean: torch.Tensor, std: torch.Tensor) -> None:
@@ -474,11 +508,11 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         ordered = torch.as_tensor(scores, dtype=torch.float32).sort().values
         self.normal_scores[category] = float("nan")
         self.normal_scores[category, : len(ordered)] = ordered
-        self.image_threshold[category] = _rounded_up(conformal_threshold(ordered, rate))
+        self.image_threshold[category] = rounded_up(conformal_threshold(ordered, rate))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said once already, for the same number of images
             maxima = torch.as_tensor(map_maxima, dtype=torch.float32).sort().values
-            self.pixel_threshold[category] = _rounded_up(conformal_threshold(maxima, rate))
+            self.pixel_threshold[category] = rounded_up(conformal_threshold(maxima, rate))
         if self.normal_maxima is not None:
             self.normal_maxima[category] = float("nan")
             self.normal_maxima[category, : len(maxima)] = maxima
@@ -493,18 +527,11 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             ValueError: the rate is not in (0, 1), or the category is not calibrated.
         """
         self._num_scores(category)
-        scores = self.normal_scores[category]
+        # a score that is its map's maximum says it
         is_maximum = bool(self.image_threshold[category] == self.pixel_threshold[category])
-        maxima = scores if is_maximum else None
-        if self.normal_maxima is not None and not self.normal_maxima[category].isnan().all():
-            maxima = self.normal_maxima[category]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a rate that they cannot vouch for: the largest is the threshold
-            of_scores = conformal_threshold(scores[~scores.isnan()], false_alarm_rate)
-            if maxima is None:
-                return _rounded_up(of_scores), float(self.pixel_threshold[category])
-            of_pixels = conformal_threshold(maxima[~maxima.isnan()], false_alarm_rate)
-        return _rounded_up(of_scores), _rounded_up(of_pixels)
+        maxima = self.good_maxima(category) or (self.good_scores(category) if is_maximum else None)
+        threshold = float(self.pixel_threshold[category])
+        return thresholds_at(self.good_scores(category), maxima, threshold, false_alarm_rate)
 
 
 def changed_settings(recorded: Mapping[str, Any] | None, settings: Mapping[str, Any] | None) -> list[str]:
@@ -524,8 +551,7 @@ def of_each_category(category: torch.Tensor | int) -> list[tuple[Any, Any]]:
     """
     if not isinstance(category, torch.Tensor) or category.ndim == 0:
         return [(category, slice(None))]
-    return [(index, category == index) for index in set(category.tolist())]
-
-
-def _rounded_up(threshold: float) -> float:
-    return threshold + ROUNDING * abs(threshold)
+    indices = set(category.tolist())
+    if len(indices) == 1:
+        return [(indices.pop(), slice(None))]  # all of them: no copy
+    return [(index, category == index) for index in indices]

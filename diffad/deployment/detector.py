@@ -8,15 +8,15 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
 from diffad.calibration.drift import DriftTest
 from diffad.deployment.batching import Batcher
 from diffad.grey_depth import check_known_range
+from diffad.image_arrays import image_to_rgb
 from diffad.image_files import image_file_header, one_large_at_a_time, read_image
-from diffad.images import as_size, image_to_rgb, resize_image, resize_images
+from diffad.image_sizes import as_size
+from diffad.predict import pipeline_detect, resizing_of
 from diffad.regions import Region, find_regions, without_small_regions
-from diffad.seeding import image_generator
 
 if TYPE_CHECKING:
     from diffad.pipelines.explaining import Explanation
@@ -33,13 +33,13 @@ class Sent(NamedTuple):
 
     size: (H, W) of the file.
     shown: (h, w, 3) uint8, reduced for the screen; None where nobody looks.
-    network_input: (3, R, R') in [0, 1]; or the file, of whose image the networks see tiles, decoded when its turn
+    network_input: (R, R', 3) in [0, 1]; or the file, of whose image the networks see tiles, decoded when its turn
         comes; None where it is no longer needed.
     """
 
     size: tuple[int, int]
     shown: np.ndarray | None
-    network_input: torch.Tensor | bytes | None
+    network_input: np.ndarray | bytes | None
 
 
 class Finding(NamedTuple):
@@ -50,11 +50,11 @@ class Finding(NamedTuple):
     reconstruction: (3, R, R) in [0, 1], or None.
     """
 
-    anomaly_map: torch.Tensor
+    anomaly_map: np.ndarray
     score: float
     p_value: float | None
     is_anomalous: bool | None
-    reconstruction: torch.Tensor | None
+    reconstruction: np.ndarray | None
 
 
 class Detector:
@@ -63,7 +63,7 @@ class Detector:
     Equal images have equal results, whatever they are batched with: noise is that of one seed.
 
     Args:
-        pipeline: an anomaly pipeline.
+        pipeline: an anomaly pipeline, or a `Runtime`.
         category: of a unified model.
         batch_size: images in one pass, at most.
         max_waiting: images that wait or are run, at most.
@@ -89,9 +89,10 @@ class Detector:
         self.drift: DriftTest | None = None
         self.evidence = 1.0
         if pipeline.has_thresholds:
-            scores = pipeline.calibration.normal_scores[self.index]
-            rate = pipeline.calibration.config.false_alarm_rate
-            self.drift = DriftTest(scores[~scores.isnan()].tolist(), rate)
+            calibration = pipeline.calibration
+            self.drift = DriftTest(calibration.good_scores(self.index), calibration.false_alarm_rate)
+        self.resizing = resizing_of(pipeline)
+        self.detect = pipeline_detect(pipeline, category, batch_size, seed=0)
         self.decoding = threading.Semaphore(4)  # images in memory as they are decoded
         self.batcher = Batcher(self._run, batch_size, max_waiting, report)
 
@@ -112,9 +113,9 @@ class Detector:
         with self.decoding, one_large_at_a_time(width * height):
             image = read_image(name, content, reduce_large=side is not None)
             value_range = self.pipeline.value_range
-            network_input: torch.Tensor | bytes = content
+            network_input: np.ndarray | bytes = content
             if side is not None:
-                network_input = resize_image(image, as_size(side), value_range)[0].clamp(0.0, 1.0)
+                network_input = self.resizing.image(image, as_size(side), value_range).clip(0.0, 1.0)
             shown = None
             if for_screen:
                 picture = image_to_rgb(image, value_range)
@@ -134,6 +135,8 @@ class Detector:
         """What the peak of an image's map is made of; None where the pipeline cannot tell."""
         if not hasattr(self.pipeline, "explain") or not self.pipeline.has_thresholds or self.pipeline.tile_size:
             return None
+        from diffad.seeding import image_generator  # torch's, which an exported model does without
+
         return self.pipeline.explain(sent.network_input, category=self.category, generator=image_generator(0, 0))
 
     @property
@@ -152,14 +155,7 @@ class Detector:
         return [finding for content in network_inputs for finding in self._find([read_image("image", content)])]
 
     def _find(self, images: list[Any]) -> list[Finding]:
-        output = self.pipeline(
-            images,
-            batch_size=self.batch_size,
-            match_input_resolution=False,
-            generator=[image_generator(0, 0) for _ in images],
-            output_type="pt",
-            **({"category": self.category} if self.category is not None else {}),
-        )
+        output = self.detect(images, [0] * len(images))
         findings = []
         for i in range(len(images)):
             score = float(output.anomaly_score[i])
@@ -167,19 +163,18 @@ class Detector:
                 self.evidence = self.drift.update(score).total
             findings.append(
                 Finding(
-                    output.anomaly_map[i].clone(),  # which does not keep the whole batch in memory
+                    np.array(output.anomaly_map[i]),  # a copy, which does not keep the whole batch in memory
                     score,
                     None if output.p_value is None else float(output.p_value[i]),
                     None if output.is_anomalous is None else bool(output.is_anomalous[i]),
-                    None if output.reconstruction is None else output.reconstruction[i].clone(),
+                    None if output.reconstruction is None else np.array(output.reconstruction[i]),
                 )
             )
         return findings
 
-
-def map_at(anomaly_map: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-    """A map (R, R) at a size (H, W), float32."""
-    return resize_images(anomaly_map[None, None], size)[0, 0].numpy()
+    def map_at(self, anomaly_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """A map (R, R) at a size (H, W), float32."""
+        return self.resizing.map(anomaly_map, size)
 
 
 def found_regions(

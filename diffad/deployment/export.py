@@ -19,12 +19,14 @@ import diffad
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.deployment.metadata import FORMAT, KEY, OUTPUTS, Metadata
 from diffad.deployment.quantization import FEWEST_IMAGES, quantize_networks, scores_and_maxima
+from diffad.exporting import is_exporting
 from diffad.files import write_whole
 from diffad.image_arrays import common_value_range, resized_array
 from diffad.image_files import read_image
 from diffad.image_sizes import as_size
 from diffad.installation import needs_extra
 from diffad.pipelines.output import AnomalyOutput, threshold_output
+from diffad.region_of_interest import clear_outside, hide_outside, inside_region
 from diffad.seeding import draw_noise
 
 FORMATS = {".onnx": "onnx", ".xml": "openvino"}
@@ -53,20 +55,30 @@ class InspectionGraph(nn.Module):
     """Steps 2 to 9 of an `AnomalyDenoisePipeline`'s call as a module: what is exported, and what may be compiled.
 
     Images come at the size that the feature extractor or the denoiser looks at, maps at the processing resolution.
+    Where a smallest area counts, for which no runtime has an operator, an exported graph gives map and score before it.
 
     Args:
         pipeline: on the CPU, in float32. A change of it changes the graph that is exported next.
+        input_type: "float32", images in [0, 1]; or "uint8", from 0 to 255.
     """
 
     noise: torch.Tensor
+    shown: torch.Tensor | None
+    inside: torch.Tensor | None
+    places: torch.Tensor | None
 
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: Any, input_type: str = "float32"):
         super().__init__()
-        self.pipeline, self.calibration = pipeline, pipeline.calibration
+        self.pipeline, self.calibration, self.input_type = pipeline, pipeline.calibration, input_type
         parts = {"unet": pipeline.unet if pipeline.runs_denoiser else None}
         parts |= {"feature_extractor": pipeline.feature_extractor, "calibration": pipeline.calibration}
         self.networks = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
         self.register_buffer("noise", graph_noise(pipeline))  # (T, 3, R, R)
+        first = torch.tensor([0])  # a region goes with models of one category
+        for name, side in (("shown", pipeline.input_resolution), ("inside", pipeline.processing_resolution)):
+            self.register_buffer(name, inside_region(pipeline.region, first, as_size(side)))  # (1, H, W) or None
+        places = None if self.inside is None else self.inside.flatten().nonzero()[:, 0]  # (n,)
+        self.register_buffer("places", places)
         self.eval().requires_grad_(False)
 
     def forward(
@@ -80,7 +92,7 @@ class InspectionGraph(nn.Module):
         """Verdicts on a batch of one category.
 
         Args:
-            image: (N, R', R', 3) in [0, 1].
+            image: (N, R', R', 3), of the input type.
             image_threshold, pixel_threshold: (K,), and
             normal_scores: (K, n), as of `ScoreCalibration`; None takes the calibration's.
             category: a unified model's index (), of all images.
@@ -91,12 +103,20 @@ class InspectionGraph(nn.Module):
         pipeline, calibration, count = self.pipeline, self.calibration, image.shape[0]
         index: Any = 0 if category is None else category
         indices = torch.as_tensor(index).expand(count)  # (N,)
-        pixel_values = image.permute(0, 3, 1, 2) * 2.0 - 1.0  # (N, 3, R', R')
+        if self.input_type == "uint8":
+            image = image.float() / 255.0
+        pixel_values = hide_outside(image.permute(0, 3, 1, 2) * 2.0 - 1.0, self.shown)  # (N, 3, R', R')
         noise = self.noise.expand(count, *self.noise.shape)  # (N, T, 3, R, R)
         measurement = pipeline.measure(pixel_values, noise, indices)
         maps = pipeline.score_maps(measurement, index, calibration)  # (N, S, R, R)
         anomaly_map = pipeline.join_maps(maps, index, calibration)  # (N, R, R)
-        score = pipeline.image_scores(anomaly_map)  # (N,)
+        if calibration is not None and calibration.smallest_area and is_exporting():
+            return anomaly_map, pipeline.image_scores(anomaly_map)
+        of_score = anomaly_map
+        if self.inside is not None:  # (N, 1, n), and 0 where nothing counts
+            of_score = anomaly_map.flatten(1)[:, self.places][:, None]
+            anomaly_map = clear_outside(anomaly_map, self.inside)
+        score = pipeline.image_scores(of_score)  # (N,)
         if calibration is None or not calibration.has_thresholds:
             return anomaly_map, score
         thresholds: Any = calibration
@@ -119,11 +139,14 @@ def export_pipeline(
     format: str | None = None,
     precision: str = "fp32",
     images: Sequence[Any] | None = None,
+    input_type: str = "float32",
 ) -> Path:
     """Writes a pipeline as one file that runs without torch (`diffad.deployment.Runtime`).
 
     The graph takes `image`, (N, R', R', 3) float32 in [0, 1] of any N, and gives `OUTPUTS`. A unified model's takes
-    `category` as well, an index () of all images. Thresholds are constants; the file's `Metadata` says them.
+    `category` as well, an index () of all images. Thresholds are constants; the file's `Metadata` says them, and the
+    good images' scores, from which `Runtime` sets others. A model with a smallest area gives map and score alone, and
+    `Runtime` the rest.
 
     Args:
         pipeline: an `AnomalyDenoisePipeline`.
@@ -133,6 +156,8 @@ def export_pipeline(
             compute with 8 bits, chosen on `images`, and the thresholds are set again by the result.
         images: for int8, good images that neither training nor calibration has seen: every other one serves the
             choice of 8 bits, and the rest the thresholds.
+        input_type: "float32", or "uint8" for a graph that takes pixels from 0 to 255, as cameras give them. `Runtime`
+            then rounds to them after it has resized, which moves scores a little.
 
     Returns:
         The path.
@@ -150,21 +175,27 @@ def export_pipeline(
         )
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be fp32, fp16 or int8, but is {precision!r}.")
+    if input_type not in ("float32", "uint8"):
+        raise ValueError(f"`input_type` must be float32 or uint8, but is {input_type!r}.")
     check_graph(pipeline)
     if (precision == "int8") != (images is not None):
         raise ValueError("`images` go with int8: good images, from which it takes its 8 bits and its thresholds.")
     if precision == "int8" and (len(pipeline.categories) > 1 or not pipeline.has_thresholds):
         raise ValueError("`precision` int8 takes a calibrated model of one category.")
+    if precision == "int8" and pipeline.calibration.smallest_area:
+        raise ValueError("`precision` int8 takes a model without a smallest area: its thresholds are the graph's own.")
     if images is not None and len(images) < FEWEST_IMAGES:
         raise ValueError(f"`images` holds {len(images)} good images, and int8 takes at least {FEWEST_IMAGES}.")
-    model = traced_onnx(pipeline)
-    metadata = describe(pipeline, precision)
+    model = traced_onnx(pipeline, input_type)
+    metadata = describe(pipeline, precision, input_type)
     if precision == "fp16":
         halve_weights(model)
     if images is not None:
         model, calibration = quantized(model, pipeline, images)
         metadata = metadata._replace(
-            image_threshold=calibration.image_threshold.tolist(), pixel_threshold=calibration.pixel_threshold.tolist()
+            image_threshold=calibration.image_threshold.tolist(),
+            pixel_threshold=calibration.pixel_threshold.tolist(),
+            **kept_scores(calibration),
         )
     write_graph(model, metadata, path)
     return path
@@ -174,17 +205,19 @@ def check_graph(pipeline: Any) -> None:
     """Raises a ValueError where a pipeline does what no graph does yet."""
     if not isinstance(pipeline, diffad.AnomalyDenoisePipeline):
         raise ValueError(f"`pipeline`: only an AnomalyDenoisePipeline has a graph yet, and not {type(pipeline)}.")
-    smallest_area = 0.0 if pipeline.calibration is None else pipeline.calibration.config.smallest_area
-    for what, is_used in {
-        "looks at tiles": pipeline.tile_size is not None,
-        "has a region of interest": pipeline.region is not None,
-        "has a smallest area": bool(smallest_area),
-    }.items():
-        if is_used:
-            raise ValueError(f"`pipeline` {what}, for which there is no graph yet. Run it by diffad itself.")
+    if pipeline.tile_size is not None:
+        raise ValueError(
+            "`pipeline` looks at tiles, as many as an image is large, which is no one graph. Run it by diffad itself, "
+            "or fit a model with `--tile_size none`."
+        )
+    if pipeline.region is not None and len(pipeline.categories) > 1:
+        raise ValueError(
+            "`pipeline` has regions of interest of several categories, for which there is no graph: export a model of "
+            "each category."
+        )
 
 
-def describe(pipeline: Any, precision: str) -> Metadata:
+def describe(pipeline: Any, precision: str, input_type: str = "float32") -> Metadata:
     """The metadata of a pipeline's graph."""
     calibration = pipeline.calibration if pipeline.has_thresholds else None
     name = Path(str(pipeline.config.get("_name_or_path") or "")).name
@@ -200,10 +233,34 @@ def describe(pipeline: Any, precision: str) -> Metadata:
         image_threshold=[] if calibration is None else calibration.image_threshold.tolist(),
         pixel_threshold=[] if calibration is None else calibration.pixel_threshold.tolist(),
         value_range=pipeline.value_range,
+        input_type=input_type,
+        smallest_area=0.0 if pipeline.calibration is None else pipeline.calibration.smallest_area,
+        score_fraction=pipeline.config.score_fraction,
+        region=None if pipeline.region is None else run_lengths_of(pipeline.region[0].cpu().numpy()),
+        **kept_scores(calibration),
     )
 
 
-def traced_onnx(pipeline: Any) -> Any:
+def kept_scores(calibration: ScoreCalibration | None) -> dict[str, list[list[float]]]:
+    """The good images' scores and maxima, by category, as `Metadata` has them."""
+    if calibration is None:
+        return {"normal_scores": [], "normal_maxima": []}
+    categories = range(len(calibration.image_threshold))
+    scores = [calibration.good_scores(i) for i in categories]
+    maxima = [calibration.good_maxima(i) for i in categories]
+    if not any(maxima) and bool((calibration.image_threshold == calibration.pixel_threshold).all()):
+        maxima = scores  # a score that is its map's maximum says it
+    return {"normal_scores": scores, "normal_maxima": maxima if any(maxima) else []}
+
+
+def run_lengths_of(region: np.ndarray) -> dict[str, list[int]]:
+    """A region (h, w) bool as `Metadata.region`: along the rows, how many pixels do not count, count, do not, ..."""
+    changes = np.flatnonzero(np.diff(region.ravel())) + 1
+    edges = [0, *changes.tolist(), region.size]
+    return {"size": [*region.shape], "counts": [0] * bool(region.ravel()[0]) + np.diff(edges).tolist()}
+
+
+def traced_onnx(pipeline: Any, input_type: str = "float32") -> Any:
     """The pipeline's graph as an `onnx.ModelProto`."""
     with needs_extra("export"):
         onnx = importlib.import_module("onnx")
@@ -214,11 +271,12 @@ def traced_onnx(pipeline: Any) -> Any:
         raise ValueError(
             "`pipeline` must be on the CPU and in float32 to be exported: `pipe.to('cpu', torch.float32)`."
         )
-    graph = InspectionGraph(pipeline)
+    graph = InspectionGraph(pipeline, input_type)
     size, count = as_size(pipeline.input_resolution), 2
-    inputs: dict[str, Any] = {"image": torch.rand(count, *size, 3, generator=torch.Generator().manual_seed(0))}
+    image = torch.rand(count, *size, 3, generator=torch.Generator().manual_seed(0))
+    inputs: dict[str, Any] = {"image": image if input_type == "float32" else (image * 255.0).byte()}
     defaults = {}
-    if pipeline.has_thresholds:
+    if pipeline.has_thresholds and not pipeline.calibration.smallest_area:
         defaults = {name: getattr(pipeline.calibration, name) for name in THRESHOLDS}
     inputs |= defaults
     if len(pipeline.categories) > 1:
@@ -263,7 +321,7 @@ def quantized(model: Any, pipeline: Any, images: Sequence[Any]) -> tuple[Any, Sc
     model = quantize_networks(model, batches[1::2], NETWORKS)
     scores, maxima = zip(*scores_and_maxima(model, batches[::2]), strict=True)
     rate = pipeline.calibration.config.false_alarm_rate
-    calibration = ScoreCalibration(num_scores=len(scores), false_alarm_rate=rate)
+    calibration = ScoreCalibration(num_scores=len(scores), false_alarm_rate=rate, keeps_maxima=True)
     calibration.set_thresholds(0, scores, maxima)
     for constant in model.graph.initializer:
         if constant.name in THRESHOLDS:

@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from diffad.calibration.conformal import false_alarm_bound, thresholds_at
 from diffad.warn_once import warn_once
 
 KEY = "diffad"
-FORMAT = 1  # of the graph's inputs, outputs and metadata; a file of another is refused
+FORMAT = 2  # of the graph's inputs, outputs and metadata; a file of another is refused
 OUTPUTS = ("anomaly_map", "anomaly_score", "anomaly_mask", "is_anomalous", "p_value")  # without thresholds, the first 2
 
 
 class Metadata(NamedTuple):
-    """What a graph was made of.
+    """What a graph was made of, and what of its calibration is asked for outside: `ScoreCalibration`'s names.
 
     Attributes:
         format: `FORMAT` of the version that wrote it.
@@ -27,6 +28,13 @@ class Metadata(NamedTuple):
         false_alarm_rate: at which the thresholds were set; None for a graph without thresholds.
         image_threshold, pixel_threshold: of each category; infinite where it is not calibrated.
         value_range: of images of more than 8 bits, or None.
+        normal_scores: of each category, held-out good images' scores, ascending.
+        normal_maxima: the maxima of their maps, likewise; empty where the calibration kept none.
+        input_type: "float32", or "uint8" for pixels from 0 to 255.
+        smallest_area: of a region that counts, as a share of the image's area. Where it is not 0, the graph gives map
+            and score as they are, and `Runtime` takes off what is smaller.
+        score_fraction: of the map's pixels, whose mean is the score; 0 for the maximum.
+        region: of interest, `{"size": [h, w], "counts": [off, on, off, ...]}` along the rows; None without one.
     """
 
     format: int
@@ -40,6 +48,52 @@ class Metadata(NamedTuple):
     image_threshold: list[float]
     pixel_threshold: list[float]
     value_range: float | None
+    normal_scores: list[list[float]]
+    normal_maxima: list[list[float]]
+    input_type: str
+    smallest_area: float
+    score_fraction: float
+    region: dict[str, list[int]] | None
+
+    def good_scores(self, category: int) -> list[float]:
+        """Held-out good images' scores."""
+        return self.normal_scores[category]
+
+    def num_good_images(self, category: int) -> int:
+        """How many good images one category's thresholds come from."""
+        return len(self.normal_scores[category])
+
+    def stated_false_alarm_rate(self, category: int) -> float:
+        """The rate that holds on average over sets of good images; n vouch for no less than 1 / (n + 1)."""
+        return max(self.false_alarm_rate or 0.0, 1.0 / (self.num_good_images(category) + 1))
+
+    def false_alarm_bound(self, category: int, confidence: float = 0.95) -> float:
+        """The false-alarm rate that one category's threshold keeps with a given confidence, see `conformal`."""
+        return false_alarm_bound(self.num_good_images(category), self.false_alarm_rate or 0.0, confidence)
+
+    def thresholds_at(self, category: int, false_alarm_rate: float) -> tuple[float, float]:
+        """The thresholds of scores and of pixels that another false-alarm rate would have set.
+
+        Raises:
+            ValueError: the rate is not in (0, 1).
+        """
+        maxima = self.normal_maxima[category] if self.normal_maxima else None
+        return thresholds_at(self.normal_scores[category], maxima, self.pixel_threshold[category], false_alarm_rate)
+
+    def at_rate(self, false_alarm_rate: float) -> Metadata:
+        """With the thresholds of another false-alarm rate.
+
+        Raises:
+            ValueError: there are none, or the rate is not in (0, 1).
+        """
+        if self.false_alarm_rate is None:
+            raise ValueError("`false_alarm_rate` takes a calibrated model, and this graph was exported without.")
+        pairs = [
+            self.thresholds_at(i, false_alarm_rate) if self.normal_scores[i] else (float("inf"), float("inf"))
+            for i in range(len(self.image_threshold))
+        ]
+        of_images, of_pixels = ([*column] for column in zip(*pairs, strict=True))
+        return self._replace(false_alarm_rate=false_alarm_rate, image_threshold=of_images, pixel_threshold=of_pixels)
 
     def dumps(self) -> str:
         return json.dumps(self._asdict())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffad.deployment.batching import BusyError
-from diffad.deployment.detector import Detector, Finding, Sent, TooLargeError, found_regions, map_at
+from diffad.deployment.detector import Detector, Finding, Sent, TooLargeError, found_regions
 from diffad.files import write_whole
 from diffad.grey_depth import UnreadableImageError
 from diffad.inputs import is_image_name
@@ -39,7 +39,7 @@ def show(detector: Detector, seen: Seen | None, rate: float | None) -> tuple[Any
         return None, "", [], ""
     _, sent, finding = seen
     assert sent.shown is not None
-    anomaly_map = map_at(finding.anomaly_map, sent.shown.shape[:2])
+    anomaly_map = detector.map_at(finding.anomaly_map, sent.shown.shape[:2])
     if rate is None or finding.p_value is None:
         return overlay(sent.shown, anomaly_map), f"Score **{finding.score:.4g}** (the model is not calibrated)", [], "-"
     image_threshold, pixel_threshold = detector.thresholds_at(rate / 100.0)
@@ -124,7 +124,7 @@ def build_page(detector: Detector, max_bytes: int, collect: Path | None = None) 
         p_value = None if finding.p_value is None else round(finding.p_value, 4)
         history = [*history, [now, name, round(finding.score, 4), p_value, verdict, rate]]
         rebuilt = finding.reconstruction
-        rebuilt = None if rebuilt is None else to_uint8(np.moveaxis(rebuilt.float().numpy(), 0, -1))
+        rebuilt = None if rebuilt is None else to_uint8(np.moveaxis(rebuilt, 0, -1))
         return seen, picture, words, because, rows, rebuilt, history, history, write_history(history)
 
     def move(seen: Seen | None, rate: float | None) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,14 +13,15 @@ from typing import Any, TypeAlias
 import numpy as np
 
 import diffad
+from diffad.calibration.conformal import ROUNDING
 from diffad.deployment.metadata import KEY, OUTPUTS, Metadata
 from diffad.grey_depth import warn_of_found_range
 from diffad.image_arrays import flatten, image_size, resized_array, smallest_common_range
 from diffad.image_files import read_image
 from diffad.image_sizes import as_side, as_size
 from diffad.installation import needs_extra
-from diffad.regions import Region, find_regions
-from diffad.resizing import resize_array
+from diffad.regions import Region, find_regions, level_of_area, num_smallest, without_small_regions
+from diffad.resizing import pool_weights, resize_array
 
 # ONNX Runtime's names of what it computes on
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -61,6 +63,8 @@ class Runtime:
         device: "cpu"; for an .onnx also "cuda" or "tensorrt", for an .xml whatever OpenVINO names so, such as "gpu".
         precision: in which networks of float32 weights compute, "float32"; for an .xml also "bfloat16" or "float16",
             which move scores. OpenVINO would take bfloat16 by itself where a machine has it.
+        false_alarm_rate: sets both thresholds anew, by the good images' scores that the file keeps; None leaves them as
+            they were calibrated. n good images can vouch for no less than 1 / (n + 1).
 
     Attributes:
         metadata: what the file says of itself (`Metadata`).
@@ -73,7 +77,13 @@ class Runtime:
 
     tile_size = None  # a graph looks at whole images
 
-    def __init__(self, path: str | os.PathLike, device: str = "cpu", precision: str = "float32"):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        device: str = "cpu",
+        precision: str = "float32",
+        false_alarm_rate: float | None = None,
+    ):
         path = Path(path)
         if path.suffix not in (".onnx", ".xml"):
             raise ValueError(f"`path` must be an .onnx or an .xml file, but is {path}.")
@@ -83,7 +93,16 @@ class Runtime:
         load = _load_onnx if path.suffix == ".onnx" else _load_openvino
         self._run, text = load(path, device.lower(), precision)
         self.metadata = Metadata.loads(text, path, diffad.__version__)
+        # else the graph has judged with its own thresholds
+        self._judges = bool(self.metadata.smallest_area) or false_alarm_rate is not None
+        if false_alarm_rate is not None:
+            self.metadata = self.metadata.at_rate(false_alarm_rate)
         self.path = path
+
+    @property
+    def calibration(self) -> Metadata:
+        """What a `ScoreCalibration` says of thresholds."""
+        return self.metadata
 
     @property
     def categories(self) -> list[str]:
@@ -190,20 +209,66 @@ class Runtime:
 
     def run(self, pixels: np.ndarray, category: int = 0) -> RuntimeOutput:
         """The graph alone: a batch (N, *input_size, 3) float32 in [0, 1], all of one category, by its index."""
-        inputs = {"image": np.ascontiguousarray(pixels, dtype=np.float32)}
+        if self.metadata.input_type == "uint8":
+            pixels = np.rint(np.clip(pixels, 0.0, 1.0) * 255.0)
+        inputs = {"image": np.ascontiguousarray(pixels, dtype=self.metadata.input_type)}
         if self.categories:
             inputs["category"] = np.array(category, dtype=np.int64)
         values: dict[str, Any] = dict(zip(OUTPUTS, self._run(inputs), strict=False))
-        return RuntimeOutput(**values)
+        output = RuntimeOutput(**values)
+        return self._judged(output, category) if self._judges and self.has_thresholds else output
+
+    def _judged(self, output: RuntimeOutput, category: int) -> RuntimeOutput:
+        """Maps and scores less what is smaller than the smallest area, with verdicts by the metadata's thresholds."""
+        known, maps, scores = self.metadata, output.anomaly_map, output.anomaly_score
+        size = (maps.shape[1], maps.shape[2])
+        if known.smallest_area:
+            smallest, inside = num_smallest(known.smallest_area, size), self.inside_region(size)
+            maps = np.stack([np.minimum(one, np.float32(level_of_area(one, smallest))) for one in maps])
+            pixels = maps[:, inside]
+            count = max(1, math.ceil(known.score_fraction * pixels.shape[1]))
+            scores = np.partition(pixels, -count, axis=1)[:, -count:].mean(axis=1, dtype=np.float32)
+            maps = np.where(inside, maps, np.float32(0.0))
+        normal = np.array(known.normal_scores[category], dtype=np.float32)
+        lowest = scores - np.float32(ROUNDING) * np.abs(scores)
+        at_least = (normal >= lowest[:, None]).sum(axis=1)
+        is_anomalous = scores > np.float32(known.image_threshold[category])
+        return RuntimeOutput(
+            maps,
+            scores,
+            None,
+            self._masks(maps, is_anomalous, category),
+            is_anomalous,
+            ((1.0 + at_least) / (1.0 + len(normal))).astype(np.float32),
+        )
+
+    def _masks(self, maps: np.ndarray, is_anomalous: np.ndarray, category: int) -> np.ndarray:
+        """Where maps (N, H, W) are above their threshold, in alarmed images only."""
+        masks = (maps > np.float32(self.metadata.pixel_threshold[category])) & is_anomalous[:, None, None]
+        if not self.metadata.smallest_area:
+            return masks
+        return np.stack([without_small_regions(one, self.metadata.smallest_area) for one in masks])
+
+    def inside_region(self, size: tuple[int, int]) -> np.ndarray:
+        """Which pixels of an image count, (*size) bool, as of `diffad.region_of_interest`."""
+        region = self.metadata.region
+        if region is None:
+            return np.ones(size, dtype=bool)
+        height, width = region["size"]
+        lengths = region["counts"]
+        values = np.repeat(np.arange(len(lengths)) % 2, lengths).reshape(height, width).astype(np.float32)
+        share = pool_weights(height, size[0]) @ values @ pool_weights(width, size[1]).T
+        return share >= min(0.5, float(share.max()))
 
     def at_size(self, output: RuntimeOutput, category: int, size: tuple[int, int]) -> RuntimeOutput:
         """An output with maps and masks of another size, (H, W): masks are drawn anew, in alarmed images only."""
         if output.anomaly_map.shape[1:] == tuple(size):
             return output
-        maps = np.stack([resize_array(one, size) for one in output.anomaly_map])
+        inside = self.inside_region(size)
+        maps = np.stack([np.where(inside, resize_array(one, size), np.float32(0.0)) for one in output.anomaly_map])
         if output.is_anomalous is None:
             return RuntimeOutput(maps, output.anomaly_score)
-        mask = (maps > np.float32(self.metadata.pixel_threshold[category])) & output.is_anomalous[:, None, None]
+        mask = self._masks(maps, output.is_anomalous, category)
         return RuntimeOutput(maps, output.anomaly_score, None, mask, output.is_anomalous, output.p_value)
 
 

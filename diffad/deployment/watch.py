@@ -247,7 +247,9 @@ def watch_folder(
                 writer = csv.DictWriter(table, COLUMNS)
                 for found in coming_files(folder, output_dir, files, poll, stop):
                     todo = [(int(event_number(*one[1:]), 16), one) for one in found]
-                    for batch in decoded_batches(todo, side, at_once, pool, pipeline.value_range, resizing, True):
+                    for batch in decoded_batches(
+                        todo, side, at_once, pool, pipeline.value_range, resizing, refuse_unknown_range=True
+                    ):
                         if stop.is_set():
                             break
                         rows = _score(

@@ -13,7 +13,7 @@ from datasets import Dataset
 from PIL import Image
 
 from diffad.data.masks import mask_to_array
-from diffad.evaluation.detectors import call_arguments, pixel_threshold
+from diffad.evaluation.detectors import call_for, pixel_threshold
 from diffad.images import image_to_rgb, resize_images
 from diffad.pipelines.output import AnomalyOutput
 from diffad.visualization import beside_overlay, save_rows, to_uint8
@@ -89,7 +89,7 @@ def draw_cases(
     cases = []
     for title, indices in choose_cases(records).items():
         rows = [images[i] for i in indices]
-        output = pipeline([row["image"] for row in rows], **call_arguments(pipeline, category, indices, seed))
+        output = call_for(pipeline, [row["image"] for row in rows], category, indices, seed)
         for position, (i, row) in enumerate(zip(indices, rows, strict=True)):
             drawn = draw_case(row, output, position, threshold)
             columns = 2 if output.reconstruction is None else 3

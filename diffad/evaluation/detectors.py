@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -21,6 +22,8 @@ from diffad import AnomalyOutput
 from diffad.data.checks import cast_images
 from diffad.data.masks import resize_image_and_mask
 from diffad.data.saturation import read_defects
+from diffad.deployment.metadata import OUTPUTS
+from diffad.deployment.runtime import Runtime
 from diffad.evaluation.metric_names import MEAN
 from diffad.evaluation.metrics import AnomalyMetrics
 from diffad.files import bounded_name, write_whole
@@ -56,11 +59,20 @@ def evaluate_category(
     """Evaluates a pipeline on one category's test images; the noise of each image follows from `seed` and its place."""
 
     def detect(pictures: list[Any], indices: list[int]) -> list[AnomalyOutput]:
-        return [pipeline(pictures, **call_arguments(pipeline, category, indices, seed))]
+        return [call_for(pipeline, pictures, category, indices, seed)]
 
     return evaluate_detectors(
         detect, 1, images, category, accelerator, resolution, pro_fpr_limit, batch_size, save_maps
     )[0]
+
+
+def call_for(pipeline: Any, pictures: list[Any], category: str, indices: Sequence[int], seed: int) -> AnomalyOutput:
+    """What a pipeline says of test images of one category, `call_arguments`; or a `Runtime`, whose noise is its own."""
+    if not isinstance(pipeline, Runtime):
+        return pipeline(pictures, **call_arguments(pipeline, category, indices, seed))
+    output = pipeline(pictures, category_index(pipeline, category), len(indices), match_input_resolution=False)
+    values = {name: getattr(output, name) for name in OUTPUTS}
+    return AnomalyOutput(**{n: None if one is None else torch.from_numpy(one) for n, one in values.items()})
 
 
 def call_arguments(pipeline: Any, category: str, indices: Sequence[int], seed: int) -> dict[str, Any]:
@@ -96,7 +108,7 @@ def promise(pipeline: Any, category: str) -> dict[str, float]:
         return {}
     index = category_index(pipeline, category)
     threshold = pipeline.calibration.image_threshold[index]
-    if not torch.isfinite(threshold):
+    if not math.isfinite(threshold):
         return {}
     return {
         "image_threshold": float(threshold),
@@ -110,7 +122,7 @@ def pixel_threshold(pipeline: Any, category: str) -> float | None:
     if not pipeline.has_thresholds:
         return None
     threshold = pipeline.calibration.pixel_threshold[category_index(pipeline, category)]
-    return float(threshold) if torch.isfinite(threshold) else None
+    return float(threshold) if math.isfinite(threshold) else None
 
 
 @torch.no_grad()

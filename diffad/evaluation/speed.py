@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffad.deployment.runtime import Runtime
 from diffad.images import as_size
 
 
@@ -18,7 +19,7 @@ def benchmark_pipeline(pipeline: Any, batch_size: int = 16, repeats: int = 5) ->
     """Times whole calls on random images at the pipeline's own resolution.
 
     Args:
-        pipeline: an anomaly pipeline, on its device and in its dtype.
+        pipeline: an anomaly pipeline, on its device and in its dtype, or a `Runtime`, whose graph is one part.
         batch_size: images in a call.
         repeats: timed calls, after one that warms up.
 
@@ -26,7 +27,7 @@ def benchmark_pipeline(pipeline: Any, batch_size: int = 16, repeats: int = 5) ->
         `milliseconds_per_image` (median), `images_per_second`, `milliseconds_by_part` (of each network, and of the
         rest), `peak_memory_mib` (of the process, or of the GPU's allocations).
     """
-    device = pipeline._execution_device
+    device = torch.device("cpu") if isinstance(pipeline, Runtime) else pipeline._execution_device
     size = as_size(pipeline.input_resolution)
     images = np.random.default_rng(0).random((batch_size, *size, 3), dtype=np.float32)
     category = {"category": 0} if len(pipeline.categories) > 1 else {}
@@ -44,9 +45,8 @@ def benchmark_pipeline(pipeline: Any, batch_size: int = 16, repeats: int = 5) ->
     def end(name: str) -> Any:
         return lambda module, args, output: spent.__setitem__(name, spent[name] + now() - begun[name])
 
-    networks = {
-        n: m for n, m in pipeline.components.items() if isinstance(m, torch.nn.Module) and "calibration" not in n
-    }
+    components = {} if isinstance(pipeline, Runtime) else pipeline.components
+    networks = {n: m for n, m in components.items() if isinstance(m, torch.nn.Module) and "calibration" not in n}
     if "feature_extractor" in networks:  # which a pipeline asks for its layers
         pipeline(images[:1], batch_size=1, **category)
         networks["feature_extractor"] = pipeline.feature_extractor.running_network()

@@ -188,7 +188,8 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
                     f"`image_size`: {self.config.backbone!r} takes sides that are multiples of {self.patch_size}, but "
                     f"images have {images.shape[-2]} x {images.shape[-1]} pixels. Give such an `image_size`."
                 )
-            images = (images / 2.0 + 0.5 - self.image_mean) / self.image_std
+            # (x / 2 + 0.5 - mean) / std in one pass
+            images = torch.addcmul((0.5 - self.image_mean) / self.image_std, images, 0.5 / self.image_std)
             # channels last runs depthwise convolutions a quarter faster on CPUs and tensor cores
             images = images.contiguous(memory_format=torch.channels_last)
             of_image = self.running_network(images)(images)
@@ -234,7 +235,7 @@ class TimmFeatureExtractor(ModelMixin, ConfigMixin):
 
     def standardize(self, layers: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
         """`layers`' maps at one size, standardised per channel, (N, num_channels, *size)."""
-        return (concatenate_layers(layers, size) - self.channel_mean) / self.channel_std
+        return (concatenate_layers(layers, size) - self.channel_mean).div_(self.channel_std)
 
     @torch.no_grad()
     def fit_standardization(self, batches: Iterable[torch.Tensor], size: tuple[int, int]) -> TimmFeatureExtractor:

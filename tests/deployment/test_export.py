@@ -169,12 +169,65 @@ def test_int8_sets_its_thresholds_again(models, tmp_path):
     assert runtime.metadata.image_threshold != Runtime(models("features")[1]).metadata.image_threshold
 
 
+def test_a_region_of_interest_and_a_smallest_area_are_inside(tmp_path):
+    pipeline = without_denoiser()
+    region = np.zeros((32, 32), dtype=bool)
+    region[4:, 8:] = True
+    images = [np.asarray(Image.fromarray(one).resize((24, 24))) for one in IMAGES]
+    good = [np.asarray(Image.fromarray(one).resize((24, 24))) for one in textures(12)]
+    for smallest_area in (0.0, 0.02):
+        pipeline.calibrate(good, false_alarm_rate=0.2, roi=region, smallest_area=smallest_area)
+        runtime = Runtime(pipeline.export(tmp_path / "model.onnx"))
+        for size in (24, 40):
+            pictures = [np.asarray(Image.fromarray(one).resize((size, size))) for one in images]
+            expected = pipeline(pictures)
+            assert expected.is_anomalous.any()
+            assert (expected.anomaly_map[:, : size // 10] == 0.0).all()
+            actual = runtime(pictures)
+            assert_equal(actual, {name: getattr(expected, name) for name in OUTPUTS})
+
+
+def test_a_graph_of_uint8_takes_a_cameras_pixels(models, tmp_path):
+    pipeline, path = models("features")
+    runtime = Runtime(pipeline.export(tmp_path / "camera.onnx", input_type="uint8"))
+    images = [np.asarray(Image.fromarray(one).resize((24, 24))) for one in IMAGES]
+    expected = Runtime(path)(images)
+    assert_equal(runtime(images), {name: getattr(expected, name) for name in OUTPUTS})
+    session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "camera.onnx")
+    scores = session.run(["anomaly_score"], {"image": np.stack(images)})[0]
+    assert np.allclose(scores, expected.anomaly_score, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["denoiser", "features"])
+def test_another_false_alarm_rate_needs_no_other_file(models, name):
+    pipeline, path = models(name)
+    noises = [torch.Generator().manual_seed(0) for _ in IMAGES]
+    output = pipeline(IMAGES, generator=noises)
+    for rate in (0.1, 0.5):
+        image_threshold, pixel_threshold = pipeline.calibration.thresholds_at(0, rate)
+        actual = Runtime(path, false_alarm_rate=rate)(IMAGES)
+        assert np.array_equal(actual.is_anomalous, output.anomaly_score > image_threshold)
+        mask = (output.anomaly_map > pixel_threshold) & actual.is_anomalous[:, None, None]
+        assert np.array_equal(actual.anomaly_mask, mask)
+        assert np.allclose(actual.p_value, output.p_value)
+    with pytest.raises(ValueError, match="`false_alarm_rate`"):
+        Runtime(path, false_alarm_rate=1.0)
+
+
+def test_tiles_are_refused_with_what_to_do(tmp_path):
+    pipeline = without_denoiser()
+    pipeline.register_to_config(tile_size=24)
+    with pytest.raises(ValueError, match=r"looks at tiles.*--tile_size none"):
+        pipeline.export(tmp_path / "model.onnx")
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("model.bin", {}, "`path` must end in .onnx"),
         ("model.onnx", {"format": "openvino"}, "`path` must end in .onnx"),
         ("model.onnx", {"precision": "int4"}, "`precision` must be fp32, fp16 or int8"),
+        ("model.onnx", {"input_type": "int16"}, "`input_type` must be float32 or uint8"),
         ("model.onnx", {"precision": "int8"}, "`images` go with int8"),
         ("model.onnx", {"images": textures(8)}, "`images` go with int8"),
         ("model.onnx", {"precision": "int8", "images": textures(3)}, "holds 3 good images"),
@@ -197,8 +250,8 @@ def test_a_file_of_another_format_is_refused_and_one_of_another_version_read(mod
         onnx.save(model, tmp_path / name)
         return tmp_path / name
 
-    with pytest.raises(ValueError, match=r"exported by diffad .* in format 99.*Export the model again"):
-        Runtime(with_text(text.replace('"format": 1', '"format": 99'), "new.onnx"))
+    with pytest.raises(ValueError, match=r"exported by diffad .* in format 1,.*Export the model again"):
+        Runtime(with_text(text.replace('"format": 2', '"format": 1'), "new.onnx"))
     with pytest.raises(ValueError, match=r"no graph of diffad's"):
         Runtime(with_text(None, "other.onnx"))
     Runtime(with_text(text.replace('"version": "', '"version": "7.'), "old.onnx"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import textures, tiny_extractor, write_folder, write_png
+from conftest import textures, tiny_extractor, write_folder, write_mvtec, write_png
 from PIL import Image
 
 from diffad import AnomalyDenoisePipeline, AnomalyOutput
@@ -163,3 +164,76 @@ def test_predict_without_torch_writes_what_it_writes_with_the_pipeline(model, tm
             scale = 65535.0 if folder == "maps" else 255.0
             assert np.abs(pictures[0] - pictures[1]).max() < 0.01 * scale
     assert (tmp_path / "without" / "most_anomalous.png").is_file()
+
+
+WATCH = """
+import threading
+from diffad.deployment import Runtime
+from diffad.deployment.watch import watch_folder
+
+stop = threading.Event()
+watch_folder(Runtime(sys.argv[1]), sys.argv[2], sys.argv[3], stop, settle=0.1,
+             report=lambda event: stop.set() if len(open(sys.argv[3] + "/scores.csv").readlines()) > 3 else None)
+"""
+
+SERVE = """
+import csv
+import json
+from pathlib import Path
+from diffad.deployment import Runtime
+from diffad.deployment.detector import Detector
+from diffad.deployment.service import create_app, describe
+
+detector = Detector(Runtime(sys.argv[1]))
+create_app(detector.pipeline, page=False)
+for path in sorted(Path(sys.argv[2]).iterdir()):
+    sent = detector.read(path.name, path.read_bytes())
+    print(json.dumps(describe(detector, path.name, sent, detector.submit([sent])[0].result(), True)))
+"""
+
+
+@pytest.mark.parametrize("command", ["watch", "serve"])
+def test_watch_and_serve_need_no_torch(model, command, tmp_path):
+    pytest.importorskip("watchfiles" if command == "watch" else "fastapi")
+    pipeline, path = model
+    parts = write_folder(tmp_path / "parts", 3, size=40)
+    # SciPy, which lists regions, comes with neither; services list them
+    missing = WITHOUT_TORCH if command == "watch" else WITHOUT_TORCH.replace('"scipy", ', "")
+    code = f"{missing}sys.meta_path.insert(0, Missing())\n{WATCH if command == 'watch' else SERVE}"
+    arguments = [sys.executable, "-c", code, str(path), str(parts), str(tmp_path / "output")]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if command == "watch":
+        with open(tmp_path / "output" / "scores.csv", newline="") as file:
+            found = {Path(row["path"]).name: row for row in csv.DictReader(file)}
+        assert json.loads((tmp_path / "output" / "calibration.json").read_text())["false_alarm_rate"] == 0.2
+    else:
+        found = {one["name"]: one for one in map(json.loads, done.stdout.splitlines())}
+    images = sorted(parts.iterdir())
+    assert [*found] == [one.name for one in images]
+    expected = pipeline([str(one) for one in images])
+    for row, score, p_value in zip(found.values(), expected.anomaly_score, expected.p_value, strict=True):
+        assert float(row["score"]) == pytest.approx(float(score), rel=1e-4)
+        assert float(row["p_value"]) == pytest.approx(float(p_value), abs=1e-6)
+
+
+def test_an_exported_file_is_evaluated_and_timed_as_a_pipeline_is(model, tmp_path):
+    from diffad.evaluation.speed import benchmark_pipeline
+    from diffad.training.evaluate import main as evaluate
+
+    pipeline, path = model
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    data = write_mvtec(tmp_path / "data")
+    reports = [
+        evaluate(
+            ["--model", str(one), "--data", str(data), "--output", str(tmp_path / f"{i}.json"), "--baselines", "none"]
+        )
+        for i, one in enumerate((path, tmp_path / "pipeline"))
+    ]
+    for results in zip(*(report["results"].values() for report in reports), strict=True):
+        for name, value in results[0].items():
+            if isinstance(value, float) and "second" not in name:
+                assert value == pytest.approx(results[1][name], abs=1e-3), name
+    speed = benchmark_pipeline(Runtime(path), batch_size=2, repeats=1)
+    assert speed["images_per_second"] > 0.0
+    assert [*speed["milliseconds_by_part"]] == ["rest"]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffad import TimmFeatureExtractor
-from diffad.models.inference_network import fold_batch_norms, inference_network
+from diffad.models.inference_network import EvenlyPadded, fold_batch_norms, inference_network
 
 
 def backbone(name: str) -> nn.Module:
@@ -117,3 +117,14 @@ def test_gradients_reach_images_after_inference_mode_and_weights_that_are_traine
     extractor.requires_grad_(True)
     extractor.layers(images)[0].sum().backward()
     assert extractor.network.conv1.weight.grad.abs().sum() > 0.0
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 47), (30, 35)])
+@torch.no_grad()
+def test_padding_is_folded_in_for_sides_of_any_length(size):
+    network = backbone("tf_efficientnet_lite0")
+    faster = inference_network(network, torch.randn(1, 3, 64, 64))
+    assert sum(isinstance(module, EvenlyPadded) for module in faster.modules()) == 2  # of strides 4 and 8
+    images = torch.randn(2, 3, *size)
+    for found, expected in zip(faster(images), network(images), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-4 * float(expected.abs().max()))
