@@ -30,8 +30,7 @@ app = typer.Typer(
 )
 console = Console(stderr=True)  # standard output is for results
 ModelOrFile = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="Folder, Hub id or exported file.", show_default=False),
+    str, typer.Argument(metavar="MODEL", help="Folder, Hub id or exported file.", show_default=False)
 ]
 
 
