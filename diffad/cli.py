@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from diffad.command_options import BadImages, BatchSize, Category, Device, Dtype, Model, OnBadImage, PartPattern, Seed
+from diffad.inputs import list_folder
 from diffad.line_commands import drift, serve, watch
 from diffad.model_commands import convert, export, push
 from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
@@ -93,6 +94,17 @@ def check_folder(path: Path) -> Path:
     return path
 
 
+def check_model_folder(path: Path) -> Path:
+    """`path`, unless it is a folder of images: beside a model they would be no inputs any more."""
+    check_folder(path)
+    if path.is_dir() and (images := list_folder(path).files):
+        raise ValueError(
+            f"`output`: {path} holds images, {images[0].name} first, which no command would take any more with a model "
+            "between them. Give another folder."
+        )
+    return path
+
+
 @app.command(short_help="The whole story on real solar cells, in minutes.")
 def demo(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Gets model, report, pictures.")] = Path("runs/demo"),
@@ -141,10 +153,10 @@ def training_flags(
 ) -> list[str]:
     """The same, as the scripts in `training` take them."""
     source = ["--train_data_dir", data] if data == "elpv" or data.startswith("elpv/") or Path(data).exists() else []
-    flags = [*(source or ["--dataset_name", data]), "--output_dir", str(check_folder(output)), "--seed", str(seed)]
+    flags = [*(source or ["--dataset_name", data]), f"--output_dir={check_model_folder(output)}", "--seed", str(seed)]
     flags += ["--false_alarm_rate", str(false_alarm_rate), "--on_bad_image", on_bad_image.value]
     flags += ["--dataset", dataset] if dataset else []
-    flags += ["--part_pattern", part_pattern] if part_pattern else []
+    flags += [] if part_pattern is None else [f"--part_pattern={part_pattern}"]  # which may begin with a dash
     flags += ["--resolution", *resolution.split()] if resolution else []
     flags += ["--roi", str(roi)] if roi else []
     flags += ["--tile_size", *tile_size.split()] if tile_size else []
@@ -339,7 +351,7 @@ def calibrate(
 
     if output is None and not Path(model).is_dir():
         raise ValueError(f"`output` is needed: {model} is not a folder that could be written to.")
-    folder = check_folder(Path(model) if output is None else output)
+    folder = check_model_folder(Path(model) if output is None else output)
     if part_pattern is not None:
         check_part_pattern(part_pattern)
     good = load_anomaly_dataset(data, "train", category, dataset, on_bad_image.value)

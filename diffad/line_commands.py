@@ -35,8 +35,10 @@ def drift(
 
     found = TableDrift(scores, chance)
     plot = output or scores.with_name(DRIFT_NAME)
+    if plot.exists() and (plot.is_dir() or plot.samefile(scores)):
+        raise ValueError(f"`output` must be the plot's own file, such as drift.png, but is {plot}.")
     draw_drift(found, plot)
-    print(found.sentence())
+    print(found.sentence().encode("utf-8", "replace").decode())  # a name in it may be no UTF-8
     console.print(f"Plot: {escape(str(plot))}", highlight=False, soft_wrap=True)
     if fail_on_drift and found.test.drifted_at is not None:
         raise typer.Exit(3)

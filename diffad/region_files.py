@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Collection, Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from diffad.files import write_whole
 from diffad.journal import ENCODING
-from diffad.regions import outlined_regions, run_lengths
+from diffad.regions import can_list_regions, outlined_regions, run_lengths
 
 LINES_NAME, TABLE_NAME, COCO_NAME = REGION_FILES = ("regions.jsonl", "regions.csv", "regions.json")
 TABLE_COLUMNS = ("image", "category", "x", "y", "width", "height", "area", "peak", "mean")
@@ -48,14 +49,23 @@ class RegionJournal:
 
     Args:
         output_dir: where the three files are.
-        done: the files that earlier runs have done (`Input.file`); lines of others are left out.
+        done: the verdicts of the files that earlier runs have done (by `Input.file`); lines of others are left out.
     """
 
-    def __init__(self, output_dir: Path, done: Collection[str]):
+    def __init__(self, output_dir: Path, done: Mapping[str, str]):
         self.output_dir, self.path = output_dir, output_dir / LINES_NAME
-        if not self.path.is_file():
-            return
-        kept = set()
+        kept: set[str] = set()
+        if self.path.is_file():
+            self._keep(done, kept)
+        without = sum(verdict in ("normal", "anomalous") and file not in kept for file, verdict in done.items())
+        if without and can_list_regions():
+            warnings.warn(
+                f"{TABLE_NAME} and {COCO_NAME} lack {without} images that an earlier run without regions has scored. "
+                "Give another `output_dir` for all of them.",
+                stacklevel=3,
+            )
+
+    def _keep(self, done: Mapping[str, str], kept: set[str]) -> None:
         with write_whole(self.path) as unfinished, open(unfinished, "w", encoding="ascii") as file:
             for line in self.lines():
                 if line["file"] in done and line["file"] not in kept:

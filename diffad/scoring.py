@@ -49,10 +49,10 @@ def gaussian_smooth(maps: torch.Tensor, sigma: float) -> torch.Tensor:
         sigma: standard deviation in pixels; 0 returns the maps as they are.
 
     Raises:
-        ValueError: `sigma` is negative.
+        ValueError: `sigma` is negative or not finite.
     """
-    if sigma < 0:
-        raise ValueError(f"`sigma` must not be negative, but is {sigma}.")
+    if not 0.0 <= sigma < math.inf:
+        raise ValueError(f"`sigma` must be finite and not negative, but is {sigma}.")
     radius = int(4.0 * sigma + 0.5)
     if radius == 0:
         return maps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -101,6 +102,13 @@ def test_drift_is_told_from_a_table_and_drawn(model, tmp_path):
     assert "Parts score lower than before" in said
     assert "later" in said
     assert (tmp_path / "plot.png").is_file()
+    text = scores.read_bytes()
+    scores.write_bytes(text.replace(b"later", b"later\xff"))  # a name that is no UTF-8
+    assert "later?" in run("drift", scores)
+    scores.write_bytes(text)
+    with pytest.raises(ValueError, match="`output` must be the plot's own file"):
+        run("drift", scores, "--output", scores)
+    assert scores.read_bytes() == text
     assert run("predict", model, tmp_path / "out", parts, "--output", tmp_path / "again") == ""
     assert len((tmp_path / "again" / "scores.csv").read_text().splitlines()) == 13  # a plot is no input
 
@@ -160,10 +168,12 @@ def test_calibrate_in_place_removes_the_old_report(model, tmp_path):
     shutil.copytree(model, tmp_path / "model")
     for name in ("report.json", "report.csv", "report.html"):
         (tmp_path / "model" / name).write_text("{}")
-    (tmp_path / "model" / "training.json").write_text("{}")
+    for name in ("training.json", "report.pdf", "report-of-june.png"):
+        (tmp_path / "model" / name).write_text("{}")
     good = write_folder(tmp_path / "good", 9, first_seed=50)
     run("calibrate", tmp_path / "model", "--data", good, "--false-alarm-rate", 0.4)
-    assert not list((tmp_path / "model").glob("report.*"))
+    # what others have written stays
+    assert sorted(path.name for path in (tmp_path / "model").glob("report*")) == ["report-of-june.png", "report.pdf"]
     assert (tmp_path / "model" / "training.json").exists()  # the weights are the same
     assert json.loads((tmp_path / "model" / "calibration" / "config.json").read_text())["false_alarm_rate"] == 0.4
 
@@ -249,8 +259,18 @@ def damaged(model, tmp_path) -> Path:
         ("benchmark nowhere/at/all", ["holds no pipeline"]),
         ("drift missing.csv", ["no table at missing.csv", "Give the scores.csv"]),
         ("drift parts/000.png", ["holds no score"]),
+        ("drift scores.csv", ["scores.csv holds the score 'none' of a.png"]),
+        ("predict {model} '' --output out", ["IMAGE|FOLDER...: one of the paths is empty"]),
+        ("calibrate {model} --data ''", ["DATA is empty", "variable of the shell"]),
+        ("calibrate {model} --data parts --output parts", ["--output: parts holds images, 000.png first"]),
+        (r"fit parts --output m --part-pattern '-(\d+)'", [r"'-(\d+)' finds no part in the path"]),
+        ("fit parts --output parts", ["--output: parts holds images, 000.png first"]),
+        ("evaluate {model} --data parts --output mine.json", ["--output: mine.csv would be replaced"]),
+        ("evaluate {model} --data parts --output other.json", ["--output: other.json is no report of diffad's"]),
+        ("evaluate {model} --data parts --output folder.json", ["--output must be a file"]),
         ("watch {model} missing --output out --poll", ["FOLDER must be a folder", "missing"]),
         ("watch {model} parts --output out --poll --settle 0", ["--settle must be above 0"]),
+        ("watch {model} parts --output out --poll --settle nan", ["--settle must be above 0", "finite"]),
         ("watch {model} parts --output out --on-anomaly here", ["--on-anomaly must be a URL", "'here'"]),
         ("watch {model} parts --output out --mqtt mqtt://host", ["--mqtt must be mqtt://host/topic"]),
         ("evaluate {model} --data missing", ["missing"]),
@@ -275,9 +295,16 @@ def test_errors_are_one_line_that_says_what_to_do(
 ):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "parts", 3)
-    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "folder.json"):
+        (tmp_path / folder).mkdir()
+    for name, text in (
+        ("mine.csv", "1"),
+        ("other.json", "[1]"),
+        ("scores.csv", "path,score,verdict\na.png,none,normal\n"),
+    ):
+        (tmp_path / name).write_text(text)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    typed = [word.format(model=model, damaged=damaged) for word in arguments.split()]
+    typed = [word.format(model=model, damaged=damaged) for word in shlex.split(arguments)]
     message = fail(monkeypatch, capsys, *typed)
     errors = [line for line in message.splitlines() if line.startswith("error:")]
     assert len(errors) == 1

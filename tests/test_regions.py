@@ -217,6 +217,15 @@ def test_the_false_alarm_rate_holds_for_regions_of_the_smallest_area():
     assert np.mean(alarms) > 0.05
 
 
+def test_what_an_earlier_run_without_regions_has_done_is_told(strict, tmp_path):
+    """Of images that are done there are no maps left to find regions in."""
+    paths = find_images([write_folder(tmp_path / "parts", 3)])
+    predict_files(strict, paths, tmp_path / "out")
+    (tmp_path / "out" / "regions.jsonl").unlink()
+    with pytest.warns(UserWarning, match=r"regions\.csv and regions\.json lack 3 images .* Give another `output_dir`"):
+        predict_files(strict, paths, tmp_path / "out")
+
+
 def test_another_programs_annotations_are_not_replaced(strict, tmp_path):
     paths = find_images([write_folder(tmp_path / "parts", 1)])
     (tmp_path / "out").mkdir()

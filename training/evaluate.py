@@ -23,6 +23,7 @@ from diffad.evaluation.baselines import evaluate_baseline, load_training_images
 from diffad.evaluation.detectors import evaluate_category, promise, split_by_category
 from diffad.evaluation.metric_names import BASELINE_TITLES
 from diffad.evaluation.report import (
+    check_output,
     command_line,
     describe_machine,
     fingerprint,
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     path = Path(args.output)
     if path.suffix != ".json":
         raise ValueError(f"--output must end in .json, but is {path}.")
+    check_output(path)
 
     # 1. Data and detectors
     dataset = load_anomaly_dataset(args.data, "test", args.category, args.dataset, args.on_bad_image)

@@ -194,6 +194,11 @@ class Runtime:
         if self.categories:
             inputs["category"] = np.array(category, dtype=np.int64)
         values: dict[str, Any] = dict(zip(OUTPUTS, self._run(inputs), strict=False))
+        if np.isnan(values["anomaly_score"]).any():  # which no threshold could tell from a good image's
+            raise ValueError(
+                "Scores are NaN, which is no verdict. Run the networks in float32 (`precision`); where they are, export "
+                "the model again."
+            )
         return RuntimeOutput(**values)
 
     def at_size(self, output: RuntimeOutput, category: int, size: tuple[int, int]) -> RuntimeOutput:

@@ -163,3 +163,13 @@ def test_predict_without_torch_writes_what_it_writes_with_the_pipeline(model, tm
             scale = 65535.0 if folder == "maps" else 255.0
             assert np.abs(pictures[0] - pictures[1]).max() < 0.01 * scale
     assert (tmp_path / "without" / "most_anomalous.png").is_file()
+
+
+def test_a_score_that_is_no_number_is_no_verdict(tmp_path):
+    pipeline = AnomalyDenoisePipeline(None, None, tiny_extractor(image_size=24), weights={"gaussian": 1.0})
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.calibrate(textures(6), false_alarm_rate=0.3)
+    pipeline.feature_extractor.channel_mean.fill_(np.nan)
+    runtime = Runtime(pipeline.export(tmp_path / "model.onnx"))
+    with pytest.raises(ValueError, match=r"Scores are NaN.*float32"):
+        runtime(textures(1)[0])

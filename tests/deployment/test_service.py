@@ -235,3 +235,9 @@ def test_the_space_is_the_same_service(pipeline, tmp_path, monkeypatch):
         assert post(url, png(texture(0))).status_code == 401
         page = httpx.get(f"{url}/", headers={"Authorization": "Bearer secret"})
         assert "gradio" in page.text
+
+
+@pytest.mark.parametrize("token", ["", "schlüssel", "secret\n", " secret"])
+def test_a_token_that_no_header_holds_is_refused(pipeline, token):
+    with pytest.raises(ValueError, match="`token` must"):
+        create_app(pipeline, token=token, page=False)
