@@ -196,8 +196,8 @@ class Runtime:
         values: dict[str, Any] = dict(zip(OUTPUTS, self._run(inputs), strict=False))
         if np.isnan(values["anomaly_score"]).any():  # which no threshold could tell from a good image's
             raise ValueError(
-                "Scores are NaN, which is no verdict. Run the networks in float32 (`precision`); where they are, export "
-                "the model again."
+                "Scores are NaN, which is no verdict. Run the networks in float32 (`precision`); where they are, the "
+                "file's weights are damaged: export the model again."
             )
         return RuntimeOutput(**values)
 
