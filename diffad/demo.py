@@ -97,8 +97,8 @@ def _resume_flags(output_dir: Path, arguments: list[str]) -> list[str]:
     note, checkpoints = output_dir / "unfinished.json", list_checkpoints(output_dir)
     if checkpoints and not note.is_file():
         raise ValueError(
-            f"`output`: {output_dir} holds checkpoints of another training, {checkpoints[-1].name} last, which the demo "
-            "would remove. Give another folder."
+            f"`output`: {output_dir} holds checkpoints of another training, {checkpoints[-1].name} last, which the "
+            "demo would remove. Give another folder."
         )
     if not (note.is_file() and note.read_text() == json.dumps(arguments)):
         for checkpoint in checkpoints:

@@ -41,7 +41,7 @@ def test_an_unfinished_demo_resumes_only_with_the_same_arguments(tmp_path):
 
 def test_checkpoints_of_another_training_stay(tmp_path):
     (tmp_path / "checkpoint-500").mkdir()
-    with pytest.raises(ValueError, match="`output`: .* holds checkpoints of another training, checkpoint-500 last"):
+    with pytest.raises(ValueError, match=r"`output`: .* holds checkpoints of another training, checkpoint-500 last"):
         demo._resume_flags(tmp_path, ["--seed", "0"])
     assert (tmp_path / "checkpoint-500").is_dir()
 
