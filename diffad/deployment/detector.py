@@ -85,6 +85,7 @@ class Detector:
         self.drift: DriftTest | None = None
         self.evidence = 1.0
         if pipeline.has_thresholds:
+            pipeline.calibration.check_category(torch.tensor([self.index]), pipeline.categories)
             scores = pipeline.calibration.normal_scores[self.index]
             rate = pipeline.calibration.config.false_alarm_rate
             self.drift = DriftTest(scores[~scores.isnan()].tolist(), rate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,6 +84,18 @@ def category_index(pipeline: Any, category: str) -> int:
         ValueError: a unified model does not know it.
     """
     return pipeline.category_index(category if len(pipeline.categories) > 1 else None)
+
+
+def check_categories(pipeline: Any, categories: Iterable[str]) -> None:
+    """Says before anything is run what would end an evaluation half-way.
+
+    Raises:
+        ValueError: a unified model does not know one of the categories, or is calibrated without it.
+    """
+    indices = [category_index(pipeline, category) for category in categories]
+    calibration = getattr(pipeline, "calibration", None)
+    if calibration is not None:
+        calibration.check_category(torch.tensor(indices), pipeline.categories)
 
 
 def promise(pipeline: Any, category: str) -> dict[str, float]:

@@ -241,3 +241,9 @@ def test_the_space_is_the_same_service(pipeline, tmp_path, monkeypatch):
 def test_a_token_that_no_header_holds_is_refused(pipeline, token):
     with pytest.raises(ValueError, match="`token` must"):
         create_app(pipeline, token=token, page=False)
+
+
+def test_a_category_without_thresholds_is_told_at_the_start():
+    pipeline = tiny_pipeline(categories=["a", "b"]).calibrate(textures(6), category="a", false_alarm_rate=0.3)
+    with pytest.raises(ValueError, match="Category 'b' is not calibrated"):
+        create_app(pipeline, category="b", page=False)
