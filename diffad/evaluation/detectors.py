@@ -159,6 +159,7 @@ def evaluate_detectors(
     records: list[list[dict[str, Any]]] = [[] for _ in range(num_detectors)]
     stored = cast_images(images, decode=False)  # whose masks are still folders, where they are
     map_names = [] if save_maps is None else name_maps(images["path"], images["defect"], category)
+    check_map_folders([Path(save_maps or "", name) for name in map_names], images["path"])
     started = time.time()
     # this process's share, without the padding that would count images twice
     with accelerator.split_between_processes(list(range(0, len(images), batch_size))) as starts:
@@ -246,6 +247,13 @@ def name_maps(paths: Sequence[str], defects: Sequence[str], category: str) -> li
         places.append((str(index), Path(_one_folder(defect), *inside, name)))
     names = name_pictures(places, {}, ".tiff")
     return [f"{_one_folder(category)}/test/{names[str(index)]}" for index in range(len(places))]
+
+
+def check_map_folders(maps: Sequence[Path], images: Sequence[str]) -> None:
+    """Raises a ValueError where a map would lie between images: it could replace one, and be taken for one."""
+    of_images = {os.path.dirname(os.path.realpath(path)) for path in images if path}
+    if taken := sorted({os.path.realpath(path.parent) for path in maps} & of_images):
+        raise ValueError(f"`save_maps`: maps would lie between the images in {taken[0]}. Give another folder.")
 
 
 def _one_folder(label: str) -> str:

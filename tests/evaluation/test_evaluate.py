@@ -270,6 +270,19 @@ def test_maps_are_saved_as_float32_tiff(model, data, tmp_path):
     assert saved.max() == pytest.approx(report["scores"]["tile"][5]["score"], rel=0.2)
 
 
+def test_maps_are_not_saved_between_images(model, tmp_path):
+    """Named as MVTec's evaluation expects it, they would replace images that are TIFF files."""
+    data = write_mvtec(tmp_path / "data")
+    good = data / "tile" / "test" / "good" / "000"
+    Image.open(good.with_suffix(".png")).save(good.with_suffix(".tiff"))
+    good.with_suffix(".png").unlink()
+    content = good.with_suffix(".tiff").read_bytes()
+    for source, folder in ((data, data), (data / "tile", data)):
+        with pytest.raises(ValueError, match=r"`save_maps`: maps would lie between the images in .*test"):
+            run(model, source, tmp_path / "report.json", "--save_maps", folder)
+    assert good.with_suffix(".tiff").read_bytes() == content
+
+
 def test_an_interrupted_evaluation_goes_on(model, data, tmp_path):
     first = run(model, data, tmp_path / "report.json", "--category", "tile")
     marked = json.loads((tmp_path / "report.json").read_text())
