@@ -45,6 +45,7 @@ from diffad.journal import (
     read_rows,
     take_up,
 )
+from diffad.model_digest import model_digest
 from diffad.part_verdicts import PART_VERDICTS_NAME
 from diffad.region_files import REGION_FILES, RegionJournal, describe_regions
 from diffad.regions import can_list_regions, without_small_regions
@@ -118,8 +119,8 @@ def detection_settings(pipeline: Any, category: str | None, seed: int) -> tuple[
     """What results of a pipeline must agree in to stand in one folder, and its threshold of pixels, if it has one."""
     settings: dict[str, Any] = {"category": category, "seed": seed, "calibration": None}
     settings["value_range"] = pipeline.value_range
-    if not pipeline.has_thresholds:
-        return settings, None
+    if not pipeline.has_thresholds:  # which would tell one model from another
+        return settings | {"model": model_digest(pipeline)}, None
     index = pipeline.category_index(category)
     if isinstance(pipeline, Runtime):
         thresholds, smallest_area = pipeline.metadata, 0.0
