@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from diffad.command_options import BadImages, BatchSize, Category, Device, Dtype, Model, OnBadImage, PartPattern, Seed
-from diffad.inputs import list_folder
 from diffad.line_commands import drift, serve, watch
 from diffad.model_commands import convert, export, push
 from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
@@ -96,6 +95,8 @@ def check_folder(path: Path) -> Path:
 
 def check_model_folder(path: Path) -> Path:
     """`path`, unless it is a folder of images: beside a model they would be no inputs any more."""
+    from diffad.inputs import list_folder
+
     check_folder(path)
     if path.is_dir() and (images := list_folder(path).files):
         raise ValueError(
