@@ -19,6 +19,7 @@ from rich.markup import escape
 from diffad.command_options import BadImages, BatchSize, Category, Device, Dtype, Model, OnBadImage, PartPattern, Seed
 from diffad.line_commands import drift, serve, watch
 from diffad.model_commands import convert, export, push
+from diffad.output_folder import check_folder, check_model_folder
 from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
 
 app = typer.Typer(
@@ -86,26 +87,6 @@ def load_model(model: str, device: str | None = None, dtype: str = "float32") ->
     return load_pipeline(model, device, dtype)
 
 
-def check_folder(path: Path) -> Path:
-    """`path`, unless a file stands there: diffusers would save nothing, and go on."""
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"The output goes into a folder, but {path} is a file. Give another one.")
-    return path
-
-
-def check_model_folder(path: Path) -> Path:
-    """`path`, unless it is a folder of images: beside a model they would be no inputs any more."""
-    from diffad.inputs import list_folder
-
-    check_folder(path)
-    if path.is_dir() and (images := list_folder(path).files):
-        raise ValueError(
-            f"`output`: {path} holds images, {images[0].name} first, which no command would take any more with a model "
-            "between them. Give another folder."
-        )
-    return path
-
-
 @app.command(short_help="The whole story on real solar cells, in minutes.")
 def demo(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Gets model, report, pictures.")] = Path("runs/demo"),
@@ -115,7 +96,7 @@ def demo(
     """Trains on good solar cells, and shows which others it finds defective."""
     from diffad.demo import run_demo
 
-    report = run_demo(check_folder(output), max_train_steps, seed)
+    report = run_demo(check_model_folder(output), max_train_steps, seed)
     result = report["results"]["mono"]
     print(
         f"\nImage AUROC {result['image_auroc']:.4f} (AP {result['image_ap']:.4f}, F1-max {result['image_f1max']:.4f}) "
