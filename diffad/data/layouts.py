@@ -229,7 +229,9 @@ def _read_mvtec_ad_2(category: str, folder: Path, split: str) -> Iterator[dict]:
     for one in subfolders(base):
         if one.name.casefold() != "ground_truth":
             defect = "good" if is_good_name(one.name) else one.name
-            yield from _read_class(category, defect, one, _child(_child(base, "ground_truth"), one.name))
+            yield from _read_class(
+                category, defect, one, _child(_child(base, "ground_truth"), one.name, one.name.casefold())
+            )
 
 
 def _find_uni_medical(root: Path) -> dict[str, Any]:
