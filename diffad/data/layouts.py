@@ -226,12 +226,11 @@ def _read_mvtec_ad_2(category: str, folder: Path, split: str) -> Iterator[dict]:
         yield from _read_class(category, "good", _child(_child(folder, split), *GOOD_NAMES), None)
         return
     base = _child(folder, "test_public")
+    ground_truth = _child(base, "ground_truth")
     for one in subfolders(base):
         if one.name.casefold() != "ground_truth":
             defect = "good" if is_good_name(one.name) else one.name
-            yield from _read_class(
-                category, defect, one, _child(_child(base, "ground_truth"), one.name, one.name.casefold())
-            )
+            yield from _read_class(category, defect, one, _child(ground_truth, one.name, one.name.casefold()))
 
 
 def _find_uni_medical(root: Path) -> dict[str, Any]:
