@@ -85,7 +85,7 @@ def check_calibration_call(
     if images is None:
         raise ValueError("`images` must be a sequence of good images, such as a list of paths, but is None.")
     if not isinstance(false_alarm_rate, Real) or not 0.0 < false_alarm_rate < 1.0:
-        raise ValueError(f"`false_alarm_rate` must be a number in (0, 1), but is {false_alarm_rate!r}.")
+        raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate!r}.")
     if not isinstance(smallest_area, Real) or not 0.0 <= smallest_area < 1.0:
         raise ValueError(f"`smallest_area` is a share of the image's area, in [0, 1), but is {smallest_area!r}.")
     if generator is not None and not isinstance(generator, torch.Generator):
