@@ -125,7 +125,8 @@ def category_indices(
         if len(names) > 1:
             raise ValueError(f"`category` is needed: this model knows {', '.join(names)}. Pass one of them.")
         return torch.zeros(num_images, dtype=torch.long)
-    given = list(category) if isinstance(category, (list, tuple)) else [category] * num_images
+    is_one = isinstance(category, str) or not hasattr(category, "__iter__")
+    given: list[Any] = [category] * num_images if is_one else list(category)  # type: ignore[arg-type]
     if len(given) != num_images:
         raise ValueError(f"`category` lists {len(given)} names for {num_images} images. Pass one, or one each.")
     for name in given:

@@ -131,7 +131,6 @@ def test_the_extractor_may_look_closer_than_the_denoiser():
         ({"category": 1}, "`category` 1 is unknown"),
         ({"category": 0.0}, "`category` 0.0 is unknown"),
         ({"category": False}, "`category` False is unknown"),
-        ({"category": {"default": 0}}, "`category` {'default': 0} is unknown"),
         ({"category": [0, 0]}, "`category` lists 2 names for 1 images"),
     ],
 )
