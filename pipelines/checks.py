@@ -125,8 +125,9 @@ def category_indices(
         if len(names) > 1:
             raise ValueError(f"`category` is needed: this model knows {', '.join(names)}. Pass one of them.")
         return torch.zeros(num_images, dtype=torch.long)
+    one_or_each: Any = category
     is_one = isinstance(category, str) or not hasattr(category, "__iter__")
-    given: list[Any] = [category] * num_images if is_one else list(category)  # type: ignore[arg-type]
+    given = [one_or_each] * num_images if is_one else list(one_or_each)
     if len(given) != num_images:
         raise ValueError(f"`category` lists {len(given)} names for {num_images} images. Pass one, or one each.")
     for name in given:

@@ -56,8 +56,9 @@ def choose_categories(category: str | Sequence[str] | None, found: Iterable[str]
     """The names asked for, checked against those found."""
     if category is None:
         return sorted(found)
+    one_or_more: Any = category
     is_one = isinstance(category, str) or not hasattr(category, "__iter__")
-    chosen: list[Any] = [category] if is_one else list(dict.fromkeys(category))
+    chosen = [one_or_more] if is_one else list(dict.fromkeys(one_or_more))
     if not chosen or any(name not in found for name in chosen):
         raise ValueError(f"`category` must be among {sorted(found)}, those of {where}, but is {category!r}.")
     return chosen
