@@ -30,6 +30,7 @@ from diffad.command_options import (
 )
 from diffad.line_commands import drift, serve, update, watch
 from diffad.model_commands import convert, export, push
+from diffad.model_folder import check_model_folder
 from diffad.predict_command import predict
 from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
 
@@ -99,13 +100,6 @@ def load_model(model: str, device: str | None = None, dtype: str = "float32") ->
     return load_pipeline(model, device, dtype)
 
 
-def check_folder(path: Path) -> Path:
-    """`path`, unless a file stands there: diffusers would save nothing, and go on."""
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"The output goes into a folder, but {path} is a file. Give another one.")
-    return path
-
-
 @app.command(short_help="The whole story on real solar cells, in minutes.")
 def demo(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Gets model, report, pictures.")] = Path("runs/demo"),
@@ -115,7 +109,7 @@ def demo(
     """Trains on good solar cells, and shows which others it finds defective."""
     from diffad.demo import run_demo
 
-    report = run_demo(check_folder(output), max_train_steps, seed)
+    report = run_demo(check_model_folder(output), max_train_steps, seed)
     result = report["results"]["mono"]
     print(
         f"\nImage AUROC {result['image_auroc']:.4f} (AP {result['image_ap']:.4f}, F1-max {result['image_f1max']:.4f}) "
@@ -154,10 +148,10 @@ def training_flags(
 ) -> list[str]:
     """The same, as the scripts in `training` take them."""
     source = ["--train_data_dir", data] if data == "elpv" or data.startswith("elpv/") or Path(data).exists() else []
-    flags = [*(source or ["--dataset_name", data]), "--output_dir", str(check_folder(output)), "--seed", str(seed)]
+    flags = [*(source or ["--dataset_name", data]), f"--output_dir={check_model_folder(output)}", "--seed", str(seed)]
     flags += ["--false_alarm_rate", str(false_alarm_rate), "--on_bad_image", on_bad_image.value]
     flags += ["--dataset", dataset] if dataset else []
-    flags += ["--part_pattern", part_pattern] if part_pattern else []
+    flags += [] if part_pattern is None else [f"--part_pattern={part_pattern}"]  # which may begin with a dash
     flags += ["--resolution", *resolution.split()] if resolution else []
     flags += ["--roi", str(roi)] if roi else []
     flags += ["--tile_size", *tile_size.split()] if tile_size else []
@@ -281,7 +275,7 @@ def calibrate(
 
     if output is None and not Path(model).is_dir():
         raise ValueError(f"`output` is needed: {model} is not a folder that could be written to.")
-    folder = check_folder(Path(model) if output is None else output)
+    folder = check_model_folder(Path(model) if output is None else output)
     if part_pattern is not None:
         check_part_pattern(part_pattern)
     good = load_anomaly_dataset(data, "train", category, dataset, on_bad_image.value)

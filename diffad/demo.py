@@ -89,13 +89,22 @@ def run_demo(output_dir: str | Path = "runs/demo", max_train_steps: int | None =
 
 
 def _resume_flags(output_dir: Path, arguments: list[str]) -> list[str]:
-    """Resumes an unfinished run of the same arguments, and clears away one of others."""
-    note = output_dir / "unfinished.json"
-    if not (note.is_file() and json.loads(note.read_text()) == arguments):
-        for checkpoint in list_checkpoints(output_dir):
+    """Resumes an unfinished run of the same arguments, and clears away one of others.
+
+    Raises:
+        ValueError: there are checkpoints of a training that is no demo's.
+    """
+    note, checkpoints = output_dir / "unfinished.json", list_checkpoints(output_dir)
+    if checkpoints and not note.is_file():
+        raise ValueError(
+            f"`output`: {output_dir} holds checkpoints of another training, {checkpoints[-1].name} last, which the "
+            "demo would remove. Give another folder."
+        )
+    if not (note.is_file() and note.read_text() == json.dumps(arguments)):
+        for checkpoint in checkpoints:
             shutil.rmtree(checkpoint)
         output_dir.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(arguments))
+        write_text_whole(note, json.dumps(arguments))
     return ["--resume_from_checkpoint", "latest"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from array import array
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +84,13 @@ class TableDrift:
         for row in read_rows(path):
             if not row["score"]:
                 continue
-            evidence = self.test.update(float(row["score"]))
+            try:
+                score = float(row["score"])
+            except ValueError:
+                score = math.nan
+            if not math.isfinite(score):
+                raise ValueError(f"{path} holds the score {row['score']!r} of {row['path']}: it is no number.")
+            evidence = self.test.update(score)
             self.p_values.append(np.nan if evidence.p_value is None else evidence.p_value)
             self.evidence.append(min(evidence.total, 1e30))
             if self.test.drifted_at is None:

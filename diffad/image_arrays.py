@@ -37,6 +37,8 @@ def image_to_rgb(image: Image.Image, value_range: float | None = None) -> Image.
         value_range = smallest_range(check_values(image), image.mode == "F") if value_range is None else value_range
         scaled = scale_values(np.asarray(image), value_range)
         return Image.fromarray(np.rint(scaled * 255.0).astype(np.uint8)).convert("RGB")
+    if image.mode == "La":  # which Pillow converts to nothing else
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

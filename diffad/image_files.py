@@ -6,7 +6,7 @@ import io
 import os
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from PIL import Image
 
 from diffad.grey_depth import UnreadableImageError, check_values
 from diffad.image_metadata import turn_upright, upright_size, without_metadata
+from diffad.warn_once import warn_once
 
 MAX_PIXELS = 500_000_000  # of one image: 2 GB as Pillow decodes it
 LARGE_PIXELS = 2**24  # images above this are reduced where only a much smaller one is looked at
@@ -47,6 +48,7 @@ def read_image(path: str | os.PathLike | None, content: bytes | None = None, red
         with _open(file) as image:
             if reduce_large and image.width * image.height > LARGE_PIXELS:
                 image.draft(None, (REDUCED_SIDE, REDUCED_SIDE))
+            _warn_of_others(image)
             upright = turn_upright(image)
         check_values(upright)
         return upright
@@ -104,6 +106,17 @@ def _read(read: Callable[[Any], Result], path: str | os.PathLike | None, content
         raise UnreadableImageError(
             f"`image`: {shown} cannot be read as an image ({reason}). Replace or remove it.", reason
         ) from error
+
+
+def _warn_of_others(image: Image.Image) -> None:
+    """Says, once, that of a file with several images the first one counts; a camera's MPO has but copies of it."""
+    if image.format in ("TIFF", "GIF", "WEBP", "PNG"):
+        with suppress(Exception):  # of what stands behind the first image, which need not be whole
+            if getattr(image, "is_animated", False):
+                warn_once(
+                    "There are files with several images (pages, frames), of which the first one counts. Save the "
+                    "others as files of their own."
+                )
 
 
 def _open(file: Any) -> Image.Image:

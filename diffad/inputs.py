@@ -195,6 +195,8 @@ def find_images(paths: Sequence[str | Path], output_dir: str | Path | None = Non
         FileNotFoundError: a path does not exist.
         ValueError: there are no images.
     """
+    if any(os.fspath(path) == "" for path in paths):  # `Path` would take it for the working folder
+        raise ValueError("`images`: one of the paths is empty. Is a variable of the shell not set?")
     left_out = None if output_dir is None else os.path.realpath(output_dir)
     walk = _Walk(left_out)
     found: list[Path] = []

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from diffad.command_options import BadImages, BatchSize, Category, Device, Model, ModelOrFile, OnBadImage
+from diffad.model_folder import check_folder
 
 if TYPE_CHECKING:
     from diffad.deployment.outbox import Outbox
@@ -35,8 +36,10 @@ def drift(
 
     found = TableDrift(scores, chance)
     plot = output or scores.with_name(DRIFT_NAME)
+    if plot.exists() and (plot.is_dir() or plot.samefile(scores)):
+        raise ValueError(f"`output` must be the plot's own file, such as drift.png, but is {plot}.")
     draw_drift(found, plot)
-    print(found.sentence())
+    print(found.sentence().encode("utf-8", "replace").decode())  # a name in it may be no UTF-8
     console.print(f"Plot: {escape(str(plot))}", highlight=False, soft_wrap=True)
     if fail_on_drift and found.test.drifted_at is not None:
         raise typer.Exit(3)
@@ -55,7 +58,7 @@ def update(
 
     Of a model of `diffad fit --kept-images 200`. Give all good parts of whole periods, alarms among them.
     """
-    from diffad.cli import check_folder, load_pipeline
+    from diffad.cli import load_pipeline
     from diffad.data import load_anomaly_dataset
     from diffad.model_card import remove_reports
     from diffad.pipelines.updating import load_good_images, save_updatable
@@ -108,7 +111,7 @@ def watch(
 
     Started again, it goes on. A receiver may get an event twice: `event` tells.
     """
-    from diffad.cli import check_folder, load_model
+    from diffad.cli import load_model
     from diffad.deployment.outbox import Outbox, http_sender, mqtt_sender
     from diffad.deployment.watch import watch_folder
 
@@ -159,7 +162,7 @@ def serve(
 
     With a token: `Authorization: Bearer T`, and the page at /?token=T.
     """
-    from diffad.cli import check_folder, load_model
+    from diffad.cli import load_model
     from diffad.deployment.service import create_app
     from diffad.installation import needs_extra
 

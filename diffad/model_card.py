@@ -170,10 +170,12 @@ def copy_records(
 
 
 def remove_reports(folder: str | os.PathLike) -> None:
-    """Removes `report.json`, its tables, page and pictures, which speak of a model as it was before."""
-    stem = Path(REPORT_NAME).stem
-    for path in [*Path(folder).glob(f"{stem}.*"), *Path(folder).glob(f"{stem}-*.png")]:
-        path.unlink()
+    """Removes `report.json`, its tables, page and pictures, which speak of a model as it was before; nothing else."""
+    report = Path(folder, REPORT_NAME)
+    if not report.is_file():
+        return
+    for ending in (".csv", ".md", ".html", "-defective.png", "-good.png", ".json"):  # the record last
+        report.with_name(report.stem + ending).unlink(missing_ok=True)
 
 
 def shareable(record: Any) -> Any:

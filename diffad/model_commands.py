@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from diffad.command_options import Model
+from diffad.model_folder import check_folder
 
 console = Console(stderr=True)  # standard output is for results
 
@@ -54,7 +55,6 @@ def convert(
     """A published checkpoint to a saved pipeline, or autoencoder."""
     if method not in ("diad", "taef2"):
         raise ValueError(f"Only 'diad' and 'taef2' checkpoints can be converted, not {method!r}.")
-    from diffad.cli import check_folder
 
     check_folder(output)
 

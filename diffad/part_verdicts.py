@@ -42,15 +42,18 @@ def read_parts(path: str | os.PathLike) -> dict[str, str]:
     parts: dict[str, str] = {}
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = csv.DictReader(file)
-        if not {"image", "part"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"`parts`: {path} must have the columns image and part, but has {rows.fieldnames}.")
-        for row in rows:
-            image, part = row["image"] or "", (row["part"] or "").strip()
+        try:
+            if not {"image", "part"} <= set(rows.fieldnames or ()):
+                raise ValueError(f"`parts`: {path} must have the columns image and part, but has {rows.fieldnames}.")
+            lines = [(rows.line_num, row["image"] or "", (row["part"] or "").strip()) for row in rows]
+        except csv.Error as error:
+            raise ValueError(f"`parts`: line {rows.line_num + 1} of {path} is no CSV ({error}).") from error
+        for number, image, part in lines:
             place = next((one for one in (path.parent / image, Path(image)) if one.is_file()), None)
             if place is None:
-                raise FileNotFoundError(f"`parts`: line {rows.line_num} of {path} names {image!r}, which is no file.")
+                raise FileNotFoundError(f"`parts`: line {number} of {path} names {image!r}, which is no file.")
             if not part:
-                raise ValueError(f"`parts`: line {rows.line_num} of {path} names no part.")
+                raise ValueError(f"`parts`: line {number} of {path} names no part.")
             if parts.setdefault(os.path.realpath(place), part) != part:
                 raise ValueError(f"`parts`: {path} names two parts for {image}. Keep one of the lines.")
     return parts

@@ -50,6 +50,7 @@ from diffad.journal import (
 )
 from diffad.listed_files import ListedFiles
 from diffad.manifest import Manifest, range_of_inputs
+from diffad.model_digest import model_digest
 from diffad.output_folder import SETTINGS_NAME, begin_settings, check_output, check_settings
 from diffad.picture_files import SHEET_IMAGES, draw_overlay, save_most_anomalous, write_outputs
 from diffad.process_share import of_all_processes, on_main
@@ -180,8 +181,8 @@ def detection_settings(pipeline: Any, category: str | None, seed: int) -> tuple[
     """What results of a pipeline must agree in to stand in one folder, and its threshold of pixels, if it has one."""
     settings: dict[str, Any] = {"category": category, "seed": seed, "calibration": None}
     settings["value_range"] = pipeline.value_range
-    if not pipeline.has_thresholds:
-        return settings, None
+    if not pipeline.has_thresholds:  # which would tell one model from another
+        return settings | {"model": model_digest(pipeline)}, None
     index = pipeline.category_index(category)
     calibration = pipeline.calibration
     settings["calibration"] = [float(calibration.image_threshold[index]), float(calibration.pixel_threshold[index])]

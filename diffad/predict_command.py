@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from diffad.command_options import BatchSize, Category, Device, Dtype, ModelOrFile, Seed
+from diffad.model_folder import check_folder
 
 console = Console(stderr=True)  # standard output is for results
 MOST_OF_DRIFT = 100_000  # images, which are ranked in some 20 s
@@ -37,7 +38,7 @@ def predict(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from diffad.cli import check_folder, load_model
+    from diffad.cli import load_model
     from diffad.deployment import Runtime
     from diffad.manifest import Manifest, find_inputs
     from diffad.part_verdicts import check_parts, read_parts, write_part_verdicts

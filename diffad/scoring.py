@@ -52,7 +52,7 @@ def gaussian_smooth(maps: torch.Tensor, sigma: float) -> torch.Tensor:
         sigma: standard deviation in pixels; 0 returns the maps as they are.
 
     Raises:
-        ValueError: `sigma` is negative.
+        ValueError: `sigma` is negative or not finite.
     """
     radius = _radius(sigma)
     if radius == 0:
@@ -74,8 +74,8 @@ def smooth_maps(maps: torch.Tensor, num_kl: int, kl_sigma: float, feature_sigma:
 
 
 def _radius(sigma: float) -> int:
-    if sigma < 0:
-        raise ValueError(f"`sigma` must not be negative, but is {sigma}.")
+    if not 0.0 <= sigma < math.inf:
+        raise ValueError(f"`sigma` must be finite and not negative, but is {sigma}.")
     return int(4.0 * sigma + 0.5)
 
 

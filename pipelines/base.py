@@ -182,8 +182,15 @@ class AnomalyPipeline(DiffusionPipeline):
 
 
 def register_categories(categories: Sequence[str] | Mapping[str, str] | None) -> dict[str, str] | None:
-    """Names of categories in the form that a configuration holds, `{"0": "bottle"}`, as `DiTPipeline`'s `id2label`."""
-    return {str(i): name for i, name in enumerate(category_names(categories))} or None
+    """Names of categories in the form that a configuration holds, `{"0": "bottle"}`, as `DiTPipeline`'s `id2label`.
+
+    Raises:
+        ValueError: they are not distinct names.
+    """
+    names = [] if isinstance(categories, str) else category_names(categories)
+    if isinstance(categories, str) or len(set(names)) < len(names) or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f"`categories` must list distinct names, such as ['bottle', 'cable'], but is {categories!r}.")
+    return {str(i): name for i, name in enumerate(names)} or None
 
 
 def category_names(categories: Sequence[str] | Mapping[str, str] | None) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -43,8 +45,7 @@ def check_call(
     Raises:
         ValueError: an argument is wrong.
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be a positive integer, but is {batch_size!r}.")
+    check_batch_size(batch_size)
     check_resolution(resolution, size_multiple)
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f'`output_type` must be "np", "pt" or "pil", but is {output_type!r}.')
@@ -62,6 +63,34 @@ def check_call(
         )
     if images.found_value_range is not None:
         warn_of_found_range(images.found_value_range)
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises a ValueError where no batch can have as many images."""
+    if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be a positive integer, but is {batch_size!r}.")
+
+
+def check_calibration_call(
+    images: Any, statistics_images: Any, false_alarm_rate: float, batch_size: int, generator: Any, smallest_area: float
+) -> None:
+    """Raises a ValueError where arguments of `calibrate` are of a wrong kind or out of their range."""
+    for name, value in (("images", images), ("statistics_images", statistics_images)):
+        is_path = isinstance(value, (str, os.PathLike))
+        if value is not None and (is_path or not hasattr(value, "__getitem__") or not hasattr(value, "__len__")):
+            raise ValueError(
+                f"`{name}` must be a sequence of good images, such as a list of paths, but is {value!r}. For a folder "
+                "pass `diffad.predict.find_images([folder])`."
+            )
+    if images is None:
+        raise ValueError("`images` must be a sequence of good images, such as a list of paths, but is None.")
+    if not isinstance(false_alarm_rate, Real) or not 0.0 < false_alarm_rate < 1.0:
+        raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate!r}.")
+    if not isinstance(smallest_area, Real) or not 0.0 <= smallest_area < 1.0:
+        raise ValueError(f"`smallest_area` is a share of the image's area, in [0, 1), but is {smallest_area!r}.")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"`generator` must be a torch.Generator or None, but is {generator!r}.")
+    check_batch_size(batch_size)
 
 
 def check_resolution(resolution: Side, size_multiple: int) -> None:
@@ -88,17 +117,22 @@ def category_indices(
         ValueError: a wrong or missing name; the message lists the right ones.
     """
     names = list(names or ["default"])
+    if isinstance(category, (np.ndarray, torch.Tensor)):
+        category = category.tolist()
     if isinstance(category, np.integer):
         category = int(category)
     if category is None:
         if len(names) > 1:
             raise ValueError(f"`category` is needed: this model knows {', '.join(names)}. Pass one of them.")
         return torch.zeros(num_images, dtype=torch.long)
-    given = [category] * num_images if isinstance(category, (str, int)) else list(category)
+    one_or_each: Any = category
+    is_one = isinstance(category, str) or not hasattr(category, "__iter__")
+    given = [one_or_each] * num_images if is_one else list(one_or_each)
     if len(given) != num_images:
         raise ValueError(f"`category` lists {len(given)} names for {num_images} images. Pass one, or one each.")
     for name in given:
-        known = name in names if isinstance(name, str) else name in range(len(names))
+        is_index = isinstance(name, (int, np.integer)) and not isinstance(name, bool)
+        known = name in names if isinstance(name, str) else is_index and name in range(len(names))
         if not known:
             raise ValueError(f"`category` {name!r} is unknown: this model knows {', '.join(names)}.")
     return torch.tensor([names.index(name) if isinstance(name, str) else name for name in given])
@@ -119,7 +153,7 @@ def scored_layers(score_strides: Sequence[int] | None, feature_extractor: TimmFe
 
 def check_value_range(value_range: float | None) -> None:
     """Raises a ValueError where it is no range."""
-    if value_range is not None and not 0.0 < value_range < math.inf:
+    if value_range is not None and (not isinstance(value_range, Real) or not 0.0 < value_range < math.inf):
         raise ValueError(f"`value_range` must be positive and finite, or None, but is {value_range!r}.")
 
 
@@ -140,7 +174,7 @@ def check_tiles(tile_size: Side | None, tile_overlap: float) -> None:
     is_size = len(sides) == 2 and all(isinstance(side, int) and side >= 8 for side in sides)
     if tile_size is not None and not is_size:
         raise ValueError(f"`tile_size` must be a side of at least 8 pixels, or height and width, but is {tile_size!r}.")
-    if not 0.0 <= tile_overlap <= 0.75:
+    if not isinstance(tile_overlap, Real) or not 0.0 <= tile_overlap <= 0.75:
         raise ValueError(f"`tile_overlap` must lie in [0, 0.75], but is {tile_overlap}.")
 
 

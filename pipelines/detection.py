@@ -17,7 +17,7 @@ from diffad.grey_depth import warn_of_found_range
 from diffad.images import ImageSequence, as_size, common_value_range, images_to_pixel_values, resize_images
 from diffad.moments import FeatureMoments
 from diffad.pipelines.base import AnomalyPipeline
-from diffad.pipelines.checks import check_value_range
+from diffad.pipelines.checks import check_calibration_call, check_value_range
 from diffad.pipelines.large_images import calibrate_large
 from diffad.precision import running_precision
 from diffad.process_share import process_share
@@ -148,10 +148,7 @@ class DetectionPipeline(AnomalyPipeline):
         Raises:
             ValueError: too few images, a wrong category, or a range that is not the other categories'.
         """
-        if not 0.0 < false_alarm_rate < 1.0:
-            raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate}.")
-        if not 0.0 <= smallest_area < 1.0:
-            raise ValueError(f"`smallest_area` is a share of the image's area, in [0, 1), but is {smallest_area}.")
+        check_calibration_call(images, statistics_images, false_alarm_rate, batch_size, generator, smallest_area)
         leave_one_out = leave_one_out and self.tile_size is None
         # indices, as a slice of a data set's column would decode all of it
         if leave_one_out:

@@ -80,7 +80,15 @@ def threshold_output(output: Output, category: torch.Tensor, calibration: ScoreC
         output: its maps (N, H, W) and scores (N,), on the CPU.
         category: (N,) indices of the images' categories.
         calibration: of the pipeline.
+
+    Raises:
+        ValueError: a score is NaN, which no threshold could tell from that of a good image.
     """
+    if wrong := torch.as_tensor(output.anomaly_score).isnan().nonzero().flatten().tolist():
+        raise ValueError(
+            f"The scores of images {wrong} of this call are NaN, which is no verdict. Run the networks in float32 "
+            "(`dtype`); where they are, their weights are damaged."
+        )
     if calibration is None or not calibration.has_thresholds:
         return output
     indices = category.to(calibration.map_mean.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,13 @@ def test_drift_is_told_from_a_table_and_drawn(model, tmp_path):
     assert "Parts score lower than before" in said
     assert "later" in said
     assert (tmp_path / "plot.png").is_file()
+    text = scores.read_bytes()
+    scores.write_bytes(text.replace(b"later", b"later\xff"))  # a name that is no UTF-8
+    assert "later?" in run("drift", scores)
+    scores.write_bytes(text)
+    with pytest.raises(ValueError, match="`output` must be the plot's own file"):
+        run("drift", scores, "--output", scores)
+    assert scores.read_bytes() == text
     assert run("predict", model, tmp_path / "out", parts, "--output", tmp_path / "again") == ""
     assert len((tmp_path / "again" / "scores.csv").read_text().splitlines()) == 13  # a plot is no input
 
@@ -162,10 +170,12 @@ def test_calibrate_in_place_removes_the_old_report(model, tmp_path):
     shutil.copytree(model, tmp_path / "model")
     for name in ("report.json", "report.csv", "report.html"):
         (tmp_path / "model" / name).write_text("{}")
-    (tmp_path / "model" / "training.json").write_text("{}")
+    for name in ("training.json", "report.pdf", "report-of-june.png"):
+        (tmp_path / "model" / name).write_text("{}")
     good = write_folder(tmp_path / "good", 9, first_seed=50)
     run("calibrate", tmp_path / "model", "--data", good, "--false-alarm-rate", 0.4)
-    assert not list((tmp_path / "model").glob("report.*"))
+    # what others have written stays
+    assert sorted(path.name for path in (tmp_path / "model").glob("report*")) == ["report-of-june.png", "report.pdf"]
     assert (tmp_path / "model" / "training.json").exists()  # the weights are the same
     assert json.loads((tmp_path / "model" / "calibration" / "config.json").read_text())["false_alarm_rate"] == 0.4
 
@@ -251,8 +261,17 @@ def damaged(model, tmp_path) -> Path:
         ("benchmark nowhere/at/all", ["holds no pipeline"]),
         ("drift missing.csv", ["no table at missing.csv", "Give the scores.csv"]),
         ("drift parts/000.png", ["holds no score"]),
+        ("drift scores.csv", ["scores.csv holds the score 'none' of a.png"]),
+        ("predict {model} '' --output out", ["IMAGE|FOLDER...: one of the paths is empty"]),
+        ("calibrate {model} --data ''", ["is empty", "variable of the shell"]),
+        ("calibrate {model} --data parts --output parts", ["--output: parts holds images, 000.png first"]),
+        ("fit parts --output parts", ["--output: parts holds images, 000.png first"]),
+        ("evaluate {model} --data parts --output mine.json", ["--output: mine.csv would be replaced"]),
+        ("evaluate {model} --data parts --output other.json", ["--output: other.json is no report of diffad's"]),
+        ("evaluate {model} --data parts --output folder.json", ["--output must be a file"]),
         ("watch {model} missing --output out --poll", ["FOLDER must be a folder", "missing"]),
         ("watch {model} parts --output out --poll --settle 0", ["--settle must be above 0"]),
+        ("watch {model} parts --output out --poll --settle nan", ["--settle must be above 0", "finite"]),
         ("watch {model} parts --output out --on-anomaly here", ["--on-anomaly must be a URL", "'here'"]),
         ("watch {model} parts --output out --mqtt mqtt://host", ["--mqtt must be mqtt://host/topic"]),
         ("evaluate {model} --data missing", ["missing"]),
@@ -277,9 +296,16 @@ def test_errors_are_one_line_that_says_what_to_do(
 ):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "parts", 3)
-    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "folder.json"):
+        (tmp_path / folder).mkdir()
+    for name, text in (
+        ("mine.csv", "1"),
+        ("other.json", "[1]"),
+        ("scores.csv", "path,score,verdict\na.png,none,normal\n"),
+    ):
+        (tmp_path / name).write_text(text)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    typed = [word.format(model=model, damaged=damaged) for word in arguments.split()]
+    typed = [word.format(model=model, damaged=damaged) for word in shlex.split(arguments)]
     message = fail(monkeypatch, capsys, *typed)
     errors = [line for line in message.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
@@ -307,6 +333,14 @@ def test_messages_are_shown_as_they_are(monkeypatch, capsys):
     assert fail(monkeypatch, capsys, "benchmark", "m") == 'error: It needs timm: pip install "diffad[demo]"\n'
     error = KeyError("unet")
     assert fail(monkeypatch, capsys, "benchmark", "m") == "error: KeyError: 'unet' (--debug shows where)\n"
+
+
+def test_a_part_pattern_may_begin_with_a_dash(tmp_path):
+    from diffad.training.fit import parse_args
+
+    options = (None, None, 0.1, r"-(\d+)", cli.OnBadImage.skip, 0, None, None, None)
+    args = parse_args(cli.training_flags(str(tmp_path), tmp_path / "model", *options))
+    assert (args.part_pattern, args.on_bad_image) == (r"-(\d+)", "skip")
 
 
 def test_the_command_itself_fails_with_one_line(tmp_path):

@@ -39,6 +39,13 @@ def test_an_unfinished_demo_resumes_only_with_the_same_arguments(tmp_path):
     assert json.loads((tmp_path / "demo" / "unfinished.json").read_text()) == ["--seed", "1"]
 
 
+def test_checkpoints_of_another_training_stay(tmp_path):
+    (tmp_path / "checkpoint-500").mkdir()
+    with pytest.raises(ValueError, match=r"`output`: .* holds checkpoints of another training, checkpoint-500 last"):
+        demo._resume_flags(tmp_path, ["--seed", "0"])
+    assert (tmp_path / "checkpoint-500").is_dir()
+
+
 def test_the_pictures_show_both_kinds_of_errors(tmp_path: Path):
     data = write_mvtec(tmp_path / "data", good=7, bad=8)
     test = load_anomaly_dataset(data, split="test")

@@ -22,6 +22,7 @@ from diffad.image_files import (
 )
 from diffad.image_metadata import PNG_SIGNATURE
 from diffad.images import image_to_rgb, images_to_tensors
+from diffad.warn_once import warn_once
 
 XMP = """<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
 <rdf:Description xmlns:{prefix}="http://ns.adobe.com/tiff/1.0/"{attribute}>{element}</rdf:Description>
@@ -261,3 +262,16 @@ def test_a_mask_fits_an_image_that_xmp_turns(tmp_path):
         load_anomaly_dataset(root, "test")
     mask.write_bytes(with_xmp(np.full((16, 24), 255, np.uint8), "PNG", xmp))
     assert load_anomaly_dataset(root, "test")[0]["mask"].size == (16, 24)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "WEBP", "PNG", "MPO"])
+def test_of_several_images_in_a_file_the_first_counts_and_it_is_said(kind, caplog):
+    warn_once.cache_clear()
+    first, second = (Image.fromarray(texture(seed, (24, 16))) for seed in range(2))
+    content = encode(first, kind, save_all=True, append_images=[second])
+    assert read_image("pages", content).size == (16, 24)
+    assert ("several images (pages, frames)" in caplog.text) == (kind != "MPO")
+    caplog.clear()
+    warn_once.cache_clear()
+    read_image("page", encode(first, kind))
+    assert not caplog.text

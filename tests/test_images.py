@@ -40,7 +40,7 @@ def one(image, **kwargs) -> torch.Tensor:
 # -- PIL images --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "LA", "1", "YCbCr", "HSV", "I;16", "I", "F"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "LA", "La", "1", "YCbCr", "HSV", "I;16", "I", "F"])
 def test_every_mode_keeps_its_place_and_brightness(mode):
     grey = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
     grey[1, 2:] = 255  # black and white survive every mode
@@ -52,6 +52,8 @@ def test_every_mode_keeps_its_place_and_brightness(mode):
         image = Image.fromarray(grey.astype(np.float32) / 255.0)
     elif mode == "HSV":
         image = Image.fromarray(grey).convert("RGB").convert("HSV")
+    elif mode == "La":
+        image = Image.fromarray(grey).convert("LA").convert("La")
     else:
         image = Image.fromarray(grey).convert(mode)
     assert image.mode == mode

@@ -17,6 +17,7 @@ import torch
 from conftest import texture, textures, tiny_pipeline, write_folder, write_png
 from PIL import Image
 
+from diffad import AnomalyDenoisePipeline
 from diffad.decoding import decoded_batches
 from diffad.images import image_to_rgb
 from diffad.journal import distinct_inputs
@@ -169,6 +170,19 @@ def test_results_of_another_calibration_or_seed_are_not_taken_for_these(calibrat
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"`output_dir` must be a folder, but .*file is a file"):
         predict_files(calibrated, paths, tmp_path / "file")
+
+
+def test_results_of_another_model_without_thresholds_are_not_taken_for_these(tmp_path):
+    paths = find_images([write_folder(tmp_path / "parts", 2)])
+    first, second = tiny_pipeline(), tiny_pipeline()
+    with torch.no_grad():
+        next(second.unet.parameters()).add_(0.1)
+    first.save_pretrained(tmp_path / "first")
+    again = AnomalyDenoisePipeline.from_pretrained(tmp_path / "first")
+    predict_files(first, paths, tmp_path / "out")
+    assert predict_files(again, paths, tmp_path / "out")["skipped"] == 2
+    with pytest.raises(ValueError, match=r"out holds results of another model.*`output_dir`"):
+        predict_files(second, paths, tmp_path / "out")
 
 
 def test_a_unified_model_marks_pixels_by_its_categorys_own_threshold(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from diffad.cli import app
 from diffad.data.regions_of_interest import read_roi
 from diffad.moments import FeatureMoments, MomentSums
 from diffad.region_of_interest import hide_outside, inside_region, stand_ins
+from diffad.training.data import load_region
 
 pytestmark = [pytest.mark.usefixtures("fresh_accelerate"), pytest.mark.filterwarnings("ignore:.*cannot vouch")]
 SIZE = 32
@@ -61,6 +63,48 @@ def test_a_region_is_a_mask_or_polygons(tmp_path):
     assert read_roi(coco).sum() == 15 * 10
     assert read_roi(coco).shape == (10, 20)
     assert read_roi(np.ones((3000, 1500))).shape == (1024, 512)
+
+
+def test_polygons_are_those_of_the_image_that_they_are_drawn_on(tmp_path):
+    """A file of a labelling tool lists all its images, of any sizes."""
+    path = tmp_path / "regions.json"
+    content = {**COCO, "images": [{"id": 7, "width": 400, "height": 300}, *COCO["images"]]}
+    path.write_text(json.dumps(content))
+    assert read_roi(path, "bottle").shape == (10, 20)
+    content["annotations"] = [*COCO["annotations"], {**COCO["annotations"][0], "image_id": 7}]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="polygons on 2 images: keep those of one"):
+        read_roi(path, "bottle")
+
+
+def test_the_smallest_region_outlives_that_a_large_mask_is_reduced():
+    mask = np.zeros((3000, 4000), bool)
+    mask[1501, 2001] = True
+    inside = read_roi(mask)
+    assert inside.shape == (768, 1024)
+    assert np.argwhere(inside).tolist() == [[384, 512]]
+
+
+def test_a_model_of_one_category_takes_the_one_mask_of_a_folder(tmp_path):
+    write_png(tmp_path / "bottle.png", MASK.astype(np.uint8) * 255)
+    assert np.array_equal(read_roi(tmp_path), MASK)
+    write_png(tmp_path / "cable.png", MASK.astype(np.uint8) * 255)
+    with pytest.raises(FileNotFoundError, match="holds 2 masks, and this model has one category: give the mask's own"):
+        read_roi(tmp_path)
+
+
+def test_regions_of_other_sizes_count_alike_in_training_and_calibration(tmp_path):
+    thin = np.zeros((400, 400), np.uint8)
+    thin[201] = 255
+    write_png(tmp_path / "a.png", MASK.astype(np.uint8) * 255)
+    write_png(tmp_path / "b.png", thin)
+    region = load_region(Namespace(roi=str(tmp_path)), ["a", "b"])
+    pipeline = of_features(categories=["a", "b"])
+    for name in ("a", "b"):
+        pipeline.calibrate(textures(6, SIZE), category=name, roi=tmp_path, false_alarm_rate=0.3)
+    assert region.shape == (2, SIZE, SIZE)
+    assert region[1].any(dim=1).sum() == 1  # row
+    assert torch.equal(region, pipeline.region.cpu())
 
 
 def test_wrong_regions_are_named(tmp_path):

@@ -133,6 +133,8 @@ def add_source_arguments(data: argparse._ArgumentGroup) -> None:
 def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("give one of --train_data_dir and --dataset_name")
+    if args.train_data_dir is not None and os.path.realpath(args.train_data_dir) == os.path.realpath(args.output_dir):
+        parser.error(f"--output_dir: {args.output_dir} holds the data: a model's pictures would lie between them")
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser, any_ratio: bool = False) -> None:
@@ -295,6 +297,4 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
             check_part_pattern(args.part_pattern, "--part_pattern")
         except ValueError as error:
             parser.error(str(error))
-    if args.train_data_dir is not None and os.path.realpath(args.train_data_dir) == os.path.realpath(args.output_dir):
-        parser.error(f"--output_dir: {args.output_dir} holds the data: a model's pictures would lie between them")
     return args

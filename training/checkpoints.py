@@ -42,6 +42,11 @@ def step_of(checkpoint: Path) -> int:
 def resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
     """Loads the checkpoint asked for and returns its step; 0 where there is none yet."""
     if not args.resume_from_checkpoint:
+        if earlier := list_checkpoints(args.output_dir):
+            accelerator.print(
+                f"{args.output_dir} holds checkpoints of an earlier training, {earlier[-1].name} last, which a later "
+                "--resume_from_checkpoint latest may take for this one's. Remove them, or give another --output_dir."
+            )
         return 0
     if args.resume_from_checkpoint == "latest":
         checkpoints = list_checkpoints(args.output_dir)

@@ -98,7 +98,7 @@ def load_region(args: argparse.Namespace, categories: Sequence[str]) -> torch.Te
         return None
     masks = [torch.from_numpy(read_roi(args.roi, name if len(categories) > 1 else None).copy()) for name in categories]
     size = masks[0].shape
-    return torch.cat([F.interpolate(mask[None, None].float(), size)[0] > 0.5 for mask in masks])
+    return torch.cat([F.adaptive_max_pool2d(mask[None].float(), size) > 0.5 for mask in masks])  # as calibration does
 
 
 def hold_out(good: Dataset, args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str]]:

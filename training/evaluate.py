@@ -20,9 +20,10 @@ from diffad.cli import is_exported, load_model
 from diffad.data import load_anomaly_dataset
 from diffad.data.checks import dataset_value_range
 from diffad.evaluation.baselines import evaluate_baseline, load_training_images
-from diffad.evaluation.detectors import evaluate_category, promise, split_by_category
+from diffad.evaluation.detectors import check_categories, evaluate_category, promise, split_by_category
 from diffad.evaluation.metric_names import BASELINE_TITLES
 from diffad.evaluation.report import (
+    check_output,
     command_line,
     describe_machine,
     fingerprint,
@@ -80,12 +81,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     path = Path(args.output)
     if path.suffix != ".json":
         raise ValueError(f"--output must end in .json, but is {path}.")
+    check_output(path)
 
     # 1. Data and detectors
     dataset = load_anomaly_dataset(args.data, "test", args.category, args.dataset, args.on_bad_image)
     pipeline = load_model(args.model, accelerator.device.type if is_exported(args.model) else None)
     if not is_exported(args.model):
         pipeline.to(accelerator.device)
+        pipeline.set_progress_bar_config(disable=True)
+        check_categories(pipeline, sorted(set(dataset["category"])))
     if pipeline.value_range is None and (value_range := dataset_value_range(dataset)) is not None:
         accelerator.print(f"Images are taken to lie in [0, {value_range:g}], the smallest range that holds them all.")
         if is_exported(args.model):

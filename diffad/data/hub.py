@@ -69,7 +69,10 @@ def load_hub_dataset(
         ) from error
     features = loaded.features or {}
     if "image" not in features:
-        raise ValueError(f"{path} has no column 'image', only {list(features)}: rename the one with images.")
+        raise ValueError(
+            f"{path} has no column 'image', only {list(features)}: rename the one with images. If its tables are of "
+            "another program's (.parquet, .arrow, metadata.*), and the image files count, give the `dataset` 'folder'."
+        )
     for column in {"image", "mask"} & features.keys():
         loaded = loaded.cast_column(column, datasets.Image(decode=False))
     if streaming:

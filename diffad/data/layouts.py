@@ -56,7 +56,9 @@ def choose_categories(category: str | Sequence[str] | None, found: Iterable[str]
     """The names asked for, checked against those found."""
     if category is None:
         return sorted(found)
-    chosen = [category] if isinstance(category, str) else list(dict.fromkeys(category))
+    one_or_more: Any = category
+    is_one = isinstance(category, str) or not hasattr(category, "__iter__")
+    chosen = [one_or_more] if is_one else list(dict.fromkeys(one_or_more))
     if not chosen or any(name not in found for name in chosen):
         raise ValueError(f"`category` must be among {sorted(found)}, those of {where}, but is {category!r}.")
     return chosen
@@ -188,10 +190,10 @@ def _read_mvtec_3d(category: str, folder: Path, split: str) -> Iterator[dict]:
     base = _split_folder(folder, split)
     good = [f for f in subfolders(base) if is_good_name(f.name)]
     classes = subfolders(base) if split == "test" else good or [base / "good"]
-    has_ground_truth = any((f / "gt").is_dir() for f in classes)
+    has_ground_truth = any(_child(f, "gt").is_dir() for f in classes)
     for f in classes:
         defect = "good" if f in good else f.name
-        yield from _read_class(category, defect, f / "rgb", f / "gt" if has_ground_truth else None)
+        yield from _read_class(category, defect, _child(f, "rgb"), _child(f, "gt") if has_ground_truth else None)
 
 
 def _find_visa(root: Path) -> dict[str, Any]:
@@ -204,12 +206,14 @@ def _find_visa(root: Path) -> dict[str, Any]:
             )
         return {}
     found: dict[str, Any] = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = csv.DictReader(file)
         missing = {"object", "split", "label", "image", "mask"} - set(rows.fieldnames or ())
         if missing:
             raise ValueError(f"{path} lacks the columns {sorted(missing)}.")
         for row in rows:
+            if None in row.values():
+                raise ValueError(f"Line {rows.line_num} of {path} has too few columns: it takes {rows.fieldnames}.")
             defect = "good" if is_good_name(row["label"]) else "anomaly"
             mask = root / row["mask"] if row["mask"] else None
             record = make_record(root / row["image"], row["object"], defect, mask)
@@ -224,10 +228,11 @@ def _read_mvtec_ad_2(category: str, folder: Path, split: str) -> Iterator[dict]:
         yield from _read_class(category, "good", _child(_child(folder, split), *GOOD_NAMES), None)
         return
     base = _child(folder, "test_public")
+    ground_truth = _child(base, "ground_truth")
     for one in subfolders(base):
         if one.name.casefold() != "ground_truth":
             defect = "good" if is_good_name(one.name) else one.name
-            yield from _read_class(category, defect, one, base / "ground_truth" / one.name)
+            yield from _read_class(category, defect, one, _child(ground_truth, one.name, one.name.casefold()))
 
 
 def _find_uni_medical(root: Path) -> dict[str, Any]:
@@ -243,7 +248,7 @@ def _find_uni_medical(root: Path) -> dict[str, Any]:
                     mask = root / row["mask_path"] if row["mask_path"] else None
                     record = make_record(root / row["img_path"], category, defect, mask)
                     found.setdefault(category, {}).setdefault(split, []).append(record)
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not as expected ({error!r}): `train` and `test`, in each a list for every category, "
             "of img_path, mask_path, cls_name, specie_name and anomaly."

@@ -51,6 +51,8 @@ def load_anomaly_dataset(
         ImportError: `"elpv"` without the package elpv-dataset.
     """
     name = os.fspath(path_or_hub_id)
+    if not name:
+        raise ValueError("`path_or_hub_id` is empty. Is a variable of the shell not set?")
     root = Path(os.path.abspath(os.path.expanduser(name)))
     if dataset not in (None, "hub", *LAYOUTS):
         raise ValueError(f"`dataset` must be one of {[*LAYOUTS, 'hub']} or None, but is {dataset!r}.")

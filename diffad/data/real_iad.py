@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffad.data.records import make_record
+from diffad.data.records import is_good_name, make_record
 
 IMAGE_FOLDERS = ("realiad_1024", "realiad_512", "realiad_256", "realiad_raw")  # the first that is there
 
@@ -36,12 +36,12 @@ def _records(path: Path, base: Path) -> dict[str, list[dict]]:
         listed = json.loads(path.read_text(encoding="utf-8"))
         for split in ("train", "test"):
             for row in listed[split]:
-                defect = "good" if row["anomaly_class"] == "OK" else row["anomaly_class"]
+                defect = "good" if is_good_name(row["anomaly_class"]) else row["anomaly_class"]
                 mask = folder / row["mask_path"] if row.get("mask_path") else None
                 if split == "test" or defect == "good":
                     record = make_record(folder / row["image_path"], path.stem, defect, mask)
                     found.setdefault(split, []).append(record)
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not as expected ({error!r}): `train` and `test`, in each a list of image_path, mask_path and "
             "anomaly_class."

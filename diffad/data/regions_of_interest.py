@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from diffad.data.masks import mask_to_array
 from diffad.image_files import read_image
+from diffad.inputs import images_below
 
 LARGEST_SIDE = 1024  # pixels of a region that is kept: 1 MB a category
 
@@ -31,7 +32,12 @@ def read_roi(roi: str | os.PathLike | np.ndarray | Image.Image, category: str | 
     if isinstance(roi, (str, os.PathLike)):
         path = Path(roi)
         if path.is_dir():
-            path = path / f"{category}.png"
+            own = images_below(path) if category is None else []
+            if category is None and len(own) != 1:
+                raise FileNotFoundError(
+                    f"`roi`: {path} holds {len(own)} masks, and this model has one category: give the mask's own file."
+                )
+            path = own[0] if own else path / f"{category}.png"
         if not path.is_file():
             raise FileNotFoundError(
                 f"`roi`: no file at {path}. Give a mask (PNG), a folder of CATEGORY.png, or COCO JSON."
@@ -46,24 +52,29 @@ def read_roi(roi: str | os.PathLike | np.ndarray | Image.Image, category: str | 
     factor = max(inside.shape) / LARGEST_SIDE
     if factor > 1.0:
         size = [max(1, round(side / factor)) for side in inside.shape[::-1]]
-        inside = np.asarray(Image.fromarray(inside).resize(size, Image.Resampling.NEAREST))
+        share = np.asarray(Image.fromarray(inside.astype(np.float32)).resize(size, Image.Resampling.BOX))
+        inside = share >= min(0.5, float(share.max()))  # so that the smallest region stays
     return inside
 
 
 def _draw_polygons(path: Path, category: str | None) -> np.ndarray:
     try:
         coco: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        image, names = coco["images"][0], {one["id"]: one["name"] for one in coco.get("categories", [])}
+        images, names = coco["images"], {one["id"]: one["name"] for one in coco.get("categories", [])}
         chosen = [
             one for one in coco["annotations"] if category is None or names.get(one.get("category_id")) == category
         ]
+        drawn_on = {one.get("image_id") for one in chosen}
+        if len(drawn_on) > 1:
+            raise ValueError(f"polygons on {len(drawn_on)} images: keep those of one")
+        image = next((one for one in images if one.get("id") in drawn_on), images[0])
         drawn = Image.new("1", (image["width"], image["height"]))
         for annotation in chosen:
             for polygon in annotation["segmentation"]:
                 ImageDraw.Draw(drawn).polygon([float(value) for value in polygon], fill=1, outline=1)
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(
-            f"`roi`: {path} is no COCO JSON with `images` (width, height) and `annotations` of polygons ({error!r})."
+            f"`roi`: {path} is no COCO JSON with `images` (width, height) and `annotations` of polygons ({error})."
         ) from error
     if not chosen:
         raise ValueError(

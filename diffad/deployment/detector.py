@@ -90,7 +90,12 @@ class Detector:
         self.evidence = 1.0
         if pipeline.has_thresholds:
             calibration = pipeline.calibration
-            self.drift = DriftTest(calibration.good_scores(self.index), calibration.false_alarm_rate)
+            if not (scores := calibration.good_scores(self.index)):
+                name = pipeline.categories[self.index]
+                raise ValueError(
+                    f"Category {name!r} is not calibrated. Run `diffad calibrate --category {name}` first."
+                )
+            self.drift = DriftTest(scores, calibration.false_alarm_rate)
         self.resizing = resizing_of(pipeline)
         self.detect = pipeline_detect(pipeline, category, batch_size, seed=0)
         self.decoding = threading.Semaphore(4)  # images in memory as they are decoded

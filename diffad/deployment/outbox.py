@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from diffad.files import write_text_whole
 from diffad.installation import needs_extra
@@ -96,15 +96,27 @@ class Outbox:
                 wait = min(2.0 * wait, LONGEST_WAIT)
 
 
+def _split(url: str) -> SplitResult | None:
+    """The parts of a URL; None where its host or port is none."""
+    try:
+        parts = urlsplit(url)
+        return parts if parts.port is None or parts.port else None
+    except ValueError:
+        return None
+
+
 def http_sender(url: str) -> Deliver:
     """Posts events as JSON; any answer of 200 to 299 is a delivery."""
-    if urlsplit(url).scheme not in ("http", "https"):
+    parts = _split(url)
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"`on_anomaly` must be a URL, http:// or https://, but is {url!r}.")
     with needs_extra("watch"):
         import httpx
 
     def deliver(event: dict[str, Any]) -> None:
-        httpx.post(url, json=event, timeout=SECONDS).raise_for_status()
+        content = json.dumps(event)  # in ASCII, as a file's name may be no UTF-8
+        headers = {"Content-Type": "application/json"}
+        httpx.post(url, content=content, headers=headers, timeout=SECONDS).raise_for_status()
 
     return deliver
 
@@ -115,10 +127,14 @@ def mqtt_sender(url: str) -> Deliver:
     Args:
         url: mqtt://[user:password@]host[:port]/topic, or mqtts:// for TLS.
     """
-    parts = urlsplit(url)
-    topic = unquote(parts.path.lstrip("/"))
-    if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or not topic:
+    parts = _split(url)
+    topic = "" if parts is None else unquote(parts.path.lstrip("/"))
+    if parts is None or parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or not topic:
         raise ValueError(f"`mqtt` must be mqtt://host/topic or mqtts://host/topic, but is {url!r}.")
+    if parts.query or "#" in url or "+" in topic:
+        raise ValueError(
+            f"`mqtt`: the topic of {url!r} must hold no #, + or ?, and a password has them as %23, %2B, %3F."
+        )
     with needs_extra("watch"):
         from paho.mqtt.client import Client
         from paho.mqtt.enums import CallbackAPIVersion

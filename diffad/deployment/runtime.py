@@ -215,6 +215,11 @@ class Runtime:
         if self.categories:
             inputs["category"] = np.array(category, dtype=np.int64)
         values: dict[str, Any] = dict(zip(OUTPUTS, self._run(inputs), strict=False))
+        if np.isnan(values["anomaly_score"]).any():  # which no threshold could tell from a good image's
+            raise ValueError(
+                "Scores are NaN, which is no verdict. Run the networks in float32 (`precision`); where they are, the "
+                "file's weights are damaged: export the model again."
+            )
         output = RuntimeOutput(**values)
         return self._judged(output, category) if self._judges and self.has_thresholds else output
 

@@ -110,6 +110,8 @@ def create_app(
     if token is not None:
         if not token:
             raise ValueError("`token` must not be empty: everybody would be let in. Leave it out, or give one.")
+        if not token.isascii() or not token.isprintable() or token != token.strip():
+            raise ValueError("`token` must be of ASCII letters, digits and signs: a header holds no others.")
         app.add_middleware(TokenCheck, token=token)
     if page:
         from diffad.deployment.page import mount_page

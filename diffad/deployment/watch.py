@@ -213,8 +213,8 @@ def watch_folder(
         raise ValueError(f"`folder` must be a folder, but there is none at {folder}.")
     if folder.is_relative_to(output_dir):
         raise ValueError(f"`output_dir` must not be the watched folder or one above it, but is {output_dir}.")
-    if settle <= 0.0:
-        raise ValueError(f"`settle` must be above 0 seconds, but is {settle:g}.")
+    if not 0.0 < settle < float("inf"):
+        raise ValueError(f"`settle` must be above 0 seconds and finite, but is {settle:g}.")
     check_output(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     index = pipeline.category_index(category)

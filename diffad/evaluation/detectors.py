@@ -6,7 +6,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,6 +98,18 @@ def category_index(pipeline: Any, category: str) -> int:
     return pipeline.category_index(category if len(pipeline.categories) > 1 else None)
 
 
+def check_categories(pipeline: Any, categories: Iterable[str]) -> None:
+    """Says before anything is run what would end an evaluation half-way.
+
+    Raises:
+        ValueError: a unified model does not know one of the categories, or is calibrated without it.
+    """
+    indices = [category_index(pipeline, category) for category in categories]
+    calibration = getattr(pipeline, "calibration", None)
+    if calibration is not None:
+        calibration.check_category(torch.tensor(indices), pipeline.categories)
+
+
 def promise(pipeline: Any, category: str) -> dict[str, float]:
     """What a pipeline promises of one category, for the report; nothing before it is calibrated.
 
@@ -159,6 +171,7 @@ def evaluate_detectors(
     records: list[list[dict[str, Any]]] = [[] for _ in range(num_detectors)]
     stored = cast_images(images, decode=False)  # whose masks are still folders, where they are
     map_names = [] if save_maps is None else name_maps(images["path"], images["defect"], category)
+    check_map_folders([Path(save_maps or "", name) for name in map_names], images["path"])
     started = time.time()
     # this process's share, without the padding that would count images twice
     with accelerator.split_between_processes(list(range(0, len(images), batch_size))) as starts:
@@ -246,6 +259,13 @@ def name_maps(paths: Sequence[str], defects: Sequence[str], category: str) -> li
         places.append((str(index), Path(_one_folder(defect), *inside, name)))
     names = name_pictures(places, {}, ".tiff")
     return [f"{_one_folder(category)}/test/{names[str(index)]}" for index in range(len(places))]
+
+
+def check_map_folders(maps: Sequence[Path], images: Sequence[str]) -> None:
+    """Raises a ValueError where a map would lie between images: it could replace one, and be taken for one."""
+    of_images = {os.path.dirname(os.path.realpath(path)) for path in images if path}
+    if taken := sorted({os.path.realpath(path.parent) for path in maps} & of_images):
+        raise ValueError(f"`save_maps`: maps would lie between the images in {taken[0]}. Give another folder.")
 
 
 def _one_folder(label: str) -> str:

@@ -175,6 +175,8 @@ class AnomalyMetrics(Metric):
             raise ValueError(f"`predicted_mask` has shape {predicted.shape}, `mask` {masks.shape}: resize one.")
         given: dict[str, Any] = {"anomaly_map": maps, "mask": masks, "anomaly_score": scores, "label": labels}
         given |= {"predicted_mask": predicted, "defects": defects}
+        if defects is not None and masks is not None:
+            _check_defects(defects, masks.shape[1:])
         lengths = {name: len(value) for name, value in given.items() if value is not None}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"All arguments must hold the same number of images, but have {lengths}.")
@@ -348,6 +350,16 @@ def _as_array(value: Any, name: str, shape: str) -> np.ndarray:
     if array.size == 0 and len(array):
         raise ValueError(f"`{name}` of shape {array.shape} has no pixels.")
     return array
+
+
+def _check_defects(defects: Sequence[Sequence[tuple[np.ndarray, float]] | None], shape: tuple[int, ...]) -> None:
+    for i, of_image in enumerate(defects):
+        for mask, share in of_image or ():
+            if np.shape(mask) != shape or np.asarray(mask).dtype != bool or not 0.0 < share <= 1.0:
+                raise ValueError(
+                    f"`defects[{i}]` must hold masks {shape} of bool, each with a share in (0, 1], but holds "
+                    f"{np.asarray(mask).dtype} of shape {np.shape(mask)} with {share}."
+                )
 
 
 def _as_float32(value: Any, name: str, shape: str) -> np.ndarray:

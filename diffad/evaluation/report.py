@@ -82,17 +82,45 @@ def save_report(report: dict[str, Any], path: Path) -> None:
             rows.append([method, category, *(result.get(name) for name in METRIC_TITLES)])
     table = io.StringIO()
     csv.writer(table).writerows(rows)
-    texts = {".csv": table.getvalue(), ".md": report_markdown(report), path.suffix: json.dumps(report, indent=2) + "\n"}
+    texts = {path.suffix: json.dumps(report, indent=2) + "\n", ".csv": table.getvalue(), ".md": report_markdown(report)}
     write_files(path, texts)
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The report at `path`.
+
+    Raises:
+        ValueError: what stands there is none.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        report = None
+    if not isinstance(report, dict) or not isinstance(report.get("results"), dict):
+        raise ValueError(f"`output`: {path} is no report of diffad's, and would be replaced. Give another file.")
+    return report
+
+
+def check_output(path: Path) -> None:
+    """Raises a ValueError where a report at `path`, its tables or its page would replace files of another program's."""
+    if path.is_dir():
+        raise ValueError(f"`output` must be a file, but {path} is a folder.")
+    if path.exists():
+        read_report(path)
+        return
+    beside = [path.with_suffix(suffix) for suffix in (".csv", ".md", ".html")]
+    if others := [one for one in beside if one.exists()]:
+        raise ValueError(f"`output`: {others[0]} would be replaced, and is of no report. Give another file.")
 
 
 def take_up_report(report: dict[str, Any], path: Path, categories: Collection[str]) -> None:
     """Puts the categories that the report at `path` holds into a new one.
 
     Raises:
-        ValueError: it was made with other settings or baselines, or it holds a category that is none of `categories`.
+        ValueError: it is no report, was made with other settings or baselines, or holds a category that is none of
+            `categories`.
     """
-    earlier = json.loads(path.read_text())
+    earlier = read_report(path)
     changed = [name for name in SETTINGS if earlier.get(name) != report[name]]
     if sorted(earlier.get("baselines", {})) != sorted(report["baselines"]):
         changed.append("baselines")
@@ -100,7 +128,7 @@ def take_up_report(report: dict[str, Any], path: Path, categories: Collection[st
         changed.append("category")
     if changed:
         raise ValueError(f"--resume: {path} was made with another {', '.join(changed)}. Choose another --output.")
-    report.update({name: earlier[name] for name in ("results", "baselines", "scores", "curves")})
+    report.update({name: earlier.get(name, {}) for name in ("results", "baselines", "scores", "curves")})
 
 
 def save_page(report: dict[str, Any], pipeline: Any, images: dict[str, Dataset], path: Path) -> None:

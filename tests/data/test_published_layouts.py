@@ -162,3 +162,47 @@ def test_kolektor_sdd_2_has_a_mask_beside_every_image(tmp_path: Path):
     test = load_anomaly_dataset(tmp_path, "test")
     assert test["label"] == [1, 0, 0, 0]
     assert np.asarray(test[0]["mask"]).any()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_mask_that_cannot_be_read_is_named_or_skipped(tmp_path: Path, split: str):
+    """Only the mask says whether the image is good, so it is taken for neither."""
+    for i in range(3):
+        write_image(tmp_path / split / f"{i}.png")
+        write_mask(tmp_path / split / f"{i}_GT.png", value=0)
+    (tmp_path / split / "1_GT.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ValueError, match=r"1 images cannot be read[\s\S]*1_GT\.png"):
+        load_anomaly_dataset(tmp_path, split)
+    with pytest.warns(UserWarning, match=r"1_GT\.png"):
+        kept = load_anomaly_dataset(tmp_path, split, on_bad_image="skip")
+    assert names(kept, tmp_path) == [f"{split}/0.png", f"{split}/2.png"]
+
+
+def test_lists_that_are_no_utf_8_or_cut_off_are_named(tmp_path: Path):
+    listed = write_real_iad(tmp_path / "iad", nested=False)
+    listed.write_bytes(b'{"train": [], "test": ["\xff"]}')
+    with pytest.raises(ValueError, match=r"audiojack\.json is not as expected"):
+        load_anomaly_dataset(tmp_path / "iad", "train")
+    table = tmp_path / "visa" / "split_csv" / "1cls.csv"
+    table.parent.mkdir(parents=True)
+    write_image(tmp_path / "visa" / "a.png")
+    table.write_text("object,split,label,image,mask\ncandle,train,normal,a.png,\ncandle,train\n")
+    with pytest.raises(ValueError, match=r"Line 3 of .*1cls\.csv has too few columns"):
+        load_anomaly_dataset(tmp_path / "visa", "train")
+
+
+def test_case_does_not_make_masks_or_defects_of_images(tmp_path: Path):
+    sdd2, iad, ad2 = tmp_path / "sdd2", tmp_path / "iad", tmp_path / "can"
+    for split in ("Train", "Test"):
+        for i in range(3):
+            write_image(sdd2 / split / f"{i}.png")
+            write_mask(sdd2 / split / f"{i}_gt.png", value=255 if i == 0 else 0)
+    assert names(load_anomaly_dataset(sdd2, "train"), sdd2) == ["Train/1.png", "Train/2.png"]
+    assert load_anomaly_dataset(sdd2, "test")["label"] == [1, 0, 0]
+    listed = write_real_iad(iad, nested=False)
+    listed.write_text(listed.read_text().replace('"OK"', '"ok"'))
+    assert len(load_anomaly_dataset(iad, "train")) == 5
+    write_image(ad2 / "test_public/good/000.png")
+    write_image(ad2 / "test_public/Bad/000.png")
+    write_mask(ad2 / "test_public/Ground_Truth/bad/000_mask.png")
+    assert sorted(load_anomaly_dataset(ad2, "test", dataset="mvtec_ad_2")["label"]) == [0, 1]

@@ -237,3 +237,13 @@ def test_an_exported_file_is_evaluated_and_timed_as_a_pipeline_is(model, tmp_pat
     speed = benchmark_pipeline(Runtime(path), batch_size=2, repeats=1)
     assert speed["images_per_second"] > 0.0
     assert [*speed["milliseconds_by_part"]] == ["rest"]
+
+
+def test_a_score_that_is_no_number_is_no_verdict(tmp_path):
+    pipeline = AnomalyDenoisePipeline(None, None, tiny_extractor(image_size=24), weights={"gaussian": 1.0})
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.calibrate(textures(6), false_alarm_rate=0.3)
+    pipeline.feature_extractor.channel_mean.fill_(np.nan)
+    runtime = Runtime(pipeline.export(tmp_path / "model.onnx"))
+    with pytest.raises(ValueError, match=r"Scores are NaN.*float32"):
+        runtime(textures(1)[0])

@@ -251,3 +251,15 @@ def test_the_space_is_the_same_service(pipeline, tmp_path, monkeypatch):
         assert post(url, png(texture(0))).status_code == 401
         page = httpx.get(f"{url}/", headers={"Authorization": "Bearer secret"})
         assert "gradio" in page.text
+
+
+@pytest.mark.parametrize("token", ["", "schlüssel", "secret\n", " secret"])
+def test_a_token_that_no_header_holds_is_refused(pipeline, token):
+    with pytest.raises(ValueError, match="`token` must"):
+        create_app(pipeline, token=token, page=False)
+
+
+def test_a_category_without_thresholds_is_told_at_the_start():
+    pipeline = tiny_pipeline(categories=["a", "b"]).calibrate(textures(6), category="a", false_alarm_rate=0.3)
+    with pytest.raises(ValueError, match="Category 'b' is not calibrated"):
+        create_app(pipeline, category="b", page=False)

@@ -235,6 +235,30 @@ def test_what_a_receiver_did_not_take_waits_for_the_next_start(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_name_that_is_no_utf_8_is_posted(tmp_path):
+    receiver = Receiver(refused=0)
+    outbox = Outbox(tmp_path, http_sender(receiver.url), "The receiver")
+    outbox.put({"event": "0123456789", "path": os.fsdecode(b"part\xff.png")})
+    outbox.close()
+    assert os.fsencode(receiver.received[0]["path"]) == b"part\xff.png"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["mqtt://host:70000/topic", "mqtt://host:x/topic", "mqtt://host/line/#", "mqtt://host/+/a", "mqtt://host/a?b", "x"],
+)
+def test_a_wrong_broker_is_told_before_anything_waits_for_it(url):
+    pytest.importorskip("paho.mqtt")
+    with pytest.raises(ValueError, match="`mqtt`"):
+        mqtt_sender(url)
+
+
+@pytest.mark.parametrize("url", ["http://", "https:///path", "http://[1/x", "http://host:70000/x"])
+def test_a_wrong_receiver_is_told_before_anything_waits_for_it(url):
+    with pytest.raises(ValueError, match="`on_anomaly` must be a URL"):
+        http_sender(url)
+
+
 MOSQUITTO = shutil.which("mosquitto", path=os.environ["PATH"] + ":/usr/sbin")
 
 

@@ -196,6 +196,18 @@ def test_a_unified_model_takes_each_images_category(tmp_path):
         run(tmp_path / "model", write_mvtec(tmp_path / "other", {"tile": 2}), tmp_path / "other.json")
 
 
+def test_a_category_without_thresholds_is_told_before_others_are_evaluated(tmp_path):
+    data = write_mvtec(tmp_path / "data", {"a": 4, "b": 4})
+    pipeline = tiny_pipeline(categories=["a", "b"]).calibrate(textures(12), category="a", false_alarm_rate=0.3)
+    pipeline.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="Category 'b' is not calibrated"):
+        run(tmp_path / "model", data, tmp_path / "report.json")
+    tiny_pipeline(categories=["a", "z"]).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="`category` 'b' is unknown: this model knows a, z"):
+        run(tmp_path / "other", data, tmp_path / "report.json")
+    assert not (tmp_path / "report.json").exists()
+
+
 def test_the_batch_size_changes_nothing_and_the_seed_does(model, data, tmp_path):
     expected = run(model, data, tmp_path / "a.json", "--batch_size", 16)
     assert_same_results(run(model, data, tmp_path / "b.json", "--batch_size", 2), expected)
@@ -256,6 +268,19 @@ def test_maps_are_saved_as_float32_tiff(model, data, tmp_path):
     assert saved.shape == (32, 32)
     assert saved.dtype == np.float32
     assert saved.max() == pytest.approx(report["scores"]["tile"][5]["score"], rel=0.2)
+
+
+def test_maps_are_not_saved_between_images(model, tmp_path):
+    """Named as MVTec's evaluation expects it, they would replace images that are TIFF files."""
+    data = write_mvtec(tmp_path / "data")
+    good = data / "tile" / "test" / "good" / "000"
+    Image.open(good.with_suffix(".png")).save(good.with_suffix(".tiff"))
+    good.with_suffix(".png").unlink()
+    content = good.with_suffix(".tiff").read_bytes()
+    for source, folder in ((data, data), (data / "tile", data)):
+        with pytest.raises(ValueError, match=r"`save_maps`: maps would lie between the images in .*test"):
+            run(model, source, tmp_path / "report.json", "--save_maps", folder)
+    assert good.with_suffix(".tiff").read_bytes() == content
 
 
 def test_an_interrupted_evaluation_goes_on(model, data, tmp_path):

@@ -101,6 +101,25 @@ def test_spro_is_its_definition(monkeypatch):
         assert metrics.compute()["pixel_spro"] == pytest.approx(brute_force_spro(maps, defects, limit), abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    "defect",
+    [
+        (np.ones((4, 5), bool), 0.5),
+        (np.ones((4, 4), np.uint8), 0.5),  # which NumPy would take for rows
+        (np.ones((4, 4), bool), 0.0),
+        (np.ones((4, 4), bool), 1.5),
+        (np.ones((4, 4), bool), float("nan")),
+    ],
+)
+def test_wrong_defects_are_named_and_nothing_is_added(defect):
+    metrics = AnomalyMetrics()
+    masks = np.ones((1, 4, 4), bool)
+    with pytest.raises(ValueError, match=r"`defects\[0\]` must hold masks \(4, 4\) of bool, each with a share in"):
+        metrics.update(anomaly_map=np.ones((1, 4, 4)), mask=masks, anomaly_score=[1], label=[1], defects=[[defect]])
+    with pytest.raises(ValueError, match="no images"):
+        metrics.compute()
+
+
 def test_spro_of_defects_that_count_in_full_is_pro_and_a_part_suffices():
     maps, masks = np.zeros((2, 10, 10), np.float32), np.zeros((2, 10, 10), bool)
     masks[0, 2:6, 2:6] = True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import warnings
 import weakref
 from pathlib import Path
@@ -128,6 +129,8 @@ def test_the_extractor_may_look_closer_than_the_denoiser():
         ({"generator": [generator(), generator()]}, "`generator`.*each of the 1 images"),
         ({"category": "bottle"}, "`category` 'bottle' is unknown.*default"),
         ({"category": 1}, "`category` 1 is unknown"),
+        ({"category": 0.0}, "`category` 0.0 is unknown"),
+        ({"category": False}, "`category` False is unknown"),
         ({"category": [0, 0]}, "`category` lists 2 names for 1 images"),
     ],
 )
@@ -150,10 +153,16 @@ def test_a_missing_file_is_named(pipe):
         {"timesteps": [5, 1000]},
         {"suppression": 1.0},
         {"position_prior_images": -1.0},
+        {"categories": "bottle"},
+        {"categories": ["bottle", "bottle"]},
+        {"categories": ["bottle", ""]},
+        {"categories": [1, 2]},
+        {"value_range": "4095"},
+        {"tile_size": 16, "tile_overlap": "0.25"},
     ],
 )
 def test_wrong_options_are_named(options):
-    with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
+    with pytest.raises(ValueError, match=f"`{list(options)[-1]}`"):
         tiny_pipeline(**options)
 
 
@@ -193,6 +202,18 @@ def test_masks_alarms_and_scores_follow_their_thresholds(calibrated):
     assert np.array_equal(output.is_anomalous, output.anomaly_score > calibration.image_threshold.numpy())
     assert np.array_equal(output.is_anomalous, output.p_value <= 0.1)
     np.testing.assert_allclose(output.anomaly_score, output.anomaly_map.max(axis=(1, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_a_score_that_is_no_number_is_no_verdict(calibrate):
+    """As half precision makes of large values: below every threshold, it would pass for good."""
+    pipeline = tiny_pipeline()
+    if calibrate:
+        pipeline.calibrate(textures(6), false_alarm_rate=0.3)
+    with torch.no_grad():
+        next(pipeline.unet.parameters()).fill_(math.nan)
+    with pytest.raises(ValueError, match=r"scores of images \[0, 1\] of this call are NaN.*float32"):
+        pipeline(textures(2))
 
 
 def test_the_score_may_be_a_mean_of_the_highest_pixels():
@@ -484,6 +505,29 @@ def test_a_wrong_rate_is_refused(pipe, rate):
         pipe.calibrate(textures(3), false_alarm_rate=rate)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"images": "good_parts"},
+        {"images": Path("good_parts")},
+        {"images": iter(textures(3))},
+        {"images": None},
+        {"statistics_images": "good_parts"},
+        {"false_alarm_rate": "0.1"},
+        {"smallest_area": "0.1"},
+        {"batch_size": 0},
+        {"batch_size": -1},
+        {"batch_size": 2.5},
+        {"generator": 0},
+    ],
+)
+def test_wrong_arguments_of_a_calibration_are_named(pipe, arguments):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=rf"`{name}`.*{'find_images' if 'good_parts' in str(arguments) else ''}"):
+        pipe.calibrate(**{"images": textures(4), "false_alarm_rate": 0.3, **arguments})
+    assert pipe.calibration is None
+
+
 def test_a_rate_that_the_images_cannot_vouch_for_is_told(pipe):
     with pytest.warns(UserWarning, match="at least 99 held-out good images") as caught:
         pipe.calibrate(textures(6), false_alarm_rate=0.01)
@@ -569,13 +613,16 @@ def test_a_category_is_a_name_or_an_index_for_all_or_each(unified):
         for name, category in {
             "name": "cable",
             "index": 1,
+            "tensor": torch.tensor(1),
+            "array": np.array(["cable"] * 3),
             "each": ["cable"] * 3,
             "mixed": ["bottle", 1, "screw"],
             "other": "bottle",
         }.items()
     }
     assert np.array_equal(draws["name"], draws["index"])
-    assert np.array_equal(draws["name"], draws["each"])
+    for same in ("each", "tensor", "array"):
+        assert np.array_equal(draws["name"], draws[same])
     np.testing.assert_allclose(draws["mixed"][1], draws["name"][1], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(draws["mixed"][0], draws["other"][0], rtol=1e-4, atol=1e-5)
     assert not np.array_equal(draws["name"], draws["other"])

@@ -34,6 +34,13 @@ def test_a_checkpoint_is_gone_on_from(run):
     assert resume(accelerator, args) == 2
 
 
+def test_a_new_training_beside_checkpoints_of_an_earlier_one_says_so(run, capsys):
+    accelerator, args = run
+    args.resume_from_checkpoint = None
+    assert resume(accelerator, args) == 0
+    assert "holds checkpoints of an earlier training, checkpoint-3 last" in capsys.readouterr().out
+
+
 def test_a_renamed_checkpoint(run):
     accelerator, args = run
     renamed = Path(args.output_dir, "checkpoint-3").rename(Path(args.output_dir, "best"))

@@ -1,0 +1,25 @@
+"""Folders that commands write a model or results into."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def check_folder(path: Path) -> Path:
+    """`path`, unless a file stands there: diffusers would save nothing, and go on."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"The output goes into a folder, but {path} is a file. Give another one.")
+    return path
+
+
+def check_model_folder(path: Path) -> Path:
+    """`path`, unless it is a folder of images: beside a model they would be no inputs any more."""
+    from diffad.inputs import list_folder
+
+    check_folder(path)
+    if path.is_dir() and (images := list_folder(path).files):
+        raise ValueError(
+            f"`output`: {path} holds images, {images[0].name} first, which no command would take any more with a model "
+            "between them. Give another folder."
+        )
+    return path
