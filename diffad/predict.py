@@ -48,7 +48,7 @@ from diffad.journal import (
 from diffad.part_verdicts import PART_VERDICTS_NAME
 from diffad.region_files import REGION_FILES, RegionJournal, describe_regions
 from diffad.regions import can_list_regions, without_small_regions
-from diffad.resizing import Resizing
+from diffad.resizing import Resizing, fit_map, map_reach, region_at
 from diffad.visualization import overlay, save_rows
 
 __all__ = ["find_images", "predict_files", "score_files"]
@@ -105,7 +105,7 @@ def predict_files(
     if settings["value_range"] is None and (found := find_value_range(paths, skip_unreadable=True)) is not None:
         warn_of_found_range(found)
         settings["value_range"] = found
-    resizing = resizing_of(pipeline)
+    resizing = resizing_of(pipeline, category)
     counts = score_files(detect, side, threshold, settings, paths, output_dir, at_once, num_workers, report, resizing)
     if pipeline.has_thresholds and not isinstance(pipeline, Runtime):
         from diffad.drift_table import save_calibration_scores
@@ -130,13 +130,19 @@ def detection_settings(pipeline: Any, category: str | None, seed: int) -> tuple[
     return settings, settings["calibration"][1]
 
 
-def resizing_of(pipeline: Any) -> Resizing:
-    """As the pipeline resizes in a call of its own."""
+def resizing_of(pipeline: Any, category: str | None) -> Resizing:
+    """As the pipeline resizes images and maps of a category in a call of its own."""
     if isinstance(pipeline, Runtime):
         return WITHOUT_TORCH
-    from diffad.images import WITH_TORCH
+    from diffad.images import WITH_TORCH, as_size
 
-    return WITH_TORCH
+    region, cell = pipeline.region, None
+    if pipeline.tile_size is not None:
+        from diffad.tiling import cell_size
+
+        cell = cell_size(pipeline.tile_size, as_size(pipeline.input_resolution))
+    of_category = None if region is None else region[pipeline.category_index(category)].cpu().numpy()
+    return WITH_TORCH._replace(region=of_category, cell=cell)
 
 
 def pipeline_detect(pipeline: Any, category: str | None, batch_size: int, seed: int) -> Detect:
@@ -346,11 +352,16 @@ def _at_size(
     if shown.shape == size:
         return finish(shown)
     height, width = size
-    rows = resizing.map(np.eye(image.shape[0], dtype=np.float32), (height, image.shape[0]))  # (H, h): its weights
-    wide = resizing.map(image, (image.shape[0], width))  # (h, W)
+    reach = map_reach(size, size, resizing.cell)
+    rows = resizing.map(np.eye(image.shape[0], dtype=np.float32), (reach[0], image.shape[0]))  # (H, h): its weights
+    wide = resizing.map(image, (image.shape[0], reach[1]))[:, :width]  # (h, W)
+    inside = None if resizing.region is None else region_at(resizing.region, size)
     result, step = np.empty(size, finish(shown[:1]).dtype), max(1, BAND_PIXELS // width)
     for top in range(0, height, step):
-        result[top : top + step] = finish(rows[top : top + step] @ wide)
+        band = rows[top : min(top + step, height)] @ wide
+        if inside is not None:
+            band[~inside[top : top + step]] = 0.0
+        result[top : top + step] = finish(band)
     return result
 
 
@@ -370,7 +381,7 @@ def write_outputs(
         OSError: the disk is full: no picture of any other could be written.
     """
     anomaly_map = np.asarray(output.anomaly_map[j])  # (h, w)
-    shown = resizing.map(anomaly_map, decoded.pixels.shape[:2])  # (h', w')
+    shown = fit_map(anomaly_map, decoded.pixels.shape[:2], decoded.size, resizing)  # (h', w')
     low, high = float(shown.min()), float(shown.max())
 
     def to_16_bits(values: np.ndarray) -> np.ndarray:
@@ -382,6 +393,8 @@ def write_outputs(
         return is_above & bool(output.is_anomalous[j])
 
     def mask() -> np.ndarray:
+        if not bool(output.is_anomalous[j]):
+            return np.zeros(decoded.size, bool)
         at_size = _at_size(anomaly_map, shown, decoded.size, to_mask, resizing)
         return without_small_regions(at_size, smallest_area)
 
@@ -391,20 +404,23 @@ def write_outputs(
         "map_high": f"{high:.6g}",
         "verdict": "scored",
     }
-    # each made when it is its turn: those of a large image are large
-    pictures = {"maps": lambda: _at_size(anomaly_map, shown, decoded.size, to_16_bits, resizing)}
-    outlined = None
     if threshold is not None:
-        outlined = without_small_regions(to_mask(shown), smallest_area)
-        pictures["masks"] = lambda: mask().astype(np.uint8) * 255
         row["p_value"] = f"{float(output.p_value[j]):.6g}"
         row["verdict"] = "anomalous" if bool(output.is_anomalous[j]) else "normal"
         if can_list_regions():
             row["upright_size"], row["regions"] = decoded.size, []
-        if "regions" in row and bool(output.is_anomalous[j]):
-            with one_large_at_a_time(math.prod(decoded.size)):
-                at_size = _at_size(anomaly_map, shown, decoded.size, lambda values: values, resizing)
-                row["regions"] = describe_regions(at_size, mask())
+
+    def mask_picture() -> np.ndarray:
+        found = mask()
+        if row.get("regions") is not None and found.any():
+            at_size = _at_size(anomaly_map, shown, decoded.size, lambda values: values, resizing)
+            row["regions"] = describe_regions(at_size, found)
+        return found.astype(np.uint8) * 255
+
+    # each made when it is its turn: those of a large image are large
+    pictures: dict[str, Callable[[], np.ndarray]] = {} if threshold is None else {"masks": mask_picture}
+    pictures["maps"] = lambda: _at_size(anomaly_map, shown, decoded.size, to_16_bits, resizing)
+    outlined = None if threshold is None else without_small_regions(to_mask(shown), smallest_area)
     pictures["overlays"] = lambda: overlay(decoded.pixels, shown, outlined, threshold)
     try:
         for folder, picture in pictures.items():

@@ -13,8 +13,10 @@ import torch
 from diffad.calibration.drift import DriftTest
 from diffad.deployment.batching import Batcher
 from diffad.image_files import image_file_header, one_large_at_a_time, read_image
-from diffad.images import as_size, image_to_rgb, resize_image, resize_images
+from diffad.images import as_size, image_to_rgb, resize_image
+from diffad.predict import resizing_of
 from diffad.regions import Region, find_regions, without_small_regions
+from diffad.resizing import fit_map
 from diffad.seeding import image_generator
 
 SHOWN_SIDE = 1024  # of a picture on the page, in pixels, at most
@@ -88,6 +90,7 @@ class Detector:
             scores = pipeline.calibration.normal_scores[self.index]
             rate = pipeline.calibration.config.false_alarm_rate
             self.drift = DriftTest(scores[~scores.isnan()].tolist(), rate)
+        self.resizing = resizing_of(pipeline, category)
         self.decoding = threading.Semaphore(4)  # images in memory as they are decoded
         self.batcher = Batcher(self._run, batch_size, max_waiting, report)
 
@@ -124,6 +127,10 @@ class Detector:
             BusyError: too many images wait.
         """
         return self.batcher.submit([one.network_input for one in sent])
+
+    def map_at(self, finding: Finding, sent: Sent, size: tuple[int, int]) -> np.ndarray:
+        """A finding's map at a size of the image's, (H, W) float32."""
+        return fit_map(finding.anomaly_map.numpy(), size, sent.size, self.resizing)
 
     @property
     def smallest_area(self) -> float:
@@ -164,11 +171,6 @@ class Detector:
                 )
             )
         return findings
-
-
-def map_at(anomaly_map: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-    """A map (R, R) at a size (H, W), float32."""
-    return resize_images(anomaly_map[None, None], size)[0, 0].numpy()
 
 
 def found_regions(
