@@ -20,7 +20,7 @@ from diffad.inputs import SHEET_NAME
 from diffad.journal import P_VALUE, PATH, PICTURE, PLACE, SCORE
 from diffad.region_files import describe_regions
 from diffad.regions import can_list_regions, without_small_regions
-from diffad.resizing import Resizing
+from diffad.resizing import Resizing, fit_map, map_reach, region_at
 from diffad.visualization import overlay, save_rows
 
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
@@ -41,11 +41,16 @@ def _at_size(
     if shown is not None and shown.shape == size:
         return finish(shown)
     height, width = size
-    rows = resizing.map(np.eye(image.shape[0], dtype=np.float32), (height, image.shape[0]))  # (H, h): its weights
-    wide = resizing.map(image, (image.shape[0], width))  # (h, W)
+    reach = map_reach(size, size, resizing.cell)
+    rows = resizing.map(np.eye(image.shape[0], dtype=np.float32), (reach[0], image.shape[0]))  # (H, h): its weights
+    wide = resizing.map(image, (image.shape[0], reach[1]))[:, :width]  # (h, W)
+    inside = None if resizing.region is None else region_at(resizing.region, size)
     result, step = np.empty(size, finish(image[:1]).dtype), max(1, BAND_PIXELS // width)
     for top in range(0, height, step):
-        result[top : top + step] = finish(rows[top : top + step] @ wide)
+        band = rows[top : min(top + step, height)] @ wide
+        if inside is not None:
+            band[~inside[top : top + step]] = 0.0
+        result[top : top + step] = finish(band)
     return result
 
 
@@ -81,14 +86,14 @@ def write_outputs(
     def to_mask(values: np.ndarray) -> np.ndarray:  # as `threshold_output`
         return (values > np.float32(math.inf if threshold is None else threshold)) & is_anomalous
 
-    def mask() -> np.ndarray:
-        at_size = _at_size(anomaly_map, shown, decoded.size, to_mask, resizing)
-        return without_small_regions(at_size, smallest_area)
-
-    if "regions" in row and is_anomalous:
+    mask = None  # at the image's size, of an alarmed image alone
+    if is_anomalous:
         with one_large_at_a_time(math.prod(decoded.size)):
-            at_size = _at_size(anomaly_map, shown, decoded.size, lambda values: values, resizing)
-            row["regions"] = describe_regions(at_size, mask())
+            mask = _at_size(anomaly_map, shown, decoded.size, to_mask, resizing)
+            mask = without_small_regions(mask, smallest_area)
+            if row.get("regions") is not None and mask.any():
+                at_size = _at_size(anomaly_map, shown, decoded.size, lambda values: values, resizing)
+                row["regions"] = describe_regions(at_size, mask)
     if not row["picture"] or shown is None:
         return row
     low, high = float(shown.min()), float(shown.max())
@@ -101,7 +106,8 @@ def write_outputs(
     # each made when it is its turn: those of a large image are large
     pictures = {"maps": lambda: _at_size(anomaly_map, shown, decoded.size, to_16_bits, resizing)}
     if threshold is not None:
-        pictures["masks"] = lambda: mask().astype(np.uint8) * 255
+        found = np.zeros(decoded.size, bool) if mask is None else mask
+        pictures["masks"] = lambda: found.astype(np.uint8) * 255
     pictures["overlays"] = lambda: draw_overlay(output, j, decoded, threshold, smallest_area, resizing)
     try:
         for folder, picture in pictures.items():
@@ -127,9 +133,10 @@ def draw_overlay(
 
 def _shown_map(anomaly_map: np.ndarray, decoded: Decoded, resizing: Resizing) -> np.ndarray | None:
     """A map at the size of its overlay or, where nobody draws one, of its image; None if that is large."""
-    if decoded.pixels is not None:
-        return resizing.map(anomaly_map, decoded.pixels.shape[:2])
-    return resizing.map(anomaly_map, decoded.size) if math.prod(decoded.size) <= LARGE_PIXELS else None
+    size = decoded.size if decoded.pixels is None else decoded.pixels.shape[:2]
+    if decoded.pixels is None and math.prod(size) > LARGE_PIXELS:
+        return None
+    return fit_map(anomaly_map, (size[0], size[1]), decoded.size, resizing)
 
 
 def _save(image: Image.Image, output_dir: Path, name: str) -> None:

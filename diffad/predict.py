@@ -126,7 +126,7 @@ def predict_files(
         settings["value_range"] = on_main(accelerator, lambda: range_of_inputs(paths))
         if settings["value_range"] is not None:
             warn_of_found_range(settings["value_range"])
-    resizing = resizing_of(pipeline)
+    resizing = resizing_of(pipeline, category)
     with same_threads(pipeline, Path(output_dir), accelerator) as threads:
         counts = score_files(
             detect,
@@ -190,13 +190,19 @@ def detection_settings(pipeline: Any, category: str | None, seed: int) -> tuple[
     return settings, settings["calibration"][1]
 
 
-def resizing_of(pipeline: Any) -> Resizing:
-    """As the pipeline resizes in a call of its own."""
+def resizing_of(pipeline: Any, category: str | None) -> Resizing:
+    """As the pipeline resizes images and maps of a category in a call of its own."""
     if isinstance(pipeline, Runtime):
-        return WITHOUT_TORCH
-    from diffad.images import WITH_TORCH
+        return WITHOUT_TORCH._replace(region=pipeline.region)
+    from diffad.images import WITH_TORCH, as_size
 
-    return WITH_TORCH
+    region, cell = pipeline.region, None
+    if pipeline.tile_size is not None:
+        from diffad.tiling import cell_size
+
+        cell = cell_size(pipeline.tile_size, as_size(pipeline.input_resolution))
+    of_category = None if region is None else region[pipeline.category_index(category)].cpu().numpy()
+    return WITH_TORCH._replace(region=of_category, cell=cell)
 
 
 def pipeline_detect(pipeline: Any, category: str | None, batch_size: int, seed: int) -> Detect:

@@ -9,16 +9,56 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+PIXELS_AT_ONCE = 4_000_000  # of a region, in float32
+
 
 class Resizing(NamedTuple):
     """How images and maps are resized: as torch does it, or the same to 1e-6 without it.
 
     image: (decoded PIL image, (R, R), value range or None) -> (R, R, 3) float32 in about [0, 1].
     map: ((h, w) float32, (H, W)) -> (H, W).
+    region: (h, w) bool, which pixels of an image count; None for all.
+    cell: height and width in pixels of an image that a pixel of its map has, where maps are blended of tiles: such a
+        map ends with the last cell, and the image perhaps within it. None where maps end as images do.
     """
 
     image: Callable[[Any, tuple[int, int], float | None], np.ndarray]
     map: Callable[[np.ndarray, tuple[int, int]], np.ndarray]
+    region: np.ndarray | None = None
+    cell: tuple[int, int] | None = None
+
+
+def map_reach(size: Sequence[int], image_size: Sequence[int], cell: Sequence[int] | None) -> tuple[int, int]:
+    """The size to which a map is resized so that its upper left part, of `size`, is the image's; as of `Resizing`."""
+    if cell is None:
+        return size[0], size[1]
+    height, width = (
+        round(length * -(-whole // one) * one / whole)
+        for length, whole, one in zip(size, image_size, cell, strict=True)
+    )
+    return height, width
+
+
+def fit_map(values: np.ndarray, size: tuple[int, int], image_size: Sequence[int], resizing: Resizing) -> np.ndarray:
+    """An image's map (h, w) at a size of the image's, (*size) float32, 0 where nothing counts."""
+    resized = resizing.map(values, map_reach(size, image_size, resizing.cell))[: size[0], : size[1]]
+    return resized if resizing.region is None else np.where(region_at(resizing.region, size), resized, np.float32(0.0))
+
+
+def region_at(region: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`inside_region` of one region (h, w), (*size) bool: a pixel counts where at least half of it does."""
+    rows = pool_weights(region.shape[0], size[0])
+    wide = region.astype(np.float32) @ pool_weights(region.shape[1], size[1]).T  # (h, W)
+    inside, step = np.empty(size, bool), max(1, PIXELS_AT_ONCE // size[1])
+    starts = range(0, size[0], step)
+    largest = 0.0
+    for start in starts:
+        largest = max(largest, float((rows[start : start + step] @ wide).max()))
+        if largest >= 0.5:
+            break
+    for start in starts:
+        inside[start : start + step] = rows[start : start + step] @ wide >= min(largest, 0.5) - 1e-6
+    return inside
 
 
 def resize_array(values: np.ndarray, size: Sequence[int]) -> np.ndarray:

@@ -214,7 +214,9 @@ def cosine_distance_map(
     return total[:, 0]
 
 
-def max_score(maps: torch.Tensor, pooling_size: int = 1, pooling_rounds: int = 0) -> torch.Tensor:
+def max_score(
+    maps: torch.Tensor, pooling_size: int = 1, pooling_rounds: int = 0, inside: torch.Tensor | None = None
+) -> torch.Tensor:
     """The map's maximum, after rounds of stride-1 average pooling (He et al., section 4.1: 8 rounds of 8 x 8).
 
     Args:
@@ -222,16 +224,29 @@ def max_score(maps: torch.Tensor, pooling_size: int = 1, pooling_rounds: int = 0
         pooling_size: side of the pooling window in pixels; at most the map's own.
         pooling_rounds: how often to pool; each round takes `pooling_size - 1` off the map's sides. It stops where the
             map has become smaller than the window.
+        inside: (H, W) bool, which pixels count; None for all. Averages are over those, in windows that lie at least
+            half inside, or as much as any.
 
     Returns:
         (N,).
     """
+    if inside is not None and not bool(inside.all()):
+        shown = inside.to(maps)[None]  # (1, H, W)
+        share = pool(shown, pooling_size, pooling_rounds)[0]
+        counts = share >= share.amax().clamp(max=0.5)
+        pooled = pool(torch.where(inside, maps, 0.0), pooling_size, pooling_rounds)
+        return (pooled[:, counts] / share[counts]).amax(dim=1)
+    return pool(maps, pooling_size, pooling_rounds).flatten(1).amax(dim=1)
+
+
+def pool(maps: torch.Tensor, size: int, rounds: int) -> torch.Tensor:
+    """Maps (N, H, W) after rounds of stride-1 average pooling, as of `max_score`."""
     pooled = maps[:, None]  # (N, 1, H, W)
-    for _ in range(pooling_rounds):
-        if min(pooled.shape[-2:]) < pooling_size:
+    for _ in range(rounds):
+        if min(pooled.shape[-2:]) < size:
             break
-        pooled = F.avg_pool2d(pooled, pooling_size, stride=1)
-    return pooled.flatten(1).amax(dim=1)
+        pooled = F.avg_pool2d(pooled, size, stride=1)
+    return pooled[:, 0]
 
 
 def top_fraction_score(maps: torch.Tensor, fraction: float) -> torch.Tensor:

@@ -66,8 +66,7 @@ def tile_grid(
         overlap: in [0, 1), of a tile's sides.
     """
     lengths = []
-    for length, tile, seen in zip(size, tile_size, input_size, strict=True):
-        cell = max(1, round(CELL * tile / seen))
+    for length, tile, cell in zip(size, tile_size, cell_size(tile_size, input_size), strict=True):
         cells, of_tile = -(-length // cell), -(-tile // cell)
         step = max(1, int(of_tile * (1.0 - overlap)))
         count = 1 + max(0, -(-(cells - of_tile) // step))
@@ -75,6 +74,12 @@ def tile_grid(
         lengths.append((cells, cell, of_tile, starts))
     (rows, cell_height, tile_rows, tops), (columns, cell_width, tile_columns, lefts) = lengths
     return TileGrid(rows, columns, (cell_height, cell_width), (tile_rows, tile_columns), tops, lefts)
+
+
+def cell_size(tile_size: tuple[int, int], input_size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a cell in pixels of the image; arguments as of `tile_grid`."""
+    height, width = (max(1, round(CELL * tile / seen)) for tile, seen in zip(tile_size, input_size, strict=True))
+    return height, width
 
 
 def cut_tiles(
@@ -86,8 +91,8 @@ def cut_tiles(
 ) -> torch.Tensor:
     """Tiles of one image as the networks see them, (N, 3, *input_size) in [-1, 1].
 
-    What of a tile lies beyond the image repeats the image's last pixels. The map ends where the image does, so no score
-    sees it.
+    What of a tile lies beyond the image repeats the image's last pixels. The map's last cells reach beyond the image by
+    less than a cell; at the image's size they are cut off.
 
     Args:
         image: a PIL image or a tensor (3, H, W) in [0, 1].

@@ -21,6 +21,7 @@ from diffad.pipelines.sharing import add_records_and_card, records_folder, remov
 from diffad.pipelines.version_0_1 import remove_code, upgrade_index
 
 if TYPE_CHECKING:
+    import torch
     from typing_extensions import Self
 
 logger = logging.get_logger(__name__)
@@ -38,6 +39,11 @@ class AnomalyPipeline(DiffusionPipeline):
     @property
     def tile_size(self) -> tuple[int, int] | None:
         """Height and width of a tile in pixels of the images; None where images are looked at as a whole."""
+        return None
+
+    @property
+    def region(self) -> torch.Tensor | None:
+        """Which pixels of each category's images count, (K, h, w) bool; None where all do."""
         return None
 
     @property

@@ -13,7 +13,7 @@ import torch
 
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.grey_depth import warn_of_found_range
-from diffad.images import ImageSequence, Side
+from diffad.images import ImageSequence, Side, as_size
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.moments import PRIOR_IMAGES
 from diffad.pipelines.output import OUTPUT_TYPES
@@ -176,6 +176,20 @@ def check_tiles(tile_size: Side | None, tile_overlap: float) -> None:
         raise ValueError(f"`tile_size` must be a side of at least 8 pixels, or height and width, but is {tile_size!r}.")
     if not isinstance(tile_overlap, Real) or not 0.0 <= tile_overlap <= 0.75:
         raise ValueError(f"`tile_overlap` must lie in [0, 0.75], but is {tile_overlap}.")
+
+
+def check_tiled_call(pipeline: Any, processing_resolution: Side) -> None:
+    """Raises a ValueError where a pipeline that looks at tiles knows nothing of them, or not at this resolution."""
+    if as_size(processing_resolution) != as_size(pipeline.processing_resolution):
+        raise ValueError(
+            f"`processing_resolution` must be {pipeline.processing_resolution}, or None, as tiles were calibrated at "
+            f"that, but is {processing_resolution!r}."
+        )
+    if pipeline.calibration is not None and pipeline.tile_calibration is None:
+        raise ValueError(
+            f"`tile_size` is {pipeline.config.tile_size}, but this pipeline was calibrated without tiles. Call "
+            "`pipe.calibrate(good_images)`, or load it without."
+        )
 
 
 def check_callback_inputs(names: Sequence[str], allowed: Sequence[str]) -> None:

@@ -22,7 +22,8 @@ from diffad.pipelines.large_images import calibrate_large
 from diffad.precision import running_precision
 from diffad.process_share import process_share
 from diffad.read_ahead import read_ahead
-from diffad.region_of_interest import clear_outside, inside_region, values_inside
+from diffad.region_of_interest import clear_outside, inside_region
+from diffad.resizing import map_reach
 from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import image_generators
 
@@ -90,7 +91,7 @@ class DetectionPipeline(AnomalyPipeline):
         """As of `ScoreFunctions`."""
         raise NotImplementedError
 
-    def image_scores(self, anomaly_map: torch.Tensor) -> torch.Tensor:
+    def image_scores(self, anomaly_map: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:
         """As of `ScoreFunctions`."""
         raise NotImplementedError
 
@@ -301,14 +302,19 @@ class DetectionPipeline(AnomalyPipeline):
         if inside is None:
             return anomaly_map, self.image_scores(anomaly_map)
         pairs = zip(anomaly_map, inside, strict=True)
-        scores = torch.cat([self.image_scores(values_inside(one[None], where)) for one, where in pairs])
+        scores = torch.cat([self.image_scores(one[None], where) for one, where in pairs])
         return clear_outside(anomaly_map, inside), scores
 
-    def at_size(self, anomaly_map: torch.Tensor, size: tuple[int, int], category: torch.Tensor) -> torch.Tensor:
-        """Maps (N, H, W) at another size, 0 where nothing counts."""
-        return clear_outside(
-            resize_images(anomaly_map[:, None], size)[:, 0], inside_region(self.region, category, size)
-        )
+    def at_size(
+        self,
+        anomaly_map: torch.Tensor,
+        size: tuple[int, int],
+        category: torch.Tensor,
+        cell: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """Maps (N, H, W) at another size, 0 where nothing counts; of the images' own, `cell` as of `Resizing`."""
+        resized = resize_images(anomaly_map[:, None], map_reach(size, size, cell))[:, 0, : size[0], : size[1]]
+        return clear_outside(resized, inside_region(self.region, category, size))
 
     def _found_value_range(self, category: int, value_range: float | None, *sets: Sequence[Any]) -> float | None:
         """The range that a calibration of these images holds for, and saves; None where the pipeline has its own.

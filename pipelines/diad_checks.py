@@ -108,6 +108,20 @@ def check_latents(latents: torch.Tensor | None, vae: Any, sizes: tuple[int, int,
     return latents
 
 
+def check_tiled_reverse_process(
+    config: Any, num_inference_steps: int, strength: float, latents: Any, callback: Any
+) -> None:
+    """Raises a ValueError where a call asks for another reverse process than tiles were calibrated with, or into it."""
+    given = {"num_inference_steps": num_inference_steps, "strength": strength}
+    changed = [name for name, value in given.items() if value != config[name]]
+    changed += [name for name, value in (("latents", latents), ("callback_on_step_end", callback)) if value is not None]
+    if changed:
+        raise ValueError(
+            f"`{changed[0]}` cannot be given where images are looked at in tiles, each with a reverse process of its "
+            "own. Leave it out, or load the pipeline with `tile_size=None`."
+        )
+
+
 def skipped_steps(num_inference_steps: int, strength: float) -> int:
     """How many of the first steps a strength leaves out; both are checked."""
     if not isinstance(num_inference_steps, int) or num_inference_steps < 1:

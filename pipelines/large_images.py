@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 
@@ -29,6 +30,7 @@ from diffad.tiling import (
     MOSTLY,
     TileGrid,
     blend_tiles,
+    cells_of_tiles,
     join_views,
     places_inside,
     spread_places,
@@ -97,7 +99,10 @@ def detect_large(
         image = LargeImage(pixels, int(index), generator, batch_size, images.value_range, pipeline.region)
         joined, score = pipeline.score_inside(large_image_map(pipeline, image, calibrations)[None], index)
         scores.append(score)
-        maps.append(pipeline.at_size(joined, size, index))
+        own_size = size_of(pixels)
+        maps.append(
+            pipeline.at_size(joined, size, index, grid_of(pipeline, own_size).cell if size == own_size else None)
+        )
     return torch.cat(maps), torch.cat(scores)
 
 
@@ -191,9 +196,11 @@ def calibrate_large(
         grid = grid_of(pipeline, size_of(pixels))
         inside = cells_inside(region, category, grid)
         places = spread_places(places_inside(grid, inside, MOSTLY), count, i)
-        for tiles in tile_views(pixels, grid, places, batch_size, size, statistics.value_range, inside):
+        views = tile_views(pixels, grid, places, batch_size, size, statistics.value_range, inside)
+        for start, tiles in zip(range(0, len(places), batch_size), views, strict=True):
             measurement, _ = measure_view(pipeline, tiles, image, of_tiles=True)
-            measurement = measurement._replace(image=torch.full((len(tiles),), i))
+            cells = cells_of_tiles(grid, places[start : start + batch_size], inside)
+            measurement = replace_hidden(measurement, cells)._replace(image=torch.full((len(tiles),), i))
             tile_fit.add_statistics(measurement if is_mine else empty_measurement(measurement))
     for one in (fit, tile_fit):
         one.set_statistics()
@@ -226,6 +233,25 @@ def calibrate_large(
     calibration = fit.finish()
     of_tiles.set_places(category, place_mean, place_std * fit.scale)
     pipeline.register_modules(calibration=calibration, tile_calibration=of_tiles)
+
+
+def replace_hidden(measurement: Measurement, cells: torch.Tensor | None) -> Measurement:
+    """What was measured of tiles, where what is hidden of a tile takes what is shown of it (`stand_ins`).
+
+    So statistics that all positions share are those of what counts. `cells` says what does, (N, rows, columns) bool.
+    """
+    if cells is None or bool(cells.all()):
+        return measurement
+
+    def replaced(values: torch.Tensor) -> torch.Tensor:  # (N, ..., h, w)
+        shown = F.interpolate(cells[:, None].float(), values.shape[-2:], mode="area")[:, 0].flatten(1).to(values.device)
+        shown = shown >= shown.amax(dim=1, keepdim=True).clamp(max=0.5)  # (N, h * w)
+        pairs = zip(values.flatten(-2), shown, strict=True)
+        return torch.stack([one[..., stand_ins(where)] for one, where in pairs]).view_as(values)
+
+    maps, residual, features, patches, image = measurement
+    others = (None if values is None else replaced(values) for values in (residual, features, patches))
+    return Measurement(replaced(maps), *others, image)
 
 
 def places_are_alike(sums: MomentSums, of_even: MomentSums) -> bool:

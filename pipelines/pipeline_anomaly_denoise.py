@@ -34,6 +34,7 @@ from diffad.pipelines.checks import (
     check_calibration,
     check_call,
     check_map_settings,
+    check_tiled_call,
     check_tiles,
     check_value_range,
     map_weights,
@@ -46,7 +47,7 @@ from diffad.pipelines.output import AnomalyOutput, ReconstructionOutput, convert
 from diffad.pipelines.pipeline_ddpm_reconstruction import DDPMReconstructionPipeline
 from diffad.pipelines.pipeline_gradient_denoising import GradientDenoisingPipeline
 from diffad.precision import running_precision
-from diffad.region_of_interest import hide_outside, inside_region
+from diffad.region_of_interest import hide_outside, inside_region, values_inside
 from diffad.scoring import (
     Measurement,
     cut_small_peaks,
@@ -274,19 +275,10 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         categories = category_indices(category, self.categories, len(images)).to(device)
         generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * len(images)
         resolution = as_size(resolution)
-        if self.tile_size is not None and resolution != as_size(self.processing_resolution):
-            raise ValueError(
-                f"`processing_resolution` must be {self.processing_resolution}, or None, as tiles were calibrated at "
-                f"that, but is {processing_resolution!r}."
-            )
         size = images.sizes[0] if match_input_resolution else resolution
-        if self.tile_size is not None and calibration is not None and self.tile_calibration is None:
-            raise ValueError(
-                f"`tile_size` is {self.config.tile_size}, but this pipeline was calibrated without tiles. Call "
-                "`pipe.calibrate(good_images)`, or load it without."
-            )
-        if self.tile_size is not None and not match_input_resolution:
-            size = grid_of(self, images.sizes[0])[:2]
+        if self.tile_size is not None:
+            check_tiled_call(self, resolution)
+            size = size if match_input_resolution else grid_of(self, images.sizes[0])[:2]
         seen = as_size(self.feature_extractor.input_resolution(resolution))
         precision = running_precision(self.measuring_networks, device)
         check_calibration(calibration, categories, self.categories, precision, self.config)
@@ -515,8 +507,9 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         anomaly_map = suppress_surroundings(anomaly_map, self.config.suppression)
         return cut_small_peaks(anomaly_map, calibration.config.smallest_area)
 
-    def image_scores(self, anomaly_map: torch.Tensor) -> torch.Tensor:
-        """(N, H, W) to (N,): the map's maximum, or the mean of its highest pixels."""
+    def image_scores(self, anomaly_map: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, H, W) to (N,): the map's maximum where its pixels count, or the mean of its highest pixels there."""
+        anomaly_map = values_inside(anomaly_map, inside)
         if self.config.score_fraction:
             return top_fraction_score(anomaly_map, self.config.score_fraction)
         return max_score(anomaly_map)

@@ -19,6 +19,8 @@ from diffad.images import (
     IMAGENET_STD,
     ImageInput,
     ImageSequence,
+    Side,
+    as_size,
     denormalize_images,
     images_to_pixel_values,
     normalize_images,
@@ -37,6 +39,8 @@ from diffad.pipelines.checks import (
     check_call,
     check_callback_inputs,
     check_map_settings,
+    check_tiled_call,
+    check_tiles,
     check_value_range,
     scored_layers,
 )
@@ -47,8 +51,10 @@ from diffad.pipelines.diad_checks import (
     check_latents,
     check_pixel_values,
     check_settings,
+    check_tiled_reverse_process,
     skipped_steps,
 )
+from diffad.pipelines.large_images import detect_large, grid_of
 from diffad.pipelines.output import AnomalyOutput, convert_output, threshold_output
 from diffad.precision import running_precision
 from diffad.region_of_interest import hide_outside, inside_region
@@ -64,6 +70,7 @@ from diffad.scoring import (
     suppress_surroundings,
 )
 from diffad.seeding import draw_noise
+from diffad.tiling import CELL, tile_height_and_width
 
 StepCallback = Callable[["DiADPipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
@@ -114,13 +121,18 @@ class DiADPipeline(DetectionPipeline):
             ImageNet's, as the paper does.
         latents_mean, latents_std: of each channel of the latents, which are normalised by them; None takes the
             autoencoder's own shift and scale. For autoencoders that have none.
+        tile_calibration: statistics of good images' tiles; None until `calibrate`, and without a `tile_size`.
+        tile_size: side in pixels of the tiles in which images are looked at, at their own pixels, beside the whole
+            image (`diffad.pipelines.large_images`), or height and width; None looks at whole images alone. Each is
+            resized to what the networks see. These were trained on whole images, unless you trained them on tiles.
+        tile_overlap: share of a tile's sides by which neighbours overlap at least, in [0, 0.75].
     """
 
     # The semantic-guided network stays out of the sequence: it and the denoiser take turns at every step, so each
     # would be moved away for the other.
     model_cpu_offload_seq = "unet->vae->feature_extractor"
-    _optional_components = ["sg_network", "feature_extractor", "calibration"]  # noqa: RUF012 (diffusers' own form)
-    _exclude_from_cpu_offload = ["prompt_embedding", "calibration"]  # noqa: RUF012
+    _optional_components = ["sg_network", "feature_extractor", "calibration", "tile_calibration"]  # noqa: RUF012 (diffusers' form)
+    _exclude_from_cpu_offload = ["prompt_embedding", "calibration", "tile_calibration"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     def __init__(
@@ -148,9 +160,13 @@ class DiADPipeline(DetectionPipeline):
         image_std: list[float] | None = None,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
+        tile_calibration: ScoreCalibration | None = None,
+        tile_size: Side | None = None,
+        tile_overlap: float = 0.25,
     ):
         super().__init__()
         check_value_range(value_range)
+        check_tiles(tile_size, tile_overlap)
         check_components(vae, unet, prompt_embedding, sg_network)
         check_latent_statistics(vae, latents_mean, latents_std)
         check_settings(distance, sigma, pooling_size, pooling_rounds)
@@ -166,6 +182,7 @@ class DiADPipeline(DetectionPipeline):
             sg_network=sg_network,
             feature_extractor=feature_extractor,
             calibration=calibration,
+            tile_calibration=tile_calibration,
         )
         self.register_to_config(
             num_inference_steps=num_inference_steps,
@@ -184,6 +201,8 @@ class DiADPipeline(DetectionPipeline):
             image_std=list(image_std or IMAGENET_STD),
             latents_mean=None if latents_mean is None else list(latents_mean),
             latents_std=None if latents_std is None else list(latents_std),
+            tile_size=tile_size,
+            tile_overlap=tile_overlap,
         )
         self.size_multiple = latent_factor(vae)  # how many times smaller latents are than images
 
@@ -196,6 +215,11 @@ class DiADPipeline(DetectionPipeline):
     def input_resolution(self) -> int:
         """The networks' own: a closer look at the input would find detail that no reconstruction can have."""
         return self.processing_resolution
+
+    @property
+    def tile_size(self) -> tuple[int, int] | None:
+        """Height and width of a tile in pixels of the images; None where they are looked at as a whole."""
+        return tile_height_and_width(self.config.tile_size, as_size(self.input_resolution))
 
     @property
     def num_timesteps(self) -> int:
@@ -239,7 +263,8 @@ class DiADPipeline(DetectionPipeline):
             batch_size: images in one pass of the networks.
             processing_resolution: side in pixels at which the networks see the images.
             match_input_resolution: whether maps and reconstructions come at the images' own size, which then must be
-                one; else at the processing resolution.
+                one; else at the processing resolution, or, where images are looked at in tiles, as they were blended: a
+                pixel for each 4 x 4 of what the networks see, all of the first image's size.
             generator: makes the call repeatable. The noise of an image depends neither on the batch size nor on the
                 images after it. (A scheduler that draws noise at each step needs a list, one for each image.)
             output_type: "np", "pt" or "pil".
@@ -249,7 +274,7 @@ class DiADPipeline(DetectionPipeline):
             callback_on_step_end_tensor_inputs: which tensors it gets: "latents", (B, latent channels, R / f, R / f).
 
         Returns:
-            [`AnomalyOutput`].
+            [`AnomalyOutput`]; `reconstruction` is None where images are looked at in tiles.
 
         Raises:
             ValueError, FileNotFoundError: an argument is wrong; the message names it and what to do.
@@ -271,6 +296,10 @@ class DiADPipeline(DetectionPipeline):
         strength = self.config.strength if strength is None else strength
         steps = num_inference_steps - skipped_steps(num_inference_steps, strength)
         size = images.sizes[0] if match_input_resolution else (resolution, resolution)
+        if self.tile_size is not None:
+            check_tiled_call(self, resolution)
+            check_tiled_reverse_process(self.config, num_inference_steps, strength, latents, callback_on_step_end)
+            size = size if match_input_resolution else grid_of(self, images.sizes[0])[:2]
         statistics = (self.config.image_mean, self.config.image_std)
         precision = running_precision(self.measuring_networks, device)
         check_calibration(calibration, categories, self.categories, precision, self.config)
@@ -279,6 +308,12 @@ class DiADPipeline(DetectionPipeline):
         with self.progress_bar(total=math.ceil(len(images) / batch_size) * steps) as progress:
             for start in range(0, len(images), batch_size):
                 batch = slice(start, start + batch_size)
+                if self.tile_size is not None:
+                    of_tiles = detect_large(self, images[batch], categories[batch], generators[batch], batch_size, size)
+                    anomaly_maps.append(of_tiles[0])
+                    anomaly_scores.append(of_tiles[1])
+                    progress.update(steps)
+                    continue
 
                 # 2. Pixels: (B, 3, R, R) in [-1, 1]
                 pixel_values = images_to_pixel_values(images[batch], (resolution, resolution)).to(device)
@@ -321,7 +356,8 @@ class DiADPipeline(DetectionPipeline):
         self.maybe_free_model_hooks()
 
         # 10. Alarms, masks and p-values, where thresholds are
-        output = AnomalyOutput(torch.cat(anomaly_maps), torch.cat(anomaly_scores), torch.cat(reconstructions))
+        pictures = torch.cat(reconstructions) if reconstructions else None
+        output = AnomalyOutput(torch.cat(anomaly_maps), torch.cat(anomaly_scores), pictures)
         output = threshold_output(output, categories[: len(output.anomaly_score)].cpu(), calibration)
 
         # 11. As arrays or pictures
@@ -494,6 +530,16 @@ class DiADPipeline(DetectionPipeline):
         size = (self.processing_resolution,) * 2
         pixel_values = images_to_pixel_values(images, size).to(self._execution_device)
         pixel_values = hide_outside(pixel_values, inside_region(region, category, size))
+        return self.measure_pixels(pixel_values, category, generators)
+
+    def measure_pixels(
+        self,
+        pixel_values: torch.Tensor,
+        category: torch.Tensor,
+        generators: Sequence[torch.Generator | None],
+        of_tiles: bool = False,
+    ) -> Measurement:
+        """Steps 3 to 5 of a call; tiles are looked at as whole images are."""
         return self.compare(pixel_values, self.reconstruct(pixel_values, generators))
 
     def score_maps(
@@ -535,6 +581,10 @@ class DiADPipeline(DetectionPipeline):
         anomaly_map = suppress_surroundings(anomaly_map, self.config.suppression)
         return cut_small_peaks(anomaly_map, calibration.config.smallest_area)
 
-    def image_scores(self, anomaly_map: torch.Tensor) -> torch.Tensor:
-        """(N, H, W) to (N,): the maximum after rounds of average pooling (section 4.1)."""
-        return max_score(anomaly_map, self.config.pooling_size, self.config.pooling_rounds)
+    def image_scores(self, anomaly_map: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, H, W) to (N,): the maximum after rounds of average pooling (section 4.1), of the pixels that count.
+
+        Where images are looked at in tiles, a map's pixel is a cell of several, and windows are of as many pixels.
+        """
+        side = self.config.pooling_size if self.tile_size is None else -(-self.config.pooling_size // CELL)
+        return max_score(anomaly_map, side, self.config.pooling_rounds, inside)

@@ -404,3 +404,15 @@ def test_the_rates_that_hold_with_confidence_are_beta_quantiles():
         assert "holds on average over calibration sets" in words
         assert promise in words
         assert "9.8%" in words
+
+
+def test_what_is_said_of_large_images_is_what_the_record_says():
+    record = json.loads((ROOT / "model_cards" / "large-images.json").read_text())
+    shown = [table[1:] for table in tables(RESULTS, "Large images")]
+    for title, image, pixel, difference in shown[0]:
+        row = record["kolektor_sdd"]["methods"][title]
+        assert [image, pixel] == [" / ".join(f"{100 * row[n]:.1f}" for n in names) for names in (IMAGE[:1], PIXEL)]
+        if difference:
+            ends = (row["ours_is_above_by"], *row["ours_is_above_by_interval"])
+            assert difference == "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in ends))
+    assert [row[0] for row in shown[0]] == list(record["kolektor_sdd"]["methods"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import generator, texture, textures, tiny_extractor, tiny_pipeline, write_folder, write_png
 from diffusers import DiffusionPipeline
+from PIL import Image
 from tiny_diad import tiny_diad
 from typer.testing import CliRunner
 
@@ -18,7 +19,9 @@ from diffad import AnomalyDenoisePipeline
 from diffad.cli import app
 from diffad.data.regions_of_interest import read_roi
 from diffad.moments import FeatureMoments, MomentSums
+from diffad.predict import predict_files
 from diffad.region_of_interest import hide_outside, inside_region, stand_ins
+from diffad.resizing import region_at
 from diffad.training.data import load_region
 
 pytestmark = [pytest.mark.usefixtures("fresh_accelerate"), pytest.mark.filterwarnings("ignore:.*cannot vouch")]
@@ -263,3 +266,51 @@ def test_commands_take_it(tmp_path):
     arguments = ["calibrate", tmp_path / "fit", "--data", good, "--roi", other, "--false-alarm-rate", 0.3]
     assert CliRunner().invoke(app, [str(one) for one in arguments]).exit_code == 0
     assert (DiffusionPipeline.from_pretrained(tmp_path / "fit")(texture(80, SIZE)).anomaly_map[:, :, 12:] == 0).all()
+
+
+def test_files_show_nothing_outside_of_a_region_at_their_own_size(tmp_path):
+    pipe = calibrate("features", textures(12, SIZE), roi=MASK)
+    picture = texture(60, (97, 90))
+    picture[40:50, 28:60] = 0  # a defect across the region's edge, at 33.75 pixels
+    path = write_png(tmp_path / "in" / "part.png", picture)
+    predict_files(pipe, [path], tmp_path / "out")
+    written = {name: np.asarray(Image.open(tmp_path / "out" / name / "part.png")) for name in ("maps", "masks")}
+    expected = pipe(path)
+    assert np.array_equal(written["masks"] > 0, expected.anomaly_mask[0])
+    assert written["masks"][:, 33:].any()  # of pixel 33, half of the region's pixels that it meets count
+    assert not written["masks"][:, :33].any()
+    assert len(np.unique(written["maps"][:, :33])) == 1
+
+
+@pytest.mark.parametrize("size", [(32, 32), (97, 90), (16, 24), (5, 7)])
+def test_a_region_is_the_same_with_numpy_and_torch(size):
+    region = np.zeros((31, 47), bool)
+    region[3:17, 9:40], region[28, 2] = True, True
+    expected = inside_region(torch.from_numpy(region)[None], torch.tensor([0]), size)[0]
+    assert np.array_equal(region_at(region, size), expected)
+
+
+def test_tiles_that_are_larger_than_a_region_learn_from_what_they_show():
+    small = np.zeros((2 * SIZE, 2 * SIZE), bool)
+    small[20:32, 24:44] = True
+    good = textures(12, 2 * SIZE)
+    pipe = of_features(tile_size=SIZE, weights={"gaussian": 1.0}).calibrate(good, false_alarm_rate=0.25, roi=small)
+    whole = of_features(tile_size=SIZE, weights={"gaussian": 1.0}).calibrate(good, false_alarm_rate=0.25)
+    # hidden positions are flat: with them the features would hardly vary, and each texture would look unusual
+    spreads = [one.tile_calibration.feature_whitening[0, 0].float().abs().mean() for one in (pipe, whole)]
+    assert spreads[0] < 3.0 * spreads[1]
+    assert np.isfinite(pipe(texture(60, 2 * SIZE)).anomaly_score).all()
+
+
+def test_diad_pools_the_score_of_a_region():
+    maps, inside = torch.rand(2, 20, 20), torch.zeros(20, 20, dtype=torch.bool)
+    inside[:, 8:] = True
+    cleared = torch.where(inside, maps, 0.0)
+    pipe = tiny_diad()
+    pipe.register_to_config(pooling_size=3, pooling_rounds=1)
+    pooled = torch.nn.functional.avg_pool2d(maps[:, None, :, 8:], 3, stride=1)
+    score = pipe.image_scores(cleared, inside)
+    assert (score >= pooled.flatten(1).amax(dim=1) - 1e-6).all()  # and windows that lie half inside
+    assert (score < maps[:, :, 8:].flatten(1).amax(dim=1)).all()
+    assert torch.equal(pipe.image_scores(torch.where(inside, maps, 7.0), inside), score)
+    assert torch.equal(pipe.image_scores(maps, torch.ones_like(inside)), pipe.image_scores(maps))

@@ -41,12 +41,13 @@ class ScoreFunctions(NamedTuple):
         distances behind the measured ones, and that of the nearest patches last; `num_seen` is
         `ScoreCalibration.log_distances`'.
     join_maps: `(maps, category, calibration)` to anomaly maps (N, H, W), normalised by the calibration.
-    image_scores: anomaly maps to scores (N,). Twice the map gives twice the score.
+    image_scores: anomaly maps to scores (N,), of the pixels that count where a region (H, W) bool is given as well.
+        Twice the map gives twice the score.
     """
 
     score_maps: Callable[[Measurement, torch.Tensor, ScoreCalibration | None, int], torch.Tensor]
     join_maps: Callable[[torch.Tensor, torch.Tensor, ScoreCalibration | None], torch.Tensor]
-    image_scores: Callable[[torch.Tensor], torch.Tensor]
+    image_scores: Callable[..., torch.Tensor]
 
 
 class CalibrationFit:
@@ -285,10 +286,11 @@ class CalibrationFit:
 
     def _add_scores_of(self, anomaly_map: torch.Tensor) -> None:
         """Scores and maxima of joined maps (N, H, W)."""
-        anomaly_map = self._values_inside(anomaly_map)
         if len(anomaly_map):
-            self.scores += self.functions.image_scores(anomaly_map).tolist()
-            self.maxima += anomaly_map.flatten(1).amax(dim=1).tolist()
+            inside = self._inside(anomaly_map.shape[-2:])
+            of_region = () if inside is None else (inside,)
+            self.scores += self.functions.image_scores(anomaly_map, *of_region).tolist()
+            self.maxima += self._values_inside(anomaly_map).flatten(1).amax(dim=1).tolist()
         if not math.isfinite(sum(self.scores) + sum(self.maxima)):
             raise ValueError(
                 "The map of a good image holds NaN or infinity, so it can set no threshold. Run the networks in "

@@ -17,6 +17,7 @@ from diffad.image_files import image_file_header, one_large_at_a_time, read_imag
 from diffad.image_sizes import as_size
 from diffad.predict import pipeline_detect, resizing_of
 from diffad.regions import Region, find_regions, without_small_regions
+from diffad.resizing import fit_map
 
 if TYPE_CHECKING:
     from diffad.pipelines.explaining import Explanation
@@ -96,7 +97,7 @@ class Detector:
                     f"Category {name!r} is not calibrated. Run `diffad calibrate --category {name}` first."
                 )
             self.drift = DriftTest(scores, calibration.false_alarm_rate)
-        self.resizing = resizing_of(pipeline)
+        self.resizing = resizing_of(pipeline, category)
         self.detect = pipeline_detect(pipeline, category, batch_size, seed=0)
         self.decoding = threading.Semaphore(4)  # images in memory as they are decoded
         self.batcher = Batcher(self._run, batch_size, max_waiting, report)
@@ -144,6 +145,10 @@ class Detector:
 
         return self.pipeline.explain(sent.network_input, category=self.category, generator=image_generator(0, 0))
 
+    def map_at(self, finding: Finding, sent: Sent, size: tuple[int, int]) -> np.ndarray:
+        """A finding's map at a size of the image's, (H, W) float32."""
+        return fit_map(finding.anomaly_map, size, sent.size, self.resizing)
+
     @property
     def smallest_area(self) -> float:
         """Of a region that counts, as a share of the image's area."""
@@ -176,10 +181,6 @@ class Detector:
                 )
             )
         return findings
-
-    def map_at(self, anomaly_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """A map (R, R) at a size (H, W), float32."""
-        return self.resizing.map(anomaly_map, size)
 
 
 def found_regions(

@@ -39,7 +39,7 @@ def show(detector: Detector, seen: Seen | None, rate: float | None) -> tuple[Any
         return None, "", [], ""
     _, sent, finding = seen
     assert sent.shown is not None
-    anomaly_map = detector.map_at(finding.anomaly_map, sent.shown.shape[:2])
+    anomaly_map = detector.map_at(finding, sent, sent.shown.shape[:2])
     if rate is None or finding.p_value is None:
         return overlay(sent.shown, anomaly_map), f"Score **{finding.score:.4g}** (the model is not calibrated)", [], "-"
     image_threshold, pixel_threshold = detector.thresholds_at(rate / 100.0)

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,7 +22,7 @@ from diffad.image_files import read_image
 from diffad.image_sizes import as_side, as_size
 from diffad.installation import needs_extra
 from diffad.regions import Region, find_regions, level_of_area, num_smallest, without_small_regions
-from diffad.resizing import pool_weights, resize_array
+from diffad.resizing import region_at, resize_array
 
 # ONNX Runtime's names of what it computes on
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -254,16 +255,18 @@ class Runtime:
             return masks
         return np.stack([without_small_regions(one, self.metadata.smallest_area) for one in masks])
 
-    def inside_region(self, size: tuple[int, int]) -> np.ndarray:
-        """Which pixels of an image count, (*size) bool, as of `diffad.region_of_interest`."""
+    @cached_property
+    def region(self) -> np.ndarray | None:
+        """Which pixels of an image count, (h, w) bool; None where all do."""
         region = self.metadata.region
         if region is None:
-            return np.ones(size, dtype=bool)
-        height, width = region["size"]
+            return None
         lengths = region["counts"]
-        values = np.repeat(np.arange(len(lengths)) % 2, lengths).reshape(height, width).astype(np.float32)
-        share = pool_weights(height, size[0]) @ values @ pool_weights(width, size[1]).T
-        return share >= min(0.5, float(share.max()))
+        return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(region["size"])
+
+    def inside_region(self, size: tuple[int, int]) -> np.ndarray:
+        """The same at another size, (*size) bool, as of `diffad.region_of_interest`."""
+        return np.ones(size, dtype=bool) if self.region is None else region_at(self.region, size)
 
     def at_size(self, output: RuntimeOutput, category: int, size: tuple[int, int]) -> RuntimeOutput:
         """An output with maps and masks of another size, (H, W): masks are drawn anew, in alarmed images only."""

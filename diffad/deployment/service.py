@@ -125,7 +125,7 @@ def describe(detector: Detector, name: str | None, sent: Sent, finding: Finding,
     answer: dict[str, Any] = {"name": name, "size": list(sent.size), "score": finding.score}
     if finding.is_anomalous is None:
         return answer
-    anomaly_map = detector.map_at(finding.anomaly_map, sent.size)
+    anomaly_map = detector.map_at(finding, sent, sent.size)
     threshold = float(detector.pipeline.calibration.pixel_threshold[detector.index])
     mask, regions = found_regions(anomaly_map, threshold, finding.is_anomalous, detector.smallest_area)
     answer |= {"p_value": finding.p_value, "is_anomalous": finding.is_anomalous}

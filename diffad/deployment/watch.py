@@ -223,7 +223,7 @@ def watch_folder(
     smallest_area = settings.get("smallest_area") or 0.0
     detect = pipeline_detect(pipeline, category, batch_size, 0)
     side, at_once = decoding_of(pipeline, batch_size)
-    resizing = resizing_of(pipeline)
+    resizing = resizing_of(pipeline, category)
     with locked_folder(output_dir, LOCK_NAME):
         root = check_settings(settings, output_dir) or begin_settings(settings, str(folder), output_dir)
         if root != str(folder):

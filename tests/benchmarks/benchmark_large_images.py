@@ -150,9 +150,9 @@ def measure(way: str, paths: list[str], output: str) -> None:
     print(f"{status('VmHWM') - idle:.0f} {(time.perf_counter() - started) / len(paths):.2f}")
 
 
-def run_alone(way: str, output: str, paths: list[Path]) -> tuple[float, float]:
+def run_alone(way: str, output: str, paths: list[Path], threads: int) -> tuple[float, float]:
     """`measure` in a process of its own."""
-    command = [sys.executable, __file__, "--measure", way, output, *map(str, paths)]
+    command = [sys.executable, __file__, "--threads", str(threads), "--measure", way, output, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     memory, seconds = done.stdout.split()[-2:]
     return float(memory), float(seconds)
@@ -163,12 +163,12 @@ def measure_tiles(args: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|")
     for megapixels in args.megapixels:
         height = round((0.75e6 * megapixels) ** 0.5)
-        for kind in ("JPEG", "PNG"):
+        for kind in args.files:
             with tempfile.TemporaryDirectory(dir=args.folder) as name:
                 paths = write_case(Path(name), kind, 8, True, round(height / 0.75), height, 1)
                 cells = []
                 for way in ("pipe-tiles", "predict-tiles"):
-                    memory, seconds = run_alone(way, f"{name}/out", paths)
+                    memory, seconds = run_alone(way, f"{name}/out", paths, args.threads)
                     cells += [f"{memory:.0f}", f"{60.0 / seconds:.1f}"]
             print(f"| {megapixels:g} | {kind} | {' | '.join(cells)} |", flush=True)
 
@@ -180,12 +180,14 @@ def main() -> None:
     parser.add_argument("--folder", help="for the images, 4 GB of them at a time (a temporary one)")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--megapixels", type=float, nargs="+", help="images of a model that looks at tiles")
+    parser.add_argument("--files", nargs="+", choices=["JPEG", "PNG"], default=["JPEG", "PNG"], help="of those")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
     args = parser.parse_args()
     if args.megapixels:
         measure_tiles(args)
         return
     if args.measure:
-        torch.set_num_threads(1)
+        torch.set_num_threads(args.threads)
         measure(args.measure[0], args.measure[2:], args.measure[1])
         return
     print("| file | images | pipe: MB above idle | s an image | predict: MB above idle | s an image |")
@@ -197,7 +199,7 @@ def main() -> None:
                 for count in (1, 5):
                     cells = []
                     for way in ("pipe", "predict"):
-                        memory, seconds = run_alone(way, f"{name}/out-{count}", paths[:count])
+                        memory, seconds = run_alone(way, f"{name}/out-{count}", paths[:count], args.threads)
                         cells += [f"{memory:.0f}", f"{seconds:.2f}"]
                     kinds = f"{kind}, {depth} bits, {'colour' if colour else 'grey'}"
                     print(f"| {kinds} | {count} | {' | '.join(cells)} |", flush=True)

@@ -59,7 +59,7 @@ def run(module: str, *arguments: str) -> None:
 
 
 def shares_above(reports: Sequence[dict[str, Any]], category: str) -> np.ndarray:
-    """(defective, good): for each two images, the share of seeds that tell them apart; the mean is the AUROC."""
+    """(defective, good): of each two images, the share of seeds whose scores tell them apart; the AUROC is the mean."""
     of_seeds = [sorted(scores_of(report, category), key=lambda row: row["path"]) for report in reports]
     labels = np.asarray([row["label"] for row in of_seeds[0]])
     scores = np.asarray([[row["score"] for row in rows] for rows in of_seeds])  # (seeds, N)

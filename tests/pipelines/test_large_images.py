@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import generator, texture, textures, tiny_extractor, tiny_pipeline, write_png
+from conftest import generator, texture, textures, tiny_extractor, tiny_pipeline, write_mvtec, write_png
 from diffusers import DiffusionPipeline
 from PIL import Image
+from tiny_diad import tiny_diad
+from typer.testing import CliRunner
 
 from diffad import AnomalyDenoisePipeline
+from diffad.cli import app
 from diffad.pipelines.large_images import MAX_STATISTICS_TILES
 from diffad.predict import predict_files
 
@@ -205,3 +210,102 @@ def test_tiles_are_asked_for_by_calibration_and_by_enough_images():
     for wrong in (256.0, [256], (), 7):
         with pytest.raises(ValueError, match="`tile_size` must be a side of at least 8 pixels"):
             tiny_pipeline(tile_size=wrong)
+
+
+@pytest.fixture(scope="module")
+def diad():
+    pipeline = tiny_diad()
+    pipeline.register_to_config(tile_size=16)
+    return pipeline.calibrate(textures(12, (40, 56)), false_alarm_rate=0.2, generator=generator())
+
+
+def test_diad_looks_at_tiles_as_well(diad):
+    good, bad = texture(60, (40, 56)), with_dot(texture(60, (40, 56)), row=20, side=6)
+    output = diad([good, bad], generator=[generator(), generator()])
+    assert output.anomaly_map.shape == (2, 40, 56)
+    assert output.reconstruction is None
+    assert output.p_value is not None
+    changed = np.abs(output.anomaly_map[1] - output.anomaly_map[0])
+    assert changed[16:30, 26:40].mean() > changed.mean()
+    single, several = (diad(bad, generator=generator(), batch_size=size).anomaly_map for size in (1, 5))
+    assert np.allclose(single, several, rtol=1e-3, atol=1e-3)
+
+
+def test_diad_in_tiles_keeps_the_rate_of_images(diad):
+    assert diad(textures(30, (40, 56), 400), generator=generator()).is_anomalous.mean() <= 0.5
+    assert (diad.calibration.num_good_images(0), diad.tile_calibration.has_thresholds) == (6, False)
+
+
+def test_diad_in_tiles_is_saved_and_predicts(diad, tmp_path):
+    diad.save_pretrained(tmp_path / "model")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "model")
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.tile_size == (16, 16)
+    image = with_dot(texture(61, (40, 56)), row=20)
+    expected = diad(image, generator=generator())
+    assert np.allclose(loaded(image, generator=generator()).anomaly_map, expected.anomaly_map, atol=1e-4)
+    path = write_png(tmp_path / "in" / "part.png", image)
+    assert sum(predict_files(loaded, [path], tmp_path / "out").values()) == 1
+    assert Image.open(tmp_path / "out" / "maps" / "part.png").size == (56, 40)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_inference_steps": 3}, {"strength": 0.5}, {"latents": torch.zeros(1, 4, 8, 8)}]
+)
+def test_tiles_of_diad_take_no_other_reverse_process(diad, options):
+    with pytest.raises(
+        ValueError, match=f"`{next(iter(options))}` cannot be given where images are looked at in tiles"
+    ):
+        diad(texture(0, (40, 56)), **options)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_places_have_statistics_of_their_own_where_good_images_agree(alike):
+    rng = np.random.default_rng(0)
+
+    def image(seed: int) -> np.ndarray:
+        pixels = texture(seed, SIZE)
+        row = 16 if alike else int(rng.integers(0, SIZE[0] - 8))
+        pixels[row : row + 8] = 255 - pixels[row : row + 8] // 4
+        return pixels
+
+    pipeline = of_features(weights={"gaussian": 1.0})
+    pipeline.calibrate([image(i) for i in range(30)], false_alarm_rate=0.2)
+    of_places = pipeline.tile_calibration.place_mean
+    assert bool(of_places.std() > 0.0) == alike
+    assert 0.5 < pipeline([image(i) for i in range(100, 110)]).anomaly_map.std() < 2.0
+
+
+def test_the_maps_last_cell_is_cut_off_where_the_image_ends():
+    size = (70, 54)  # 17.5 cells of 4 pixels, and 13.5
+    pipeline = of_features().calibrate(textures(12, size), false_alarm_rate=0.25)
+    image = with_dot(texture(97, size), row=60, column=44)
+    cells, pixels = (pipeline(image, match_input_resolution=match).anomaly_map[0] for match in (False, True))
+    assert cells.shape == (18, 14)
+    expected = torch.nn.functional.interpolate(torch.from_numpy(cells)[None, None], (72, 56), mode="bilinear")
+    assert np.allclose(pixels, expected[0, 0, :70, :54].numpy(), atol=1e-4)
+
+
+def test_files_and_calls_have_the_same_mask_where_an_image_ends_within_a_cell(calibrated, tmp_path):
+    path = write_png(tmp_path / "in" / "part.png", with_dot(texture(90, (70, 54))))
+    predict_files(calibrated, [path], tmp_path / "out")
+    mask = np.asarray(Image.open(tmp_path / "out" / "masks" / "part.png")) > 0
+    assert mask.any()
+    assert np.array_equal(mask, calibrated(path).anomaly_mask[0])
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_commands_take_diad_in_tiles(tmp_path):
+    pipeline = tiny_diad()
+    pipeline.register_to_config(tile_size=16)
+    pipeline.save_pretrained(tmp_path / "model")  # calibrated for whole images, so far
+    data = write_mvtec(tmp_path / "data", {"tile": 12}, size=40)
+    for command in (
+        ["calibrate", tmp_path / "model", "--data", data, "--false-alarm-rate", 0.25],
+        ["evaluate", tmp_path / "model", "--data", data, "--output", tmp_path / "report.json"],
+    ):
+        result = CliRunner().invoke(app, [str(word) for word in command])
+        assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["results"]["tile"]["image_auroc"] is not None
+    assert len(report["scores"]["tile"]) == 7
