@@ -66,7 +66,7 @@ class GoodImages:
         is_held_out = int.from_bytes(key[:8], "big") < self.held_out_share * 2**64
         kept = self.for_thresholds if is_held_out else self.for_statistics
         is_known = key in kept
-        kept[key] = pixels
+        kept[key] = pixels.copy()  # a batch's array would stay whole for one of its images
         if len(kept) > self.num_kept:
             del kept[max(kept)]
         return is_held_out, is_known
