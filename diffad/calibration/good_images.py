@@ -167,7 +167,7 @@ def pack_products(moments: FeatureMoments) -> np.ndarray:
 
 def unpack_moments(total: np.ndarray, packed: np.ndarray, count: int, device: torch.device | str) -> FeatureMoments:
     """The moments that `pack_products` was made from, and their sums, (P, C) float64."""
-    moments = FeatureMoments(*total.shape, device)
+    moments = FeatureMoments(total.shape[0], total.shape[1], device)
     moments.count = count
     moments.total.copy_(torch.from_numpy(total))
     rows, columns = np.tril_indices(total.shape[1])
