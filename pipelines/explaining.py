@@ -92,7 +92,8 @@ def explain(
     place = (row + 0.5) / height, (column + 0.5) / width  # as shares of the sides
 
     # 2. What each map adds to it, what the layers add to each distance
-    layers, levels = {}, {}
+    layers: dict[str, dict[str, float]] = {}
+    levels: dict[str, float] = {}
     if measurement.residual is not None:
         layers["feature_error"], levels = residual_shares(pipeline, measurement.residual, index, place)
     if measurement.features is not None:

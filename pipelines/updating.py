@@ -100,6 +100,7 @@ def learn_good_images(
         num_known += sum(is_known for _, is_known in kept)
         measurement, category = measured(pixel_values)
         features = measurement.features  # (B, C, h, w)
+        assert features is not None  # by `check_updatable`
         if calibration is not None:
             scaled = (features - former.channel_mean) / former.channel_std
             maps = pipeline.score_maps(measurement._replace(features=scaled), category, calibration)
@@ -158,8 +159,9 @@ def update_calibration(
     of_one = torch.zeros(1, dtype=torch.long)
     check_calibration(pipeline.calibration, of_one, pipeline.categories, precision, pipeline.config)
     config = pipeline.calibration.config
-    options = {"batch_size": batch_size, "region": pipeline.region, "smallest_area": config.smallest_area}
-    return learn_good_images(pipeline, images, good_images, config.false_alarm_rate, **options)
+    return learn_good_images(
+        pipeline, images, good_images, config.false_alarm_rate, batch_size, pipeline.region, config.smallest_area
+    )
 
 
 def load_good_images(pipeline: AnomalyDenoisePipeline, folder: str | os.PathLike) -> GoodImages:

@@ -66,7 +66,7 @@ class GoodImages:
         is_held_out = int.from_bytes(key[:8], "big") < self.held_out_share * 2**64
         kept = self.for_thresholds if is_held_out else self.for_statistics
         is_known = key in kept
-        kept[key] = pixels
+        kept[key] = pixels.copy()  # a batch's array would stay whole for one of its images
         if len(kept) > self.num_kept:
             del kept[max(kept)]
         return is_held_out, is_known
@@ -167,7 +167,7 @@ def pack_products(moments: FeatureMoments) -> np.ndarray:
 
 def unpack_moments(total: np.ndarray, packed: np.ndarray, count: int, device: torch.device | str) -> FeatureMoments:
     """The moments that `pack_products` was made from, and their sums, (P, C) float64."""
-    moments = FeatureMoments(*total.shape, device)
+    moments = FeatureMoments(total.shape[0], total.shape[1], device)
     moments.count = count
     moments.total.copy_(torch.from_numpy(total))
     rows, columns = np.tril_indices(total.shape[1])
