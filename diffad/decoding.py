@@ -91,6 +91,7 @@ def decoded_batches(
     entries = iter(todo)
     waiting: deque[tuple[int, Input, Future]] = deque()
     batch: list[tuple[int, Input, Decoded | Exception]] = []
+    slots: set[int] = set()  # of the batch
     largest = 1  # bytes of a decoded image
     while True:
         room = PREFETCH_BYTES // largest
@@ -99,14 +100,15 @@ def decoded_batches(
         if not waiting:
             break
         i, one, future = waiting.popleft()
-        if by_slot and any((i - other) % batch_size == 0 for other, *_ in batch):
+        if by_slot and i % batch_size in slots:
             yield batch
-            batch = []
+            batch, slots = [], set()
+        slots.add(i % batch_size)
         batch.append((i, one, future.result()))
         largest = max(largest, _num_bytes(batch[-1][2]))
         if len(batch) == batch_size:
             yield batch
-            batch = []
+            batch, slots = [], set()
     if batch:
         yield batch
 

@@ -232,7 +232,7 @@ class TarImages(Manifest):
     """
 
     def __init__(self, paths: Sequence[str | Path]):
-        self.paths = [path if is_url(path) else os.path.abspath(path) for path in map(os.fspath, paths)]
+        self.paths = [os.fspath(path) if is_url(path) else os.path.abspath(path) for path in paths]
         for path in self.paths:
             self._begin(path)
         if next(self.entries(), None) is None:
@@ -247,6 +247,6 @@ class TarImages(Manifest):
         for path in self.paths:
             with open_remote(path) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
                 for member in tar:
-                    tar.members = []  # which would hold all of them
+                    tar.members = []  # type: ignore[attr-defined]  # which would hold all of them
                     if member.isfile() and is_image_name(os.path.basename(member.name)):
                         yield part_of(path, member.offset_data, member.size, member.name)

@@ -37,7 +37,7 @@ class ParquetImages(Manifest):
     """
 
     def __init__(self, paths: Sequence[str | Path]):
-        self.paths = [path if is_url(path) else os.path.abspath(path) for path in map(os.fspath, paths)]
+        self.paths = [os.fspath(path) if is_url(path) else os.path.abspath(path) for path in paths]
         for path in self.paths:
             self._begin(path)
             if image_column(path) is None:

@@ -124,7 +124,8 @@ def draw_overlay(
     output: Any, j: int, decoded: Decoded, threshold: float | None, smallest_area: float, resizing: Resizing
 ) -> np.ndarray:
     """The image under its map, (h', w', 3) uint8, the mask's outline on it where it raises an alarm."""
-    shown, outlined = _shown_map(np.asarray(output.anomaly_map[j]), decoded, resizing), None
+    assert decoded.pixels is not None  # it was decoded to be drawn on
+    shown, outlined = resizing.map(np.asarray(output.anomaly_map[j]), decoded.pixels.shape[:2]), None
     if threshold is not None:
         is_above = (shown > np.float32(threshold)) & bool(output.is_anomalous[j])
         outlined = without_small_regions(is_above, smallest_area)

@@ -50,11 +50,12 @@ def predict(
     is_main = accelerator is None or accelerator.is_main_process
     console.quiet = not is_main
     paths = on_main(accelerator, lambda: find_inputs(images, output_dir))
-    if parts is not None and isinstance(paths, Manifest):
-        raise ValueError("`parts` goes with images and folders, not with a manifest.")
+    local = [] if isinstance(paths, Manifest) else [path for path in paths if isinstance(path, Path)]
+    if parts is not None and (isinstance(paths, Manifest) or len(local) < len(paths)):
+        raise ValueError("`parts` goes with images and folders here, not with a manifest or a store.")
     of_parts = None if parts is None else read_parts(parts)
     pipeline = load_model(model, device or (str(accelerator.device) if accelerator else None), dtype)
-    rate = None if of_parts is None else check_parts(of_parts, paths, pipeline, category)
+    rate = None if of_parts is None else check_parts(of_parts, local, pipeline, category)
     total = None if isinstance(paths, Manifest) else len(paths)
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     spent: dict[str, float] = {}

@@ -129,7 +129,7 @@ def _fetch(url: str) -> bytes:
     with needs_extra("remote", "train"):
         from fsspec.asyn import sync
         from fsspec.core import url_to_fs
-    url, start, end = _PART.fullmatch(url).groups()
+    url, start, end = _PART.fullmatch(url).groups()  # type: ignore[union-attr]  # it matches any text
     files, path = url_to_fs(url)
     part = {} if start is None else {"start": int(start), "end": int(end)}
     if files.async_impl:

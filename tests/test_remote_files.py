@@ -8,6 +8,7 @@ import http.server
 import io
 import tarfile
 import threading
+import uuid
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ def test_what_fails_for_good_is_a_row_and_the_next_run_completes(pipeline, parts
 
 @pytest.fixture
 def store(parts, monkeypatch):
-    """S3 with the parts in the bucket `line`, behind a proxy of which every tenth request fails."""
+    """S3, and its bucket with the parts, behind a proxy of which every tenth request fails."""
     moto = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
     for name, value in {"ACCESS_KEY_ID": "nobody", "SECRET_ACCESS_KEY": "none", "DEFAULT_REGION": "us-east-1"}.items():
@@ -117,12 +118,11 @@ def store(parts, monkeypatch):
             monkeypatch.setenv("AWS_ENDPOINT_URL", address)
             s3fs.S3FileSystem.clear_instance_cache()
             files = s3fs.S3FileSystem()
-            if files.exists("line"):  # in memory, of another test
-                files.rm("line", recursive=True)
-            files.mkdir("line")
-            files.put(str(parts), "line/parts", recursive=True)
-            files.touch("line/parts/@eaDir/000.png")  # what other programs leave behind
-            yield files
+            bucket = f"line-{uuid.uuid4()}"  # moto keeps what earlier tests have left
+            files.mkdir(bucket)
+            files.put(str(parts), f"{bucket}/parts", recursive=True)
+            files.touch(f"{bucket}/parts/@eaDir/000.png")  # what other programs leave behind
+            yield files, bucket
     finally:
         server.stop()
         s3fs.S3FileSystem.clear_instance_cache()
@@ -130,30 +130,32 @@ def store(parts, monkeypatch):
 
 def test_a_bucket_is_as_a_folder(pipeline, parts, store, tmp_path):
     predict_files(pipeline, find_images([parts]), tmp_path / "local", batch_size=8)
-    found = find_inputs(["s3://line/parts"])
+    files, bucket = store
+    found = find_inputs([f"s3://{bucket}/parts"])
     assert predict_files(pipeline, found, tmp_path / "far", batch_size=8)["unreadable"] == 0
     assert scores(tmp_path / "far") == scores(tmp_path / "local")
     rows = rows_of(tmp_path / "far")
-    assert [row["path"] for row in rows] == [f"s3://line/parts/{i:03}.png" for i in range(NUM_IMAGES)]
+    assert [row["path"] for row in rows] == [f"s3://{bucket}/parts/{i:03}.png" for i in range(NUM_IMAGES)]
     assert [row["picture"] for row in rows] == [row["picture"] for row in rows_of(tmp_path / "local")]
     # what has been replaced is scored again, and nothing else
     write_png(tmp_path / "other.png", textures(1, first_seed=99)[0])
-    store.put(str(tmp_path / "other.png"), "line/parts/001.png")
-    store.invalidate_cache()
+    files.put(str(tmp_path / "other.png"), f"{bucket}/parts/001.png")
+    files.invalidate_cache()
     seen: list = []
-    predict_files(pipeline, find_inputs(["s3://line/parts"]), tmp_path / "far", batch_size=8, report=seen.append)
-    assert [row["path"] for row in seen] == ["s3://line/parts/001.png"]
-    with pytest.raises(ValueError, match=r"no images.*s3://line/none"):
-        find_inputs(["s3://line/none"])
+    predict_files(pipeline, find_inputs([f"s3://{bucket}/parts"]), tmp_path / "far", batch_size=8, report=seen.append)
+    assert [row["path"] for row in seen] == [f"s3://{bucket}/parts/001.png"]
+    with pytest.raises(ValueError, match=r"no images.*s3://line-.*/none"):
+        find_inputs([f"s3://{bucket}/none"])
 
 
 def test_a_manifest_in_a_bucket_names_what_lies_beside_it(pipeline, parts, store, tmp_path):
-    store.pipe("line/m.csv", b"path\nparts/000.png\ns3://line/parts/001.png\nparts/none.png\n")
-    counts = predict_files(pipeline, find_inputs(["s3://line/m.csv"]), tmp_path / "far", batch_size=8)
+    files, bucket = store
+    files.pipe(f"{bucket}/m.csv", f"path\nparts/000.png\ns3://{bucket}/parts/001.png\nparts/none.png\n".encode())
+    counts = predict_files(pipeline, find_inputs([f"s3://{bucket}/m.csv"]), tmp_path / "far", batch_size=8)
     rows = rows_of(tmp_path / "far")
-    assert [row["path"] for row in rows][:2] == [f"s3://line/parts/00{i}.png" for i in range(2)]
+    assert [row["path"] for row in rows][:2] == [f"s3://{bucket}/parts/00{i}.png" for i in range(2)]
     assert [bool(row["score"]) for row in rows] == [True, True, False]
-    assert "no file at s3://line/parts/none.png" in rows[2]["message"]
+    assert f"no file at s3://{bucket}/parts/none.png" in rows[2]["message"]
     assert counts["unreadable"] == 1
 
 
@@ -173,8 +175,10 @@ def test_tars_hold_the_same_images(pipeline, parts, tmp_path, where, request):
     tars = [write_tar(tmp_path / f"{i}.tar", files[start:end]) for i, start, end in ((0, 0, 30), (1, 30, None))]
     predict_files(pipeline, files, tmp_path / "folder", batch_size=8)
     if where == "far":
-        request.getfixturevalue("store").put([str(tar) for tar in tars], "line/")
-        tars = [f"s3://line/{tar.name}" for tar in tars]
+        store, bucket = request.getfixturevalue("store")
+        for tar in tars:
+            store.put(str(tar), f"{bucket}/{tar.name}")
+        tars = [f"s3://{bucket}/{tar.name}" for tar in tars]
     counts = predict_files(pipeline, find_inputs(tars), tmp_path / "out", batch_size=8)
     assert counts["unreadable"] == 0
     assert [row["path"].rsplit("/", 1)[1] for row in rows_of(tmp_path / "out")] == [file.name for file in files]
@@ -190,9 +194,9 @@ def test_parquet_files_hold_the_same_images(pipeline, parts, store, tmp_path):
         images = [{"bytes": file.read_bytes(), "path": file.name} for file in files[start:end]]
         table = pa.table({"label": [0] * len(images), "image": images})
         parquet.write_table(table, tmp_path / f"{i}.parquet", row_group_size=7)
-        store.put(str(tmp_path / f"{i}.parquet"), f"line/set/data/{i}.parquet")
+        store[0].put(str(tmp_path / f"{i}.parquet"), f"{store[1]}/set/data/{i}.parquet")
     predict_files(pipeline, files, tmp_path / "folder", batch_size=8)
-    for name, inputs in (("local", sorted(tmp_path.glob("*.parquet"))), ("far", ["s3://line/set"])):
+    for name, inputs in (("local", sorted(tmp_path.glob("*.parquet"))), ("far", [f"s3://{store[1]}/set"])):
         assert predict_files(pipeline, find_inputs(inputs), tmp_path / name, batch_size=8)["unreadable"] == 0
         assert [row["path"].rsplit("/", 1)[1] for row in rows_of(tmp_path / name)] == [file.name for file in files]
         assert scores(tmp_path / name) == scores(tmp_path / "folder")

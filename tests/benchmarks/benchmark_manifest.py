@@ -70,7 +70,7 @@ def watch(flags: list[str], kill_at: int | None) -> list[dict[str, Any]]:
 
 def describe(told: list[dict[str, Any]]) -> str:
     rows = [one for one in told if "rows" in one]
-    rate = (rows[-1]["rows"] - 1) / (rows[-1]["seconds"] - rows[0]["seconds"])
+    rate = (rows[-1]["rows"] - 1) / max(rows[-1]["seconds"] - rows[0]["seconds"], 1e-9)
     memory = f"{rows[min(1, len(rows) - 1)]['mib']:.0f} MiB at first, {rows[-1]['mib']:.0f} MiB at last"
     return (
         f"first row after {rows[0]['seconds']:.2f} s, {rate:.0f} images/s, resident {memory}, at most "
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1_000_000, help="lines (1000000)")
     parser.add_argument("--kill-at", type=int, default=500_000, help="rows after which the first run is killed")
     parser.add_argument("--batch-size", type=int, default=64, help="as of diffad predict (64)")
+    parser.add_argument("--folder", type=Path, help="kept; the next call with it goes on where this one was killed")
     parser.add_argument("--denoiser", action="store_true", help="the tiny model has one")
     parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
     for name in ("--model", "--manifest", "--output"):
@@ -91,21 +92,26 @@ def main() -> None:
     if args.run:
         run(args)
         return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_folder(folder / "parts", NUM_IMAGES)
-        tiny_model(args.denoiser).save_pretrained(folder / "model")
-        with open(folder / "manifest.csv", "w") as file:
-            file.write("path\n" + "".join(f"parts/{i % NUM_IMAGES:03}.png\n" for i in range(args.count)))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        if not (folder / "manifest.csv").is_file():
+            write_folder(folder / "parts", NUM_IMAGES)
+            tiny_model(args.denoiser).save_pretrained(folder / "model")
+            with open(folder / "manifest.csv", "w") as file:
+                file.write("path\n" + "".join(f"parts/{i % NUM_IMAGES:03}.png\n" for i in range(args.count)))
         flags = ["--model", str(folder / "model"), "--manifest", str(folder / "manifest.csv")]
         flags += ["--output", str(folder / "out"), "--batch-size", str(args.batch_size)]
-        killed = watch(flags, args.kill_at)
-        print(f"killed after {killed[-1]['rows']} rows: {describe(killed)}", flush=True)
-        whole = watch(flags, None)
-        print(f"gone on with: {describe(whole)}")
-        last, tables = whole[-1], [one for one in whole if "rows" in one][-1]["seconds"]
+        for kill_at in (args.kill_at, None):
+            told = watch(flags, kill_at)
+            rows = [one for one in told if "rows" in one]
+            print(f"{rows[-1]['rows']} rows{'' if kill_at is None else ', then killed'}: {describe(told)}", flush=True)
+            if args.folder and kill_at is not None and "counts" not in told[-1]:
+                return
+            if "counts" in told[-1]:
+                break
+        last = told[-1]
         print(
-            f"{last['counts']}; tables and sheet in {last['seconds'] - tables:.0f} s after the last ten thousand rows"
+            f"{last['counts']}; tables and sheet {last['seconds'] - rows[-1]['seconds']:.0f} s after the last row above"
         )
         with open(folder / "out" / "scores.csv") as file:
             assert sum(1 for _ in file) == args.count + 1, "scores.csv does not hold every line"
