@@ -377,6 +377,7 @@ def describe_error(error: Exception, arguments: list[str]) -> str:
     for parameter in command.params if command else ():
         option = next((name for name in parameter.opts if name.startswith("--")), None)
         typed[parameter.name] = option or parameter.metavar
+    typed["path_or_hub_id"] = typed.get("data", "`path_or_hub_id`")
     return re.sub(r"`(\w+)`", lambda match: typed.get(match[1]) or match[0], message)
 
 

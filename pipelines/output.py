@@ -11,6 +11,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 
 from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.exporting import is_exporting
 from diffad.regions import Region, find_regions, without_small_regions
 
 OUTPUT_TYPES = ("np", "pt", "pil")
@@ -84,7 +85,8 @@ def threshold_output(output: Output, category: torch.Tensor, calibration: ScoreC
     Raises:
         ValueError: a score is NaN, which no threshold could tell from that of a good image.
     """
-    if wrong := torch.as_tensor(output.anomaly_score).isnan().nonzero().flatten().tolist():
+    wrong = [] if is_exporting() else torch.as_tensor(output.anomaly_score).isnan().nonzero().flatten().tolist()
+    if wrong:
         raise ValueError(
             f"The scores of images {wrong} of this call are NaN, which is no verdict. Run the networks in float32 "
             "(`dtype`); where they are, their weights are damaged."

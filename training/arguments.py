@@ -133,8 +133,14 @@ def add_source_arguments(data: argparse._ArgumentGroup) -> None:
 def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("give one of --train_data_dir and --dataset_name")
-    if args.train_data_dir is not None and os.path.realpath(args.train_data_dir) == os.path.realpath(args.output_dir):
+    folders = {args.train_data_dir, args.output_dir}
+    if None not in folders and len(set(map(os.path.realpath, folders))) == 1:
         parser.error(f"--output_dir: {args.output_dir} holds the data: a model's pictures would lie between them")
+    if getattr(args, "part_pattern", None) is not None:
+        try:
+            check_part_pattern(args.part_pattern, "--part_pattern")
+        except ValueError as error:
+            parser.error(str(error))
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser, any_ratio: bool = False) -> None:
@@ -292,9 +298,4 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     if lengths and lengths[-1].startswith("--max_t"):
         args.num_train_epochs = None
     check_source(parser, args)
-    if args.part_pattern is not None:
-        try:
-            check_part_pattern(args.part_pattern, "--part_pattern")
-        except ValueError as error:
-            parser.error(str(error))
     return args

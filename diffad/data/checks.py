@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
 
@@ -51,6 +52,27 @@ def check_images(dataset: Dataset | IterableDataset, on_bad_image: str = "error"
     if not unreadable:
         return dataset
     return dataset.select([index for index, one in enumerate(problems) if one.unreadable is None])
+
+
+def check_names(records: list[dict[str, Any]], on_bad_image: str) -> list[dict[str, Any]]:
+    """Records whose paths and labels a table can hold, which is in UTF-8; others raise or are dropped, as unreadable.
+
+    Raises:
+        ValueError: lists them, under `"error"`.
+    """
+    odd = [any(isinstance(value, str) and not _is_utf_8(value) for value in record.values()) for record in records]
+    shown = [os.fsencode(record["path"]).decode("utf-8", "backslashreplace") for record in records]
+    names = [f"{name}: its name is no UTF-8" for name, is_odd in zip(shown, odd, strict=True) if is_odd]
+    _report(names, [], on_bad_image)
+    return [record for record, is_odd in zip(records, odd, strict=True) if not is_odd]
+
+
+def _is_utf_8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Problems(NamedTuple):

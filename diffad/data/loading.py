@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from diffad.data.checks import check_images
+from diffad.data.checks import check_images, check_names
 from diffad.data.hub import is_loadable, load_hub_dataset
 from diffad.data.layouts import LAYOUTS, choose_categories, installed_elpv, no_images, require_good_images
 from diffad.data.records import FEATURES, SPLITS
@@ -84,6 +84,8 @@ def load_anomaly_dataset(
     chosen = choose_categories(category, found, root)
     records = [record for name in chosen for record in LAYOUTS[dataset].read(name, found[name], split)]
     records.sort(key=lambda record: record["path"])
+    if on_bad_image in ("error", "skip"):
+        records = check_names(records, on_bad_image)
     columns = {column: [record[column] for record in records] for column in FEATURES}
     loaded = check_images(Dataset.from_dict(columns, features=FEATURES), on_bad_image)
     if split != "test":

@@ -216,7 +216,8 @@ class Runtime:
         if self.categories:
             inputs["category"] = np.array(category, dtype=np.int64)
         values: dict[str, Any] = dict(zip(OUTPUTS, self._run(inputs), strict=False))
-        if np.isnan(values["anomaly_score"]).any():  # which no threshold could tell from a good image's
+        # no threshold could tell it from a good image's; not every runtime's maximum is NaN where a map's pixel is
+        if any(np.isnan(values[name]).any() for name in OUTPUTS[:2]):
             raise ValueError(
                 "Scores are NaN, which is no verdict. Run the networks in float32 (`precision`); where they are, the "
                 "file's weights are damaged: export the model again."

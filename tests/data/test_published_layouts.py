@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +208,15 @@ def test_case_does_not_make_masks_or_defects_of_images(tmp_path: Path):
     write_image(ad2 / "test_public/Bad/000.png")
     write_mask(ad2 / "test_public/Ground_Truth/bad/000_mask.png")
     assert sorted(load_anomaly_dataset(ad2, "test", dataset="mvtec_ad_2")["label"]) == [0, 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are UTF-8 there")
+def test_a_name_that_is_no_utf_8_is_named_or_skipped(tmp_path: Path):
+    write_image(tmp_path / "good" / "0.png")
+    odd = Path(os.fsdecode(os.fsencode(tmp_path / "good") + b"/1\xff.png"))
+    write_image(tmp_path / "good" / "2.png").rename(odd)
+    with pytest.raises(ValueError, match=r"1 images cannot be read[\s\S]*1\\xff\.png: its name is no UTF-8"):
+        load_anomaly_dataset(tmp_path)
+    with pytest.warns(UserWarning, match="its name is no UTF-8"):
+        kept = load_anomaly_dataset(tmp_path, on_bad_image="skip")
+    assert names(kept, tmp_path) == ["good/0.png"]

@@ -361,3 +361,10 @@ def test_two_processes_fit_the_tiles_that_one_does(tmp_path):
             assert torch.allclose(getattr(two, name).state_dict()[key], values, rtol=1e-3, atol=1e-3, equal_nan=True), (
                 key
             )
+
+
+@pytest.mark.parametrize("pattern", ["", "(a", "a*"])
+def test_a_wrong_part_pattern_is_told_before_anything_is_read(tmp_path, pattern, capsys):
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "nowhere", tmp_path / "model", f"--part_pattern={pattern}")
+    assert "--part_pattern" in capsys.readouterr().err.splitlines()[-1]
