@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from diffad.calibration.triangles import dense_triangles
 from diffad.images import ImageInput, ImageSequence
 from diffad.region_of_interest import inside_region
 from diffad.scoring import Measurement, outline_by_positions
@@ -170,7 +169,9 @@ def nearest_shares(
 
 def _shares_of_channels(offset: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     """Shares (T, C) of T parts and C channels in |W x|^2, x the mean of `offset` (T, C): x_tc (W^T W x)_c / T."""
-    whitening = dense_triangles(packed[None], offset.shape[1])[0]
+    rows, columns = torch.tril_indices(offset.shape[1], offset.shape[1], device=packed.device)
+    whitening = packed.new_zeros(offset.shape[1], offset.shape[1], dtype=torch.float32)
+    whitening[rows, columns] = packed.float()
     mean = offset.mean(dim=0)
     shares = offset * (whitening.mT @ (whitening @ mean)) / len(offset)
     return shares / shares.sum().clamp(min=1e-12)

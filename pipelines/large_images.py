@@ -216,10 +216,10 @@ def calibrate_large(
         sums.update(at_places)
         of_even.update(at_places[: 1 - i % 2])
     inside_places = inside_region(region, torch.tensor([category]), options["place_shape"])
-    for one in (sums, of_even):
-        one.reduce(accelerator)
+    for moments in (sums, of_even):
+        moments.reduce(accelerator)
         if inside_places is not None:
-            one.replace_positions(stand_ins(inside_places.flatten()))
+            moments.replace_positions(stand_ins(inside_places.flatten()))
     place_mean, place_std = sums.mean()[0], sums.standard_deviation(pipeline.config.position_prior_images)[0]
     if not places_are_alike(sums, of_even):
         place_mean, place_std = (one[0] for one in trust_positions(place_mean[None], place_std[None], trust=0.0))
@@ -250,8 +250,10 @@ def replace_hidden(measurement: Measurement, cells: torch.Tensor | None) -> Meas
         return torch.stack([one[..., stand_ins(where)] for one, where in pairs]).view_as(values)
 
     maps, residual, features, patches, image = measurement
-    others = (None if values is None else replaced(values) for values in (residual, features, patches))
-    return Measurement(replaced(maps), *others, image)
+    residual, features, patches = (
+        None if values is None else replaced(values) for values in (residual, features, patches)
+    )
+    return Measurement(replaced(maps), residual, features, patches, image)
 
 
 def places_are_alike(sums: MomentSums, of_even: MomentSums) -> bool:

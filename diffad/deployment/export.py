@@ -192,10 +192,12 @@ def export_pipeline(
         halve_weights(model)
     if images is not None:
         model, calibration = quantized(model, pipeline, images)
+        kept = kept_scores(calibration)
         metadata = metadata._replace(
             image_threshold=calibration.image_threshold.tolist(),
             pixel_threshold=calibration.pixel_threshold.tolist(),
-            **kept_scores(calibration),
+            normal_scores=kept["normal_scores"],
+            normal_maxima=kept["normal_maxima"],
         )
     write_graph(model, metadata, path)
     return path

@@ -71,8 +71,9 @@ def call_for(pipeline: Any, pictures: list[Any], category: str, indices: Sequenc
     if not isinstance(pipeline, Runtime):
         return pipeline(pictures, **call_arguments(pipeline, category, indices, seed))
     output = pipeline(pictures, category_index(pipeline, category), len(indices), match_input_resolution=False)
-    values = {name: getattr(output, name) for name in OUTPUTS}
-    return AnomalyOutput(**{n: None if one is None else torch.from_numpy(one) for n, one in values.items()})
+    found = {name: getattr(output, name) for name in OUTPUTS}
+    values: dict[str, Any] = {n: None if one is None else torch.from_numpy(one) for n, one in found.items()}
+    return AnomalyOutput(**values)
 
 
 def call_arguments(pipeline: Any, category: str, indices: Sequence[int], seed: int) -> dict[str, Any]:
