@@ -113,10 +113,13 @@ def test_regions_of_other_sizes_count_alike_in_training_and_calibration(tmp_path
 def test_wrong_regions_are_named(tmp_path):
     (tmp_path / "empty.json").write_text("{}")
     (tmp_path / "coco.json").write_text(json.dumps(COCO))
+    huge = {**COCO, "images": [{"id": 1, "width": 10**6, "height": 10**6}]}
+    (tmp_path / "huge.json").write_text(json.dumps({**huge, "categories": [{"id": 1, "name": "screw"}]}))
     for roi, error, words in (
         (tmp_path / "none.png", FileNotFoundError, "`roi`: no file at"),
         (tmp_path, FileNotFoundError, "screw.png"),
         (tmp_path / "empty.json", ValueError, "is no COCO JSON"),
+        (tmp_path / "huge.json", ValueError, r"is no COCO JSON.*an image of 1000000 x 1000000 pixels"),
         (tmp_path / "coco.json", ValueError, "no polygon of 'screw', but of bottle, cable"),
         (np.zeros((4, 4)), ValueError, "holds no pixel that counts"),
         (np.ones((4, 4, 3)), ValueError, r"must be a mask \(H, W\)"),

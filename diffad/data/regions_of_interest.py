@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from diffad.data.masks import mask_to_array
-from diffad.image_files import read_image
+from diffad.image_files import MAX_PIXELS, read_image
 from diffad.inputs import images_below
 
 LARGEST_SIDE = 1024  # pixels of a region that is kept: 1 MB a category
@@ -68,6 +68,8 @@ def _draw_polygons(path: Path, category: str | None) -> np.ndarray:
         if len(drawn_on) > 1:
             raise ValueError(f"polygons on {len(drawn_on)} images: keep those of one")
         image = next((one for one in images if one.get("id") in drawn_on), images[0])
+        if not 0 < image["width"] * image["height"] <= MAX_PIXELS:
+            raise ValueError(f"an image of {image['width']} x {image['height']} pixels")
         drawn = Image.new("1", (image["width"], image["height"]))
         for annotation in chosen:
             for polygon in annotation["segmentation"]:
