@@ -153,7 +153,7 @@ def build_page(detector: Detector, max_bytes: int, collect: Path | None = None) 
         why = gr.Markdown(elem_id="why")
         if collect is not None:
             with gr.Row():
-                good = gr.Button("This part is good: keep it for `diffad update`", elem_id="good")
+                good = gr.Button("This part is good: keep it for the next update", elem_id="good")
                 kept = gr.Markdown(elem_id="kept")
         regions = gr.Dataframe(headers=REGIONS, label="Regions, in the image's pixels", interactive=False)
         with gr.Accordion("This visit", open=False):
