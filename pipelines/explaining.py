@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from diffad.images import ImageInput, ImageSequence
-from diffad.region_of_interest import inside_region
-from diffad.scoring import Measurement, outline_by_positions
+from diffad.images import ImageInput, ImageSequence, as_size, images_to_pixel_values
+from diffad.region_of_interest import hide_outside, inside_region
+from diffad.scoring import outline_by_positions
 
 if TYPE_CHECKING:
     from diffad.pipelines.pipeline_anomaly_denoise import AnomalyDenoisePipeline
@@ -29,7 +29,7 @@ class Explanation(NamedTuple):
         sum to 1. Some may be below 0: channels that vary together make up for each other.
     levels: the shares of the noise levels in the feature error's, likewise; empty without one.
     nearest: places in `good_images` of those most like the image, the nearest first, and how far they are: the root
-        mean square difference of the standardised features, or of the patches where no Gaussian counts.
+        mean square difference of the standardised features.
     """
 
     score: float
@@ -73,13 +73,9 @@ def explain(
         category = pipeline.recognise(images, 1)[0]
     index = pipeline.category_index(category)
 
-    def measured(sequence: ImageSequence) -> Measurement:
-        of_category = torch.full((len(sequence),), index, device=pipeline._execution_device)
-        return pipeline.measure_images(sequence, of_category, [generator] * len(sequence), pipeline.region)
-
     # 1. The maps (1, S, H, W), the joined map and its peak
-    measurement = measured(images)
     of_category = torch.full((1,), index, device=pipeline._execution_device)
+    measurement = pipeline.measure_images(images, of_category, [generator], pipeline.region)
     calibration = pipeline.calibration
     maps = pipeline.score_maps(measurement, of_category, calibration)
     joined = pipeline.join_maps(maps, of_category, calibration)  # (1, H, W)
@@ -99,6 +95,12 @@ def explain(
         layers["gaussian"] = gaussian_shares(pipeline, measurement.features, index, place)
     if measurement.patches is not None:
         layers["nearest"] = nearest_shares(pipeline, measurement.patches, index, place)
+
+    # 3. The good images most like it
+    nearest: list[tuple[int, float]] = []
+    if good_images is not None:
+        others = ImageSequence.of_rows(good_images, range(len(good_images)), pipeline.value_range)
+        nearest = most_alike(pipeline, images, others, index, num_nearest, batch_size)
     size = images.sizes[0]
     return Explanation(
         float(scores[0]),
@@ -106,7 +108,7 @@ def explain(
         map_shares(pipeline, calibration.normalize(maps, of_category)[0], (row, column)),
         layers,
         levels,
-        _most_alike(pipeline, measurement, measured, good_images, num_nearest, batch_size),
+        nearest,
     )
 
 
@@ -184,27 +186,26 @@ def _by_layer(pipeline: AnomalyDenoisePipeline, shares: torch.Tensor, layers: Se
     return {name: float(one.sum()) for name, one in zip(names, of_layers, strict=True)}
 
 
-def _most_alike(
+def most_alike(
     pipeline: AnomalyDenoisePipeline,
-    measurement: Measurement,
-    measured: Any,
-    good_images: Sequence[Any] | None,
-    num_nearest: int,
+    images: ImageSequence,
+    good_images: ImageSequence,
+    index: int,
+    count: int,
     batch_size: int,
 ) -> list[tuple[int, float]]:
-    if good_images is None:
-        return []
+    """The good images whose standardised features are nearest to an image's, by the root mean square difference."""
 
-    def described(one: Measurement) -> torch.Tensor:  # (N, C, h, w)
-        if one.features is not None:
-            return one.features
-        if one.patches is not None:
-            return one.patches
-        raise ValueError("`good_images` are compared by features, which no map of this pipeline is of: `weights`.")
+    def features_of(sequence: ImageSequence) -> torch.Tensor:  # (N, C, h, w)
+        size, device = as_size(pipeline.input_resolution), pipeline._execution_device
+        category = torch.full((len(sequence),), index, device=device)
+        pixel_values = images_to_pixel_values(sequence, size).to(device)
+        pixel_values = hide_outside(pixel_values, inside_region(pipeline.region, category, size))
+        extractor = pipeline.feature_extractor
+        return extractor(pixel_values.to(extractor.dtype), pipeline.feature_resolution).float()
 
-    own, distances = described(measurement), []
-    sequence = ImageSequence.of_rows(good_images, range(len(good_images)), pipeline.value_range)
+    own, distances = features_of(images), []
     for start in range(0, len(good_images), batch_size):
-        others = described(measured(sequence[start : start + batch_size]))
+        others = features_of(good_images[start : start + batch_size])
         distances += (others - own).square().mean(dim=(1, 2, 3)).sqrt().tolist()
-    return heapq.nsmallest(num_nearest, enumerate(distances), key=lambda one: one[1])
+    return heapq.nsmallest(count, enumerate(distances), key=lambda one: one[1])

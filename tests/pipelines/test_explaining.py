@@ -57,6 +57,8 @@ def test_noise_levels_are_told_apart(config):
     assert set(told.levels) == {"at 5", "at 100"}
     assert sum(told.levels.values()) == pytest.approx(1.0, rel=1e-4)
     assert sum(told.layers["feature_error"].values()) == pytest.approx(1.0, rel=1e-4)
+    good = [texture(7), image, texture(8)]
+    assert pipeline.explain(image, good_images=good, num_nearest=1).nearest == [(1, pytest.approx(0.0, abs=1e-3))]
 
 
 def test_a_change_of_one_layer_alone_is_told_of_it(of_features):
