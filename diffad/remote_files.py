@@ -76,6 +76,7 @@ def _files_below(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
         from fsspec.core import url_to_fs
     files, path = url_to_fs(url)
     protocol = url.split("://")[0]
+    files.invalidate_cache()  # as it is now
     for name, info in sorted(files.find(path, detail=True).items()):
         *folders, _ = name[len(path) :].lstrip("/").split("/")
         if all(map(is_input_folder, folders)):
