@@ -416,3 +416,10 @@ def test_what_is_said_of_large_images_is_what_the_record_says():
             ends = (row["ours_is_above_by"], *row["ours_is_above_by_interval"])
             assert difference == "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in ends))
     assert [row[0] for row in shown[0]] == list(record["kolektor_sdd"]["methods"])
+    for what, *values in shown[1]:
+        row = record["mosaics"][what]
+        shares = [
+            row[name] for name in ("found_at_the_rate", "found_at_the_threshold", "false_alarms_at_the_threshold")
+        ]
+        at_rate, at_threshold, alarms = (f"{100 * share:.0f}%" for share in shares)
+        assert values == [at_rate, f"{100 * row['auroc']:.1f}", at_threshold, alarms, f"{row['seconds_to_fit']:.0f}"]
