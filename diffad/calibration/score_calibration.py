@@ -508,11 +508,11 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         ordered = torch.as_tensor(scores, dtype=torch.float32).sort().values
         self.normal_scores[category] = float("nan")
         self.normal_scores[category, : len(ordered)] = ordered
-        self.image_threshold[category] = rounded_up(conformal_threshold(ordered, rate))
+        self.image_threshold[category] = rounded_up(conformal_threshold(ordered.tolist(), rate))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said once already, for the same number of images
             maxima = torch.as_tensor(map_maxima, dtype=torch.float32).sort().values
-            self.pixel_threshold[category] = rounded_up(conformal_threshold(maxima, rate))
+            self.pixel_threshold[category] = rounded_up(conformal_threshold(maxima.tolist(), rate))
         if self.normal_maxima is not None:
             self.normal_maxima[category] = float("nan")
             self.normal_maxima[category, : len(maxima)] = maxima
