@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from diffad.exporting import is_exporting
-from diffad.images import resample
 from diffad.regions import level_of_area, num_smallest
 from diffad.resizing import smoothing_weights
 
@@ -189,9 +188,14 @@ def resize_maps(maps: torch.Tensor, size: tuple[int, int], sigma: float = 0.0) -
     """
     if _radius(sigma) == 0:
         return F.interpolate(maps, size, mode="bilinear")
-    rows, columns = (smoothing_weights(*lengths, sigma) for lengths in zip(maps.shape[-2:], size, strict=True))
+    rows, columns = (_smoothing(*lengths, sigma).to(maps) for lengths in zip(maps.shape[-2:], size, strict=True))
     with torch.autocast(maps.device.type, enabled=False):  # would round the maps to three digits
-        return resample(maps, rows, columns)
+        return rows @ (maps @ columns.mT)
+
+
+@torch.compiler.assume_constant_result
+def _smoothing(length: int, size: int, sigma: float) -> torch.Tensor:
+    return torch.from_numpy(smoothing_weights(length, size, sigma))
 
 
 def cosine_distance_map(

@@ -24,6 +24,11 @@ def image_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
 
 
+def model_noise() -> torch.Generator:
+    """Where a call names no generator, and in an exported graph: each image's own, and the same for all of them."""
+    return torch.Generator().manual_seed(0)
+
+
 def image_seeds(generator: torch.Generator | None, num_images: int) -> list[int]:
     """A seed for each image, so that no image's noise depends on which others are in its batch."""
     device = None if generator is None else generator.device

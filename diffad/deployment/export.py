@@ -2,135 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 import diffad
 from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.deployment.graph import NETWORKS, InspectionGraph, MeasurementGraph
 from diffad.deployment.metadata import FORMAT, KEY, OUTPUTS, Metadata
-from diffad.deployment.quantization import FEWEST_IMAGES, quantize_networks, scores_and_maxima
-from diffad.exporting import is_exporting
+from diffad.deployment.quantization import FEWEST_IMAGES, HELD_OUT, quantize_networks
+from diffad.deployment.runtime import Run, load_onnx, load_openvino
 from diffad.files import write_whole
 from diffad.image_arrays import common_value_range, resized_array
 from diffad.image_files import read_image
 from diffad.image_sizes import as_size
 from diffad.installation import needs_extra
-from diffad.pipelines.output import AnomalyOutput, threshold_output
-from diffad.region_of_interest import clear_outside, hide_outside, inside_region
-from diffad.seeding import draw_noise
+from diffad.scoring import Measurement
 
 FORMATS = {".onnx": "onnx", ".xml": "openvino"}
 PRECISIONS = ("fp32", "fp16", "int8")
 OPSET = 20
 THRESHOLDS = ("image_threshold", "pixel_threshold", "normal_scores")  # constants of these names
-NETWORKS = ("networks.unet.", "networks.feature_extractor.")  # how the names of their weights begin
+WEIGHTS = tuple(f"networks.{name}." for name in NETWORKS)  # how the names of the networks' weights begin
 MOST_SAMPLES = 63  # from 64 on diffusers' `Upsample2D` lays them out anew: the same graph, but another trace
-
-
-@dataclass
-class GraphThresholds:
-    """A calibration's thresholds as `threshold_output` takes them, here inputs of a graph."""
-
-    map_mean: torch.Tensor  # says on which device
-    image_threshold: torch.Tensor  # (K,)
-    pixel_threshold: torch.Tensor  # (K,)
-    normal_scores: torch.Tensor  # (K, n)
-    has_thresholds: bool = True
-    smallest_area: float = 0.0
-
-    p_value: ClassVar[Any] = ScoreCalibration.p_value
-
-
-class InspectionGraph(nn.Module):
-    """Steps 2 to 9 of an `AnomalyDenoisePipeline`'s call as a module: what is exported, and what may be compiled.
-
-    Images come at the size that the feature extractor or the denoiser looks at, maps at the processing resolution.
-    Where a smallest area counts, for which no runtime has an operator, an exported graph gives map and score before it.
-
-    Args:
-        pipeline: on the CPU, in float32. A change of it changes the graph that is exported next.
-        input_type: "float32", images in [0, 1]; or "uint8", from 0 to 255.
-    """
-
-    noise: torch.Tensor
-    shown: torch.Tensor | None
-    inside: torch.Tensor | None
-    places: torch.Tensor | None
-
-    def __init__(self, pipeline: Any, input_type: str = "float32"):
-        super().__init__()
-        self.pipeline, self.calibration, self.input_type = pipeline, pipeline.calibration, input_type
-        parts = {"unet": pipeline.unet if pipeline.runs_denoiser else None}
-        parts |= {"feature_extractor": pipeline.feature_extractor, "calibration": pipeline.calibration}
-        self.networks = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
-        self.register_buffer("noise", graph_noise(pipeline))  # (T, 3, R, R)
-        first = torch.tensor([0])  # a region goes with models of one category
-        for name, side in (("shown", pipeline.input_resolution), ("inside", pipeline.processing_resolution)):
-            self.register_buffer(name, inside_region(pipeline.region, first, as_size(side)))  # (1, H, W) or None
-        places = None if self.inside is None else self.inside.flatten().nonzero()[:, 0]  # (n,)
-        self.register_buffer("places", places)
-        self.eval().requires_grad_(False)
-
-    def forward(
-        self,
-        image: torch.Tensor,
-        image_threshold: torch.Tensor | None = None,
-        pixel_threshold: torch.Tensor | None = None,
-        normal_scores: torch.Tensor | None = None,
-        category: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, ...]:
-        """Verdicts on a batch of one category.
-
-        Args:
-            image: (N, R', R', 3), of the input type.
-            image_threshold, pixel_threshold: (K,), and
-            normal_scores: (K, n), as of `ScoreCalibration`; None takes the calibration's.
-            category: a unified model's index (), of all images.
-
-        Returns:
-            `OUTPUTS`, as of `AnomalyOutput`; without thresholds the first two.
-        """
-        pipeline, calibration, count = self.pipeline, self.calibration, image.shape[0]
-        index: Any = 0 if category is None else category
-        indices = torch.as_tensor(index).expand(count)  # (N,)
-        if self.input_type == "uint8":
-            image = image.float() / 255.0
-        pixel_values = hide_outside(image.permute(0, 3, 1, 2) * 2.0 - 1.0, self.shown)  # (N, 3, R', R')
-        noise = self.noise.expand(count, *self.noise.shape)  # (N, T, 3, R, R)
-        measurement = pipeline.measure(pixel_values, noise, indices)
-        maps = pipeline.score_maps(measurement, index, calibration)  # (N, S, R, R)
-        anomaly_map = pipeline.join_maps(maps, index, calibration)  # (N, R, R)
-        if calibration is not None and calibration.smallest_area and is_exporting():
-            return anomaly_map, pipeline.image_scores(anomaly_map)
-        of_score = anomaly_map
-        if self.inside is not None:  # (N, 1, n), and 0 where nothing counts
-            of_score = anomaly_map.flatten(1)[:, self.places][:, None]
-            anomaly_map = clear_outside(anomaly_map, self.inside)
-        score = pipeline.image_scores(of_score)  # (N,)
-        if calibration is None or not calibration.has_thresholds:
-            return anomaly_map, score
-        thresholds: Any = calibration
-        if image_threshold is not None and pixel_threshold is not None and normal_scores is not None:
-            thresholds = GraphThresholds(calibration.map_mean, image_threshold, pixel_threshold, normal_scores)
-        output = threshold_output(AnomalyOutput(anomaly_map, score), indices, thresholds)
-        return tuple(getattr(output, name) for name in OUTPUTS)
-
-
-def graph_noise(pipeline: Any) -> torch.Tensor:
-    """The noise that a graph adds to every image, (T, 3, R, R): the same in each export."""
-    size = as_size(pipeline.processing_resolution)
-    generator = torch.Generator().manual_seed(0)
-    return draw_noise((pipeline.num_levels, 3, *size), [generator], "cpu")[0]
 
 
 def export_pipeline(
@@ -153,9 +55,9 @@ def export_pipeline(
         path: of the file; OpenVINO's, an .xml, has its numbers in a .bin beside it.
         format: "onnx" or "openvino"; None goes by the path's ending.
         precision: "fp32"; "fp16", where the networks' weights are in half precision; or "int8", where the networks
-            compute with 8 bits, chosen on `images`, and the thresholds are set again by the result.
-        images: for int8, good images that neither training nor calibration has seen: every other one serves the
-            choice of 8 bits, and the rest the thresholds.
+            compute with 8 bits, chosen on `images`, by which the calibration is made anew.
+        images: for int8, at least 20 good images: every fifth sets the thresholds, and the rest serve the 8 bits and
+            the statistics. A training of networks must not have seen them; `fit` trains none, so its own will do.
         input_type: "float32", or "uint8" for a graph that takes pixels from 0 to 255, as cameras give them. `Runtime`
             then rounds to them after it has resized, which moves scores a little.
 
@@ -186,19 +88,14 @@ def export_pipeline(
         raise ValueError("`precision` int8 takes a model without a smallest area: its thresholds are the graph's own.")
     if images is not None and len(images) < FEWEST_IMAGES:
         raise ValueError(f"`images` holds {len(images)} good images, and int8 takes at least {FEWEST_IMAGES}.")
-    model = traced_onnx(pipeline, input_type)
-    metadata = describe(pipeline, precision, input_type)
+    found = None
+    if images is not None:
+        model, pipeline, found = quantized(pipeline, images, suffix, input_type)
+    else:
+        model = traced_onnx(InspectionGraph(pipeline, input_type))
     if precision == "fp16":
         halve_weights(model)
-    if images is not None:
-        model, calibration = quantized(model, pipeline, images)
-        kept = kept_scores(calibration)
-        metadata = metadata._replace(
-            image_threshold=calibration.image_threshold.tolist(),
-            pixel_threshold=calibration.pixel_threshold.tolist(),
-            normal_scores=kept["normal_scores"],
-            normal_maxima=kept["normal_maxima"],
-        )
+    metadata = describe(pipeline, precision, input_type)._replace(quantization=found)
     write_graph(model, metadata, path)
     return path
 
@@ -238,6 +135,7 @@ def describe(pipeline: Any, precision: str, input_type: str = "float32") -> Meta
         input_type=input_type,
         smallest_area=0.0 if pipeline.calibration is None else pipeline.calibration.smallest_area,
         score_fraction=pipeline.config.score_fraction,
+        quantization=None,
         region=None if pipeline.region is None else run_lengths_of(pipeline.region[0].cpu().numpy()),
         **kept_scores(calibration),
     )
@@ -262,26 +160,26 @@ def run_lengths_of(region: np.ndarray) -> dict[str, list[int]]:
     return {"size": [*region.shape], "counts": [0] * bool(region.ravel()[0]) + np.diff(edges).tolist()}
 
 
-def traced_onnx(pipeline: Any, input_type: str = "float32") -> Any:
-    """The pipeline's graph as an `onnx.ModelProto`."""
+def traced_onnx(graph: InspectionGraph) -> Any:
+    """A graph as an `onnx.ModelProto`."""
     with needs_extra("export"):
         onnx = importlib.import_module("onnx")
         importlib.import_module("onnxscript")
+    pipeline, measures = graph.pipeline, isinstance(graph, MeasurementGraph)
     if pipeline._execution_device.type != "cpu" or any(
         network is not None and network.dtype != torch.float32 for network in pipeline.measuring_networks
     ):
         raise ValueError(
             "`pipeline` must be on the CPU and in float32 to be exported: `pipe.to('cpu', torch.float32)`."
         )
-    graph = InspectionGraph(pipeline, input_type)
     size, count = as_size(pipeline.input_resolution), 2
     image = torch.rand(count, *size, 3, generator=torch.Generator().manual_seed(0))
-    inputs: dict[str, Any] = {"image": image if input_type == "float32" else (image * 255.0).byte()}
+    inputs: dict[str, Any] = {"image": image if graph.input_type == "float32" else (image * 255.0).byte()}
     defaults = {}
-    if pipeline.has_thresholds and not pipeline.calibration.smallest_area:
+    if not measures and pipeline.has_thresholds and not pipeline.calibration.smallest_area:
         defaults = {name: getattr(pipeline.calibration, name) for name in THRESHOLDS}
     inputs |= defaults
-    if len(pipeline.categories) > 1:
+    if len(pipeline.categories) > 1 and not measures:
         inputs["category"] = torch.tensor(0)
     batch = torch.export.Dim("batch", max=max(2, MOST_SAMPLES // max(1, pipeline.num_levels)))
     shapes = {name: {0: batch} if name == "image" else None for name in inputs}
@@ -295,7 +193,7 @@ def traced_onnx(pipeline: Any, input_type: str = "float32") -> Any:
             program,
             kwargs=inputs,
             input_names=list(inputs),
-            output_names=list(OUTPUTS[: len(outputs)]),
+            output_names=graph.measured if isinstance(graph, MeasurementGraph) else list(OUTPUTS[: len(outputs)]),
             opset_version=OPSET,
             verbose=False,
         )
@@ -312,24 +210,85 @@ def traced_onnx(pipeline: Any, input_type: str = "float32") -> Any:
     return model
 
 
-def quantized(model: Any, pipeline: Any, images: Sequence[Any]) -> tuple[Any, ScoreCalibration]:
-    """The graph in 8 bits by every other image, with thresholds by the rest, which are also returned."""
+def quantized(pipeline: Any, images: Sequence[Any], suffix: str, input_type: str) -> tuple[Any, Any, dict[str, float]]:
+    """A pipeline's graph with networks in 8 bits, and the pipeline of what these say of good images.
+
+    Rounding moves features by more than good images differ. So statistics and thresholds are taken anew, from what the
+    networks in 8 bits say in the runtime that the file is for: of four images of five the 8 bits and the statistics,
+    of every fifth the thresholds.
+
+    Returns:
+        The graph, the pipeline, and what became of every fifth: `Metadata.quantization`.
+    """
     import onnx
 
     size = as_size(pipeline.input_resolution)
     value_range = common_value_range(images) if pipeline.value_range is None else pipeline.value_range
     loaded = (read_image(one) if isinstance(one, (str, os.PathLike)) else one for one in images)
     batches = [np.ascontiguousarray(resized_array(one, size, value_range)[None]) for one in loaded]
-    model = quantize_networks(model, batches[1::2], NETWORKS)
-    scores, maxima = zip(*scores_and_maxima(model, batches[::2]), strict=True)
-    rate = pipeline.calibration.config.false_alarm_rate
-    calibration = ScoreCalibration(num_scores=len(scores), false_alarm_rate=rate, keeps_maxima=True)
+    held_out = batches[::HELD_OUT]
+    others = [pixels for i, pixels in enumerate(batches) if i % HELD_OUT]
+
+    fitted = copy.copy(pipeline)
+    fitted.register_modules(calibration=None)
+    graph = MeasurementGraph(pipeline)
+    run = loaded_run(quantize_networks(traced_onnx(graph), others, WEIGHTS), describe(pipeline, "int8"), suffix)
+    nothing = torch.zeros(1, 0, *as_size(pipeline.processing_resolution))
+
+    def measurement(pixels: np.ndarray) -> Measurement:
+        found = dict(zip(graph.measured, map(torch.from_numpy, run({"image": pixels})), strict=True))
+        return Measurement(**{"maps": nothing, **found})
+
+    fit = fitted.calibration_fit(
+        0,
+        len(held_out),
+        pipeline.calibration.false_alarm_rate,
+        value_range=value_range if pipeline.config.value_range is None else None,
+        region=pipeline.region,
+    )
+    for pixels in others:
+        fit.add_statistics(measurement(pixels))
+    for pixels in held_out:
+        fit.add_scores(measurement(pixels))
+    fitted.register_modules(calibration=fit.finish())
+
+    as_input = (lambda pixels: np.rint(pixels * 255.0).astype(np.uint8)) if input_type == "uint8" else np.asarray
+    model = quantize_networks(
+        traced_onnx(InspectionGraph(fitted, input_type)), [as_input(pixels) for pixels in others], WEIGHTS
+    )
+    run, in_float = loaded_run(model, describe(fitted, "int8"), suffix), InspectionGraph(pipeline)
+    errors, before, scores, maxima = [], [], [], []
+    for pixels in held_out:
+        after = dict(zip(OUTPUTS, run({"image": as_input(pixels)}), strict=True))
+        with torch.no_grad():
+            expected = dict(zip(OUTPUTS, in_float(torch.from_numpy(pixels)), strict=True))
+        anomaly_map = expected["anomaly_map"].numpy()
+        errors.append(np.linalg.norm(after["anomaly_map"] - anomaly_map) / np.linalg.norm(anomaly_map))
+        before.append(bool(expected["is_anomalous"]))
+        scores.append(float(after["anomaly_score"][0]))
+        maxima.append(float(after["anomaly_map"].max()))
+    # by the graph's own last digits, in which torch's sums may differ
+    calibration = fitted.calibration
     calibration.set_thresholds(0, scores, maxima)
     for constant in model.graph.initializer:
         if constant.name in THRESHOLDS:
             value = getattr(calibration, constant.name).numpy()
             constant.CopyFrom(onnx.numpy_helper.from_array(value, constant.name))
-    return model, calibration
+    found = {
+        "images": len(held_out),
+        "median_map_error": float(np.median(errors)),
+        "alarms_before": float(np.mean(before)),
+        "alarms": float(np.mean(np.array(scores) > float(calibration.image_threshold[0]))),
+    }
+    return model, fitted, found
+
+
+def loaded_run(model: Any, metadata: Metadata, suffix: str) -> Run:
+    """A graph at work in the runtime of files with that ending."""
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        path = Path(folder, f"graph{suffix}")
+        write_graph(model, metadata, path)
+        return (load_onnx if suffix == ".onnx" else load_openvino)(path, "cpu", "float32")[0]
 
 
 def halve_weights(model: Any) -> None:
@@ -338,7 +297,7 @@ def halve_weights(model: Any) -> None:
 
     casts = []
     for weight in model.graph.initializer:
-        if weight.data_type != onnx.TensorProto.FLOAT or not weight.name.startswith(NETWORKS):
+        if weight.data_type != onnx.TensorProto.FLOAT or not weight.name.startswith(WEIGHTS):
             continue
         name, values = weight.name, onnx.numpy_helper.to_array(weight)
         weight.CopyFrom(onnx.numpy_helper.from_array(values.astype("float16"), f"{name}.half"))

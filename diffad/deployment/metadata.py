@@ -34,6 +34,9 @@ class Metadata(NamedTuple):
         smallest_area: of a region that counts, as a share of the image's area. Where it is not 0, the graph gives map
             and score as they are, and `Runtime` takes off what is smaller.
         score_fraction: of the map's pixels, whose mean is the score; 0 for the maximum.
+        quantization: of int8, what became of the good `images` that set its thresholds: the `median_map_error` (the
+            norm of the difference by that of the map in float32), and the shares that raise an alarm, `alarms_before`,
+            in float32, and `alarms`. None otherwise.
         region: of interest, `{"size": [h, w], "counts": [off, on, off, ...]}` along the rows; None without one.
     """
 
@@ -54,6 +57,7 @@ class Metadata(NamedTuple):
     smallest_area: float
     score_fraction: float
     region: dict[str, list[int]] | None
+    quantization: dict[str, float] | None
 
     def good_scores(self, category: int) -> list[float]:
         """Held-out good images' scores."""

@@ -1,21 +1,23 @@
-"""A graph's networks in 8 bits, by NNCF's post-training quantisation, and thresholds that hold for the result."""
+"""A graph's networks in 8 bits, by NNCF's post-training quantisation."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import logging
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from diffad.deployment.runtime import available_cores
 from diffad.installation import needs_extra
 
 MOST_IMAGES = 300  # from which 8-bit ranges are taken: NNCF's default
-FEWEST_IMAGES = 4
+FEWEST_IMAGES = 20
+HELD_OUT = 5  # every fifth image sets the thresholds, and the others the 8 bits and the statistics
 
 
 def quantize_networks(model: Any, batches: Sequence[np.ndarray], weights: tuple[str, ...]) -> Any:
@@ -29,7 +31,7 @@ def quantize_networks(model: Any, batches: Sequence[np.ndarray], weights: tuple[
     with needs_extra("quantize"):
         nncf = importlib.import_module("nncf")
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # its bars; standard output is for results
         warnings.simplefilter("ignore")
         return nncf.quantize(
             copy.deepcopy(model),
@@ -59,16 +61,3 @@ def outside_networks(graph: Any, weights: tuple[str, ...]) -> set[str]:
             waiting += [makers[name] for name in node.input if name in makers]
     resizing = {node.name for node in graph.node if node.op_type == "MatMul" and node.name not in layers}
     return {node.name for node in graph.node} - (inside - resizing)
-
-
-def scores_and_maxima(model: Any, batches: Sequence[np.ndarray]) -> Iterator[tuple[float, float]]:
-    """Of each image (1, R', R', 3), the score and the map's maximum."""
-    with needs_extra("onnx"):
-        onnxruntime = importlib.import_module("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = available_cores()
-    options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    for pixels in batches:
-        anomaly_map, score = session.run(["anomaly_map", "anomaly_score"], {"image": pixels})
-        yield float(score[0]), float(anomaly_map.max())

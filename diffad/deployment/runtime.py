@@ -91,7 +91,7 @@ class Runtime:
         for file in (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,):
             if not file.is_file():
                 raise FileNotFoundError(f"`path`: no file at {file}.")
-        load = _load_onnx if path.suffix == ".onnx" else _load_openvino
+        load = load_onnx if path.suffix == ".onnx" else load_openvino
         self._run, text = load(path, device.lower(), precision)
         self.metadata = Metadata.loads(text, path, diffad.__version__)
         # else the graph has judged with its own thresholds
@@ -299,7 +299,8 @@ def available_cores() -> int:
         return cores
 
 
-def _load_onnx(path: Path, device: str, precision: str) -> tuple[Run, str | None]:
+def load_onnx(path: Path, device: str, precision: str) -> tuple[Run, str | None]:
+    """An .onnx file at work in ONNX Runtime, and its metadata; arguments as of `Runtime`."""
     with needs_extra("onnx"):
         onnxruntime = importlib.import_module("onnxruntime")
     if precision != "float32":
@@ -314,7 +315,8 @@ def _load_onnx(path: Path, device: str, precision: str) -> tuple[Run, str | None
     return lambda inputs: session.run(None, inputs), session.get_modelmeta().custom_metadata_map.get(KEY)
 
 
-def _load_openvino(path: Path, device: str, precision: str) -> tuple[Run, str | None]:
+def load_openvino(path: Path, device: str, precision: str) -> tuple[Run, str | None]:
+    """An .xml file at work in OpenVINO, and its metadata; arguments as of `Runtime`."""
     with needs_extra("openvino"):
         openvino = importlib.import_module("openvino")
     if precision not in OPENVINO_PRECISIONS:

@@ -27,6 +27,7 @@ from diffad.deployment import Runtime, RuntimeOutput
 from diffad.deployment.export import InspectionGraph
 from diffad.deployment.metadata import OUTPUTS
 from diffad.image_arrays import resized_array
+from diffad.image_sizes import as_size
 
 MARGIN = 1e-4  # of the score, within which verdicts may differ
 BATCH_SIZE = 16
@@ -48,7 +49,7 @@ def compare(
         runtimes: of files that were exported from it, by name.
         images: each with its label, 1 for defective ones.
     """
-    graph, size = InspectionGraph(pipeline), (pipeline.input_resolution,) * 2
+    graph, size = InspectionGraph(pipeline), as_size(pipeline.input_resolution)
     threshold = float(pipeline.calibration.image_threshold[0])
     labels: list[int] = []
     scores: dict[str, list[float]] = {name: [] for name in ("torch", *runtimes)}

@@ -1,0 +1,137 @@
+"""A pipeline's call as a module over a batch: what is exported, and what may be compiled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.deployment.metadata import OUTPUTS
+from diffad.exporting import is_exporting
+from diffad.image_sizes import as_size
+from diffad.pipelines.output import AnomalyOutput, threshold_output
+from diffad.region_of_interest import clear_outside, hide_outside, inside_region
+from diffad.scoring import Measurement
+from diffad.seeding import draw_noise, model_noise
+
+NETWORKS = ("unet", "feature_extractor")
+MEASURED = ("maps", "residual", "features", "patches")  # of a `Measurement`
+
+
+@dataclass
+class GraphThresholds:
+    """A calibration's thresholds as `threshold_output` takes them, here inputs of a graph."""
+
+    map_mean: torch.Tensor  # says on which device
+    image_threshold: torch.Tensor  # (K,)
+    pixel_threshold: torch.Tensor  # (K,)
+    normal_scores: torch.Tensor  # (K, n)
+    has_thresholds: bool = True
+    smallest_area: float = 0.0
+
+    p_value: ClassVar[Any] = ScoreCalibration.p_value
+
+
+class InspectionGraph(nn.Module):
+    """Steps 2 to 9 of an `AnomalyDenoisePipeline`'s call as a module: what is exported, and what may be compiled.
+
+    Images come at the size that the feature extractor or the denoiser looks at, maps at the processing resolution.
+    Where a smallest area counts, for which no runtime has an operator, an exported graph gives map and score before it.
+
+    Args:
+        pipeline: on the CPU, in float32. A change of it changes the graph that is exported next.
+        input_type: "float32", images in [0, 1]; or "uint8", from 0 to 255.
+    """
+
+    noise: torch.Tensor
+    shown: torch.Tensor | None
+    inside: torch.Tensor | None
+    places: torch.Tensor | None
+
+    def __init__(self, pipeline: Any, input_type: str = "float32"):
+        super().__init__()
+        self.pipeline, self.calibration, self.input_type = pipeline, pipeline.calibration, input_type
+        parts = {name: getattr(pipeline, name) for name in (*NETWORKS, "calibration")}
+        if not pipeline.runs_denoiser:
+            parts["unet"] = None
+        self.networks = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+        self.register_buffer("noise", graph_noise(pipeline))  # (T, 3, R, R)
+        first = torch.tensor([0])  # a region goes with models of one category
+        for name, side in (("shown", pipeline.input_resolution), ("inside", pipeline.processing_resolution)):
+            self.register_buffer(name, inside_region(pipeline.region, first, as_size(side)))  # (1, H, W) or None
+        places = None if self.inside is None else self.inside.flatten().nonzero()[:, 0]  # (n,)
+        self.register_buffer("places", places)
+        self.eval().requires_grad_(False)
+
+    def measure(self, image: torch.Tensor, category: torch.Tensor) -> Measurement:
+        """What the networks say of images (N, R', R', 3) of the input type, and of categories (N,)."""
+        if self.input_type == "uint8":
+            image = image.float() / 255.0
+        pixel_values = hide_outside(image.permute(0, 3, 1, 2) * 2.0 - 1.0, self.shown)  # (N, 3, R', R')
+        noise = self.noise.expand(image.shape[0], *self.noise.shape)  # (N, T, 3, R, R)
+        return self.pipeline.measure(pixel_values, noise, category)
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        image_threshold: torch.Tensor | None = None,
+        pixel_threshold: torch.Tensor | None = None,
+        normal_scores: torch.Tensor | None = None,
+        category: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Verdicts on a batch of one category.
+
+        Args:
+            image: (N, R', R', 3), of the input type.
+            image_threshold, pixel_threshold: (K,), and
+            normal_scores: (K, n), as of `ScoreCalibration`; None takes the calibration's.
+            category: a unified model's index (), of all images.
+
+        Returns:
+            `OUTPUTS`, as of `AnomalyOutput`; without thresholds the first two.
+        """
+        pipeline, calibration = self.pipeline, self.calibration
+        index: Any = 0 if category is None else category
+        indices = torch.as_tensor(index).expand(image.shape[0])  # (N,)
+        maps = pipeline.score_maps(self.measure(image, indices), index, calibration)  # (N, S, R, R)
+        anomaly_map = pipeline.join_maps(maps, index, calibration)  # (N, R, R)
+        if calibration is not None and calibration.smallest_area and is_exporting():
+            return anomaly_map, pipeline.image_scores(anomaly_map)
+        of_score = anomaly_map
+        if self.inside is not None:  # (N, 1, n), and 0 where nothing counts
+            of_score = anomaly_map.flatten(1)[:, self.places][:, None]
+            anomaly_map = clear_outside(anomaly_map, self.inside)
+        score = pipeline.image_scores(of_score)  # (N,)
+        if calibration is None or not calibration.has_thresholds:
+            return anomaly_map, score
+        thresholds: Any = calibration
+        if image_threshold is not None and pixel_threshold is not None and normal_scores is not None:
+            thresholds = GraphThresholds(calibration.map_mean, image_threshold, pixel_threshold, normal_scores)
+        output = threshold_output(AnomalyOutput(anomaly_map, score), indices, thresholds)
+        return tuple(getattr(output, name) for name in OUTPUTS)
+
+
+class MeasurementGraph(InspectionGraph):
+    """What the networks say alone, before any statistic: those of `MEASURED` that the pipeline has."""
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        """Images (N, R', R', 3) of a model of one category, as of `InspectionGraph`."""
+        measurement = self.measure(image, torch.as_tensor(0).expand(image.shape[0]))
+        return tuple(getattr(measurement, name) for name in self.measured)
+
+    @property
+    def measured(self) -> list[str]:
+        """The names of what is given."""
+        pipeline = self.pipeline
+        denoises = pipeline.runs_denoiser
+        is_there = (denoises, denoises, pipeline.weights["gaussian"], pipeline.weights["nearest"])
+        return [name for name, there in zip(MEASURED, is_there, strict=True) if there]
+
+
+def graph_noise(pipeline: Any) -> torch.Tensor:
+    """The noise that a graph adds to every image, (T, 3, R, R): the same in each export."""
+    size = as_size(pipeline.processing_resolution)
+    return draw_noise((pipeline.num_levels, 3, *size), [model_noise()], "cpu")[0]
