@@ -114,7 +114,7 @@ class Inputs(Protocol):
 
 def process_journals(output_dir: Path) -> list[Path]:
     """Those of a run's processes, in any order."""
-    return sorted(output_dir.glob("scores.partial-*.csv"))
+    return sorted(path for path in output_dir.glob("scores.partial-*.csv") if path.stem.split("-")[1].isdigit())
 
 
 def process_journal(output_dir: Path, process: int) -> Path:
@@ -137,6 +137,14 @@ def read_journal(path: Path) -> Iterator[list[str]]:
         yield [str(EARLIER), *row.values()]
 
 
+def _has_places(path: Path) -> bool:
+    """Whether a journal is there, and none of an earlier version."""
+    if not path.is_file():
+        return False
+    with open(path, **ENCODING) as file:
+        return next(csv.reader(file), None) == list(JOURNAL_COLUMNS)
+
+
 def _whole_lines(file: IO[str]) -> Iterator[str]:
     return (line for line in file if line.endswith(("\n", "\r")))
 
@@ -149,7 +157,9 @@ def take_up(output_dir: Path, inputs: Inputs) -> None:
     """
     journals = process_journals(output_dir)
     begun = heapq.merge(*(read_journal(path) for path in (output_dir / JOURNAL_NAME, *journals)), key=_place)
-    complete = ([str(i), *row.values()] for i, row in enumerate(read_rows(output_dir / SCORES_NAME)))
+    # a run that has begun has taken up `scores.csv` already, and its journals are in the order of places
+    table = () if _has_places(output_dir / JOURNAL_NAME) else read_rows(output_dir / SCORES_NAME)
+    complete = ([str(i), *row.values()] for i, row in enumerate(table))
     with write_whole(output_dir / JOURNAL_NAME) as unfinished, open(unfinished, "w", **ENCODING) as file:
         writer = csv.writer(file)
         writer.writerow(JOURNAL_COLUMNS)
@@ -205,7 +215,8 @@ def common_folder(inputs: Sequence[Input]) -> str:
 def place_below(root: str, path: Path | str) -> Path | None:
     """A file's place below `root`, by its own path or by that with all links resolved; None if it lies elsewhere."""
     if isinstance(path, str) and "://" in path:
-        return Path(path[len(root) + 1 :]) if path.startswith(f"{root}/") else None
+        above = root if root.endswith("/") else f"{root}/"  # of several buckets it is the protocol alone
+        return Path(path[len(above) :]) if path.startswith(above) else None
     for one, folder in ((absolute_place(path), root), (os.path.realpath(path), os.path.realpath(root))):
         if Path(one).is_relative_to(folder):
             return Path(one).relative_to(folder)
@@ -222,7 +233,7 @@ def name_pictures(places: Iterable[tuple[str, Path]], taken: dict[str, str], suf
 
     Args:
         places: of each file, by `Input.file`, its place below the common folder.
-        taken: what names are another file's, as `Done.pictures`.
+        taken: what names are another file's, as `ListedFiles` knows them.
         suffix: of all names.
 
     Returns:

@@ -123,9 +123,5 @@ class ListedFiles:
         return below
 
 
-def _is_to_do_again(row: list[str]) -> bool:
-    return row[VERDICT] == "unreadable" or bool(row[MESSAGE])
-
-
 def _is_replaced(row: list[str], wanted: Input) -> bool:
     return bool(row[SIZE]) and (row[SIZE], row[MODIFIED]) != (wanted.size, wanted.modified)

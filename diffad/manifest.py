@@ -130,8 +130,8 @@ class Manifest:
         return self.root
 
     def digest(self) -> str:
-        """Tells the manifest's contents from any other's."""
-        whole = hashlib.sha256()
+        """Tells the manifest's contents from any other's, and its folder, from which paths count."""
+        whole = hashlib.sha256(os.fsencode(self.root))
         with self._open("rb") as file:
             while block := file.read(2**20):
                 whole.update(block)

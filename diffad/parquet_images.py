@@ -42,6 +42,8 @@ class ParquetImages(Manifest):
             self._begin(path)
             if image_column(path) is None:
                 raise ValueError(f"{path} has no column of images, with their `bytes`.")
+        if next(self.entries(), None) is None:
+            raise ValueError(f"There are no images in {', '.join(self.paths)}.")
 
     def digest(self) -> str:
         """Tells the files from others, by their names, sizes and times."""
@@ -50,7 +52,7 @@ class ParquetImages(Manifest):
     def entries(self) -> Iterator[str]:
         """Where each image is, as `read_row` reads it."""
         for path in self.paths:
-            url, row = path if is_url(path) else Path(path).as_uri(), 0
+            url, row = path if is_url(path) else f"file://{path}", 0
             with open_parquet(path) as file:
                 for batch in file.iter_batches(NAMES_AT_ONCE, columns=[f"{image_column(path)}.path"]):
                     for image in batch.column(0).to_pylist():

@@ -125,7 +125,8 @@ def draw_overlay(
 ) -> np.ndarray:
     """The image under its map, (h', w', 3) uint8, the mask's outline on it where it raises an alarm."""
     assert decoded.pixels is not None  # it was decoded to be drawn on
-    shown, outlined = resizing.map(np.asarray(output.anomaly_map[j]), decoded.pixels.shape[:2]), None
+    size = decoded.pixels.shape[0], decoded.pixels.shape[1]
+    shown, outlined = fit_map(np.asarray(output.anomaly_map[j]), size, decoded.size, resizing), None
     if threshold is not None:
         is_above = (shown > np.float32(threshold)) & bool(output.is_anomalous[j])
         outlined = without_small_regions(is_above, smallest_area)

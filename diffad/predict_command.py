@@ -38,7 +38,7 @@ def predict(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from diffad.cli import load_model
+    from diffad.cli import is_exported, load_model
     from diffad.deployment import Runtime
     from diffad.manifest import Manifest, find_inputs
     from diffad.part_verdicts import check_parts, read_parts, write_part_verdicts
@@ -54,7 +54,8 @@ def predict(
     if parts is not None and (isinstance(paths, Manifest) or len(local) < len(paths)):
         raise ValueError("`parts` goes with images and folders here, not with a manifest or a store.")
     of_parts = None if parts is None else read_parts(parts)
-    pipeline = load_model(model, device or (str(accelerator.device) if accelerator else None), dtype)
+    own = None if accelerator is None or is_exported(model) else str(accelerator.device)
+    pipeline = load_model(model, device or own, dtype)
     rate = None if of_parts is None else check_parts(of_parts, local, pipeline, category)
     total = None if isinstance(paths, Manifest) else len(paths)
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

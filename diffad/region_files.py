@@ -88,7 +88,7 @@ class RegionJournal:
         Args:
             place_of_line: the place that a line now has; None leaves it out.
         """
-        journals = sorted(self.output_dir.glob("regions.partial-*.jsonl"))
+        journals = sorted(self.output_dir.glob("regions.partial-[0-9]*.jsonl"))
         if not journals and not self.path.is_file():
             return
         with write_whole(self.path) as unfinished, open(unfinished, "w", encoding="ascii") as file:

@@ -8,7 +8,6 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from diffad.grey_depth import UnreadableImageError
@@ -36,7 +35,7 @@ def open_remote(url: str, mode: str = "rb") -> Any:
 
 def part_of(path: str, start: int, size: int, name: str) -> str:
     """A URL of `size` bytes of a file, from `start` on, which are called `name`."""
-    url = path if is_url(path) else Path(path).as_uri()
+    url = path if is_url(path) else f"file://{path}"
     return f"{url}#bytes={start}-{start + size}/{name}"
 
 

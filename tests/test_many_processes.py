@@ -179,6 +179,44 @@ def test_a_manifest_is_gone_on_with_and_only_what_failed_is_done_again(pipeline,
         predict_files(pipeline, find_images([tmp_path / "parts"]), tmp_path / "out", batch_size=4)
 
 
+def test_a_manifest_keeps_its_order_however_often_it_is_gone_on_with(pipeline, tmp_path):
+    write_folder(tmp_path / "parts", 6)
+    path = write_manifest(tmp_path / "m.csv", [f"parts/{i:03}.png" for i in range(6)])
+    for name in ("001", "003"):
+        (tmp_path / "parts" / f"{name}.png").rename(tmp_path / f"{name}.png")
+    predict_files(pipeline, Manifest(path), tmp_path / "out", batch_size=4)
+    (tmp_path / "001.png").rename(tmp_path / "parts" / "001.png")
+
+    def stop(row: dict) -> None:
+        if row["verdict"] != "unreadable":
+            raise KeyboardInterrupt  # as the row of 001.png stands in its journal
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(pipeline, Manifest(path), tmp_path / "out", batch_size=4, report=stop)
+    for _ in range(2):
+        predict_files(pipeline, Manifest(path), tmp_path / "out", batch_size=4)
+        assert [row["file"] for row in read_scores(tmp_path / "out")] == [f"parts/{i:03}.png" for i in range(6)]
+
+
+def test_equal_manifests_of_other_folders_are_not_taken_for_each_other(pipeline, tmp_path):
+    paths = []
+    for day in ("one", "two"):
+        write_folder(tmp_path / day / "parts", 2)
+        paths.append(write_manifest(tmp_path / day / "m.csv", ["parts/000.png", "parts/001.png"]))
+    predict_files(pipeline, Manifest(paths[0]), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"another manifest.*`output_dir`"):
+        predict_files(pipeline, Manifest(paths[1]), tmp_path / "out")
+
+
+def test_files_of_other_programs_are_no_journals(pipeline, tmp_path):
+    write_folder(tmp_path / "parts", 2)
+    (tmp_path / "out").mkdir()
+    kept = tmp_path / "out" / "scores.partial-backup.csv"
+    kept.write_text("mine")
+    predict_files(pipeline, find_images([tmp_path / "parts"]), tmp_path / "out")
+    assert kept.read_text() == "mine"
+
+
 def test_above_the_limit_there_are_scores_and_the_sheet_and_no_pictures(pipeline, tmp_path):
     write_folder(tmp_path / "parts", 9)
     write_png(tmp_path / "parts" / "large.png", textures(1, (40, 30))[0])

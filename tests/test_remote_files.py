@@ -17,6 +17,7 @@ from faulty_proxy import faulty_proxy
 
 from diffad import remote_files
 from diffad.inputs import find_images
+from diffad.journal import Input, common_folder, place_below
 from diffad.manifest import Manifest, find_inputs
 from diffad.predict import predict_files
 
@@ -158,6 +159,12 @@ def test_a_manifest_in_a_bucket_names_what_lies_beside_it(pipeline, parts, store
     assert counts["unreadable"] == 1
 
 
+def test_images_of_two_buckets_keep_their_places():
+    files = [Input(url, url, "", "") for url in ("s3://a/x/1.png", "s3://b/2.png")]
+    root = common_folder(files)
+    assert [place_below(root, one.path).as_posix() for one in files] == ["a/x/1.png", "b/2.png"]
+
+
 def write_tar(path: Path, files: list[Path]) -> Path:
     with tarfile.open(path, "w") as tar:
         for file in files:
@@ -171,7 +178,8 @@ def write_tar(path: Path, files: list[Path]) -> Path:
 @pytest.mark.parametrize("where", ["local", "far"])
 def test_tars_hold_the_same_images(pipeline, parts, tmp_path, where, request):
     files = sorted(parts.iterdir())
-    tars = [write_tar(tmp_path / f"{i}.tar", files[start:end]) for i, start, end in ((0, 0, 30), (1, 30, None))]
+    (folder := tmp_path / "new parts, größer").mkdir()  # a URL would write that in another way
+    tars = [write_tar(folder / f"{i}.tar", files[start:end]) for i, start, end in ((0, 0, 30), (1, 30, None))]
     predict_files(pipeline, files, tmp_path / "folder", batch_size=8)
     if where == "far":
         store, bucket = request.getfixturevalue("store")

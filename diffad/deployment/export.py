@@ -18,7 +18,7 @@ import diffad
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.deployment.graph import NETWORKS, InspectionGraph, MeasurementGraph
 from diffad.deployment.metadata import FORMAT, KEY, OUTPUTS, Metadata
-from diffad.deployment.quantization import FEWEST_IMAGES, HELD_OUT, quantize_networks
+from diffad.deployment.quantization import FEWEST_IMAGES, HELD_OUT, MOST_IMAGES, quantize_networks
 from diffad.deployment.runtime import Run, load_onnx, load_openvino
 from diffad.files import write_whole
 from diffad.image_arrays import common_value_range, resized_array
@@ -224,15 +224,19 @@ def quantized(pipeline: Any, images: Sequence[Any], suffix: str, input_type: str
 
     size = as_size(pipeline.input_resolution)
     value_range = common_value_range(images) if pipeline.value_range is None else pipeline.value_range
-    loaded = (read_image(one) if isinstance(one, (str, os.PathLike)) else one for one in images)
-    batches = [np.ascontiguousarray(resized_array(one, size, value_range)[None]) for one in loaded]
-    held_out = batches[::HELD_OUT]
-    others = [pixels for i, pixels in enumerate(batches) if i % HELD_OUT]
+
+    def pixels_of(i: int) -> np.ndarray:
+        one = read_image(images[i]) if isinstance(images[i], (str, os.PathLike)) else images[i]
+        return np.ascontiguousarray(resized_array(one, size, value_range)[None])
+
+    held_out = range(0, len(images), HELD_OUT)
+    others = [i for i in range(len(images)) if i % HELD_OUT]
+    few = [pixels_of(i) for i in others[:MOST_IMAGES]]  # NNCF looks at no more
 
     fitted = copy.copy(pipeline)
     fitted.register_modules(calibration=None)
     graph = MeasurementGraph(pipeline)
-    run = loaded_run(quantize_networks(traced_onnx(graph), others, WEIGHTS), describe(pipeline, "int8"), suffix)
+    run = loaded_run(quantize_networks(traced_onnx(graph), few, WEIGHTS), describe(pipeline, "int8"), suffix)
     nothing = torch.zeros(1, 0, *as_size(pipeline.processing_resolution))
 
     def measurement(pixels: np.ndarray) -> Measurement:
@@ -246,19 +250,19 @@ def quantized(pipeline: Any, images: Sequence[Any], suffix: str, input_type: str
         value_range=value_range if pipeline.config.value_range is None else None,
         region=pipeline.region,
     )
-    for pixels in others:
-        fit.add_statistics(measurement(pixels))
-    for pixels in held_out:
-        fit.add_scores(measurement(pixels))
+    for i in others:
+        fit.add_statistics(measurement(pixels_of(i)))
+    for i in held_out:
+        fit.add_scores(measurement(pixels_of(i)))
     fitted.register_modules(calibration=fit.finish())
 
     as_input = (lambda pixels: np.rint(pixels * 255.0).astype(np.uint8)) if input_type == "uint8" else np.asarray
     model = quantize_networks(
-        traced_onnx(InspectionGraph(fitted, input_type)), [as_input(pixels) for pixels in others], WEIGHTS
+        traced_onnx(InspectionGraph(fitted, input_type)), [as_input(pixels) for pixels in few], WEIGHTS
     )
     run, in_float = loaded_run(model, describe(fitted, "int8"), suffix), InspectionGraph(pipeline)
     errors, before, scores, maxima = [], [], [], []
-    for pixels in held_out:
+    for pixels in map(pixels_of, held_out):
         after = dict(zip(OUTPUTS, run({"image": as_input(pixels)}), strict=True))
         with torch.no_grad():
             expected = dict(zip(OUTPUTS, in_float(torch.from_numpy(pixels)), strict=True))

@@ -312,6 +312,8 @@ def load_onnx(path: Path, device: str, precision: str) -> tuple[Run, str | None]
     options.intra_op_num_threads = available_cores()
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(path, options, providers=[PROVIDERS[device]])
+    if PROVIDERS[device] not in session.get_providers():  # it goes on with another
+        raise ValueError(f"`device` {device!r} is not there: its libraries cannot be loaded.")
     return lambda inputs: session.run(None, inputs), session.get_modelmeta().custom_metadata_map.get(KEY)
 
 
