@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from diffad.command_options import BadImages, BatchSize, Category, Device, Model, ModelOrFile, OnBadImage
-from diffad.model_folder import check_folder
+from diffad.model_folder import check_folder, check_model_folder
 
 if TYPE_CHECKING:
     from diffad.deployment.outbox import Outbox
@@ -50,6 +50,7 @@ def update(
     data: Annotated[str, typer.Option("--data", metavar="DATA", help="New good images: a folder or data set.")],
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to save (MODEL).")] = None,
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout.")] = None,
+    category: Annotated[str | None, typer.Option(metavar="NAME", help="Of the data set.")] = None,
     on_bad_image: BadImages = OnBadImage.error,
     batch_size: BatchSize = 16,
     device: Device = None,
@@ -65,11 +66,13 @@ def update(
 
     if not Path(model).is_dir():
         raise ValueError(f"`model` must be a folder, as `diffad fit` writes it, but there is none at {model}.")
-    folder = check_folder(Path(model) if output is None else output)
+    folder = check_model_folder(Path(model) if output is None else output)
     pipeline = load_pipeline(model, device)
     good_images = load_good_images(pipeline, model)
-    good = load_anomaly_dataset(data, "train", None, dataset, on_bad_image.value)
+    good = load_anomaly_dataset(data, "train", category, dataset, on_bad_image.value)
     good = good.filter(lambda label: label == 0, input_columns="label")
+    if len(names := sorted(set(good["category"]))) > 1:
+        raise ValueError(f"`category` is needed: {data} holds {', '.join(names)}, and this model is of one.")
     alarms = pipeline.update(good["image"], good_images, batch_size)
     save_updatable(pipeline, good_images, folder)
     remove_reports(folder)  # they speak of the calibration that was here before

@@ -97,7 +97,7 @@ def learn_good_images(
     for start in range(0, len(images), batch_size):
         pixel_values = images_to_pixel_values(sequence[start : start + batch_size], size)
         kept = [good_images.keep(pixels) for pixels in to_kept_pixels(pixel_values)]
-        num_known += sum(is_known for _, is_known in kept)
+        num_known += sum(is_known and not is_held_out for is_held_out, is_known in kept)
         measurement, category = measured(pixel_values)
         features = measurement.features  # (B, C, h, w)
         assert features is not None  # by `check_updatable`

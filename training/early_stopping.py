@@ -16,11 +16,8 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
 
 from diffad.files import write_text_whole
-
-HELD_OUT_IMAGES = 32  # with one noise each: on the same every time, few show a trend
 
 MEASURES = 20  # of the loss in a whole run
 PATIENCE = 5  # measures without a new best, after which a run ends: a quarter of its steps
@@ -74,13 +71,6 @@ class HeldOutLoss:
         """Whether the last `PATIENCE` measures are all above an earlier one."""
         losses = [self.values[step] for step in sorted(self.values)]
         return len(losses) > PATIENCE and min(losses[-PATIENCE:]) > min(losses[:-PATIENCE])
-
-
-def fixed_batches(images: Dataset, batch_size: int) -> list[Any]:
-    """`HELD_OUT_IMAGES` spread over a data set with a length, in batches: what `batch_loss` takes."""
-    count = len(images)  # type: ignore[arg-type]
-    chosen = torch.linspace(0, count - 1, min(count, HELD_OUT_IMAGES)).long().tolist()
-    return list(DataLoader(Subset(images, chosen), batch_size))
 
 
 def same_loss(

@@ -104,6 +104,8 @@ def train(
         ema.to(accelerator.device)  # a checkpoint is loaded into memory, beside a GPU
     held_out = None if held_out_loss is None else HeldOutLoss(held_out_loss, args, first_step, accelerator)
     first, last = step * accumulation, args.max_train_steps * accumulation  # batches
+    if held_out is not None and held_out.has_converged():
+        first = last  # it had ended early
     progress = tqdm(
         total=args.max_train_steps, initial=step, desc="Training", disable=not accelerator.is_local_main_process
     )

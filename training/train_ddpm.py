@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from datasets import concatenate_datasets
 from diffusers import DDPMScheduler
+from torch.utils.data import DataLoader
 
 from diffad import AnomalyDenoisePipeline, DenoisingUNet2DModel, TimmFeatureExtractor
 from diffad.data.checks import dataset_sizes
@@ -28,6 +29,7 @@ from diffad.images import as_side, as_size, images_to_pixel_values, resize_image
 from diffad.likelihood import kl_divergence_map, predicted_clean_sample, variational_bound
 from diffad.models.denoising_unet_2d import DENOISING_UNET_PRESETS
 from diffad.moments import PRIOR_IMAGES
+from diffad.pipelines.detection import spread
 from diffad.tiling import tile_height_and_width
 from diffad.training.arguments import (
     ABOVE_ZERO,
@@ -57,11 +59,12 @@ from diffad.training.data import (
     spread_batches,
 )
 from diffad.training.duration import steps_in
-from diffad.training.early_stopping import fixed_batches, same_loss
+from diffad.training.early_stopping import same_loss
 from diffad.training.finish import finish
 from diffad.training.loop import create_accelerator, train
 from diffad.visualization import heat_map, save_rows, to_uint8
 
+HELD_OUT_IMAGES = 32  # with one noise each: on the same every time, few show a trend
 FEATURE_MULTIPLE = 16  # of the sides that the backbone sees: its coarsest stride
 AUTOMATIC = Path(__file__).parent / "configs" / "automatic.yaml"
 
@@ -327,8 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.tile_size == "auto":
         args.tile_size = choose_tile_size(sizes, seen, training["category"])
     tiles, region = tile_height_and_width(args.tile_size, seen), load_region(args, categories)
-    sizes_and_tiles = (seen, categories, args.value_range, tiles, args.tile_overlap, region)
-    images = ResizedImages(training, *sizes_and_tiles)
+    images = ResizedImages(training, seen, categories, args.value_range, tiles, args.tile_overlap, region)
     accelerator.print(
         f"{len(training)} good images of {', '.join(categories)} for training, {len(held_out)} held out; "
         f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters, {size[0]} x {size[1]} px"
@@ -375,13 +377,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     data_loader = create_data_loader(with_features(images), args)
     wanted = args.validation_steps and accelerator.is_main_process
     pictures = load_pictures(held_out, 4, args.value_range) if wanted else []
+    held_out_loss = None
+    if unseen is not None:  # of whole images
+        few = unseen.select(spread(range(len(unseen)), HELD_OUT_IMAGES))
+        others = with_features(ResizedImages(few, seen, categories, args.value_range, region=region))
+        held_out_loss = same_loss(batch_loss, list(DataLoader(others, args.train_batch_size)), accelerator)
     if args.minutes is not None:
         args.max_train_steps = steps_in(args, time.time() - started, unet, batch_loss, data_loader, accelerator)
         accelerator.print(f"{args.minutes:g} minutes are {args.max_train_steps} steps: --max_train_steps repeats it.")
-    held_out_loss = None
-    if unseen is not None:
-        others = with_features(ResizedImages(unseen, *sizes_and_tiles))
-        held_out_loss = same_loss(batch_loss, fixed_batches(others, args.train_batch_size), accelerator)
     record = train(unet, batch_loss, data_loader, args, accelerator, save_pictures, held_out_loss)
 
     # 4. Calibrate on good images and save the pipeline

@@ -299,6 +299,7 @@ class CalibrationFit:
 
     def add_joined_maps(self, anomaly_map: torch.Tensor) -> None:
         """`add_scores` of maps (N, H, W) that are complete: those of large images, of their tiles and the whole."""
+        anomaly_map = anomaly_map.to(self._known_calibration().map_mean.device)  # that of the region
         self.held_out_moments.update(self._values_inside(anomaly_map).flatten())
         self._add_scores_of(anomaly_map)
 

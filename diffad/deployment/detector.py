@@ -99,6 +99,7 @@ class Detector:
             self.drift = DriftTest(scores, calibration.false_alarm_rate)
         self.resizing = resizing_of(pipeline, category)
         self.detect = pipeline_detect(pipeline, category, batch_size, seed=0)
+        self.running = threading.Lock()  # the networks
         self.decoding = threading.Semaphore(4)  # images in memory as they are decoded
         self.batcher = Batcher(self._run, batch_size, max_waiting, report)
 
@@ -143,7 +144,8 @@ class Detector:
             return None
         from diffad.seeding import image_generator  # torch's, which an exported model does without
 
-        return self.pipeline.explain(sent.network_input, category=self.category, generator=image_generator(0, 0))
+        with self.running:
+            return self.pipeline.explain(sent.network_input, category=self.category, generator=image_generator(0, 0))
 
     def map_at(self, finding: Finding, sent: Sent, size: tuple[int, int]) -> np.ndarray:
         """A finding's map at a size of the image's, (H, W) float32."""
@@ -165,7 +167,8 @@ class Detector:
         return [finding for content in network_inputs for finding in self._find([read_image("image", content)])]
 
     def _find(self, images: list[Any]) -> list[Finding]:
-        output = self.detect(images, [0] * len(images))
+        with self.running:
+            output = self.detect(images, [0] * len(images))
         findings = []
         for i in range(len(images)):
             score = float(output.anomaly_score[i])

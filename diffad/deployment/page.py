@@ -16,6 +16,7 @@ from diffad.deployment.batching import BusyError
 from diffad.deployment.detector import Detector, Finding, Sent, TooLargeError, found_regions
 from diffad.files import write_whole
 from diffad.grey_depth import UnreadableImageError
+from diffad.image_files import read_image
 from diffad.inputs import is_image_name
 from diffad.installation import needs_extra
 from diffad.visualization import overlay, to_uint8
@@ -89,6 +90,10 @@ def keep_good(path: str | None, folder: Path) -> str:
     if path is None:
         return ""
     content = Path(path).read_bytes()
+    try:
+        read_image(path, content)
+    except UnreadableImageError as error:
+        return f"Not kept: {error}"
     number = hashlib.sha256(content).hexdigest()[:16]
     if not list(folder.glob(f"*-{number}.*")):
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +122,8 @@ def build_page(detector: Detector, max_bytes: int, collect: Path | None = None) 
             finding = detector.submit([sent])[0].result()
             because = describe_peak(detector.explain(sent))
         except (UnreadableImageError, TooLargeError, BusyError) as error:
-            raise gr.Error(str(error)) from error
+            gr.Warning(str(error))
+            return None, None, f"**No verdict.** {error}", "", [], None, history, history, None
         seen = (name, sent._replace(network_input=None), finding)
         picture, words, rows, verdict = show(detector, seen, rate)
         now = datetime.datetime.now().isoformat(timespec="seconds")

@@ -31,11 +31,13 @@ def quantize_networks(model: Any, batches: Sequence[np.ndarray], weights: tuple[
     with needs_extra("quantize"):
         nncf = importlib.import_module("nncf")
     logging.getLogger("nncf").setLevel(logging.ERROR)
+    # of a unified model: whose statistics are in float, so any category does
+    others = {"category": np.array(0)} if any(one.name == "category" for one in model.graph.input) else {}
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # its bars; standard output is for results
         warnings.simplefilter("ignore")
         return nncf.quantize(
             copy.deepcopy(model),
-            nncf.Dataset(batches, lambda pixels: {"image": pixels}),
+            nncf.Dataset(batches, lambda pixels: {"image": pixels, **others}),
             subset_size=min(len(batches), MOST_IMAGES),
             ignored_scope=nncf.IgnoredScope(names=sorted(outside_networks(model.graph, weights)), validate=False),
         )

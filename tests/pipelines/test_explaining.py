@@ -52,6 +52,8 @@ def test_noise_levels_are_told_apart(config):
     told = pipeline.explain(image, generator=generator())
     expected = pipeline(image, generator=generator(), match_input_resolution=False)
     assert told.score == pytest.approx(float(expected.anomaly_score[0]), rel=1e-5)
+    plain = pipeline(image, match_input_resolution=False)  # whose noise is the same each time
+    assert pipeline.explain(image).score == pytest.approx(float(plain.anomaly_score[0]), rel=1e-5)
     assert {"kl at 5", "kl at 100", "feature_error"} <= set(told.maps)
     assert sum(told.maps.values()) == pytest.approx(float(expected.anomaly_map.max()), rel=1e-4)
     assert set(told.levels) == {"at 5", "at 100"}

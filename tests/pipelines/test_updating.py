@@ -123,7 +123,7 @@ def test_what_raised_an_alarm_is_told_and_learned(portions, tmp_path):
 
 def test_images_that_are_known_are_told(portions, tmp_path):
     model = fit(portions[0], tmp_path / "model", "--kept_images", 100)
-    with pytest.warns(UserWarning, match="40 of the 40 images are known already"):
+    with pytest.warns(UserWarning, match="37 of the 40 images are known already"):
         update(model, "--data", portions[0])
 
 
@@ -153,6 +153,10 @@ def test_who_cannot_learn_is_told_why(portions, tmp_path):
     model = fit(first, tmp_path / "model", "--kept_images", 8)
     arguments = ["calibrate", str(model), "--data", str(second), "--false-alarm-rate", "0.2"]
     assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    of_two = write_mvtec(tmp_path / "two", {"tile": 20, "wood": 20}, size=32)
+    growing = fit(first, tmp_path / "growing", "--kept_images", 8)
+    assert "`category` is needed" in error(growing, "--data", of_two)
+    assert "holds images" in error(growing, "--data", second, "--output", second)
     assert "was calibrated anew since it kept good images" in error(model, "--data", second)
     fit(first, model)
     assert not list(model.glob("good_images-*"))  # what another fit leaves behind would be of no use

@@ -288,5 +288,14 @@ def test_a_run_that_goes_on_knows_the_held_out_losses_so_far(tmp_path):
     assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
 
 
+def test_a_run_that_has_ended_early_takes_no_further_step(tmp_path):
+    flags = ("--max_train_steps", 40)
+    toy_training.run(tmp_path, *flags, held_out_loss=rising_after(3)[0])
+    expected = weights(tmp_path)
+    more = ("--resume_from_checkpoint", "latest")
+    assert toy_training.run(tmp_path, *flags, *more, held_out_loss=rising_after(3)[0])["steps"] == 16
+    assert all(torch.equal(values, expected[name]) for name, values in weights(tmp_path).items())
+
+
 def checkpoint_steps(output: Path) -> list[int]:
     return [int(name.removeprefix("checkpoint-")) for name in checkpoints(output)]
