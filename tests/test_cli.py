@@ -262,7 +262,7 @@ def damaged(model, tmp_path) -> Path:
         ("drift missing.csv", ["no table at missing.csv", "Give the scores.csv"]),
         ("drift parts/000.png", ["holds no score"]),
         ("drift scores.csv", ["scores.csv holds the score 'none' of a.png"]),
-        ("predict {model} '' --output out", ["IMAGE|FOLDER...: one of the paths is empty"]),
+        ("predict {model} '' --output out", ["INPUT...: one of the paths is empty"]),
         ("calibrate {model} --data ''", ["--data is empty", "variable of the shell"]),
         ("calibrate {model} --data parts --output parts", ["--output: parts holds images, 000.png first"]),
         ("fit parts --output parts", ["--output: parts holds images, 000.png first"]),

@@ -304,7 +304,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 step = mean.shape[1] if is_exporting() or self.config.shared_whitening else POSITIONS_AT_ONCE
                 for start in range(0, mean.shape[1], step):
                     positions = slice(start, start + step)
-                    rows = (values[:, :, positions] - mean[:, positions]).permute(2, 0, 1)  # (P', N', C), not copied
+                    rows = (values[:, :, positions] - mean[:, positions]).permute(2, 0, 1)  # (P', N', C)
+                    if not is_exporting() and rows.stride(2) != 1:  # of a file; networks have channels last already
+                        rows = rows.contiguous()  # torch's product takes ten times as long without
                     of_positions = whitening if step == mean.shape[1] else [part[positions] for part in whitening]
                     if self.config.shared_whitening:
                         rows = rows.flatten(0, 1)[None]  # (1, P' * N', C)
