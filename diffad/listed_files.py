@@ -93,6 +93,10 @@ class ListedFiles:
         """The place of a line of regions; None where its file is not done."""
         return self._done.get(line["file"])
 
+    def place_when_complete(self, line: dict[str, Any]) -> int:
+        """What stands in a complete table of regions: of files, which may come and go, the order alone."""
+        return EARLIER
+
     def name(self, place: int, one: Input) -> str:
         """Below the root, with `/`."""
         below = place_below(self.root, one.path)

@@ -195,6 +195,10 @@ class Manifest:
         """The place of a line of regions; None where its image is not done."""
         return line["place"] if self._is_done(line["place"]) else None
 
+    def place_when_complete(self, line: dict[str, Any]) -> int:
+        """As of `ListedFiles`; an image of a manifest keeps its place."""
+        return line["place"]
+
     def name(self, place: int, one: Input) -> str:
         """Of an image in lists; of several lines one image has several."""
         return one.file
@@ -218,13 +222,11 @@ def is_tar(path: str | os.PathLike) -> bool:
     return os.fspath(path).lower().endswith(".tar")
 
 
-class TarImages(Manifest):
-    """The images in tars, as WebDataset has them, in the order of the tars and of what is in them.
-
-    Tars are read once from end to end, without what the images hold; that is then read by its place in the tar.
+class ImageContainers(Manifest):
+    """Files that each hold many images: `entries` says where in them an image's bytes are.
 
     Args:
-        paths: of the tars, or their URLs.
+        paths: of the files, or their URLs.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -239,8 +241,15 @@ class TarImages(Manifest):
             raise ValueError(f"There are no images ({describe_suffixes()}) in {', '.join(map(str, paths))}.")
 
     def digest(self) -> str:
-        """Tells the tars from others, by their names, sizes and times."""
+        """Tells the files from others, by their names, sizes and times."""
         return hashlib.sha256(repr([describe_remote(path) for path in self.paths]).encode()).hexdigest()
+
+
+class TarImages(ImageContainers):
+    """The images in tars, as WebDataset has them, in the order of the tars and of what is in them.
+
+    Tars are read from end to end, without what the images hold; that is then read by its place in the tar.
+    """
 
     def entries(self) -> Iterator[str]:
         """Where each image's bytes are, as `RemoteReader` reads it."""

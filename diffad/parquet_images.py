@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 from diffad.installation import needs_extra
-from diffad.manifest import Manifest
-from diffad.remote_files import describe_remote, is_url, open_remote
+from diffad.manifest import ImageContainers
+from diffad.remote_files import is_url, open_remote
 
 NAMES_AT_ONCE = 65_536  # rows, of which the names alone are read
 _ROW = re.compile(r"(.*)#row=(\d+)/.*", re.DOTALL)
 _LOCK = threading.Lock()  # pyarrow reads a file from one thread at a time
 
 
-class ParquetImages(Manifest):
+class ParquetImages(ImageContainers):
     """The images in parquet files, in the order of the files and of their rows.
 
     A group of rows is read when its first image is needed, and two of them stay in memory.
 
-    Args:
-        paths: of the files, or their URLs.
-
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: a file has no column of images.
     """
 
-    def __init__(self, paths: Sequence[str | Path]):
-        self.paths = [os.fspath(path) if is_url(path) else os.path.abspath(path) for path in paths]
-        for path in self.paths:
-            self._begin(path)
-            if image_column(path) is None:
-                raise ValueError(f"{path} has no column of images, with their `bytes`.")
-        if next(self.entries(), None) is None:
-            raise ValueError(f"There are no images in {', '.join(self.paths)}.")
-
-    def digest(self) -> str:
-        """Tells the files from others, by their names, sizes and times."""
-        return hashlib.sha256(repr([describe_remote(path) for path in self.paths]).encode()).hexdigest()
+    def _begin(self, path: str | os.PathLike) -> None:
+        super()._begin(path)
+        if image_column(self.path) is None:
+            raise ValueError(f"{path} has no column of images, with their `bytes`.")
 
     def entries(self) -> Iterator[str]:
         """Where each image is, as `read_row` reads it."""

@@ -108,7 +108,8 @@ def write_outputs(
     if threshold is not None:
         found = np.zeros(decoded.size, bool) if mask is None else mask
         pictures["masks"] = lambda: found.astype(np.uint8) * 255
-    pictures["overlays"] = lambda: draw_overlay(output, j, decoded, threshold, smallest_area, resizing)
+    in_overlay = shown
+    pictures["overlays"] = lambda: _overlay(in_overlay, mask, decoded, is_anomalous, threshold, smallest_area)
     try:
         for folder, picture in pictures.items():
             with one_large_at_a_time(math.prod(decoded.size)):
@@ -124,13 +125,25 @@ def draw_overlay(
     output: Any, j: int, decoded: Decoded, threshold: float | None, smallest_area: float, resizing: Resizing
 ) -> np.ndarray:
     """The image under its map, (h', w', 3) uint8, the mask's outline on it where it raises an alarm."""
-    assert decoded.pixels is not None  # it was decoded to be drawn on
-    size = decoded.pixels.shape[0], decoded.pixels.shape[1]
-    shown, outlined = fit_map(np.asarray(output.anomaly_map[j]), size, decoded.size, resizing), None
-    if threshold is not None:
-        is_above = (shown > np.float32(threshold)) & bool(output.is_anomalous[j])
-        outlined = without_small_regions(is_above, smallest_area)
-    return overlay(decoded.pixels, shown, outlined, threshold)
+    shown = _shown_map(np.asarray(output.anomaly_map[j]), decoded, resizing)
+    assert shown is not None  # it was decoded to be drawn on
+    is_anomalous = threshold is not None and bool(output.is_anomalous[j])
+    return _overlay(shown, None, decoded, is_anomalous, threshold, smallest_area)
+
+
+def _overlay(
+    shown: np.ndarray,
+    mask: np.ndarray | None,
+    decoded: Decoded,
+    is_anomalous: bool,
+    threshold: float | None,
+    smallest_area: float,
+) -> np.ndarray:
+    """An image under its map at the overlay's size; `mask` is that at the image's own, where it is known."""
+    assert decoded.pixels is not None
+    if threshold is not None and (mask is None or mask.shape != shown.shape):
+        mask = without_small_regions((shown > np.float32(threshold)) & is_anomalous, smallest_area)
+    return overlay(decoded.pixels, shown, mask, threshold)
 
 
 def _shown_map(anomaly_map: np.ndarray, decoded: Decoded, resizing: Resizing) -> np.ndarray | None:

@@ -62,7 +62,7 @@ from diffad.resizing import Resizing
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["begin_settings", "check_output", "check_settings", "find_images", "predict_files", "score_files"]
+__all__ = ["find_images", "predict_files", "score_files"]
 
 STORE_WORKERS = 16  # threads that read from a store, which takes long to answer each
 
@@ -284,8 +284,9 @@ def score_files(
 
         regions = RegionJournal(output_dir, process)
         inputs = on_main(accelerator, plan)
-        shape = batch_shape(inputs.count_up_to(batch_size**2), batch_size)
-        with_pictures = inputs.count_up_to(max_pictures + 1) <= max_pictures
+        most = batch_size**2  # from here on all batches are full
+        num_inputs = inputs.count_up_to(max(most, max_pictures + 1))  # once, as it may read a store
+        shape, with_pictures = batch_shape(min(num_inputs, most), batch_size), num_inputs <= max_pictures
         workers = max(num_workers, STORE_WORKERS) if inputs.are_far else num_workers
         names: dict[int, str] = {}  # of pictures, by place, until their image is done
         read = RemoteReader()
@@ -363,7 +364,7 @@ def score_files(
                 save_most_anomalous(highest, draw([row for row in highest if not row[PICTURE]]), output_dir)
             except OSError as error:
                 warnings.warn(f"{output_dir / SHEET_NAME} cannot be written: {error}", stacklevel=2)
-            regions.merge(lambda line: line["place"])
+            regions.merge(inputs.place_when_complete)
             if threshold is not None and can_list_regions():
                 regions.write_files(settings.get("category"))
             complete_scores(output_dir)

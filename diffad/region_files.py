@@ -93,7 +93,7 @@ class RegionJournal:
             return
         with write_whole(self.path) as unfinished, open(unfinished, "w", encoding="ascii") as file:
             before: tuple[int, str] | None = None
-            seen: set[tuple[int, str]] = set()  # of places that are no more than `EARLIER`
+            seen: set[tuple[int, str]] = set()  # of lines that are in no order of places
             for line in heapq.merge(*map(_read_lines, (self.path, *journals)), key=_place):
                 place = place_of_line(line)
                 if place is None:
@@ -102,7 +102,7 @@ class RegionJournal:
                 if key != before and key not in seen:
                     file.write(json.dumps(line | {"place": place}) + "\n")
                 before = key
-                if place == EARLIER:
+                if EARLIER in (place, _place(line)):
                     seen.add(key)
         for path in journals:
             path.unlink()

@@ -22,7 +22,7 @@ from diffad.pipelines.large_images import calibrate_large
 from diffad.precision import running_precision
 from diffad.process_share import process_share
 from diffad.read_ahead import read_ahead
-from diffad.region_of_interest import clear_outside, inside_region
+from diffad.region_of_interest import clear_outside, hide_outside, inside_region
 from diffad.resizing import map_reach
 from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import image_generators
@@ -63,7 +63,10 @@ class DetectionPipeline(AnomalyPipeline):
 
         `region` is that of each category, (K, h, w) bool, outside of which pixels are hidden.
         """
-        raise NotImplementedError
+        size = as_size(self.input_resolution)
+        pixel_values = images_to_pixel_values(images, size).to(self._execution_device)
+        pixel_values = hide_outside(pixel_values, inside_region(region, category, size))
+        return self.measure_pixels(pixel_values, category, generators)
 
     def measure_pixels(
         self,

@@ -11,7 +11,6 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 
 from diffad.calibration.score_calibration import ScoreCalibration
-from diffad.exporting import is_exporting
 from diffad.regions import Region, find_regions, without_small_regions
 
 OUTPUT_TYPES = ("np", "pt", "pil")
@@ -85,7 +84,9 @@ def threshold_output(output: Output, category: torch.Tensor, calibration: ScoreC
     Raises:
         ValueError: a score is NaN, which no threshold could tell from that of a good image.
     """
-    wrong = [] if is_exporting() else torch.as_tensor(output.anomaly_score).isnan().nonzero().flatten().tolist()
+    # a graph that is exported or compiled has no values to look at
+    is_traced = torch.compiler.is_compiling()
+    wrong = [] if is_traced else torch.as_tensor(output.anomaly_score).isnan().nonzero().flatten().tolist()
     if wrong:
         raise ValueError(
             f"The scores of images {wrong} of this call are NaN, which is no verdict. Run the networks in float32 "

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DDPMScheduler
 
 from diffad.calibration.coreset import locally_aware_patches, patch_layers
 from diffad.calibration.feature_gaussian import feature_grid
-from diffad.calibration.good_images import GoodImages
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.images import (
     ImageInput,
@@ -41,7 +40,6 @@ from diffad.pipelines.checks import (
     scored_layers,
 )
 from diffad.pipelines.detection import DetectionPipeline
-from diffad.pipelines.explaining import Explanation
 from diffad.pipelines.large_images import detect_large, grid_of
 from diffad.pipelines.output import AnomalyOutput, ReconstructionOutput, convert_output, threshold_output
 from diffad.pipelines.pipeline_ddpm_reconstruction import DDPMReconstructionPipeline
@@ -63,6 +61,10 @@ from diffad.scoring import (
 from diffad.seeding import draw_noise, model_noise
 from diffad.tiling import tile_height_and_width
 from diffad.warn_once import warn_once
+
+if TYPE_CHECKING:
+    from diffad.calibration.good_images import GoodImages
+    from diffad.pipelines.explaining import Explanation
 
 DEFAULT_ALPHA = 0.5  # the paper's
 
@@ -425,19 +427,6 @@ class AnomalyDenoisePipeline(DetectionPipeline):
     def measuring_networks(self) -> tuple[Any, ...]:
         """What `measure` runs."""
         return self.unet if self.runs_denoiser else None, self.feature_extractor
-
-    def measure_images(
-        self,
-        images: Sequence[torch.Tensor] | ImageSequence,
-        category: torch.Tensor,
-        generators: Sequence[torch.Generator | None],
-        region: torch.Tensor | None = None,
-    ) -> Measurement:
-        """Steps 2 to 4 of a call, at the pipeline's own resolution."""
-        size = as_size(self.input_resolution)
-        pixel_values = images_to_pixel_values(images, size).to(self._execution_device)
-        pixel_values = hide_outside(pixel_values, inside_region(region, category, size))
-        return self.measure_pixels(pixel_values, category, generators)
 
     def measure_pixels(
         self,

@@ -519,19 +519,6 @@ class DiADPipeline(DetectionPipeline):
         """What `reconstruct` and `compare` run."""
         return self.vae, self.unet, self.sg_network, self.feature_extractor
 
-    def measure_images(
-        self,
-        images: Sequence[torch.Tensor] | ImageSequence,
-        category: torch.Tensor,
-        generators: Sequence[torch.Generator | None],
-        region: torch.Tensor | None = None,
-    ) -> Measurement:
-        """Steps 2 to 5 of a call, at the pipeline's own settings; the networks are not told the category."""
-        size = (self.processing_resolution,) * 2
-        pixel_values = images_to_pixel_values(images, size).to(self._execution_device)
-        pixel_values = hide_outside(pixel_values, inside_region(region, category, size))
-        return self.measure_pixels(pixel_values, category, generators)
-
     def measure_pixels(
         self,
         pixel_values: torch.Tensor,

@@ -128,6 +128,14 @@ def tiny_pipeline(
     return pipeline.to(DEVICE)
 
 
+def save_tiny_pipeline(folder: Path) -> Path:
+    """One that is calibrated, in a folder, which is returned."""
+    pipeline = tiny_pipeline()
+    pipeline.calibrate(textures(12), false_alarm_rate=0.25)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 

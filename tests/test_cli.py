@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import textures, tiny_pipeline, write_folder, write_mvtec
+from conftest import save_tiny_pipeline, textures, tiny_pipeline, write_folder, write_mvtec
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -45,10 +45,7 @@ def run(*arguments: object, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    pipeline = tiny_pipeline()
-    pipeline.calibrate(textures(12), false_alarm_rate=0.25)
-    pipeline.save_pretrained(folder := tmp_path_factory.mktemp("model"))
-    return folder
+    return save_tiny_pipeline(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

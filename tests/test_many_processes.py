@@ -12,7 +12,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import launch, launch_command, relative_error, textures, tiny_pipeline, write_folder, write_png
+from conftest import (
+    launch,
+    launch_command,
+    relative_error,
+    save_tiny_pipeline,
+    textures,
+    tiny_pipeline,
+    write_folder,
+    write_png,
+)
 from PIL import Image
 
 from diffad import AnomalyDenoisePipeline
@@ -26,10 +35,7 @@ TABLES = ("scores.csv", "regions.csv", "regions.json", "regions.jsonl")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    pipeline = tiny_pipeline()
-    pipeline.calibrate(textures(12), false_alarm_rate=0.25)
-    pipeline.save_pretrained(folder := tmp_path_factory.mktemp("model"))
-    return folder
+    return save_tiny_pipeline(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

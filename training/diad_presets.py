@@ -4,14 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-SMALL_UNET = {
-    "layers_per_block": 2,
-    "down_block_types": ("DownBlock2D",) * 4,
-    "mid_block_type": "UNetMidBlock2D",
-    "up_block_types": ("UpBlock2D",) * 4,
-    "cross_attention_dim": 1,
-    "norm_num_groups": 16,
-}
 # Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed" (WACV 2024). Stable Diffusion's
 # last timestep leaves 7% of the image in the noise. A denoiser trained on it takes the coarse structure from
 # there, when sampling from what is noise alone, and not from the guidance: it draws another part. Velocity is
@@ -21,31 +13,34 @@ FROM_NOISE_ALONE = {
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
 }
+
+
+def small_preset(resolution: int, block_out_channels: tuple[int, ...]) -> dict[str, Any]:
+    """A denoiser without attention, of images `resolution` px a side, whose latents have an eighth of that."""
+    return {
+        "resolution": resolution,
+        "unet": {
+            "sample_size": resolution // 8,
+            "block_out_channels": block_out_channels,
+            "layers_per_block": 2,
+            "down_block_types": ("DownBlock2D",) * 4,
+            "mid_block_type": "UNetMidBlock2D",
+            "up_block_types": ("UpBlock2D",) * 4,
+            "cross_attention_dim": 1,
+            "norm_num_groups": 16,
+        },
+        "conditioning_embedding_out_channels": (8, 16, 32, 64),
+        "scheduler": FROM_NOISE_ALONE,
+    }
+
+
 DIAD_PRESETS: dict[str, dict[str, Any]] = {
     # Four levels, so that for latents of 16 x 16 the guiding skips stand at 2 x 2. They stand at 4 x 4 for the paper's
     # 256 px; a finer skip shows the denoiser the defect, and it draws it.
-    "cpu-128": {
-        "resolution": 128,
-        "unet": {
-            "sample_size": 16,
-            "block_out_channels": (64, 96, 128, 192),
-            **SMALL_UNET,
-        },
-        "conditioning_embedding_out_channels": (8, 16, 32, 64),
-        "scheduler": FROM_NOISE_ALONE,
-    },
+    "cpu-128": small_preset(128, (64, 96, 128, 192)),
     # The paper's 256 px and 4 x 4 for the guiding skips, for latents of many channels, as TAEF2's, that a small
     # autoencoder makes without blur.
-    "cpu-256": {
-        "resolution": 256,
-        "unet": {
-            "sample_size": 32,
-            "block_out_channels": (64, 64, 128, 192),
-            **SMALL_UNET,
-        },
-        "conditioning_embedding_out_channels": (8, 16, 32, 64),
-        "scheduler": FROM_NOISE_ALONE,
-    },
+    "cpu-256": small_preset(256, (64, 64, 128, 192)),
 }
 
 # Stable Diffusion's noise

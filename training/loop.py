@@ -154,13 +154,13 @@ def train(
                 model.train()
             if is_saved:
                 save_checkpoint(accelerator, args, step)
-            if is_last:
-                break
             if stop:
                 progress.close()
                 accelerator.print(f"Stopped at step {step}. Add --resume_from_checkpoint latest to go on.")
                 accelerator.end_training()
                 raise SystemExit(128 + stop)
+            if is_last:
+                break
 
     if step < args.max_train_steps:
         accelerator.print(f"The loss of held-out images no longer falls: stopped after {step} steps.")

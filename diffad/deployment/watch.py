@@ -24,15 +24,9 @@ from diffad.files import bounded_name, digest, locked_folder, write_whole
 from diffad.inputs import LOCK_NAME, images_below, is_image_name, is_input_folder
 from diffad.installation import needs_extra
 from diffad.journal import COLUMNS, ENCODING, SCORES_NAME, Input, describe_input, read_rows
-from diffad.predict import (
-    begin_settings,
-    check_output,
-    check_settings,
-    detection_settings,
-    pipeline_detect,
-    resizing_of,
-    write_outputs,
-)
+from diffad.output_folder import begin_settings, check_output, check_settings
+from diffad.picture_files import write_outputs
+from diffad.predict import detection_settings, pipeline_detect, resizing_of
 from diffad.resizing import Resizing
 
 RESCAN_SECONDS = 60.0  # how often the folder is listed beside what the system reports, which may lose some
