@@ -165,8 +165,10 @@ def nearest_shares(
     """The layers' shares in the squared distance of the patch (of (1, C, h, w)) at a place from the nearest."""
     rows, columns = patches.shape[-2:]
     patch = patches[0, :, int(place[0] * rows), int(place[1] * columns)].float()
-    squares = (pipeline.calibration.coreset[index].float() - patch).square()  # (M, C)
-    squares = squares[squares.sum(dim=1).argmin()]
+    coreset, directions = pipeline.calibration.coreset[index].float(), pipeline.calibration.patch_directions
+    offset = coreset - (patch if directions is None else patch @ directions[index])  # (M, D)
+    offset = offset[offset.square().sum(dim=1).argmin()]
+    squares = (offset if directions is None else directions[index] @ offset).square()  # (C,), of the same sum
     return _by_layer(pipeline, squares / squares.sum().clamp(min=1e-12), pipeline.patch_layers)
 
 

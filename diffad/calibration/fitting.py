@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from diffad.calibration.coreset import CORESET_SIZE, POOL_SIZE, greedy_coreset, sample_patches
+from diffad.calibration.coreset import (
+    CORESET_SIZE,
+    greedy_coreset,
+    num_directions,
+    pool_size,
+    principal_directions,
+    sample_patches,
+)
 from diffad.calibration.feature_gaussian import (
     feature_gaussian,
     leave_one_out_epsilon,
@@ -257,7 +264,7 @@ class CalibrationFit:
                 continue
             inside = self._inside(measurement.patches.shape[-2:])
             for patches, image in zip(measurement.patches, measurement.image.tolist(), strict=True):
-                chosen = sample_patches(patches, image, max(1, POOL_SIZE // num_images), inside)
+                chosen = sample_patches(patches, image, max(1, pool_size(len(patches)) // num_images), inside)
                 sampled.append((image, chosen.cpu().numpy()))
         if self.accelerator is not None and self.accelerator.num_processes > 1:
             sampled = gather_object(sampled)
@@ -265,6 +272,11 @@ class CalibrationFit:
         owner = torch.tensor([image for image, patches in sampled for _ in patches], device=device)
         pool = torch.from_numpy(np.concatenate([patches for _, patches in sampled])).to(device)
         with torch.autocast(device.type, enabled=False):  # small distances are differences of large numbers
+            if calibration.patch_directions is not None:
+                directions = principal_directions(pool, calibration.patch_directions.shape[2])
+                pool = pool @ directions
+                for one in (calibration, for_seen):
+                    one.patch_directions[self.category] = directions
             chosen = greedy_coreset(pool, CORESET_SIZE)
         for one in (calibration, for_seen):
             one.coreset[self.category] = pool[chosen].half()
@@ -384,7 +396,11 @@ class CalibrationFit:
             num_maps += 1 if grid == residual_shape[1:] else 2  # the residual's distances are maps, too
         self.num_measured = measurement.maps.shape[1]
         feature_shape = None if measurement.features is None else tuple(measurement.features.shape[1:])
-        coreset_shape = None if measurement.patches is None else (CORESET_SIZE, measurement.patches.shape[1])
+        coreset_shape = patch_channels = None
+        if measurement.patches is not None:
+            num_channels = measurement.patches.shape[1]
+            coreset_shape = (CORESET_SIZE, num_directions(num_channels))
+            patch_channels = num_channels if num_channels > coreset_shape[1] else None
         num_maps += (feature_shape is not None) + (coreset_shape is not None)
         previous = self.previous
         if previous is not None:
@@ -396,6 +412,7 @@ class CalibrationFit:
             residual_places=grid,
             feature_shape=feature_shape,
             coreset_shape=coreset_shape,
+            patch_channels=patch_channels,
             num_scores=max(self.num_scores, 0 if previous is None else previous.config.num_scores),
             false_alarm_rate=self.false_alarm_rate,
             region_shape=None if self.region is None else tuple(self.region.shape[1:]),

@@ -19,7 +19,7 @@ from diffad.calibration.conformal import (
     rounded_up,
     thresholds_at,
 )
-from diffad.calibration.coreset import nearest_distances
+from diffad.calibration.coreset import nearest_distances, project
 from diffad.calibration.feature_gaussian import leave_one_out_of_features
 from diffad.calibration.residual_gaussian import by_cell, from_cells, leave_one_out
 from diffad.calibration.triangles import identity_triangle, multiply_parts, triangle_parts
@@ -48,7 +48,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         settings: the pipeline's, as they were.
         feature_shape: (C, h, w) of the features that have a Gaussian at each position (`feature_gaussian`), or None.
         value_range: of images of more than 8 bits, where the calibration has found it and the pipeline has none.
-        coreset_shape: (M, C) of the good images' patches that are kept, or None.
+        coreset_shape: (M, D) of the good images' patches that are kept, or None.
+        patch_channels: C of the patches, of which D principal directions count; None where all C do.
         smallest_area: of a region that counts, as a share of the image's area, in [0, 1) (`cut_small_peaks`).
         region_shape: (h, w) of the categories' regions of interest, or None.
         shared_whitening: whether all positions have one covariance of the features, as those of tiles do: a place in a
@@ -67,7 +68,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             become uncorrelated, of variance 1 (`residual_gaussian`).
         feature_mean, feature_whitening: the same of the features themselves, (K, h * w, C) and, in half precision,
             (K, h * w, C (C + 1) / 2), or (K, 1, ...) where the covariance is shared.
-        coreset: (K, M, C) float16, patches of good images (`diffad.calibration.coreset`).
+        coreset: (K, M, D) float16, patches of good images (`diffad.calibration.coreset`).
+        patch_directions: (K, C, D), along which patches are compared, or None.
         place_mean, place_std: (K, rows, columns), of good images' maps that are blended of tiles, or None.
         category_mean, category_covariance: (K, C) and (K, C, C), of good images' features, by which categories are
             told apart; NaN where nothing is known.
@@ -86,6 +88,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         "feature_mean",
         "feature_whitening",
         "coreset",
+        "patch_directions",
         "place_mean",
         "place_std",
         "category_mean",
@@ -103,6 +106,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     feature_mean: torch.Tensor  # these three are None where they do not count
     feature_whitening: torch.Tensor
     coreset: torch.Tensor
+    patch_directions: torch.Tensor | None
     region: torch.Tensor | None
     place_mean: torch.Tensor | None
     place_std: torch.Tensor | None
@@ -133,6 +137,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         keeps_maxima: bool = False,
         category_channels: int | None = None,
         place_shape: tuple[int, int] | None = None,
+        patch_channels: int | None = None,
     ):
         super().__init__()
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
@@ -158,6 +163,11 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         self._graph_whitening: dict[str, list[torch.Tensor]] = {}  # of all categories, while a graph is exported
         coreset = None if coreset_shape is None else torch.zeros(num_categories, *coreset_shape).half()
         self.register_buffer("coreset", coreset)
+        has_directions = coreset_shape is not None and patch_channels is not None
+        directions = (
+            torch.eye(patch_channels, coreset_shape[1]).repeat(num_categories, 1, 1) if has_directions else None
+        )
+        self.register_buffer("patch_directions", directions)
         self.coreset_owner: dict[int, torch.Tensor] = {}  # (M,), while a category's statistics are taken
         region = None if region_shape is None else torch.ones(num_categories, *region_shape, dtype=torch.bool)
         self.register_buffer("region", region)
@@ -336,7 +346,10 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             for index, chosen in of_each_category(category):
                 own = None if image is None else image[chosen]
                 owner = None if image is None else self.coreset_owner[index]
-                distances[chosen] = nearest_distances(patches[chosen], self.coreset[index], owner, own)
+                of_category = patches[chosen]
+                if self.patch_directions is not None:
+                    of_category = project(of_category, self.patch_directions[index])
+                distances[chosen] = nearest_distances(of_category, self.coreset[index], owner, own)
         return resize_maps(distances[:, None], size, sigma)
 
     def check_measurement(self, measurement: Measurement) -> None:
@@ -352,7 +365,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         if (
             found != (self.config.map_shape[0], shape[0] if shape else 0)
             or of_features != known
-            or width != (self.config.coreset_shape[1] if self.config.coreset_shape else 0)
+            or width != (self.config.get("patch_channels") or (self.config.coreset_shape or (0, 0))[1])
         ):
             raise ValueError(
                 "`calibration` was made for other scores than this pipeline's settings give (timesteps, strides, "

@@ -8,10 +8,14 @@ from conftest import generator, texture, textures, tiny_extractor, tiny_pipeline
 
 from diffad import AnomalyDenoisePipeline
 from diffad.calibration.coreset import (
+    CORESET_SIZE,
     greedy_coreset,
     locally_aware_patches,
     nearest_distances,
+    num_directions,
     patch_layers,
+    principal_directions,
+    project,
     sample_patches,
 )
 
@@ -57,6 +61,29 @@ def test_a_coreset_is_near_everything():
     assert greedy_coreset(patches[:2], 5).tolist()[2:] == [0, 0, 0]  # fewer than asked for: repeated
 
 
+def test_a_coreset_of_several_chosen_at_once_is_near_everything():
+    patches = torch.rand(9001, 3, generator=generator())
+    chosen = greedy_coreset(patches, CORESET_SIZE)
+    assert len(set(chosen.tolist())) == CORESET_SIZE
+    farthest, at_random = (
+        torch.cdist(patches, patches[one]).amin(dim=1).max() for one in (chosen, range(CORESET_SIZE))
+    )
+    assert farthest < 0.6 * at_random
+
+
+def test_directions_in_which_nothing_varies_tell_nothing():
+    """Patches of 100 channels that lie in a plane through some point of theirs."""
+    plane = torch.randn(2, 100, generator=generator())
+    patches = (torch.randn(500, 2, generator=generator(1)) @ plane + 3.0).mT[None, :, None]  # (1, 100, 1, 500)
+    directions = principal_directions(patches[0, :, 0].mT, 2)
+    torch.testing.assert_close(directions.mT @ directions, torch.eye(2), atol=1e-5, rtol=0.0)
+    coreset, patches = patches[0, :, 0, :20].mT, patches[..., 20:]
+    expected = nearest_distances(patches, coreset)
+    found = nearest_distances(project(patches, directions), coreset @ directions)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=5e-3)
+    assert (num_directions(40), num_directions(100), num_directions(152)) == (40, 64, 76)
+
+
 def test_which_patches_are_sampled_depends_on_the_image_alone():
     patches = torch.arange(60.0).view(2, 5, 6)
     torch.testing.assert_close(sample_patches(patches, 3, 4), sample_patches(patches, 3, 4))
@@ -64,11 +91,10 @@ def test_which_patches_are_sampled_depends_on_the_image_alone():
     assert sample_patches(patches, 0, 100).shape == (30, 2)
 
 
-@pytest.fixture(scope="module")
-def nearest() -> AnomalyDenoisePipeline:
-    pipeline = AnomalyDenoisePipeline(
-        None, None, tiny_extractor(image_size=32), position_trust=0.0, weights={"nearest": 1.0}
-    )
+@pytest.fixture(scope="module", params=[(2, 4), (4, 8, 16)])  # whose patches have 32 and 240 channels
+def nearest(request) -> AnomalyDenoisePipeline:
+    extractor = tiny_extractor(request.param, image_size=64 if 16 in request.param else 32)
+    pipeline = AnomalyDenoisePipeline(None, None, extractor, position_trust=0.0, weights={"nearest": 1.0})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.calibrate(textures(20, 32, 100), textures(30, 32), false_alarm_rate=0.2)
 

@@ -76,6 +76,16 @@ def test_a_change_of_one_layer_alone_is_told_of_it(of_features):
     assert shares[f"stride {stride}"] == pytest.approx(1.0)
 
 
+def test_layers_share_a_distance_that_is_taken_along_principal_directions():
+    extractor = tiny_extractor((8, 16), image_size=64)
+    pipeline = AnomalyDenoisePipeline(None, None, extractor, position_trust=0.0, weights={"nearest": 1.0})
+    pipeline.calibrate(textures(20, 64), false_alarm_rate=0.1)
+    assert pipeline.calibration.patch_directions.shape[2] < sum(extractor.layer_channels)
+    shares = pipeline.explain(marked(20, 24)).layers["nearest"]
+    assert shares.keys() == {"stride 8", "stride 16"}
+    assert sum(shares.values()) == pytest.approx(1.0, rel=1e-4)
+
+
 def test_the_good_image_most_like_it_comes_first(of_features, tmp_path):
     shades = [(texture(i, 32) * (0.5 + 0.1 * i)).astype(np.uint8) for i in range(6)]
     good = [write_png(tmp_path / f"{i}.png", pixels) for i, pixels in enumerate(shades)]
