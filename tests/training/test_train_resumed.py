@@ -161,6 +161,23 @@ def test_a_balanced_run_resumes_to_the_bit(tmp_path):
     assert json.loads((whole / "training.json").read_text())["arguments"]["balance_categories"] is True
 
 
+def test_two_trainings_are_not_mixed_in_one_folder(good, tiny, tmp_path):
+    """Of a training's processes the main one alone holds the folder, until they end."""
+    output = tmp_path / "run"
+    arguments = flags(good, output, "--checkpointing_steps", 1, start=tiny, steps=9999)
+    process = start(launch_command(SCRIPT, *arguments, processes=2), output, tmp_path / "log")
+    try:
+        with pytest.raises(RuntimeError, match=r"written to by process \d+ on .*give another --output_dir"):
+            train(good, output, start=tiny)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    shutil.rmtree(output)
+    train(good, output, start=tiny)  # the dead hold nothing
+    train(good, output, "--resume_from_checkpoint", "latest", start=tiny, steps=3)  # nor do the ended
+    load(output)
+
+
 # -- two processes -----------------------------------------------------------------------------------------------
 
 
