@@ -100,7 +100,8 @@ def learn_good_images(
     num_known = 0
     former_keys = {*good_images.for_statistics, *good_images.for_thresholds}
     if good_images.moments is not None and accelerator is not None and not accelerator.is_main_process:
-        good_images.moments = FeatureMoments(*good_images.moments.total.shape, device)  # the main process adds them
+        num_positions, num_channels = good_images.moments.total.shape
+        good_images.moments = FeatureMoments(num_positions, num_channels, device)  # the main process has the former
     mine = process_share(len(images), accelerator)
     chosen = mine or range(min(1, len(images)))  # whose features tell the shapes
     sequence = ImageSequence.of_rows(images, chosen, pipeline.value_range)

@@ -35,6 +35,6 @@ def whole_network(network_class: type[ModelMixin], network: Any) -> Any:
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    whole = network_class.from_config(network.config)  # type: ignore[attr-defined]  # of ConfigMixin
+    whole = network_class.from_config(network.config)
     whole.load_state_dict(get_model_state_dict(network, options=StateDictOptions(full_state_dict=True)))
     return whole.to(network.device).eval()

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import launch, launch_command, tiny_pipeline, write_mvtec
@@ -166,15 +167,16 @@ def test_two_trainings_are_not_mixed_in_one_folder(good, tiny, tmp_path):
     output = tmp_path / "run"
     arguments = flags(good, output, "--checkpointing_steps", 1, start=tiny, steps=9999)
     process = start(launch_command(SCRIPT, *arguments, processes=2), output, tmp_path / "log")
+    processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     try:
         with pytest.raises(RuntimeError, match=r"written to by process \d+ on .*give another --output_dir"):
             train(good, output, start=tiny)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    shutil.rmtree(output)
-    train(good, output, start=tiny)  # the dead hold nothing
-    train(good, output, "--resume_from_checkpoint", "latest", start=tiny, steps=3)  # nor do the ended
+        for one in processes:  # what the launcher has launched is in a group of its own
+            one.kill()
+        psutil.wait_procs(processes)
+    for _ in range(2):  # neither the dead nor the ended hold it
+        train(good, output, start=tiny)
     load(output)
 
 
