@@ -101,7 +101,8 @@ class RegionJournal:
                 key = (place, line["file"])
                 if key != before and key not in seen:
                     # mostly as it stands: to write half a million anew takes seconds
-                    file.write(text if place == line.get("place") else json.dumps(line | {"place": place}) + "\n")
+                    stays = place == line.get("place") and text.isascii()
+                    file.write(text if stays else json.dumps(line | {"place": place}) + "\n")
                 before = key
                 if EARLIER in (place, _place(line)):
                     seen.add(key)
