@@ -88,7 +88,7 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None, dtype: st
 
 def is_exported(model: str) -> bool:
     """Whether a model is one file, for `diffad.deployment.Runtime`."""
-    return Path(model).suffix in (".onnx", ".xml")
+    return Path(model).suffix.lower() in (".onnx", ".xml")
 
 
 def load_model(model: str, device: str | None = None, dtype: str = "float32") -> Any:

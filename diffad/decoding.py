@@ -76,6 +76,8 @@ def decoded_batches(
 
     def decode(one: Input) -> Decoded | Exception:
         try:
+            if not one.file:
+                raise FileNotFoundError("`image`: this line of the manifest names none.")
             content = read(one)
             (width, height), mode = image_file_header(one.path, content)
             if refuse_unknown_range:

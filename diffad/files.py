@@ -59,8 +59,13 @@ def write_text_whole(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def locked_folder(folder: Path, lock_name: str) -> Iterator[None]:
+def locked_folder(folder: Path, lock_name: str, argument: str = "`output_dir`") -> Iterator[None]:
     """Holds a folder for this process. The kernel lets go of it when the process ends, however it ends.
+
+    Args:
+        folder: must be there.
+        lock_name: of the file in it that is locked, which stays.
+        argument: which names the folder, for the message.
 
     Raises:
         RuntimeError: another process holds it; the message names it.
@@ -74,7 +79,7 @@ def locked_folder(folder: Path, lock_name: str) -> Iterator[None]:
             holder = os.pread(descriptor, 200, 0) if hasattr(os, "pread") else os.read(descriptor, 200)
             who = holder.decode("utf-8", "replace").strip() or "another process"
             raise RuntimeError(
-                f"{folder} is being written to by {who}. Wait for its end, or give another `output_dir`."
+                f"{folder} is being written to by {who}. Wait for its end, or give another {argument}."
             ) from None
         except OSError as error:
             warnings.warn(

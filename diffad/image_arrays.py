@@ -181,11 +181,11 @@ def is_large(image: Any) -> bool:
 
 
 def row_bands(image: Image.Image, value_range: float | None, name: str) -> Iterator[np.ndarray]:
-    """A large image from its top to its bottom, (rows, W, C) float32 in [0, 1], of up to `BAND_PIXELS` each."""
+    """A large image from its top to its bottom, (rows, W, C) float32 in [0, 1], each of few enough for the cache."""
     image = turn_upright(image)
     if value_range is None:
         value_range = value_range_of(image)
-    rows = max(1, BAND_PIXELS // image.width)
+    rows = max(1, BAND_PIXELS // 16 // image.width)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
         yield to_arrays(image.crop((0, top, image.width, bottom)), name, value_range)[0]

@@ -46,7 +46,7 @@ class Input(NamedTuple):
     """An image file, as it was before it was read.
 
     path: as it was given: a `Path`, or a URL as text.
-    file: with every link resolved: two names of a file have one.
+    file: with every link resolved: two names of a file have one. "" where a manifest's line names none.
     size: in bytes; "" where there is no file.
     modified: nanoseconds since 1970, with the former what tells a file from another one of its name.
     """

@@ -63,18 +63,24 @@ def update(
     from diffad.data import load_anomaly_dataset
     from diffad.model_card import remove_reports
     from diffad.pipelines.updating import load_good_images, save_updatable
+    from diffad.process_share import launched_processes, on_main
 
     if not Path(model).is_dir():
         raise ValueError(f"`model` must be a folder, as `diffad fit` writes it, but there is none at {model}.")
     folder = check_model_folder(Path(model) if output is None else output)
-    pipeline = load_pipeline(model, device)
+    accelerator = launched_processes()
+    pipeline = load_pipeline(model, device or (str(accelerator.device) if accelerator else None))
     good_images = load_good_images(pipeline, model)
     good = load_anomaly_dataset(data, "train", category, dataset, on_bad_image.value)
     good = good.filter(lambda label: label == 0, input_columns="label")
     if len(names := sorted(set(good["category"]))) > 1:
         raise ValueError(f"`category` is needed: {data} holds {', '.join(names)}, and this model is of one.")
-    alarms = pipeline.update(good["image"], good_images, batch_size)
-    save_updatable(pipeline, good_images, folder)
+    alarms = pipeline.update(good["image"], good_images, batch_size, accelerator)
+    on_main(accelerator, lambda: save_updatable(pipeline, good_images, folder))
+    if accelerator is not None:
+        accelerator.end_training()  # a process that exits with its group still open may abort
+        if not accelerator.is_main_process:
+            return
     remove_reports(folder)  # they speak of the calibration that was here before
     calibration = pipeline.calibration
     if alarms:

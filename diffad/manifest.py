@@ -89,7 +89,8 @@ def range_of_inputs(paths: Sequence[Path | Input] | Manifest) -> float | None:
 class Manifest:
     """Images by reference, in the order of a table's lines, with what earlier runs have done of them.
 
-    Each line is an image of its own: one that is named twice is scored twice. Of what is done a bit of memory a line
+    Each line is an image of its own: one that is named twice is scored twice, and one that names none, as a field is
+    missing or empty, is an image that cannot be read. Of what is done a bit of memory a line
     is kept, and nothing else.
 
     Args:
@@ -123,7 +124,7 @@ class Manifest:
     @property
     def are_far(self) -> bool:
         """Whether the first image lies in a store."""
-        return isinstance(self.first(1)[0].path, str)
+        return is_url(self.first(1)[0].path)
 
     def common_root(self) -> str:
         """The manifest's folder."""
@@ -138,7 +139,7 @@ class Manifest:
         return whole.hexdigest()
 
     def entries(self) -> Iterator[str]:
-        """Paths and URLs, as they stand in the manifest."""
+        """Paths and URLs, as they stand in the manifest; "" where a line names no image."""
         return self._of_parquet() if self.path.lower().endswith(".parquet") else self._of_csv()
 
     def _open(self, mode: str) -> Any:
@@ -156,9 +157,7 @@ class Manifest:
             if column is None and first:
                 yield first[0]
             for row in rows:
-                if len(row) <= (column or 0):
-                    raise ValueError(f"{self.path} names no image in line {reader.line_num}.")
-                yield row[column or 0]
+                yield row[column or 0] if len(row) > (column or 0) else ""
 
     def _of_parquet(self) -> Iterator[str]:
         with needs_extra("remote", "train"):
@@ -214,6 +213,8 @@ class Manifest:
                 yield place, self._input(entry), picture
 
     def _input(self, entry: str) -> Input:
+        if not entry:
+            return Input("", "", "", "")
         path = entry if is_url(entry) else os.path.join(self.folder, entry)
         return Input(path if is_url(path) else Path(path), entry, "", "")
 

@@ -9,10 +9,9 @@ from typing import Any
 def model_digest(pipeline: Any) -> str:
     """Ten letters: of some values of each tensor of a pipeline, or of an exported model's file."""
     if not hasattr(pipeline, "components"):
-        files = (
-            [pipeline.path] if pipeline.path.suffix != ".xml" else [pipeline.path, pipeline.path.with_suffix(".bin")]
-        )
-        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:10]
+        from diffad.deployment.runtime import graph_files
+
+        return hashlib.sha256(b"".join(file.read_bytes() for file in graph_files(pipeline.path))).hexdigest()[:10]
     found = hashlib.sha256()
     for component in pipeline.components.values():
         tensors = component.state_dict() if hasattr(component, "state_dict") else {}

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 
 def check_folder(path: Path) -> Path:
-    """`path`, unless a file stands there: diffusers would save nothing, and go on."""
+    """`path`, unless a file stands there, of which diffusers says nothing, or it is a URL.
+
+    Raises:
+        ValueError: one of both.
+    """
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):  # `Path` has taken one of the two strokes away
+        raise ValueError(
+            f"The output goes into a local folder, from which a run that was killed goes on, but {path} is a URL. Copy "
+            "the folder when the run has ended, by the store's own program or by fsspec's `put`."
+        )
     if path.exists() and not path.is_dir():
         raise ValueError(f"The output goes into a folder, but {path} is a file. Give another one.")
     return path

@@ -63,6 +63,8 @@ from diffad.tiling import tile_height_and_width
 from diffad.warn_once import warn_once
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from diffad.calibration.good_images import GoodImages
     from diffad.pipelines.explaining import Explanation
 
@@ -518,7 +520,13 @@ class AnomalyDenoisePipeline(DetectionPipeline):
 
         return export_pipeline(self, path, format, precision, images, input_type)
 
-    def update(self, images: Sequence[Any], good_images: GoodImages, batch_size: int = 16) -> list[int]:
+    def update(
+        self,
+        images: Sequence[Any],
+        good_images: GoodImages,
+        batch_size: int = 16,
+        accelerator: Accelerator | None = None,
+    ) -> list[int]:
         """Learns more good images without the old files, of a pipeline of `diffad fit --kept-images`.
 
         ```python
@@ -532,6 +540,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
                 those that raise an alarm among them, or the false-alarm rate holds no longer.
             good_images: what the pipeline keeps, to which they are added.
             batch_size: images in one pass.
+            accelerator: whose processes share the images; every process calls this and ends with the same.
 
         Returns:
             Which of them raise an alarm by the calibration so far: look at them.
@@ -541,7 +550,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         """
         from diffad.pipelines.updating import update_calibration
 
-        return update_calibration(self, images, good_images, batch_size)
+        return update_calibration(self, images, good_images, batch_size, accelerator)
 
     def explain(self, image: ImageInput, **options: Any) -> Explanation:
         """Why one image has its score: which map, layer and noise level, and the good images most like it.

@@ -28,10 +28,13 @@ from diffad.images import ImageSequence, as_size, images_to_pixel_values
 from diffad.moments import FeatureMoments
 from diffad.pipelines.checks import check_calibration
 from diffad.precision import running_precision
+from diffad.process_share import of_all_processes, process_share
 from diffad.region_of_interest import hide_outside, inside_region
-from diffad.scoring import Measurement
+from diffad.scoring import Measurement, empty_measurement
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from diffad.pipelines.pipeline_anomaly_denoise import AnomalyDenoisePipeline
 
 
@@ -58,6 +61,7 @@ def learn_good_images(
     batch_size: int = 16,
     region: torch.Tensor | None = None,
     smallest_area: float = 0.0,
+    accelerator: Accelerator | None = None,
 ) -> list[int]:
     """Calibrates a pipeline to what `good_images` holds and to more good images, which are added to it.
 
@@ -69,6 +73,7 @@ def learn_good_images(
         batch_size: images in one pass.
         region: what counts, (1, h, w) bool, or None for all.
         smallest_area: of a region that counts.
+        accelerator: whose processes share the images; all call this with the same, and end with the same.
 
     Returns:
         Which of the images raise an alarm by the calibration so far.
@@ -93,10 +98,16 @@ def learn_good_images(
     extractor.channel_std.fill_(1.0)
     alarms: list[int] = []
     num_known = 0
-    sequence = ImageSequence.of_rows(images, range(len(images)), pipeline.value_range)
-    for start in range(0, len(images), batch_size):
+    former_keys = {*good_images.for_statistics, *good_images.for_thresholds}
+    if good_images.moments is not None and accelerator is not None and not accelerator.is_main_process:
+        num_positions, num_channels = good_images.moments.total.shape
+        good_images.moments = FeatureMoments(num_positions, num_channels, device)  # the main process has the former
+    mine = process_share(len(images), accelerator)
+    chosen = mine or range(min(1, len(images)))  # whose features tell the shapes
+    sequence = ImageSequence.of_rows(images, chosen, pipeline.value_range)
+    for start in range(0, len(chosen), batch_size):
         pixel_values = images_to_pixel_values(sequence[start : start + batch_size], size)
-        kept = [good_images.keep(pixels) for pixels in to_kept_pixels(pixel_values)]
+        kept = [good_images.keep(pixels) if mine else (True, False) for pixels in to_kept_pixels(pixel_values)]
         num_known += sum(is_known and not is_held_out for is_held_out, is_known in kept)
         measurement, category = measured(pixel_values)
         features = measurement.features  # (B, C, h, w)
@@ -106,17 +117,19 @@ def learn_good_images(
             maps = pipeline.score_maps(measurement._replace(features=scaled), category, calibration)
             _, scores = pipeline.score_inside(pipeline.join_maps(maps, category, calibration), category)
             is_anomalous = (scores > calibration.image_threshold[0]).tolist()
-            alarms += [start + i for i, alarm in enumerate(is_anomalous) if alarm]
+            alarms += [chosen[start + i] for i, alarm in enumerate(is_anomalous) if alarm]
         features = features.flatten(2)  # (B, C, P)
         if good_images.moments is None:
             good_images.moments = FeatureMoments(features.shape[2], features.shape[1], device)
         good_images.moments.update(features[[not is_held_out for is_held_out, _ in kept]])
+    num_known = sum(of_all_processes(accelerator, num_known)) + good_images.unite(accelerator, former_keys)
+    alarms = sorted({i for of_process in of_all_processes(accelerator, alarms) for i in of_process})
     if good_images.num_seen < 3 or not good_images.for_thresholds:
         raise ValueError(
             f"`images`: of {len(images)} good images, a hash of their content holds {len(good_images.for_thresholds)} "
             "out for the thresholds. It takes 3 others and 1 of these: give 20 at least, better 100."
         )
-    if num_known:
+    if num_known and (accelerator is None or accelerator.is_main_process):
         warnings.warn(
             f"{num_known} of the {len(images)} images are known already: their features count twice.", stacklevel=3
         )
@@ -134,6 +147,7 @@ def learn_good_images(
         0,
         len(good_images.for_thresholds),
         false_alarm_rate,
+        accelerator,
         value_range=value_range,
         smallest_area=smallest_area,
         region=region,
@@ -143,15 +157,21 @@ def learn_good_images(
         (fit.add_statistics, good_images.for_statistics),
         (fit.add_scores, good_images.for_thresholds),
     ):
-        for pixel_values in kept_batches(of_kind, batch_size):
-            learn(measured(pixel_values)[0])
+        mine = process_share(len(of_kind), accelerator)
+        for pixel_values in kept_batches(of_kind, batch_size, mine or range(1)):
+            measurement = measured(pixel_values)[0]
+            learn(measurement if mine else empty_measurement(measurement))
     pipeline.register_modules(calibration=fit.finish(), feature_extractor=extractor)
     pipeline.maybe_free_model_hooks()
     return alarms
 
 
 def update_calibration(
-    pipeline: AnomalyDenoisePipeline, images: Sequence[Any], good_images: GoodImages, batch_size: int = 16
+    pipeline: AnomalyDenoisePipeline,
+    images: Sequence[Any],
+    good_images: GoodImages,
+    batch_size: int = 16,
+    accelerator: Accelerator | None = None,
 ) -> list[int]:
     """As `AnomalyDenoisePipeline.update`."""
     check_updatable(pipeline)
@@ -159,9 +179,8 @@ def update_calibration(
     of_one = torch.zeros(1, dtype=torch.long)
     check_calibration(pipeline.calibration, of_one, pipeline.categories, precision, pipeline.config)
     config = pipeline.calibration.config
-    return learn_good_images(
-        pipeline, images, good_images, config.false_alarm_rate, batch_size, pipeline.region, config.smallest_area
-    )
+    settings = (config.false_alarm_rate, batch_size, pipeline.region, config.smallest_area)
+    return learn_good_images(pipeline, images, good_images, *settings, accelerator)
 
 
 def load_good_images(pipeline: AnomalyDenoisePipeline, folder: str | os.PathLike) -> GoodImages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import torch
 from conftest import (
+    BACKBONE,
     launch,
     launch_command,
     relative_error,
@@ -28,6 +30,7 @@ from diffad import AnomalyDenoisePipeline
 from diffad.inputs import find_images
 from diffad.journal import process_journals
 from diffad.manifest import Manifest, find_inputs
+from diffad.pipelines.updating import load_good_images
 from diffad.predict import batch_shape, predict_files
 
 TABLES = ("scores.csv", "regions.csv", "regions.json", "regions.jsonl")
@@ -118,17 +121,58 @@ def test_an_error_of_the_inputs_is_told_once(model, tmp_path):
     assert done.stdout.count("There is no file or folder at") == 1
 
 
-def test_calibrate_finds_what_one_process_does(model, tmp_path):
-    good = write_folder(tmp_path / "good", 13, first_seed=200)
-    for count in (1, 2):
-        flags = ["--data", good, "--false-alarm-rate", 0.2, "--output", tmp_path / str(count)]
-        launch("diffad.cli", "calibrate", model, *flags, processes=count, cwd=tmp_path)
-    one, two = (AnomalyDenoisePipeline.from_pretrained(tmp_path / str(count)).calibration for count in (1, 2))
+def assert_equal_calibrations(first: Path, second: Path) -> None:
+    """To 1e-6 of each buffer's norm."""
+    one, two = (AnomalyDenoisePipeline.from_pretrained(folder).calibration for folder in (first, second))
     for (name, values), others in zip(one.named_buffers(), two.buffers(), strict=True):
         known = ~values.isnan()
         assert torch.equal(known, ~others.isnan()), name
         if (expected := values[known].double()).norm() > 0:
             assert relative_error(others[known], expected) < 1e-6, name
+
+
+def test_calibrate_finds_what_one_process_does(model, tmp_path):
+    good = write_folder(tmp_path / "good", 13, first_seed=200)
+    for count in (1, 2):
+        flags = ["--data", good, "--false-alarm-rate", 0.2, "--output", tmp_path / str(count)]
+        launch("diffad.cli", "calibrate", model, *flags, processes=count, cwd=tmp_path)
+    assert_equal_calibrations(tmp_path / "1", tmp_path / "2")
+
+
+def test_fit_and_update_find_what_one_process_does(tmp_path):
+    """Also where an image comes twice, to each process once, and where one process has none to look at."""
+    first, second = write_folder(tmp_path / "first", 30, 32), write_folder(tmp_path / "second", 13, 32, first_seed=200)
+    write_png(second / "again.png", textures(1, 32, first_seed=201)[0])
+    write_png(tmp_path / "third" / "one.png", textures(1, 32, first_seed=300)[0])
+    flags = ["--backbone", BACKBONE, "--backbone_weights", "random", "--feature_strides", 2, 4]
+    flags += ["--feature_image_size", 32, "--false_alarm_rate", 0.2, "--kept_images", 8]
+    said = {}
+    for count in (1, 2):
+        model = tmp_path / f"model-{count}"
+        launch(
+            "diffad.training.fit",
+            "--train_data_dir",
+            first,
+            "--output_dir",
+            model,
+            *flags,
+            processes=count,
+            cwd=tmp_path,
+        )
+        said[count] = [
+            launch("diffad.cli", "update", model, "--data", data, processes=count, cwd=tmp_path).replace(str(model), "")
+            for data in (second, tmp_path / "third")
+        ]
+        assert [text.count("Learned") for text in said[count]] == [1, 1]
+    assert_equal_calibrations(tmp_path / "model-1", tmp_path / "model-2")
+    for what in (r"Learned .*", r".*raised an alarm before", r"\d+ of the 14 images are known already"):
+        assert [re.findall(what, text) for text in said[1]] == [re.findall(what, text) for text in said[2]]
+    kept = [
+        load_good_images(AnomalyDenoisePipeline.from_pretrained(folder), folder) for folder in tmp_path.glob("model-*")
+    ]
+    for name in ("for_statistics", "for_thresholds"):
+        assert getattr(kept[0], name).keys() == getattr(kept[1], name).keys()
+    assert kept[0].num_seen == kept[1].num_seen
 
 
 # -- manifests -----------------------------------------------------------------------------------------------------
@@ -164,6 +208,24 @@ def test_a_row_for_each_line_of_a_manifest_in_its_order(pipeline, tmp_path, suff
     for row in rows:
         if row["score"]:
             assert Image.open(tmp_path / "out" / "maps" / row["picture"]).size == (16, 16)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_line_without_an_image_is_a_row_and_no_error(pipeline, tmp_path, suffix):
+    write_folder(tmp_path / "parts", 2)
+    path = tmp_path / f"m{suffix}"
+    if suffix == ".csv":
+        path.write_text("number,path\n1\n2,parts/000.png\n3,\n4,parts/001.png\n")
+    else:
+        write_manifest(path, [None, "parts/000.png", "", "parts/001.png"])
+    for _ in range(2):
+        counts = predict_files(pipeline, find_inputs([path]), tmp_path / "out", batch_size=2)
+        rows = read_scores(tmp_path / "out")
+        assert [row["file"] for row in rows] == ["", "parts/000.png", "", "parts/001.png"]
+        assert [bool(row["score"]) for row in rows] == [False, True, False, True]
+        assert rows[0]["message"] == "`image`: this line of the manifest names none."
+        assert counts["unreadable"] == 2
+    assert counts["skipped"] == 2
 
 
 def test_a_manifest_is_gone_on_with_and_only_what_failed_is_done_again(pipeline, tmp_path):
@@ -254,9 +316,6 @@ def test_a_manifest_must_name_images_and_stand_alone(tmp_path):
         Manifest(empty)
     with pytest.raises(FileNotFoundError, match=r"no file at .*none.csv"):
         Manifest(tmp_path / "none.csv")
-    empty.write_text("number,path\n1,a.png\n2\n")
-    with pytest.raises(ValueError, match="names no image in line 3"):
-        list(Manifest(empty).entries())
     empty.write_text("a.png\n")
     with pytest.raises(ValueError, match=r"`images`.*alone"):
         find_inputs([empty, tmp_path])

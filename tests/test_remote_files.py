@@ -12,10 +12,12 @@ import uuid
 from pathlib import Path
 
 import pytest
-from conftest import textures, tiny_pipeline, write_folder, write_png
+from conftest import save_tiny_pipeline, textures, tiny_pipeline, write_folder, write_png
 from faulty_proxy import faulty_proxy
+from typer.testing import CliRunner
 
 from diffad import remote_files
+from diffad.cli import app
 from diffad.inputs import find_images
 from diffad.journal import Input, common_folder, place_below
 from diffad.manifest import Manifest, find_inputs
@@ -157,6 +159,21 @@ def test_a_manifest_in_a_bucket_names_what_lies_beside_it(pipeline, parts, store
     assert [bool(row["score"]) for row in rows] == [True, True, False]
     assert f"no file at s3://{bucket}/parts/none.png" in rows[2]["message"]
     assert counts["unreadable"] == 1
+
+
+def test_results_are_copied_into_a_bucket_when_a_run_has_ended(parts, store, tmp_path, monkeypatch):
+    """By the line that docs/deployment.md has; as an output a URL is refused, and makes no folder of its name."""
+    model, (files, bucket) = save_tiny_pipeline(tmp_path / "model"), store
+    monkeypatch.chdir(tmp_path)
+    arguments = ["predict", str(model), str(parts), "--output"]
+    refused = CliRunner().invoke(app, [*arguments, f"s3://{bucket}/found"])
+    assert "is a URL" in str(refused.exception)
+    assert not (tmp_path / "s3:").exists()
+    CliRunner().invoke(app, [*arguments, "found"], catch_exceptions=False)
+    files.put("found", f"{bucket}/found", recursive=True)
+    for path in (tmp_path / "found").rglob("*.*"):
+        copied = f"{bucket}/{path.relative_to(tmp_path).as_posix()}"
+        assert files.cat_file(copied) == path.read_bytes()
 
 
 def test_images_of_two_buckets_keep_their_places():

@@ -155,12 +155,13 @@ def calibrate_category(
 
 
 def calibrate_updatable(
-    pipeline: AnomalyDenoisePipeline, good: Dataset, args: argparse.Namespace
+    pipeline: AnomalyDenoisePipeline, good: Dataset, args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[GoodImages, str]:
     """Fits Gaussian and thresholds so that `diffad update` can go on; says from which images."""
     good_images = GoodImages(args.kept_images, args.calibration_fraction)
     region = load_region(args, good["category"][:1])
-    learn_good_images(pipeline, good["image"], good_images, args.false_alarm_rate, args.batch_size, region)
+    settings = (args.false_alarm_rate, args.batch_size, region)
+    learn_good_images(pipeline, good["image"], good_images, *settings, accelerator=accelerator)
     held_out, of_statistics = len(good_images.for_thresholds), len(good_images.for_statistics)
     how = f"{good_images.num_seen} good images ({of_statistics} kept), and {held_out} kept for the thresholds"
     return good_images, how
@@ -181,8 +182,6 @@ def describe_rate(pipeline: AnomalyDenoisePipeline, name: str | None) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = Accelerator(mixed_precision="no")
-    if args.kept_images and accelerator.num_processes > 1:
-        raise ValueError("`--kept_images` takes one process: leave it out, or start `diffad fit` alone.")
     set_seed(args.seed)  # of random weights
     started = time.time()
 
@@ -220,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name = category if len(categories) > 1 else None
         images = good.select(np.flatnonzero(of_image == category))
         if args.kept_images:
-            good_images, how = calibrate_updatable(pipeline, images, args)
+            good_images, how = calibrate_updatable(pipeline, images, args, accelerator)
         else:
             how = calibrate_category(pipeline, images, name, args, accelerator)
         accelerator.print(f"{category}: {how}; {describe_rate(pipeline, name)}.")

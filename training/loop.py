@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,22 +18,32 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from diffad.files import locked_folder
 from diffad.model_card import SECRETS
 from diffad.precision import resolve_precision
+from diffad.process_share import on_main
 from diffad.seeding import step_generator
 from diffad.training.checkpoints import list_checkpoints, resume, save_checkpoint
 from diffad.training.early_stopping import HeldOutLoss
+from diffad.training.sharded_networks import check_sharding, is_sharded
 from diffad.training.stop_signals import catch_stop_signals, received_anywhere
 
 # (model, batch, generator) -> the loss, a scalar, and the parts of it that the log names
 BatchLoss: TypeAlias = Callable[[nn.Module, Any, torch.Generator], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
+LOCK_NAME = ".diffad-training.lock"  # in --output_dir
 
-def create_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Accelerate, with a data order that the seed and the epoch alone decide, so that a resumed run sees the same."""
+
+def create_accelerator(args: argparse.Namespace, can_shard: bool = False) -> Accelerator:
+    """Accelerate, with a data order that the seed and the epoch alone decide, so that a resumed run sees the same.
+
+    Raises:
+        ValueError: weights are to be sharded, and `can_shard` or a flag says that they cannot be.
+    """
     accelerator = Accelerator(
         # Every step takes as many batches, also where an epoch ends: a step's batches follow from its number alone.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -45,6 +56,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         ),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
+    check_sharding(args, accelerator, can_shard)
     args.mixed_precision = accelerator.mixed_precision  # also where accelerate's own settings say so
     set_seed(args.seed)
     if accelerator.is_main_process:
@@ -53,6 +65,20 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         scalars = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool)) and k not in SECRETS}
         accelerator.init_trackers("diffad", config=scalars)
     return accelerator
+
+
+@contextmanager
+def held_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> Iterator[None]:
+    """Keeps other trainings out of `--output_dir`, where checkpoints of two would be taken for one's.
+
+    Raises:
+        RuntimeError: another training holds it.
+        SystemExit: so it is for the main process, of which this is none.
+    """
+    with ExitStack() as stack:
+        lock = locked_folder(Path(args.output_dir), LOCK_NAME, "--output_dir")
+        on_main(accelerator, lambda: stack.enter_context(lock))
+        yield
 
 
 def train(
@@ -98,6 +124,7 @@ def train(
         args.max_train_steps = math.ceil(args.num_train_epochs * batches / accumulation)
     optimizer, schedule = create_optimizer(trained, args, accelerator, images_a_step)
     model, optimizer, data_loader, schedule = accelerator.prepare(model, optimizer, data_loader, schedule)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # others where it is sharded
     ema = create_ema(trained, args, accelerator)
     step = first_step = resume(accelerator, args)
     if ema is not None:
@@ -164,7 +191,8 @@ def train(
 
     if step < args.max_train_steps:
         accelerator.print(f"The loss of held-out images no longer falls: stopped after {step} steps.")
-    check_replicas(model, accelerator)
+    if not is_sharded(accelerator):
+        check_replicas(model, accelerator)
     if ema is not None:
         ema.copy_to(trained)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()  # its forward is float32's again
@@ -245,7 +273,8 @@ def read_loss(
     tensors = {**parts, "loss": loss, "gradient's norm": gradient_norm}
     if accelerator.optimizer_step_was_skipped:  # fp16's scaler has seen the gradient, and goes on with a smaller scale
         del tensors["gradient's norm"]
-    row = torch.stack([tensor.detach().float() for tensor in tensors.values()])  # (K,)
+    whole = (one.full_tensor() if isinstance(one, DTensor) else one for one in tensors.values())  # if it is sharded
+    row = torch.stack([tensor.detach().float() for tensor in whole])  # (K,)
     values = dict(zip(tensors, accelerator.gather(row[None]).mean(dim=0).tolist(), strict=True))
     wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     if wrong:

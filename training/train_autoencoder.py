@@ -19,7 +19,7 @@ from typing import Any
 import diffusers
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import reduce
 from datasets import Dataset
 from diffusers import AutoencoderKL
@@ -47,7 +47,7 @@ from diffad.training.data import (
     spread_batches,
 )
 from diffad.training.finish import save_record
-from diffad.training.loop import create_accelerator, train
+from diffad.training.loop import create_accelerator, held_output_dir, train
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 AUTOENCODER_PRESETS: dict[str, dict[str, Any]] = {
@@ -231,6 +231,13 @@ def save_validation_pictures(
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = create_accelerator(args)
+    with held_output_dir(args, accelerator):
+        run(args, accelerator)
+    accelerator.end_training()
+
+
+def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Trains and saves, in `--output_dir`, which is held."""
     started = time.time()
 
     # 1. The autoencoder, good images, and some held out
@@ -308,7 +315,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"Saved an autoencoder to {args.output_dir} after {time.time() - started:.0f} s; on held-out images its "
         f"reconstructions are off by {error:.4f} of the range from black to white."
     )
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from datasets import concatenate_datasets
 from diffusers import DDPMScheduler
 from torch.utils.data import DataLoader
@@ -61,7 +62,7 @@ from diffad.training.data import (
 from diffad.training.duration import steps_in
 from diffad.training.early_stopping import same_loss
 from diffad.training.finish import finish
-from diffad.training.loop import create_accelerator, train
+from diffad.training.loop import create_accelerator, held_output_dir, train
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 HELD_OUT_IMAGES = 32  # with one noise each: on the same every time, few show a trend
@@ -313,6 +314,13 @@ def save_validation_pictures(
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = create_accelerator(args)
+    with held_output_dir(args, accelerator):
+        run(args, accelerator)
+    accelerator.end_training()
+
+
+def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Trains, calibrates and saves, in `--output_dir`, which is held."""
     started = time.time()
 
     # 1. Good images, and some held out for the thresholds
@@ -399,7 +407,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         training = concatenate_datasets([training, unseen])  # whose statistics they may serve
     finish(pipeline, training, held_out, categories, args, record, accelerator)
     accelerator.print(f"Saved a calibrated pipeline to {args.output_dir} after {time.time() - started:.0f} s.")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ from diffad.training.data import (
 )
 from diffad.training.diad_presets import DIAD_PRESETS, SCHEDULER
 from diffad.training.finish import finish
-from diffad.training.loop import create_accelerator, train
+from diffad.training.loop import create_accelerator, held_output_dir, train
+from diffad.training.sharded_networks import is_sharded, whole_network
 from diffad.training.train_autoencoder import load_autoencoder
 from diffad.visualization import heat_map, save_rows, to_uint8
 
@@ -349,7 +350,14 @@ def save_validation_pictures(pipeline: DiADPipeline, images: list[torch.Tensor],
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    accelerator = create_accelerator(args)
+    accelerator = create_accelerator(args, can_shard=True)
+    with held_output_dir(args, accelerator):
+        run(args, accelerator)
+    accelerator.end_training()
+
+
+def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Trains, calibrates and saves, in `--output_dir`, which is held."""
     started = time.time()
 
     # 1. Networks; good images, and some held out for the thresholds
@@ -360,8 +368,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipeline = create_pipeline(components, categories, args)
     pipeline.to(accelerator.device)
     choose_trained(pipeline.unet, pipeline.sg_network, args.train_whole_unet)
-    # channels last: convolutions over latents as small as these take two thirds of the time, on CPUs as on tensor cores
-    model = GuidedDenoiser(pipeline.unet, pipeline.sg_network).to(memory_format=torch.channels_last)
+    model = GuidedDenoiser(pipeline.unet, pipeline.sg_network)
+    if not is_sharded(accelerator):  # which takes no other order of a weight's numbers
+        # convolutions over latents as small as these take two thirds of the time, on CPUs as on tensor cores
+        model.to(memory_format=torch.channels_last)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     accelerator.print(
         f"{len(training)} good images of {', '.join(categories)} for training, {len(held_out)} held out; "
@@ -413,10 +423,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     pictures = load_pictures(held_out, 4, args.value_range) if wanted else []
     record = train(model, batch_loss, create_data_loader(examples, args), args, accelerator, save_pictures)
 
+    if is_sharded(accelerator):
+        guide = model.sg_network and whole_network(SemanticGuidedNetwork, model.sg_network)
+        pipeline.register_modules(unet=whole_network(UNet2DConditionModel, model.unet), sg_network=guide)
+
     # 4. Calibrate on good images and save the pipeline
     finish(pipeline, training, held_out, categories, args, record, accelerator)
     accelerator.print(f"Saved a calibrated pipeline to {args.output_dir} after {time.time() - started:.0f} s.")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

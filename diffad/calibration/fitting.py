@@ -80,7 +80,8 @@ class CalibrationFit:
         shared: whether the measurements are of tiles, several an image, which say their image's number: one covariance
             of the features then serves all positions.
         region: of each category, (K, h, w) bool: what counts of the images; None for all.
-        feature_moments: of the features of more images, those of `add_statistics` among them, which are then not added.
+        feature_moments: of the features of more images, of all processes, those of `add_statistics` among them, which
+            are then not added.
         record: what is saved with it, `precision`, `settings`, `value_range`, `smallest_area` and the rest of
             [`ScoreCalibration`].
     """
@@ -185,7 +186,8 @@ class CalibrationFit:
             calibration.set_feature_gaussian(self.category, *gaussian)
             self.feature_moments = None
         elif self.feature_moments is not None:
-            self.feature_moments.reduce(self.accelerator)
+            if not self.knows_features:
+                self.feature_moments.reduce(self.accelerator)
             self._replace_outside(self.feature_moments, tuple(calibration.config.feature_shape[1:]))
             num_seen = self.feature_moments.count
             mean, whitening = gaussian = feature_gaussian(self.feature_moments)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -23,6 +24,7 @@ from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.files import write_whole
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.moments import POSITIONS_AT_ONCE, FeatureMoments
+from diffad.process_share import of_all_processes
 
 NAME = "good_images-{}.safetensors"  # in a model's folder, with the digest of the calibration that it belongs to
 LARGEST = 65535  # as finely is an image kept: no score could tell it from what the networks saw
@@ -70,6 +72,32 @@ class GoodImages:
         if len(kept) > self.num_kept:
             del kept[max(kept)]
         return is_held_out, is_known
+
+    def unite(self, accelerator: Accelerator | None, former: set[bytes]) -> int:
+        """Makes of what each process has seen what one process would have that had seen all; None for one alone.
+
+        Args:
+            accelerator: whose processes have learned, each from images of its own. Moments from before are in those of
+                the main process alone.
+            former: the keys of what all of them had kept before.
+
+        Returns:
+            How many of the statistics' images several processes have seen.
+        """
+        if accelerator is None or accelerator.num_processes == 1:
+            return 0
+        if self.moments is not None:
+            self.moments.reduce(accelerator)
+        num_repeated = 0
+        for kept in (self.for_thresholds, self.for_statistics):
+            new = {key: pixels for key, pixels in kept.items() if key not in former}
+            of_each = of_all_processes(accelerator, new)
+            together = {key: pixels for one in of_each for key, pixels in one.items()}
+            num_repeated = sum(map(len, of_each)) - len(together)  # those of the statistics come last
+            kept |= together
+            for key in sorted(kept)[self.num_kept :]:
+                del kept[key]
+        return num_repeated
 
     @property
     def num_seen(self) -> int:
@@ -151,9 +179,9 @@ def from_kept_pixels(pixels: np.ndarray | Iterable[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.asarray(pixels).astype(np.float32)) / (LARGEST / 2.0) - 1.0
 
 
-def kept_batches(kept: dict[bytes, np.ndarray], batch_size: int) -> Iterator[torch.Tensor]:
-    """The kept images in the order of their hashes, (B, 3, R, R') in [-1, 1]."""
-    keys = sorted(kept)
+def kept_batches(kept: dict[bytes, np.ndarray], batch_size: int, chosen: range) -> Iterator[torch.Tensor]:
+    """Those of the kept images that are `chosen` in the order of their hashes, (B, 3, R, R') in [-1, 1]."""
+    keys = sorted(kept)[chosen.start : chosen.stop : chosen.step]
     for start in range(0, len(keys), batch_size):
         yield from_kept_pixels([kept[key] for key in keys[start : start + batch_size]])
 

@@ -86,12 +86,12 @@ class Runtime:
         false_alarm_rate: float | None = None,
     ):
         path = Path(path)
-        if path.suffix not in (".onnx", ".xml"):
+        if path.suffix.lower() not in (".onnx", ".xml"):
             raise ValueError(f"`path` must be an .onnx or an .xml file, but is {path}.")
-        for file in (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,):
+        for file in graph_files(path):
             if not file.is_file():
                 raise FileNotFoundError(f"`path`: no file at {file}.")
-        load = load_onnx if path.suffix == ".onnx" else load_openvino
+        load = load_onnx if path.suffix.lower() == ".onnx" else load_openvino
         self._run, text = load(path, device.lower(), precision)
         self.metadata = Metadata.loads(text, path, diffad.__version__)
         # else the graph has judged with its own thresholds
@@ -299,6 +299,14 @@ def available_cores() -> int:
         return cores
 
 
+def graph_files(path: Path) -> tuple[Path, ...]:
+    """The files that an exported model consists of: an .xml has its weights beside it."""
+    if path.suffix.lower() != ".xml":
+        return (path,)
+    weights = path.with_suffix(".bin")
+    return path, weights.with_suffix(".BIN") if path.suffix.isupper() and not weights.is_file() else weights
+
+
 def load_onnx(path: Path, device: str, precision: str) -> tuple[Run, str | None]:
     """An .onnx file at work in ONNX Runtime, and its metadata; arguments as of `Runtime`."""
     with needs_extra("onnx"):
@@ -326,7 +334,7 @@ def load_openvino(path: Path, device: str, precision: str) -> tuple[Run, str | N
     core = openvino.Core()
     if device.upper().split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
         raise ValueError(f"`device` {device!r} is not there: OpenVINO finds {', '.join(core.available_devices)}.")
-    model = core.read_model(path)
+    model = core.read_model(*graph_files(path))
     options = {"INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[precision]}
     if device == "cpu":
         options["INFERENCE_NUM_THREADS"] = str(available_cores())

@@ -4,13 +4,16 @@
 
 The lines name a few drawn images again and again, and the model is the tests' tiny one, so what is measured is all that
 surrounds the networks. One process is killed with SIGKILL after a share of the lines (`--kill-at`), a second one goes
-on. Each says how long after its imports its first row stood, and what memory it had at every ten thousandth row.
+on. Each says how long after its imports (so with loading the model) its first row stood, what memory it had at every
+ten thousandth row, and the most that it ever had.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -39,8 +42,8 @@ def tiny_model(denoiser: bool) -> AnomalyDenoisePipeline:
 
 def run(args: argparse.Namespace) -> None:
     """The run itself, in a process of its own; prints a JSON line now and then."""
-    pipeline, memory = load_pipeline(str(args.model), "cpu"), psutil.Process().memory_info
-    started, rows = time.perf_counter(), 0
+    memory, started, rows = psutil.Process().memory_info, time.perf_counter(), 0
+    pipeline = load_pipeline(str(args.model), "cpu")
 
     def report(row: dict[str, Any]) -> None:
         nonlocal rows
@@ -52,8 +55,8 @@ def run(args: argparse.Namespace) -> None:
     counts = predict_files(
         pipeline, Manifest(args.manifest), args.output, args.batch_size, report=report, max_pictures=0
     )
-    seconds = time.perf_counter() - started
-    print(json.dumps({"counts": counts, "seconds": seconds, "mib": memory().rss / 2**20}), flush=True)
+    seconds, most = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(json.dumps({"counts": counts, "seconds": seconds, "mib": most}), flush=True)
 
 
 def watch(flags: list[str], kill_at: int | None) -> list[dict[str, Any]]:
@@ -113,8 +116,10 @@ def main() -> None:
         print(
             f"{last['counts']}; tables and sheet {last['seconds'] - rows[-1]['seconds']:.0f} s after the last row above"
         )
-        with open(folder / "out" / "scores.csv") as file:
-            assert sum(1 for _ in file) == args.count + 1, "scores.csv does not hold every line"
+        with open(folder / "out" / "scores.csv", newline="") as table, open(folder / "manifest.csv") as lines:
+            next(lines)
+            for row, line in zip(csv.DictReader(table), lines, strict=True):
+                assert row["file"] == line.strip(), f"scores.csv has {row['file']} in the place of {line}"
 
 
 if __name__ == "__main__":

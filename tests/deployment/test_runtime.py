@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from conftest import textures, tiny_extractor, write_folder, write_mvtec, write_png
 from PIL import Image
+from typer.testing import CliRunner
 
 from diffad import AnomalyDenoisePipeline, AnomalyOutput
+from diffad.cli import app
 from diffad.deployment import Runtime, RuntimeOutput
 from diffad.image_arrays import resized_array
 from diffad.images import resize_image
@@ -238,6 +240,22 @@ def test_an_exported_file_is_evaluated_and_timed_as_a_pipeline_is(model, tmp_pat
     speed = benchmark_pipeline(Runtime(path), batch_size=2, repeats=1)
     assert speed["images_per_second"] > 0.0
     assert [*speed["milliseconds_by_part"]] == ["rest"]
+
+
+@pytest.mark.parametrize("suffix", [".ONNX", ".XML"])
+def test_an_ending_in_capitals_is_the_same(model, tmp_path, suffix):
+    if suffix == ".XML":
+        pytest.importorskip("openvino")
+    path = model[0].export(tmp_path / f"model{suffix.lower()}")
+    expected = Runtime(path)(textures(2))
+    for file in tmp_path.iterdir():
+        file.rename(file.with_name(f"E{file.suffix.upper()}"))
+    write_folder(tmp_path / "parts", 2)
+    arguments = ["predict", str(tmp_path / f"E{suffix}"), str(tmp_path / "parts"), "--output", str(tmp_path / "out")]
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    with open(tmp_path / "out" / "scores.csv", newline="") as table:
+        scores = [float(row["score"]) for row in csv.DictReader(table)]
+    np.testing.assert_allclose(scores, expected.anomaly_score, rtol=1e-5)
 
 
 def test_a_score_that_is_no_number_is_no_verdict(model, tmp_path):

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import launch, launch_command, tiny_pipeline, write_mvtec
@@ -159,6 +160,24 @@ def test_a_balanced_run_resumes_to_the_bit(tmp_path):
     assert [key for key in expected if not torch.equal(expected[key], actual[key])] == []
     assert not torch.equal(expected["conv_in.weight"], other["conv_in.weight"])
     assert json.loads((whole / "training.json").read_text())["arguments"]["balance_categories"] is True
+
+
+def test_two_trainings_are_not_mixed_in_one_folder(good, tiny, tmp_path):
+    """Of a training's processes the main one alone holds the folder, until they end."""
+    output = tmp_path / "run"
+    arguments = flags(good, output, "--checkpointing_steps", 1, start=tiny, steps=9999)
+    process = start(launch_command(SCRIPT, *arguments, processes=2), output, tmp_path / "log")
+    processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    try:
+        with pytest.raises(RuntimeError, match=r"written to by process \d+ on .*give another --output_dir"):
+            train(good, output, start=tiny)
+    finally:
+        for one in processes:  # what the launcher has launched is in a group of its own
+            one.kill()
+        psutil.wait_procs(processes)
+    for _ in range(2):  # neither the dead nor the ended hold it
+        train(good, output, start=tiny)
+    load(output)
 
 
 # -- two processes -----------------------------------------------------------------------------------------------
