@@ -5,8 +5,8 @@
         --step today python runs/demo --step "one level" python runs/demo_100 --step OpenVINO python demo_100.xml
 
 Each step has a process of its own, which loads its model and waits. In each round all are timed one after the other, so
-that what else the machine does meets all alike. Whole calls are timed, on random images of the model's size; the median
-over the rounds counts, and the ratio is that to the first step, round by round. Weights do not matter.
+that what else the machine does meets all alike. Whole calls are timed, on random images of one size; the median over the
+rounds counts, and the ratio is that to the first step, round by round. Weights do not matter.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BATCH_SIZES = (1, 16)
 WORKER = """
 import statistics, sys, time
 import numpy as np
-model, repeats = sys.argv[1], int(sys.argv[2])
+model, repeats, side = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 if model.endswith((".onnx", ".xml")):
     from diffad.deployment import Runtime
     pipeline = Runtime(model)
@@ -33,9 +33,7 @@ else:
     from diffad import AnomalyDenoisePipeline
     pipeline = AnomalyDenoisePipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
-side = pipeline.input_resolution
-size = (side, side) if isinstance(side, int) else tuple(side)
-images = np.random.default_rng(0).random((16, *size, 3), dtype=np.float32)
+images = np.random.default_rng(0).random((16, side, side, 3), dtype=np.float32)
 print("ready", flush=True)
 for line in sys.stdin:
     count, seconds = int(line), []
@@ -50,8 +48,8 @@ for line in sys.stdin:
 class Step:
     """A process with a model in it."""
 
-    def __init__(self, python: str, model: str, repeats: int, folder: str):
-        command = [python, "-c", WORKER, model, str(repeats)]
+    def __init__(self, python: str, model: str, repeats: int, image_size: int, folder: str):
+        command = [python, "-c", WORKER, model, str(repeats), str(image_size)]
         # `folder` has no diffad: the installed one is meant
         self.process = subprocess.Popen(
             command, cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -62,7 +60,7 @@ class Step:
         """The next line; a ValueError where the process has ended."""
         assert self.process.stdout is not None
         if not (line := self.process.stdout.readline()):
-            raise ValueError(f"`--step`: {' '.join(self.process.args[:2])} failed with {self.process.args[3]}.")
+            raise ValueError(f"`--step`: {self.process.args[0]} cannot run {self.process.args[3]}.")
         return line.strip()
 
     def seconds(self, count: int) -> float:
@@ -83,12 +81,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         metavar=("NAME", "PYTHON", "MODEL"),
         help="a model's folder or file (as an absolute path), and the Python that has the diffad to run it",
     )
+    parser.add_argument("--image_size", type=int, default=224, help="side of the images (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls of a step in a round (%(default)s)")
     args = parser.parse_args(argv)
 
     with TemporaryDirectory() as folder:
-        steps = {name: Step(python, model, args.repeats, folder) for name, python, model in args.step}
+        steps = {name: Step(python, model, args.repeats, args.image_size, folder) for name, python, model in args.step}
         seconds: dict[int, dict[str, list[float]]] = {n: {name: [] for name in steps} for n in BATCH_SIZES}
         for _ in range(args.rounds):
             for count in BATCH_SIZES:
