@@ -5,7 +5,7 @@
         --step today python runs/demo --step "one level" python runs/demo_100 --step OpenVINO python demo_100.xml
 
 Each step has a process of its own, which loads its model and waits. In each round all are timed one after the other, so
-that what else the machine does meets all alike. Whole calls are timed, on random images of one size; the median over the
+that what else the machine does meets all alike. Whole calls are timed, on random images of one size; the median of the
 rounds counts, and the ratio is that to the first step, round by round. Weights do not matter.
 """
 
