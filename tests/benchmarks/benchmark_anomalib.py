@@ -48,17 +48,17 @@ Call = Callable[[np.ndarray], Any]  # of one image (1, S, S, 3) in [0, 1]
 def export_model(name: str, model: torch.nn.Module, extractor: TimmFeatureExtractor, size: int, folder: Path) -> Path:
     """A fitted model of anomalib as its own export writes it, from pixels (1, 3, S, S) in [0, 1]."""
     normalize = Normalize(extractor.image_mean.flatten().tolist(), extractor.image_std.flatten().tolist())
-    module = {"padim": Padim, "patchcore": Patchcore}[name](
-        backbone=extractor.config.backbone,
-        layers=list(extractor.network.feature_info.out_indices),
-        pre_trained=False,
-        pre_processor=PreProcessor(normalize),
-        post_processor=False,
-        evaluator=False,
-        visualizer=False,
-    )
+    options: dict[str, Any] = {
+        "backbone": extractor.config.backbone,
+        "layers": list(extractor.network.feature_info.out_indices),
+        "pre_trained": False,
+        "pre_processor": PreProcessor(normalize),
+        **dict.fromkeys(("post_processor", "evaluator", "visualizer"), False),
+    }
+    module = Padim(**options, n_features=model.n_features) if name == "padim" else Patchcore(**options)
     module.model = model
-    return module.to_openvino(folder, model_file_name=name, input_size=(size, size))
+    one_image = {"dynamic_shapes": None}  # of any number, some models come out with the two that they are traced with
+    return module.to_openvino(folder, model_file_name=name, input_size=(size, size), onnx_kwargs=one_image)
 
 
 def compiled(path: Path) -> Any:
