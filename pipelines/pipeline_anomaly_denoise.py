@@ -354,7 +354,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
 
         Returns:
             KL maps (N, T, R, R) in nats, averaged over the colours, and the residual (N, T, C, h, w) of the layers'
-            features.
+            features. Where no KL counts its maps are 0, and the denoiser ends with the features.
         """
         extractor = self.feature_extractor
         backbone_layers = extractor.layers(pixel_values.to(extractor.dtype))  # each (N, C_i, h_i, w_i)
@@ -378,10 +378,13 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         class_labels = category.repeat_interleave(len(levels)) if self.unet.config.num_class_embeds else None
         # channels last: convolutions in half precision take two thirds of the time, on CPUs as on tensor cores
         sample = noisy.to(self.unet.dtype, memory_format=torch.channels_last)
-        prediction = self.unet(sample, t, class_labels=class_labels)
+        needs_kl = bool(self.weights["kl"])
+        prediction = self.unet(sample, t, class_labels=class_labels, features_only=not needs_kl)
 
         # c. KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) (eq. 8): (N, T, R, R)
-        kl = kl_divergence_map(self.scheduler, prediction.sample, noisy, clean, t).mean(dim=1).unflatten(0, count)
+        kl = torch.zeros_like(noise[:, :, 0])
+        if needs_kl:
+            kl = kl_divergence_map(self.scheduler, prediction.sample, noisy, clean, t).mean(dim=1).unflatten(0, count)
 
         # d. f(x_0) - f_theta(x_t, t) (eq. 10), of the layers that are scored: (N, T, C, h, w)
         predicted = prediction.features.float().unflatten(0, count)

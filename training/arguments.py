@@ -216,7 +216,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser, any_ratio: bool = Fals
     optimization.add_argument(
         "--gradient_accumulation_steps", type=POSITIVE, default=1, help="batches a step (%(default)s)"
     )
-    optimization.add_argument("--max_train_steps", type=POSITIVE, default=10_000, help="optimizer steps (%(default)s)")
+    optimization.add_argument(
+        "--max_train_steps", type=COUNT, default=10_000, help="optimizer steps (%(default)s); 0 calibrates alone"
+    )
     optimization.add_argument(
         "--num_train_epochs", type=POSITIVE, help="passes over the images, instead of --max_train_steps"
     )
@@ -297,5 +299,7 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     lengths = [flag for flag in argv or sys.argv[1:] if flag.startswith(("--max_t", "--num_t"))]
     if lengths and lengths[-1].startswith("--max_t"):
         args.num_train_epochs = None
+    if args.max_train_steps == 0 and not getattr(args, "pretrained_model_name_or_path", None):
+        parser.error("--max_train_steps 0 trains nothing: give what was trained, --pretrained_model_name_or_path")
     check_source(parser, args)
     return args

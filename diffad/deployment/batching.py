@@ -17,7 +17,8 @@ class Batcher:
     """A thread that takes what has come while the batch before was run: nothing waits for others to come.
 
     Args:
-        run: from a list of items to one result for each; an error is that of all of them.
+        run: from a list of items to one result for each. Where it raises, each item is run once more by itself, so that
+            an error is that of the item which causes it.
         batch_size: the most items in one run.
         max_waiting: the most items that wait or are run.
         report: called with each batch's size.
@@ -68,14 +69,20 @@ class Batcher:
     def _run(self, batch: list[tuple[Any, Future]]) -> None:
         if not batch:
             return
-        try:
-            results = self.run([item for item, _ in batch])
-            for (_, future), result in zip(batch, results, strict=True):
-                future.set_result(result)
-        except BaseException as error:
-            for _, future in batch:
-                if not future.done():
-                    future.set_exception(error)
+        self._answer(batch)
         with self.lock:
             self.count -= len(batch)
         self.report(len(batch))
+
+    def _answer(self, batch: list[tuple[Any, Future]]) -> None:
+        try:
+            answers = list(zip(batch, self.run([item for item, _ in batch]), strict=True))
+        except BaseException as error:
+            if len(batch) == 1:
+                batch[0][1].set_exception(error)
+            else:  # each by itself: one item's error is not the others'
+                for one in batch:
+                    self._answer([one])
+            return
+        for (_, future), result in answers:
+            future.set_result(result)

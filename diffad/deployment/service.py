@@ -79,7 +79,10 @@ def create_app(
             futures = detector.submit(sent)
         except BusyError as error:
             raise HTTPException(429, f"{error} Try again.", headers={"Retry-After": "1"}) from error
-        findings = [await to_thread.run_sync(future.result) for future in futures]
+        try:
+            findings = [await to_thread.run_sync(future.result) for future in futures]
+        except ValueError as error:  # such as scores that are NaN
+            raise HTTPException(500, str(error)) from error
         metrics.images.inc(len(findings))
         metrics.anomalous.inc(sum(bool(finding.is_anomalous) for finding in findings))
         described = []

@@ -21,12 +21,13 @@ class DenoisingUNet2DOutput(BaseOutput):
     Output of [`DenoisingUNet2DModel`].
 
     Args:
-        sample: (N, 2C, H, W): epsilon, then the learned-range variance in about [-1, 1].
+        sample: (N, 2C, H, W): epsilon, then the learned-range variance in about [-1, 1]; None where only the features
+            are wanted.
         features: (N, feature_channels, H / s, W / s), s = sample_size / feature_resolution: the clean image's
             standardised features, as predicted from the noisy image; None without a feature head.
     """
 
-    sample: torch.Tensor
+    sample: torch.Tensor | None
     features: torch.Tensor | None = None
 
 
@@ -167,7 +168,8 @@ class DenoisingUNet2DModel(UNet2DModel):
         timestep: torch.Tensor | float | int,
         class_labels: torch.Tensor | None = None,
         return_dict: bool = True,
-    ) -> DenoisingUNet2DOutput | tuple[torch.Tensor, torch.Tensor | None]:
+        features_only: bool = False,
+    ) -> DenoisingUNet2DOutput | tuple[torch.Tensor | None, torch.Tensor | None]:
         """One pass of the network.
 
         Args:
@@ -175,10 +177,13 @@ class DenoisingUNet2DModel(UNet2DModel):
             timestep: t, a number or (N,).
             class_labels: (N,) integers, when the model was built with `num_class_embeds`.
             return_dict: False returns the output's fields as a tuple.
+            features_only: ends once the features are predicted, and leaves out the finer levels of the decoder.
 
         Raises:
-            ValueError: `class_labels` is missing, or of no use.
+            ValueError: `class_labels` is missing, or of no use; or there is no feature head for `features_only`.
         """
+        if features_only and self.feature_head is None:
+            raise ValueError("`features_only` needs a feature head: build with `feature_channels` above 0.")
         if class_labels is None and self.class_embedding is not None:
             raise ValueError("`class_labels` is needed by a class-conditional network: one index for each sample.")
         if class_labels is not None and self.class_embedding is None:
@@ -219,6 +224,8 @@ class DenoisingUNet2DModel(UNet2DModel):
                     hidden = attention(hidden)
             if self.feature_head is not None and level == self.feature_level:
                 features = self.feature_head(hidden)  # (N, feature_channels, H / s, W / s)
+                if features_only:
+                    return DenoisingUNet2DOutput(sample=None, features=features) if return_dict else (None, features)
             for upsampler in block.upsamplers or ():
                 needs_time = isinstance(upsampler, ResnetBlock2D)
                 hidden = upsampler(hidden, embedding) if needs_time else upsampler(hidden)

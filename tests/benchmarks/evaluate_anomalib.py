@@ -155,12 +155,21 @@ def check_features(
     return difference
 
 
-def evaluate_model(
-    name: str, good: Dataset, images: Dataset, category: str, accelerator: Accelerator, args: argparse.Namespace
-) -> dict[str, Any]:
-    """Fits one of anomalib's models to a category's good images and evaluates it on its test images."""
+def fit_model(
+    name: str, good: Dataset, device: torch.device, args: argparse.Namespace
+) -> tuple[PadimModel | PatchcoreModel, TimmFeatureExtractor, dict[str, float]]:
+    """One of anomalib's models, fitted to good images.
+
+    Args:
+        name: "padim" or "patchcore".
+        good: the images.
+        device: to run on.
+        args: of `main`: those of the model, of the images and of the seed.
+
+    Returns:
+        The model, our backbone whose weights it has, and `features_differ_by` and `fit_seconds`.
+    """
     set_seed(args.seed)  # PaDiM's channels come from torch's generator, PatchCore's projection from NumPy's too
-    device = accelerator.device
     feature_extractor = TimmFeatureExtractor.from_backbone(LITE0_BACKBONE, STRIDES[name]).to(device)
     model = create_model(name, feature_extractor, args.n_features).to(device)
     first = next(image_batches(good.select([0]), 1, args.image_size, None)).to(device)
@@ -182,8 +191,16 @@ def evaluate_model(
         else:
             model.subsample_embedding(args.coreset_ratio)
     model.eval()
-    fit_seconds = time.perf_counter() - started
+    record = {"features_differ_by": difference, "fit_seconds": round(time.perf_counter() - started, 1)}
+    return model, feature_extractor, record
 
+
+def evaluate_model(
+    name: str, good: Dataset, images: Dataset, category: str, accelerator: Accelerator, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Fits one of anomalib's models to a category's good images and evaluates it on its test images."""
+    device = accelerator.device
+    model, feature_extractor, record = fit_model(name, good, device, args)
     detect_seconds = 0.0
 
     def detect(pictures: list[Any], indices: list[int]) -> list[AnomalyOutput]:
@@ -203,9 +220,8 @@ def evaluate_model(
         **evaluation.result,
         "scores": [{key: one[key] for key in ("path", "label", "score")} for one in evaluation.records],
         "training_images": len(good),
-        "features_differ_by": difference,
+        **record,
         **({"n_features": model.n_features} if name == "padim" else {"memory_bank": list(model.memory_bank.shape)}),
-        "fit_seconds": round(fit_seconds, 1),
         "seconds_per_image": round(detect_seconds / len(images), 4),
     }
 

@@ -67,6 +67,8 @@ def models(tmp_path_factory) -> Callable[[str], tuple[AnomalyDenoisePipeline, Pa
     def make(name: str) -> tuple[AnomalyDenoisePipeline, Path]:
         if name == "denoiser":
             pipeline = tiny_pipeline(timesteps=[5, 100], image_size=24).to("cpu")
+        elif name == "predicted features":  # the denoiser ends with them
+            pipeline = tiny_pipeline(timesteps=[100], image_size=24, alpha=0.0).to("cpu")
         elif name == "unified":
             pipeline = tiny_pipeline(timesteps=[50], categories=["a", "b"]).to("cpu")
         else:
@@ -80,7 +82,7 @@ def models(tmp_path_factory) -> Callable[[str], tuple[AnomalyDenoisePipeline, Pa
     return make
 
 
-@pytest.mark.parametrize("name", ["denoiser", "features"])
+@pytest.mark.parametrize("name", ["denoiser", "predicted features", "features"])
 def test_a_graph_gives_what_the_pipeline_gives_in_batches_of_any_size(models, name):
     pipeline, path = models(name)
     runtime = Runtime(path)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.deployment.batching import Batcher, BusyError
+from diffad.deployment.detector import Detector
 from diffad.seeding import image_generator
 
 pytest.importorskip("gradio")
@@ -186,12 +187,42 @@ def test_an_error_of_a_batch_reaches_its_callers_and_no_others():
     def run(items: list[int]) -> list[float]:
         return [1 / item for item in items]
 
-    batcher = Batcher(run, 1, 10)
-    futures = batcher.submit([1, 0, 2])
-    with pytest.raises(ZeroDivisionError):
-        futures[1].result(60)
-    assert [futures[0].result(60), futures[2].result(60)] == [1.0, 0.5]
-    batcher.close()
+    for batch_size in (1, 4):
+        batcher = Batcher(run, batch_size, 10)
+        futures = batcher.submit([1, 0, 2, 4])
+        with pytest.raises(ZeroDivisionError):
+            futures[1].result(60)
+        assert [futures[i].result(60) for i in (0, 2, 3)] == [1.0, 0.5, 0.25]
+        batcher.close()
+        assert batcher.count == 0
+
+
+def test_an_image_without_a_score_fails_alone(pipeline):
+    """White images come out of this network as NaN, as those do that are too much for half precision."""
+
+    def overflow(network, arguments, output):
+        output.features[arguments[0].mean(dim=(1, 2, 3)) > 0.9] = float("nan")
+
+    hook, sizes = pipeline.unet.register_forward_hook(overflow), []
+    white = png(np.full((24, 24, 3), 255, np.uint8))
+    try:
+        detector = Detector(pipeline, report=sizes.append)
+        sent = [detector.read("image", content) for content in (png(texture(0)), png(texture(1)), white)]
+        with detector.running:  # the first may go alone, and the others then go together
+            futures = detector.submit(sent)
+        scores = [future.result(60).score for future in futures[:2]]
+        assert np.isfinite(scores).all()
+        with pytest.raises(ValueError, match="NaN, which is no verdict"):
+            futures[2].result(60)
+        detector.batcher.close()
+        assert max(sizes) >= 2
+        with running(pipeline) as url:
+            answer = post(url, white)
+            assert answer.status_code == 500
+            assert "NaN" in answer.json()["detail"]
+            assert post(url, png(texture(0))).json()["images"][0]["score"] == pytest.approx(scores[0])
+    finally:
+        hook.remove()
 
 
 def test_only_who_shows_the_token_gets_in(pipeline):

@@ -48,6 +48,20 @@ def test_without_a_feature_head():
     assert output.features is None
     assert unet(noisy(), 5, return_dict=False)[1] is None
     assert output.sample.shape == (2, 6, 16, 16)
+    with pytest.raises(ValueError, match="`features_only` needs a feature head"):
+        unet(noisy(), 5, features_only=True)
+
+
+def test_features_alone_are_the_same_and_spare_the_rest_of_the_decoder():
+    unet = tiny_unet().eval()
+    expected, ran = unet(noisy(), 5), []
+    unet.up_blocks[-1].resnets[-1].register_forward_hook(lambda *_: ran.append("resnet"))
+    unet.conv_out.register_forward_hook(lambda *_: ran.append("out"))
+    output = unet(noisy(), 5, features_only=True)
+    assert torch.equal(output.features, expected.features)
+    assert output.sample is None
+    assert ran == []
+    assert torch.equal(unet(noisy(), 5, return_dict=False, features_only=True)[1], expected.features)
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,18 @@ def measured(pipe: AnomalyDenoisePipeline, seed: int) -> tuple[torch.Tensor, tor
     return torch.stack(kl), torch.stack(errors)
 
 
+def test_the_denoiser_ends_with_the_features_where_no_kl_counts():
+    """And maps are those of a KL that counts for nothing."""
+    outputs, ran = [], []
+    for alpha in (1e-12, 0.0):
+        pipe = tiny_pipeline(alpha=alpha).calibrate(textures(20), false_alarm_rate=0.1, generator=generator())
+        pipe.unet.conv_out.register_forward_hook(lambda *_, alpha=alpha: ran.append(alpha))
+        outputs.append(pipe([texture(40), texture(41, defect=True)], generator=generator()))
+    assert set(ran) == {1e-12}
+    np.testing.assert_allclose(outputs[1].anomaly_map, outputs[0].anomaly_map, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(outputs[1].p_value, outputs[0].p_value)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_the_raw_map_is_equation_11(alpha):
     pipe = tiny_pipeline(alpha=alpha, kl_sigma=0.0, feature_sigma=0.0)

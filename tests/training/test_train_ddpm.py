@@ -121,6 +121,15 @@ def test_other_ways_to_run(good, tiny, tmp_path, more):
     assert len(moved) > 0.9 * len(start)
 
 
+def test_without_steps_a_trained_model_is_calibrated_for_other_noise_levels(good, tiny, tmp_path):
+    train(good, tmp_path, "--timesteps", 100, "--use_ema", start=tiny, steps=0)
+    pipeline, start = load(tmp_path), AnomalyDenoisePipeline.from_pretrained(tiny)
+    assert pipeline.config.timesteps == [100]
+    assert pipeline.calibration.config.map_shape[0] == 2  # the KL at one level, and the feature error
+    state = pipeline.unet.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in start.unet.state_dict().items())
+
+
 def test_the_extractor_may_look_closer(good, tmp_path):
     train(good, tmp_path, "--feature_image_size", 32, "--feature_resolution", 8, "--validation_steps", 1)
     pipeline = load(tmp_path)
