@@ -341,6 +341,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         timesteps: Sequence[int] | None = None,
         layers: Sequence[int] | None = None,
         feature_size: tuple[int, int] | None = None,
+        with_kl: bool = False,
     ) -> Measurement:
         """What the networks say of images, in one pass for all of them and all noise levels.
 
@@ -351,6 +352,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             timesteps: the T noise levels; None takes the pipeline's.
             layers: indices of the feature extractor's layers; None takes those that are scored.
             feature_size: rows and columns of the features that have a Gaussian; None takes `feature_resolution`.
+            with_kl: measures the KL even where it has no weight, for other settings that share the pass.
 
         Returns:
             KL maps (N, T, R, R) in nats, averaged over the colours, and the residual (N, T, C, h, w) of the layers'
@@ -378,7 +380,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         class_labels = category.repeat_interleave(len(levels)) if self.unet.config.num_class_embeds else None
         # channels last: convolutions in half precision take two thirds of the time, on CPUs as on tensor cores
         sample = noisy.to(self.unet.dtype, memory_format=torch.channels_last)
-        needs_kl = bool(self.weights["kl"])
+        needs_kl = with_kl or bool(self.weights["kl"])
         prediction = self.unet(sample, t, class_labels=class_labels, features_only=not needs_kl)
 
         # c. KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) (eq. 8): (N, T, R, R)

@@ -192,7 +192,7 @@ def measure_rows(
     noise_levels = sorted({timestep for pipeline in pipelines for timestep in pipeline.config.timesteps})
     noise = draw_noise((len(noise_levels), 3, *resolution), generators, pixel_values.device)
     layer_channels = first.feature_extractor.layer_channels
-    everything = first.measure(pixel_values, noise, category, noise_levels, range(len(layer_channels)))
+    everything = first.measure(pixel_values, noise, category, noise_levels, range(len(layer_channels)), with_kl=True)
     layers = everything.residual.split(layer_channels, dim=2)  # L of (N, T, C_i, h, w)
     for pipeline in pipelines:
         chosen = [noise_levels.index(timestep) for timestep in pipeline.config.timesteps]
