@@ -89,9 +89,9 @@ def range_of_inputs(paths: Sequence[Path | Input] | Manifest) -> float | None:
 class Manifest:
     """Images by reference, in the order of a table's lines, with what earlier runs have done of them.
 
-    Each line is an image of its own: one that is named twice is scored twice, and one that names none, as a field is
-    missing or empty, is an image that cannot be read. Of what is done a bit of memory a line
-    is kept, and nothing else.
+    Each line but a blank one is an image of its own: one that is named twice is scored twice, and one that names none,
+    as a field is missing or empty, is an image that cannot be read. Of what is done a bit of memory a line is kept, and
+    nothing else.
 
     Args:
         path: a CSV or parquet file with a column `path`, `image`, `url` or `file_name`; a CSV without any of them has
@@ -123,8 +123,8 @@ class Manifest:
 
     @property
     def are_far(self) -> bool:
-        """Whether the first image lies in a store."""
-        return is_url(self.first(1)[0].path)
+        """Whether the first images lie in a store."""
+        return any(is_url(one.path) for one in self.first(FAR_LOOKED_AT))
 
     def common_root(self) -> str:
         """The manifest's folder."""

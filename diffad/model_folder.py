@@ -12,7 +12,7 @@ def check_folder(path: Path) -> Path:
     Raises:
         ValueError: one of both.
     """
-    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):  # `Path` has taken one of the two strokes away
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path), re.IGNORECASE):  # `Path` has taken one of the two strokes away
         raise ValueError(
             f"The output goes into a local folder, from which a run that was killed goes on, but {path} is a URL. Copy "
             "the folder when the run has ended, by the store's own program or by fsspec's `put`."

@@ -299,7 +299,11 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     lengths = [flag for flag in argv or sys.argv[1:] if flag.startswith(("--max_t", "--num_t"))]
     if lengths and lengths[-1].startswith("--max_t"):
         args.num_train_epochs = None
-    if args.max_train_steps == 0 and not getattr(args, "pretrained_model_name_or_path", None):
+    if (
+        args.max_train_steps == 0
+        and args.num_train_epochs is None
+        and not getattr(args, "pretrained_model_name_or_path", None)
+    ):
         parser.error("--max_train_steps 0 trains nothing: give what was trained, --pretrained_model_name_or_path")
     check_source(parser, args)
     return args

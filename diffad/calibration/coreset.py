@@ -20,6 +20,7 @@ CORESET_SIZE = 6000  # patches kept of a category: 0.9 MB for 76 directions in h
 POOL_BYTES = 80_000_000  # of the patches of all images, of which they are chosen: 131,578 of 152 channels
 CHOSEN_AT_ONCE = 8  # patches of a full coreset, so that each look at the pool serves as many
 ALL_DIRECTIONS = 64  # channels of which none is given up
+POSITIONS_AT_ONCE = 1024  # of an image, whose distances are taken together
 CORESET_AT_ONCE = 250  # of which a graph takes distances together
 FINEST_STRIDE = 8  # PatchCore leaves out what is finer
 
@@ -73,8 +74,10 @@ def principal_directions(patches: torch.Tensor, count: int) -> torch.Tensor:
     Distances in half of EfficientNet-lite0's 152 channels, which hold 95% of the variance, cost half of the products
     and find what those in all of them find (docs/tried.md).
     """
-    covariance = patches.float().mT.cov().double()
-    return torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :count].float()
+    if len(patches) < 2:  # nothing varies
+        return torch.eye(patches.shape[1], count, device=patches.device)
+    covariance = patches.float().mT.cov().cpu().double()  # some devices have no float64
+    return torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :count].float().to(patches.device)
 
 
 def project(patches: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
@@ -85,8 +88,9 @@ def project(patches: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
 def greedy_coreset(patches: torch.Tensor, size: int) -> torch.Tensor:
     """Indices (size,) of patches that are near all the others (Roth et al., algorithm 1: greedy k-center).
 
-    The patches lie in as many parts as are chosen at once, and each part gives the one that is farthest from all those
-    that were chosen before. One product then serves them all, where one after another would read the pool for each.
+    The patches lie in as many parts as are chosen at once, one after another, and each part gives the one that is
+    farthest from all those that were chosen before. One product then serves them all, where one at a time would read
+    the pool for each. The price is that each part, an eighth of the good images, gives an eighth of a full coreset.
 
     Args:
         patches: (n, C) float.
@@ -141,10 +145,12 @@ def nearest_distances(
         squared = torch.stack(nearest).amin(dim=0) + flat.square().sum(dim=2)
         return squared.clamp(min=0.0).sqrt().unflatten(1, patches.shape[-2:])
     squared = patches.new_empty(len(patches), patches[0, 0].numel() if len(patches) else 0, dtype=torch.float32)
-    for i, one in enumerate(patches.float().flatten(2)):  # (C, h * w); all images' at once would take 100 MB
-        product = torch.addmm(offset, one.mT, coreset.mT, alpha=-2.0)  # (h * w, M)
-        if owner is not None and image is not None:
-            own = owner == image[i]
-            product[:, own & ~own.all()] = torch.inf  # where all that are kept are its own, they are what there is
-        squared[i] = product.amin(dim=1) + one.square().sum(dim=0)
+    for i, one in enumerate(patches.float().flatten(2)):  # (C, h * w)
+        # a part of the positions at a time: with 6000 patches 1024 of them take 25 MB
+        for found, part in zip(squared[i].split(POSITIONS_AT_ONCE), one.split(POSITIONS_AT_ONCE, dim=1), strict=True):
+            product = torch.addmm(offset, part.mT, coreset.mT, alpha=-2.0)  # (P, M)
+            if owner is not None and image is not None:
+                own = owner == image[i]
+                product[:, own & ~own.all()] = torch.inf  # where all that are kept are its own, they are what there is
+            found.copy_(product.amin(dim=1) + part.square().sum(dim=0))
     return squared.clamp(min=0.0).sqrt().view(len(patches), *patches.shape[-2:])

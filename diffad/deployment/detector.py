@@ -101,7 +101,8 @@ class Detector:
         self.detect = pipeline_detect(pipeline, category, batch_size, seed=0)
         self.running = threading.Lock()  # the networks
         self.decoding = threading.Semaphore(4)  # images in memory as they are decoded
-        self.batcher = Batcher(self._run, batch_size, max_waiting, report)
+        # tiles fill a batch by themselves; of several large images, those before one that fails would count twice
+        self.batcher = Batcher(self._run, 1 if pipeline.tile_size else batch_size, max_waiting, report)
 
     def read(self, name: str, content: bytes, for_screen: bool = False) -> Sent:
         """Decodes and resizes a file's bytes.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         action="append",
         required=True,
         metavar=("NAME", "PYTHON", "MODEL"),
-        help="a model's folder or file (as an absolute path), and the Python that has the diffad to run it",
+        help="a model's folder or file and the Python that has the diffad to run it",
     )
     parser.add_argument("--image_size", type=int, default=224, help="side of the images (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
@@ -87,7 +88,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
 
     with TemporaryDirectory() as folder:
-        steps = {name: Step(python, model, args.repeats, args.image_size, folder) for name, python, model in args.step}
+        steps = {
+            name: Step(python, os.path.abspath(model), args.repeats, args.image_size, folder)
+            for name, python, model in args.step
+        }
         seconds: dict[int, dict[str, list[float]]] = {n: {name: [] for name in steps} for n in BATCH_SIZES}
         for _ in range(args.rounds):
             for count in BATCH_SIZES:
