@@ -106,7 +106,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     feature_mean: torch.Tensor  # these three are None where they do not count
     feature_whitening: torch.Tensor
     coreset: torch.Tensor
-    patch_directions: torch.Tensor | None
+    patch_directions: torch.Tensor  # None, as well, where all channels count
     region: torch.Tensor | None
     place_mean: torch.Tensor | None
     place_std: torch.Tensor | None
@@ -163,10 +163,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         self._graph_whitening: dict[str, list[torch.Tensor]] = {}  # of all categories, while a graph is exported
         coreset = None if coreset_shape is None else torch.zeros(num_categories, *coreset_shape).half()
         self.register_buffer("coreset", coreset)
-        has_directions = coreset_shape is not None and patch_channels is not None
-        directions = (
-            torch.eye(patch_channels, coreset_shape[1]).repeat(num_categories, 1, 1) if has_directions else None
-        )
+        directions = None
+        if coreset_shape is not None and patch_channels is not None:
+            directions = torch.eye(patch_channels, coreset_shape[1]).repeat(num_categories, 1, 1)
         self.register_buffer("patch_directions", directions)
         self.coreset_owner: dict[int, torch.Tensor] = {}  # (M,), while a category's statistics are taken
         region = None if region_shape is None else torch.ones(num_categories, *region_shape, dtype=torch.bool)
