@@ -384,9 +384,10 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         prediction = self.unet(sample, t, class_labels=class_labels, features_only=not needs_kl)
 
         # c. KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) (eq. 8): (N, T, R, R)
-        kl = torch.zeros_like(noise[:, :, 0])
         if needs_kl:
             kl = kl_divergence_map(self.scheduler, prediction.sample, noisy, clean, t).mean(dim=1).unflatten(0, count)
+        else:
+            kl = torch.zeros_like(noise[:, :, 0])
 
         # d. f(x_0) - f_theta(x_t, t) (eq. 10), of the layers that are scored: (N, T, C, h, w)
         predicted = prediction.features.float().unflatten(0, count)

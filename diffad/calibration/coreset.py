@@ -101,18 +101,17 @@ def greedy_coreset(patches: torch.Tensor, size: int) -> torch.Tensor:
     part = math.ceil(len(patches) / at_once)
     starts = torch.arange(0, len(patches), part, device=patches.device)
     square = patches.square().sum(dim=1)
-    distance = torch.full(
-        (part * len(starts),), -torch.inf, device=patches.device
-    )  # what fills the last part up: never
-    distance[: len(patches)] = torch.inf
+    # what fills the last part up is never the farthest
+    padded = torch.full((part * len(starts),), -torch.inf, device=patches.device)
+    distance = padded[: len(patches)].fill_(torch.inf)
     chosen = last = starts
     while len(chosen) < count:
         # |p - q|^2 = |p|^2 - 2 p q + |q|^2
         to_last = torch.addmm(square[last], patches, patches[last].mT, alpha=-2.0).amin(dim=1).add_(square)  # (n,)
-        torch.minimum(distance[: len(patches)], to_last, out=distance[: len(patches)])
+        torch.minimum(distance, to_last, out=distance)
         distance[last] = -torch.inf  # not twice, where patches are equal
-        last = distance.view(len(starts), part).argmax(dim=1) + starts
-        last = last[distance[last] != -torch.inf]  # of a part that is chosen whole
+        last = padded.view(len(starts), part).argmax(dim=1) + starts
+        last = last[padded[last] != -torch.inf]  # of a part that is chosen whole
         chosen = torch.cat([chosen, last])
     return torch.cat([chosen[:count], chosen.new_zeros(size - count)])
 
@@ -146,11 +145,11 @@ def nearest_distances(
         return squared.clamp(min=0.0).sqrt().unflatten(1, patches.shape[-2:])
     squared = patches.new_empty(len(patches), patches[0, 0].numel() if len(patches) else 0, dtype=torch.float32)
     for i, one in enumerate(patches.float().flatten(2)):  # (C, h * w)
+        own = None if owner is None or image is None else owner == image[i]
         # a part of the positions at a time: with 6000 patches 1024 of them take 25 MB
         for found, part in zip(squared[i].split(POSITIONS_AT_ONCE), one.split(POSITIONS_AT_ONCE, dim=1), strict=True):
             product = torch.addmm(offset, part.mT, coreset.mT, alpha=-2.0)  # (P, M)
-            if owner is not None and image is not None:
-                own = owner == image[i]
+            if own is not None:
                 product[:, own & ~own.all()] = torch.inf  # where all that are kept are its own, they are what there is
             found.copy_(product.amin(dim=1) + part.square().sum(dim=0))
     return squared.clamp(min=0.0).sqrt().view(len(patches), *patches.shape[-2:])
