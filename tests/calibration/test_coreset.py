@@ -71,6 +71,14 @@ def test_a_coreset_of_several_chosen_at_once_is_near_everything():
     assert farthest < 0.6 * at_random
 
 
+def test_patches_are_kept_where_they_vary_however_few_images_these_are():
+    alike = 0.01 * torch.rand(14_000, 3, generator=generator())
+    varied = torch.rand(2_000, 3, generator=generator(1))  # of the last eighth of the images
+    patches = torch.cat([alike, varied])
+    chosen = patches[greedy_coreset(patches, CORESET_SIZE)]
+    assert torch.cdist(varied, chosen).amin(dim=1).max() < 0.02
+
+
 def test_directions_in_which_nothing_varies_tell_nothing():
     """Patches of 100 channels that lie in a plane through some point of theirs."""
     plane = torch.randn(2, 100, generator=generator())
