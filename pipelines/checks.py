@@ -20,6 +20,7 @@ from diffad.pipelines.output import OUTPUT_TYPES
 from diffad.warn_once import warn_once
 
 MAP_NAMES = ("kl", "feature_error", "gaussian", "nearest")  # what AnomalyDenoise joins
+FEATURE_WEIGHTS = {"gaussian": 0.75, "nearest": 0.25}  # those of `diffad fit`; docs/tried.md says what chose them
 
 
 def check_call(

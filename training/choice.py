@@ -21,7 +21,7 @@ from diffad import AnomalyDenoisePipeline
 from diffad.data.synthetic_defects import add_defects
 from diffad.images import ImageSequence, as_size, resize_images, size_of_ratio
 from diffad.metrics import AnomalyMetrics
-from diffad.pipelines.checks import MAP_NAMES
+from diffad.pipelines.checks import FEATURE_WEIGHTS, MAP_NAMES
 from diffad.pipelines.detection import MAX_STATISTICS_IMAGES, setting_names, spread
 from diffad.pipelines.large_images import cells_inside, grid_of, size_of
 from diffad.region_of_interest import inside_region
@@ -35,6 +35,7 @@ SIGMAS = (0.5, 1.0, 2.0, 4.0)  # pixels at the processing resolution
 MAX_IMAGES = 60  # on which defects are drawn; more hardly move the ranking
 DEFECTS_AN_IMAGE = 4
 BATCH_SIZE = 16
+NUM_FOLDS = 10  # of the images, each left out in turn to see how sure a difference is
 DEFECT_RESOLUTION = 256  # px a side of a square of as many, at which they are drawn
 
 
@@ -49,11 +50,19 @@ class CategoryMaps(NamedTuple):
     maps: (N, S, R, R), neither smoothed nor normalised, in the order of `AnomalyDenoisePipeline.score_maps`.
     is_good: (N,) bool.
     masks: (N, R, R) bool, all False for good images; None where there are none.
+    source: (N,) which good image each shows, with a defect or without.
     """
 
     maps: torch.Tensor
     is_good: np.ndarray
     masks: np.ndarray | None
+    source: np.ndarray
+
+    def without(self, fold: int, num_folds: int) -> CategoryMaps:
+        """Those of all images but each `num_folds`th, whose defects go with them."""
+        kept = self.source % num_folds != fold
+        masks = None if self.masks is None else self.masks[kept]
+        return CategoryMaps(self.maps[torch.from_numpy(kept)], self.is_good[kept], masks, self.source[kept])
 
 
 def choose_settings(
@@ -65,7 +74,11 @@ def choose_settings(
     accelerator: Accelerator,
     region: torch.Tensor | None = None,
 ) -> list[dict[str, Any]]:
-    """Ranks weights of the maps and their smoothing; the best comes first.
+    """Ranks weights of the maps and their smoothing, and chooses.
+
+    The weights of `diffad fit` stay unless the best setting is better by more than a standard error (Breiman et al.,
+    "Classification and Regression Trees", 1984: the simplest within one standard error of the best). The best of many
+    is the best by luck as well, and where these weights are as good no denoiser runs.
 
     Args:
         pipeline: a trained one. Its own settings stay as they are.
@@ -78,7 +91,9 @@ def choose_settings(
 
     Returns:
         For each setting a dictionary of `weights`, `kl_sigma`, `feature_sigma`, the `image_auroc`, `pixel_ap` and
-        `pixel_pro` that it reaches against synthetic defects, and the `objective`, their mean by `IMPORTANCE`.
+        `pixel_pro` that it reaches against synthetic defects, and the `objective`, their mean by `IMPORTANCE`. The
+        chosen one comes first, and has its `lead`: the best's objective less that of `diffad fit`, and its
+        `standard_error`. The others come by their objective.
     """
     raw = with_settings(pipeline, weights=dict.fromkeys(MAP_NAMES, 1.0), kl_sigma=0.0, feature_sigma=0.0)
     of_categories = []
@@ -100,7 +115,42 @@ def choose_settings(
     sigmas = [pair for pair in itertools.product(kl_sigmas, SIGMAS) if pair != (1.0, 1.0)]
     ranking += [score(raw, of_categories, weights, *pair) for pair in sigmas]
     ranking.sort(key=lambda one: -one["objective"])
+    best, simplest = ranking[0], next(one for one in ranking if is_simplest(one))
+    lead, error = best["objective"] - simplest["objective"], standard_error(raw, of_categories, best, simplest)
+    chosen = best if error is not None and lead > error else simplest
+    ranking.remove(chosen)
+    ranking.insert(0, {**chosen, "lead": lead, "standard_error": error})
     return broadcast_object_list([ranking])[0]  # processes may differ in the last digit
+
+
+def is_simplest(setting: dict[str, Any]) -> bool:
+    """Whether these are the weights of `diffad fit` at the middle sigmas."""
+    weights = {name: weight for name, weight in setting["weights"].items() if weight}
+    return weights == FEATURE_WEIGHTS and (setting["kl_sigma"], setting["feature_sigma"]) == (1.0, 1.0)
+
+
+def standard_error(
+    pipeline: AnomalyDenoisePipeline,
+    of_categories: Sequence[CategoryMaps],
+    one: dict[str, Any],
+    other: dict[str, Any],
+) -> float | None:
+    """Of the difference between two settings' objectives, by the jackknife over groups of images (Quenouille, 1956).
+
+    None where a category has a single image, which tells nothing of others.
+    """
+    num_folds = min(NUM_FOLDS, *(int(measured.is_good.sum()) for measured in of_categories))
+    if num_folds < 2:
+        return None
+    differences = []
+    for fold in range(num_folds):
+        rest = [measured.without(fold, num_folds) for measured in of_categories]
+        objectives = [
+            score(pipeline, rest, tuple(setting["weights"].values()), setting["kl_sigma"], setting["feature_sigma"])
+            for setting in (one, other)
+        ]
+        differences.append(objectives[0]["objective"] - objectives[1]["objective"])
+    return float(np.sqrt((num_folds - 1) * np.var(differences)))
 
 
 def with_settings(pipeline: AnomalyDenoisePipeline, **changed: Any) -> AnomalyDenoisePipeline:
@@ -171,16 +221,17 @@ def measure_defects(pipeline: AnomalyDenoisePipeline, unseen: Sequence[Any], cat
     side = size_of_ratio(DEFECT_RESOLUTION, height / width)
     rows = ImageSequence.of_rows(unseen, chosen, pipeline.value_range).resized(side)
     good = [row[0].clamp(0.0, 1.0).permute(1, 2, 0).numpy() for row in rows]  # (R', R', 3) each
-    defects = [defect for _, defect in add_defects(good, DEFECTS_AN_IMAGE, seed)]
+    drawn = list(add_defects(good, DEFECTS_AN_IMAGE, seed))
     inside = inside_region(pipeline.region, torch.tensor([category]), side)
     if inside is not None:
         counts = inside[0].numpy()
-        defects = [
-            one._replace(mask=one.mask & counts) for one in defects if 2 * one.mask[counts].sum() > one.mask.sum()
+        drawn = [
+            (i, one._replace(mask=one.mask & counts)) for i, one in drawn if 2 * one.mask[counts].sum() > one.mask.sum()
         ]
-    images = [torch.from_numpy(image).permute(2, 0, 1) for image in [*good, *(defect.image for defect in defects)]]
-    masks = np.stack([*(np.zeros(side, dtype=bool) for _ in good), *(defect.mask for defect in defects)])
-    return measure_maps(pipeline, images, masks, np.arange(len(images)) < len(good), category, seed)
+    images = [torch.from_numpy(image).permute(2, 0, 1) for image in [*good, *(defect.image for _, defect in drawn)]]
+    masks = np.stack([*(np.zeros(side, dtype=bool) for _ in good), *(defect.mask for _, defect in drawn)])
+    is_good, source = np.arange(len(images)) < len(good), np.array([*range(len(good)), *(i for i, _ in drawn)])
+    return measure_maps(pipeline, images, masks, is_good, source, category, seed)
 
 
 @torch.no_grad()
@@ -189,6 +240,7 @@ def measure_maps(
     images: Sequence[torch.Tensor],
     masks: np.ndarray | None,
     is_good: np.ndarray,
+    source: np.ndarray,
     category: int,
     seed: int,
 ) -> CategoryMaps:
@@ -203,13 +255,13 @@ def measure_maps(
         parts.append(pipeline.score_maps(measurement, index, calibration))
     maps = torch.cat(parts)
     if masks is None:
-        return CategoryMaps(maps, is_good, None)
+        return CategoryMaps(maps, is_good, None, source)
     shares = resize_images(torch.from_numpy(masks).float()[:, None], (maps.shape[-2], maps.shape[-1]))[:, 0].numpy()
     small = shares > 0.5
     for mask, share in zip(small, shares, strict=True):
         if not mask.any() and share.max() > 0.0:
             mask[share == share.max()] = True  # a defect below a pixel of the map keeps one
-    return CategoryMaps(maps, is_good, small)
+    return CategoryMaps(maps, is_good, small, source)
 
 
 def score(
@@ -256,12 +308,12 @@ def score(
 
 
 def describe_choice(ranking: list[dict[str, Any]]) -> str:
-    """What was chosen, and what each map reaches alone."""
-    best = ranking[0]
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in best["weights"].items() if weight)
+    """What was chosen and why, and what each map reaches alone."""
+    chosen = ranking[0]
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in chosen["weights"].items() if weight)
     lines = [
-        f"Chosen by synthetic defects: {weights}; smoothing {best['feature_sigma']:g} px"
-        + (f", of the KL {best['kl_sigma']:g} px" if best["weights"]["kl"] else ""),
+        f"Chosen by synthetic defects: {weights}; smoothing {chosen['feature_sigma']:g} px"
+        + (f", of the KL {chosen['kl_sigma']:g} px" if chosen["weights"]["kl"] else ""),
         f"{'':14} image AUROC  pixel AP  PRO",
     ]
     alone = [
@@ -269,8 +321,12 @@ def describe_choice(ranking: list[dict[str, Any]]) -> str:
         for one in ranking
         if max(one["weights"].values()) == 1.0 and (one["kl_sigma"], one["feature_sigma"]) == (1.0, 1.0)
     ]
-    named = [("chosen", best), *((max(one["weights"], key=one["weights"].get), one) for one in alone)]
+    named = [("chosen", chosen), *((max(one["weights"], key=one["weights"].get), one) for one in alone)]
     for name, one in named:
         figures = (100.0 * one[metric] for metric in IMPORTANCE)
         lines.append("{:14} {:11.1f} {:9.1f} {:4.1f}".format(name, *figures))
+    lead, error = chosen["lead"], chosen["standard_error"]
+    sure = "which one image cannot confirm" if error is None else f"standard error {100.0 * error:.2f}"
+    who = "The best setting leads these, those" if is_simplest(chosen) else "It leads those"
+    lines.append(f"{who} of `diffad fit`, by {100.0 * lead:.2f} ({sure}).")
     return "\n".join(lines)

@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 
 from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
+from diffad.pipelines.checks import FEATURE_WEIGHTS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import texture, textures, tiny_pipeline
@@ -121,7 +122,7 @@ def of_tiles() -> AnomalyDenoisePipeline:
         None,
         TimmFeatureExtractor.from_backbone(image_size=224),
         position_trust=0.0,
-        weights={"gaussian": 0.75, "nearest": 0.25},
+        weights=FEATURE_WEIGHTS,
         tile_size=224,
     )
     return pipeline.calibrate(textures(8, 448), false_alarm_rate=0.5)

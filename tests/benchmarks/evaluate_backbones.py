@@ -21,14 +21,13 @@ from accelerate import Accelerator
 from evaluate_choice import METRICS, measure_test
 
 from diffad import AnomalyDenoisePipeline
-from diffad.pipelines.checks import MAP_NAMES
+from diffad.pipelines.checks import FEATURE_WEIGHTS, MAP_NAMES
 from diffad.training.choice import measure_defects, score, take_statistics
 from diffad.training.data import hold_out, read_good_images
 from diffad.training.fit import create_extractor
 from diffad.training.fit import parse_args as fit_arguments
 
 BACKBONES = ("tf_efficientnet_lite0@224", "tf_efficientnet_lite1@240", "tf_efficientnet_lite2@256")
-WEIGHTS = {"gaussian": 0.75, "nearest": 0.25}  # those of `diffad fit`
 SIGMA = 1.0  # px of the map
 
 
@@ -40,14 +39,14 @@ def evaluate(data: str, backbone: str, side: str, seed: int) -> dict[str, Any]:
     if len(categories) > 1:
         raise SystemExit(f"{data} holds several categories. Give one by DATA/CATEGORY.")
     extractor = create_extractor(training, args, categories, torch.device("cpu"))
-    pipeline = AnomalyDenoisePipeline(None, None, extractor, position_trust=0.0, weights=WEIGHTS)
+    pipeline = AnomalyDenoisePipeline(None, None, extractor, position_trust=0.0, weights=FEATURE_WEIGHTS)
     pipeline.set_progress_bar_config(disable=True)
     started = time.perf_counter()
     take_statistics(pipeline, training["image"], 0, seed, Accelerator(cpu=True))
     seconds = time.perf_counter() - started
     drawn = [measure_defects(pipeline, unseen["image"], 0, seed)]
     real = [measure_test(pipeline, data, seed)]
-    weights = [WEIGHTS.get(name, 0.0) for name in MAP_NAMES]
+    weights = [FEATURE_WEIGHTS.get(name, 0.0) for name in MAP_NAMES]
     synthetic = score(pipeline, drawn, weights, 1.0, SIGMA)
     tested = score(pipeline, real, weights, 1.0, SIGMA, references=drawn)
     return {

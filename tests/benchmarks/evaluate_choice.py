@@ -52,7 +52,8 @@ def measure_test(pipeline: AnomalyDenoisePipeline, data: str, seed: int) -> Cate
             masks.append(np.asarray(row["mask"].convert("L").resize(side, 0)) > 0)
         elif good:
             masks.append(np.zeros(side, dtype=bool))
-    return measure_maps(pipeline, images, np.stack(masks) if len(masks) == len(test) else None, is_good, 0, seed)
+    of_all = np.stack(masks) if len(masks) == len(test) else None
+    return measure_maps(pipeline, images, of_all, is_good, np.arange(len(test)), 0, seed)
 
 
 def main() -> dict[str, Any]:
@@ -81,7 +82,8 @@ def main() -> dict[str, Any]:
         values = np.array([tested[metric] for *_, tested in rows])
         if np.isfinite(values).all():
             rank = spearmanr([synthetic["objective"] for _, synthetic, _ in rows], values).statistic
-            found[metric] = {"spearman": float(rank), "chosen": values[0], "best": values.max(), "mean": values.mean()}
+            chosen = values[[weights for weights, *_ in rows].index(tuple(trained.weights.values()))]
+            found[metric] = {"spearman": float(rank), "chosen": chosen, "best": values.max(), "mean": values.mean()}
     print(f"{'weights of ' + ', '.join(MAP_NAMES):50} objective  " + "  ".join(METRICS))
     for weights, synthetic, tested in rows[:3] + [row for row in rows[3:] if max(row[0]) == 1.0]:
         numbers = "  ".join(f"{100 * tested[metric]:{len(metric)}.1f}" for metric in METRICS)
