@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from diffad.command_options import BadImages, BatchSize, Category, Device, Model, ModelOrFile, OnBadImage
-from diffad.model_folder import check_folder, check_model_folder
+from diffad.model_folder import check_folder, check_local, check_model_folder
 
 if TYPE_CHECKING:
     from diffad.deployment.outbox import Outbox
@@ -34,6 +34,8 @@ def drift(
     from diffad.drift_table import TableDrift, draw_drift
     from diffad.inputs import DRIFT_NAME
 
+    if output is not None:
+        check_local(output)
     found = TableDrift(scores, chance)
     plot = output or scores.with_name(DRIFT_NAME)
     if plot.exists() and (plot.is_dir() or plot.samefile(scores)):

@@ -175,7 +175,8 @@ class Manifest:
         return sum(1 for _ in islice(self.entries(), limit))
 
     def first(self, count: int) -> list[Input]:
-        return [self._input(entry) for entry in islice(self.entries(), count)]
+        """Of the lines that name one."""
+        return [self._input(entry) for entry in islice(filter(None, self.entries()), count)]
 
     def take(self, row: list[str], is_complete: bool) -> int | None:
         """As of `diffad.journal.Inputs`: a row's place is its line's."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from diffad.command_options import Model
-from diffad.model_folder import check_folder
+from diffad.model_folder import check_folder, check_local
 
 console = Console(stderr=True)  # standard output is for results
 
@@ -32,6 +32,7 @@ def export(
     from diffad.deployment import Runtime
     from diffad.deployment.export import export_pipeline
 
+    check_local(output)
     images = None
     if data is not None:
         from diffad.data import load_anomaly_dataset

@@ -1,9 +1,18 @@
-"""Folders that commands write a model or results into."""
+"""Where commands write a model or results."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+
+
+def check_local(path: str | Path) -> None:
+    """Raises a ValueError for a URL, of which no local folder gets the name."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path), re.IGNORECASE):  # `Path` has taken one of the two strokes away
+        raise ValueError(
+            f"The output goes into a local folder, from which a run that was killed goes on, but {path} is a URL. Copy "
+            "what is there when the run has ended, by the store's own program or by fsspec's `put`."
+        )
 
 
 def check_folder(path: Path) -> Path:
@@ -12,11 +21,7 @@ def check_folder(path: Path) -> Path:
     Raises:
         ValueError: one of both.
     """
-    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path), re.IGNORECASE):  # `Path` has taken one of the two strokes away
-        raise ValueError(
-            f"The output goes into a local folder, from which a run that was killed goes on, but {path} is a URL. Copy "
-            "the folder when the run has ended, by the store's own program or by fsspec's `put`."
-        )
+    check_local(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"The output goes into a folder, but {path} is a file. Give another one.")
     return path

@@ -22,6 +22,7 @@ from diffad.inputs import find_images
 from diffad.journal import Input, common_folder, place_below
 from diffad.manifest import Manifest, find_inputs
 from diffad.predict import predict_files
+from diffad.training import fit
 
 pytest.importorskip("aiohttp")
 NUM_IMAGES = 50
@@ -161,13 +162,16 @@ def test_a_manifest_in_a_bucket_names_what_lies_beside_it(pipeline, parts, store
     assert counts["unreadable"] == 1
 
 
-def test_results_are_copied_into_a_bucket_when_a_run_has_ended(parts, store, tmp_path, monkeypatch):
+def test_results_are_copied_into_a_bucket_when_a_run_has_ended(parts, store, tmp_path, monkeypatch, capsys):
     """By the line that docs/deployment.md has; as an output a URL is refused, and makes no folder of its name."""
     model, (files, bucket) = save_tiny_pipeline(tmp_path / "model"), store
     monkeypatch.chdir(tmp_path)
     arguments = ["predict", str(model), str(parts), "--output"]
     refused = CliRunner().invoke(app, [*arguments, f"s3://{bucket}/found"])
     assert "is a URL" in str(refused.exception)
+    with pytest.raises(SystemExit, match="2"):
+        fit.main(["--train_data_dir", str(parts), "--output_dir", f"s3://{bucket}/model"])
+    assert "--output_dir must be a local path" in capsys.readouterr().err
     assert not (tmp_path / "s3:").exists()
     CliRunner().invoke(app, [*arguments, "found"], catch_exceptions=False)
     files.put("found", f"{bucket}/found", recursive=True)

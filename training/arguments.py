@@ -15,6 +15,7 @@ import yaml
 
 from diffad.data.parts import check_part_pattern
 from diffad.images import IMAGENET_MEAN, IMAGENET_STD
+from diffad.model_folder import check_local
 from diffad.precision import PRECISIONS
 
 
@@ -23,6 +24,15 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         super().error(re.sub(r"^argument (--\w+): must", r"\1 must", message))
+
+
+def local_path(text: str) -> str:
+    """Type of a flag: where something is written, which is no URL."""
+    try:
+        check_local(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a local path. {error}") from None
+    return text
 
 
 def whole_number(smallest: int = 0) -> Callable[[str], int]:
@@ -195,7 +205,12 @@ def add_shared_arguments(parser: argparse.ArgumentParser, any_ratio: bool = Fals
     data.add_argument("--dataloader_num_workers", type=COUNT, default=0, help="processes that read images (0)")
 
     run = parser.add_argument_group("run")
-    run.add_argument("--output_dir", default="runs/model", help="where the pipeline and checkpoints go (%(default)s)")
+    run.add_argument(
+        "--output_dir",
+        type=local_path,
+        default="runs/model",
+        help="where the pipeline and checkpoints go (%(default)s)",
+    )
     run.add_argument("--seed", type=SEED, default=0, help="of weights, data order, noise and augmentation (0)")
     run.add_argument("--checkpointing_steps", type=POSITIVE, default=500, help="steps between checkpoints (500)")
     run.add_argument("--checkpoints_total_limit", type=POSITIVE, default=2, help="checkpoints kept (2)")

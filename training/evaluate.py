@@ -34,14 +34,14 @@ from diffad.evaluation.report import (
     with_mean,
 )
 from diffad.precision import PRECISIONS, resolve_precision
-from diffad.training.arguments import POSITIVE, SEED, SHARE, FlagParser, whole_number
+from diffad.training.arguments import POSITIVE, SEED, SHARE, FlagParser, local_path, whole_number
 
 
 def create_parser() -> argparse.ArgumentParser:
     parser = FlagParser(description="Evaluates a saved pipeline.")
     parser.add_argument("--model", required=True, help="folder or Hub id of a pipeline, or an exported file")
     add_evaluation_arguments(parser)
-    parser.add_argument("--output", default="report.json", help="the report (report.json)")
+    parser.add_argument("--output", type=local_path, default="report.json", help="the report (report.json)")
     parser.add_argument("--save_maps", metavar="DIR", help="float32 TIFF maps, as MVTec's own evaluation reads them")
     parser.add_argument(
         "--baselines",

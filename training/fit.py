@@ -44,6 +44,7 @@ from diffad.training.arguments import (
     add_source_arguments,
     add_tiles,
     check_source,
+    local_path,
 )
 from diffad.training.data import choose_tile_size, common_ratio, hold_out, load_region, read_good_images
 from diffad.training.finish import save_examples, save_record
@@ -100,7 +101,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="positions that have a Gaussian (as 90 MB allow)",
     )
     add_tiles(parser)
-    parser.add_argument("--output_dir", default="runs/model", help="where the pipeline goes (%(default)s)")
+    parser.add_argument(
+        "--output_dir", type=local_path, default="runs/model", help="where the pipeline goes (%(default)s)"
+    )
     parser.add_argument("--batch_size", type=POSITIVE, default=16, help="images in one pass (16)")
     parser.add_argument("--seed", type=SEED, default=0, help="of which images are held out (0)")
     parser.add_argument("--num_example_images", type=COUNT, default=2, help="good images saved as pictures (2)")

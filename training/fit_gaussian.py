@@ -20,13 +20,23 @@ from accelerate import Accelerator
 from diffad import AnomalyDenoisePipeline
 from diffad.data import load_anomaly_dataset
 from diffad.pipelines.saving import save_whole
-from diffad.training.arguments import NOT_NEGATIVE, POSITIVE, SEED, FlagParser, add_source_arguments, check_source
+from diffad.training.arguments import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    FlagParser,
+    add_source_arguments,
+    check_source,
+    local_path,
+)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = FlagParser(description="Fits the Gaussian of good images' features.")
     parser.add_argument("--model", required=True, help="folder or Hub id of an AnomalyDenoise pipeline")
-    parser.add_argument("--output_dir", help="save the whole pipeline here (default: add to --model's folder)")
+    parser.add_argument(
+        "--output_dir", type=local_path, help="save the whole pipeline here (default: add to --model's folder)"
+    )
     data = parser.add_argument_group("data")
     add_source_arguments(data)
     model = parser.add_argument_group("model")

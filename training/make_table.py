@@ -44,7 +44,7 @@ from diffad.precision import resolve_precision
 from diffad.process_share import process_share
 from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import draw_noise, image_generator
-from diffad.training.arguments import POSITIVE, FlagParser
+from diffad.training.arguments import POSITIVE, FlagParser, local_path
 from diffad.training.evaluate import add_evaluation_arguments
 
 TABLES = files("diffad.training") / "configs" / "tables"
@@ -80,7 +80,9 @@ def create_parser() -> argparse.ArgumentParser:
         help="YAML of flags that rows with models of their own share; --seed goes along",
     )
     add_evaluation_arguments(parser)
-    parser.add_argument("--output", default="table.json", help="gets the table, and .md beside it (table.json)")
+    parser.add_argument(
+        "--output", type=local_path, default="table.json", help="gets the table, and .md beside it (table.json)"
+    )
     parser.add_argument(
         "--max_statistics_images", type=POSITIVE, default=512, help="good images of a calibration (512)"
     )

@@ -204,12 +204,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draws a contact sheet: a row for each kind, defects and beside each the outline of its mask."""
     from diffad.data import load_anomaly_dataset
     from diffad.images import image_to_rgb, resize_image
-    from diffad.training.arguments import POSITIVE, SEED, FlagParser, whole_number
+    from diffad.training.arguments import POSITIVE, SEED, FlagParser, local_path, whole_number
     from diffad.visualization import OUTLINE, outline, save_rows, to_uint8
 
     parser = FlagParser(description="Draws a contact sheet of synthetic defects on a data set's good images.")
     parser.add_argument("data", metavar="DATA", help="MVTec-AD style tree or folder of good images, or 'elpv'")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the sheet, for example sheet.png")
+    parser.add_argument(
+        "--output", type=local_path, required=True, metavar="FILE", help="the sheet, for example sheet.png"
+    )
     parser.add_argument("--per_kind", type=POSITIVE, default=6, help="defects of each kind (6)")
     parser.add_argument("--seed", type=SEED, default=0, help="of all that is random (0)")
     parser.add_argument("--resolution", type=whole_number(SMALLEST_SIDE), default=256, help="side in pixels (256)")
