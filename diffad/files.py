@@ -72,6 +72,7 @@ def locked_folder(folder: Path, lock_name: str, argument: str = "`output_dir`") 
     """
     path = folder / lock_name
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    _held.add(descriptor)
     try:
         try:
             _lock(descriptor)
@@ -89,7 +90,23 @@ def locked_folder(folder: Path, lock_name: str, argument: str = "`output_dir`") 
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
-        os.close(descriptor)  # and with it the lock; the file stays, as another process may wait for it by now
+        if descriptor in _held:  # which it is not in a forked process
+            _held.discard(descriptor)
+            os.close(descriptor)  # and with it the lock; the file stays, as another process may wait for it by now
+
+
+_held: set[int] = set()  # descriptors that hold a lock
+
+
+def _close_inherited() -> None:
+    """A forked process, such as one that reads images ahead, would hold a lock after the one that took it ended."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
 
 
 def _lock(descriptor: int) -> None:

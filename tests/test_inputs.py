@@ -6,6 +6,7 @@ import csv
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -263,12 +264,15 @@ def test_a_file_that_was_replaced_is_scored_again(tmp_path):
 
 def test_a_second_process_is_told_who_writes(tmp_path):
     parts, out = write_folder(tmp_path / "parts", 2), tmp_path / "out"
-    holder = (
-        "import sys, time; from pathlib import Path; from diffad.files import locked_folder\n"
-        "with locked_folder(Path(sys.argv[1]), '.diffad.lock'):\n    print('held', flush=True); time.sleep(600)"
+    holder = (  # with a process of its own that outlives it, as one that reads images ahead does for seconds
+        "import os, sys, time; from pathlib import Path; from diffad.files import locked_folder\n"
+        "with locked_folder(Path(sys.argv[1]), '.diffad.lock'):\n"
+        "    if os.fork(): print('held', flush=True)\n"
+        "    time.sleep(600)"
     )
     out.mkdir()
-    process = subprocess.Popen([sys.executable, "-c", holder, str(out)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", holder, str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(RuntimeError, match=rf"written to by process {process.pid} on .*another `output_dir`"):
@@ -277,7 +281,10 @@ def test_a_second_process_is_told_who_writes(tmp_path):
     finally:
         process.kill()
         process.wait()
-    assert score(find_images([parts]), out)["skipped"] == 0  # the dead hold nothing
+    try:
+        assert score(find_images([parts]), out)["skipped"] == 0  # the dead hold nothing
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
     assert len(read_scores(out)) == 2
 
 

@@ -232,7 +232,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, any_ratio: bool = Fals
         "--gradient_accumulation_steps", type=POSITIVE, default=1, help="batches a step (%(default)s)"
     )
     optimization.add_argument(
-        "--max_train_steps", type=COUNT, default=10_000, help="optimizer steps (%(default)s); 0 calibrates alone"
+        "--max_train_steps", type=COUNT, default=10_000, help="optimizer steps (%(default)s); 0 trains nothing"
     )
     optimization.add_argument(
         "--num_train_epochs", type=POSITIVE, help="passes over the images, instead of --max_train_steps"

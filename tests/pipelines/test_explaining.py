@@ -8,6 +8,7 @@ import torch
 from conftest import generator, texture, textures, tiny_extractor, tiny_pipeline, write_png
 
 from diffad import AnomalyDenoisePipeline
+from diffad.pipelines.explaining import nearest_shares
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,6 @@ def test_noise_levels_are_told_apart(config):
 
 def test_a_change_of_one_layer_alone_is_told_of_it(of_features):
     """Features that leave the mean in the channels of one stride only, along a direction of their own."""
-    from diffad.pipelines.explaining import nearest_shares
-
     channels = of_features.feature_extractor.layer_channels
     patch = of_features.calibration.coreset[0, 5].float()
     layers = of_features.patch_layers
@@ -84,6 +83,17 @@ def test_layers_share_a_distance_that_is_taken_along_principal_directions():
     shares = pipeline.explain(marked(20, 24)).layers["nearest"]
     assert shares.keys() == {"stride 8", "stride 16"}
     assert sum(shares.values()) == pytest.approx(1.0, rel=1e-4)
+
+    # the nearest lies along one direction from the patch, whose squares say how much of it is in which channels
+    directions = pipeline.calibration.patch_directions[0]
+    patch = torch.randn(len(directions), generator=generator())
+    pipeline.calibration.coreset[0] = 100.0
+    pipeline.calibration.coreset[0, 7] = (patch @ directions).half()
+    pipeline.calibration.coreset[0, 7, 3] += 2.0
+    fine = directions[: extractor.layer_channels[0], 3].square().sum()
+    shares = nearest_shares(pipeline, patch[None, :, None, None], 0, (0.5, 0.5))
+    assert 0.01 < fine < 0.99
+    assert shares["stride 8"] == pytest.approx(float(fine), abs=0.02)
 
 
 def test_the_good_image_most_like_it_comes_first(of_features, tmp_path):
