@@ -71,12 +71,15 @@ def test_a_coreset_of_several_chosen_at_once_is_near_everything():
     assert farthest < 0.6 * at_random
 
 
-def test_patches_are_kept_where_they_vary_however_few_images_these_are():
-    alike = 0.01 * torch.rand(14_000, 3, generator=generator())
-    varied = torch.rand(2_000, 3, generator=generator(1))  # of the last eighth of the images
-    patches = torch.cat([alike, varied])
-    chosen = patches[greedy_coreset(patches, CORESET_SIZE)]
-    assert torch.cdist(varied, chosen).amin(dim=1).max() < 0.02
+@pytest.mark.parametrize("varies", ["the last images", "two columns of each"])
+def test_patches_are_kept_where_they_vary_however_few_these_are(varies):
+    varied = torch.zeros(16, 32, 32, dtype=torch.bool)  # images, rows, columns
+    (varied[14:] if varies == "the last images" else varied[..., 20:22]).fill_(True)
+    width = torch.where(varied.flatten(), 1.0, 0.01)
+    patches = torch.rand(len(width), 3, generator=generator()) * width[:, None]
+    chosen = greedy_coreset(patches, CORESET_SIZE)
+    there = patches[varied.flatten()]
+    assert torch.cdist(there, patches[chosen]).amin(dim=1).max() < 0.02
 
 
 def test_directions_in_which_nothing_varies_tell_nothing():
