@@ -175,7 +175,7 @@ class Manifest:
         return sum(1 for _ in islice(self.entries(), limit))
 
     def first(self, count: int) -> list[Input]:
-        """Of the lines that name one."""
+        """The images of the first `count` lines that name one."""
         return [self._input(entry) for entry in islice(filter(None, self.entries()), count)]
 
     def take(self, row: list[str], is_complete: bool) -> int | None:

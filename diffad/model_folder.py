@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 def check_local(path: str | Path) -> None:
-    """Raises a ValueError for a URL, of which no local folder gets the name."""
+    """Raises a ValueError for a URL, which would become the name of a local folder."""
     if re.match(r"[a-z][a-z0-9+.-]+:/", str(path), re.IGNORECASE):  # `Path` has taken one of the two strokes away
         raise ValueError(
-            f"The output goes into a local folder, from which a run that was killed goes on, but {path} is a URL. Copy "
-            "what is there when the run has ended, by the store's own program or by fsspec's `put`."
+            f"Outputs are local files and folders, but {path} is a URL. Copy what is written when the run has ended, "
+            "by the store's own program or by fsspec's `put`."
         )
 
 

@@ -171,13 +171,23 @@ def test_results_are_copied_into_a_bucket_when_a_run_has_ended(parts, store, tmp
     assert "is a URL" in str(refused.exception)
     with pytest.raises(SystemExit, match="2"):
         fit.main(["--train_data_dir", str(parts), "--output_dir", f"s3://{bucket}/model"])
-    assert "--output_dir must be a local path" in capsys.readouterr().err
+    assert (
+        f"--output_dir: Outputs are local files and folders, but s3://{bucket}/model is a URL"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "s3:").exists()
     CliRunner().invoke(app, [*arguments, "found"], catch_exceptions=False)
     files.put("found", f"{bucket}/found", recursive=True)
     for path in (tmp_path / "found").rglob("*.*"):
         copied = f"{bucket}/{path.relative_to(tmp_path).as_posix()}"
         assert files.cat_file(copied) == path.read_bytes()
+
+
+def test_the_first_images_of_a_manifest_are_those_that_lines_name(tmp_path):
+    """They tell the range of values: of lines without an image nothing can be told."""
+    table = tmp_path / "parts.csv"
+    table.write_text("path,label\n" + ",good\n" * 200 + "a.png,good\n")
+    assert [one.file for one in Manifest(table).first(1)] == ["a.png"]
 
 
 def test_images_of_two_buckets_keep_their_places():

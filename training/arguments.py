@@ -31,7 +31,7 @@ def local_path(text: str) -> str:
     try:
         check_local(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be a local path. {error}") from None
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 

@@ -8,7 +8,7 @@ as these act after the networks alone. docs/results.md says how well the choice 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +35,7 @@ SIGMAS = (0.5, 1.0, 2.0, 4.0)  # pixels at the processing resolution
 MAX_IMAGES = 60  # on which defects are drawn; more hardly move the ranking
 DEFECTS_AN_IMAGE = 4
 BATCH_SIZE = 16
-NUM_FOLDS = 10  # of the images, each left out in turn to see how sure a difference is
+NUM_FOLDS = 10  # blocks of the images, each left out in turn to see how sure a difference is
 DEFECT_RESOLUTION = 256  # px a side of a square of as many, at which they are drawn
 
 
@@ -50,7 +50,7 @@ class CategoryMaps(NamedTuple):
     maps: (N, S, R, R), neither smoothed nor normalised, in the order of `AnomalyDenoisePipeline.score_maps`.
     is_good: (N,) bool.
     masks: (N, R, R) bool, all False for good images; None where there are none.
-    source: (N,) which good image each shows, with a defect or without.
+    source: (N,) which of the category's good images each shows, with a defect or without.
     """
 
     maps: torch.Tensor
@@ -59,8 +59,8 @@ class CategoryMaps(NamedTuple):
     source: np.ndarray
 
     def without(self, fold: int, num_folds: int) -> CategoryMaps:
-        """Those of all images but each `num_folds`th, whose defects go with them."""
-        kept = self.source % num_folds != fold
+        """Those of all images but one of so many blocks of neighbours, whose defects go with them."""
+        kept = self.source * num_folds // self.is_good.sum() != fold
         masks = None if self.masks is None else self.masks[kept]
         return CategoryMaps(self.maps[torch.from_numpy(kept)], self.is_good[kept], masks, self.source[kept])
 
@@ -76,9 +76,9 @@ def choose_settings(
 ) -> list[dict[str, Any]]:
     """Ranks weights of the maps and their smoothing, and chooses.
 
-    The weights of `diffad fit` stay unless the best setting is better by more than a standard error (Breiman et al.,
-    "Classification and Regression Trees", 1984: the simplest within one standard error of the best). The best of many
-    is the best by luck as well, and where these weights are as good no denoiser runs.
+    The weights of `diffad fit` stay unless the best setting is better by more than a standard error of the difference,
+    after the rule of Breiman et al. ("Classification and Regression Trees", 1984) that takes the simplest within one of
+    the best: the best of many is ahead by luck as well, and with these weights no denoiser runs.
 
     Args:
         pipeline: a trained one. Its own settings stay as they are.
@@ -92,8 +92,9 @@ def choose_settings(
     Returns:
         For each setting a dictionary of `weights`, `kl_sigma`, `feature_sigma`, the `image_auroc`, `pixel_ap` and
         `pixel_pro` that it reaches against synthetic defects, and the `objective`, their mean by `IMPORTANCE`. The
-        chosen one comes first, and has its `lead`: the best's objective less that of `diffad fit`, and its
-        `standard_error`. The others come by their objective.
+        chosen one comes first; its `lead` is the best's objective less that of the weights of `diffad fit`, and
+        `standard_error` is how sure that is. The others come by their objective. Nothing where no defect could be drawn
+        in the region of a category.
     """
     raw = with_settings(pipeline, weights=dict.fromkeys(MAP_NAMES, 1.0), kl_sigma=0.0, feature_sigma=0.0)
     of_categories = []
@@ -107,26 +108,31 @@ def choose_settings(
         take_statistics(raw, seen, index, seed, accelerator, None if pipeline.tile_size else region)
         of_categories.append(measure_defects(raw, others, index, seed))
 
+    return broadcast_object_list([rank_settings(raw, of_categories)])[0]  # processes may differ in the last digit
+
+
+def rank_settings(pipeline: AnomalyDenoisePipeline, of_categories: Sequence[CategoryMaps]) -> list[dict[str, Any]]:
+    """What `choose_settings` returns, of measured maps. The pipeline's weights, means and deviations change."""
+    if any(measured.is_good.all() for measured in of_categories):
+        return []
+
     # 1. Weights, at the middle sigmas; 2. sigmas, for the best weights
-    ranking = [score(raw, of_categories, weights, 1.0, 1.0) for weights in simplex(len(MAP_NAMES), WEIGHT_STEPS)]
-    best = max(ranking, key=lambda one: one["objective"])
-    weights = tuple(best["weights"].values())
+    of_fit = tuple(FEATURE_WEIGHTS.get(name, 0.0) for name in MAP_NAMES)
+    others = [weights for weights in simplex(len(MAP_NAMES), WEIGHT_STEPS) if weights != of_fit]
+    fitted, *ranking = [score(pipeline, of_categories, weights, 1.0, 1.0) for weights in (of_fit, *others)]
+    best = max([fitted, *ranking], key=lambda one: one["objective"])
     kl_sigmas = SIGMAS if best["weights"]["kl"] else (1.0,)
-    sigmas = [pair for pair in itertools.product(kl_sigmas, SIGMAS) if pair != (1.0, 1.0)]
-    ranking += [score(raw, of_categories, weights, *pair) for pair in sigmas]
+    for pair in itertools.product(kl_sigmas, SIGMAS):
+        if pair != (1.0, 1.0):
+            ranking.append(score(pipeline, of_categories, tuple(best["weights"].values()), *pair))
+
+    # 3. The best, if it is clearly better than the weights of `diffad fit`
+    best = max([fitted, *ranking], key=lambda one: one["objective"])
+    lead, error = best["objective"] - fitted["objective"], standard_error(pipeline, of_categories, best, fitted)
+    stays = error is None or lead <= error
+    ranking = [one for one in (fitted, *ranking) if one is not (fitted if stays else best)]
     ranking.sort(key=lambda one: -one["objective"])
-    best, simplest = ranking[0], next(one for one in ranking if is_simplest(one))
-    lead, error = best["objective"] - simplest["objective"], standard_error(raw, of_categories, best, simplest)
-    chosen = best if error is not None and lead > error else simplest
-    ranking.remove(chosen)
-    ranking.insert(0, {**chosen, "lead": lead, "standard_error": error})
-    return broadcast_object_list([ranking])[0]  # processes may differ in the last digit
-
-
-def is_simplest(setting: dict[str, Any]) -> bool:
-    """Whether these are the weights of `diffad fit` at the middle sigmas."""
-    weights = {name: weight for name, weight in setting["weights"].items() if weight}
-    return weights == FEATURE_WEIGHTS and (setting["kl_sigma"], setting["feature_sigma"]) == (1.0, 1.0)
+    return [{**(fitted if stays else best), "lead": lead, "standard_error": error}, *ranking]
 
 
 def standard_error(
@@ -135,22 +141,32 @@ def standard_error(
     one: dict[str, Any],
     other: dict[str, Any],
 ) -> float | None:
-    """Of the difference between two settings' objectives, by the jackknife over groups of images (Quenouille, 1956).
+    """Of the difference between two settings' objectives, by the jackknife over blocks of images (Quenouille, 1956).
 
-    None where a category has a single image, which tells nothing of others.
+    Blocks are of neighbours, so that tiles of an image and photographs of a part mostly stay together.
+
+    Returns:
+        None where it cannot be told: a category has a single image, or a block has all of the defects.
     """
+    if one is other:
+        return 0.0
     num_folds = min(NUM_FOLDS, *(int(measured.is_good.sum()) for measured in of_categories))
     if num_folds < 2:
         return None
     differences = []
     for fold in range(num_folds):
-        rest = [measured.without(fold, num_folds) for measured in of_categories]
-        objectives = [
-            score(pipeline, rest, tuple(setting["weights"].values()), setting["kl_sigma"], setting["feature_sigma"])
+        parts = [
+            score(
+                pipeline,
+                (measured.without(fold, num_folds) for measured in of_categories),
+                tuple(setting["weights"].values()),
+                setting["kl_sigma"],
+                setting["feature_sigma"],
+            )
             for setting in (one, other)
         ]
-        differences.append(objectives[0]["objective"] - objectives[1]["objective"])
-    return float(np.sqrt((num_folds - 1) * np.var(differences)))
+        differences.append(parts[0]["objective"] - parts[1]["objective"])
+    return float(np.sqrt((num_folds - 1) * np.var(differences))) if np.isfinite(differences).all() else None
 
 
 def with_settings(pipeline: AnomalyDenoisePipeline, **changed: Any) -> AnomalyDenoisePipeline:
@@ -266,7 +282,7 @@ def measure_maps(
 
 def score(
     pipeline: AnomalyDenoisePipeline,
-    of_categories: Sequence[CategoryMaps],
+    of_categories: Iterable[CategoryMaps],
     weights: Sequence[float],
     kl_sigma: float,
     feature_sigma: float,
@@ -280,7 +296,8 @@ def score(
     pipeline.register_to_config(weights=named)
     calibration, names = pipeline.calibration, tuple(IMPORTANCE)
     found = []
-    for category, (measured, reference) in enumerate(zip(of_categories, references or of_categories, strict=True)):
+    pairs = zip(of_categories, references, strict=True) if references else ((one, one) for one in of_categories)
+    for category, (measured, reference) in enumerate(pairs):
         num_kl = measured.maps.shape[1] - calibration.num_feature_maps
         good = smooth_maps(reference.maps[torch.from_numpy(reference.is_good)], num_kl, kl_sigma, feature_sigma)
         calibration.map_mean[category] = good.mean(dim=(0, 2, 3))[:, None, None]
@@ -325,8 +342,13 @@ def describe_choice(ranking: list[dict[str, Any]]) -> str:
     for name, one in named:
         figures = (100.0 * one[metric] for metric in IMPORTANCE)
         lines.append("{:14} {:11.1f} {:9.1f} {:4.1f}".format(name, *figures))
-    lead, error = chosen["lead"], chosen["standard_error"]
-    sure = "which one image cannot confirm" if error is None else f"standard error {100.0 * error:.2f}"
-    who = "The best setting leads these, those" if is_simplest(chosen) else "It leads those"
-    lines.append(f"{who} of `diffad fit`, by {100.0 * lead:.2f} ({sure}).")
+    error = chosen["standard_error"]
+    sure = "which so few images cannot confirm" if error is None else f"standard error {100.0 * error:.2f}"
+    lead = f"by {100.0 * chosen['lead']:.2f} ({sure})"
+    if chosen["lead"] == 0.0:
+        lines.append("No setting is ahead of these, the weights of `diffad fit`.")
+    elif chosen["objective"] < max(one["objective"] for one in ranking):
+        lines.append(f"The best setting is ahead of these, the weights of `diffad fit`, {lead}.")
+    else:
+        lines.append(f"It is ahead of the weights of `diffad fit` {lead}.")
     return "\n".join(lines)

@@ -42,7 +42,9 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder or Hub id of a pipeline, or an exported file")
     add_evaluation_arguments(parser)
     parser.add_argument("--output", type=local_path, default="report.json", help="the report (report.json)")
-    parser.add_argument("--save_maps", metavar="DIR", help="float32 TIFF maps, as MVTec's own evaluation reads them")
+    parser.add_argument(
+        "--save_maps", type=local_path, metavar="DIR", help="float32 TIFF maps, as MVTec's own evaluation reads them"
+    )
     parser.add_argument(
         "--baselines",
         nargs="+",

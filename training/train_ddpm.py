@@ -30,6 +30,7 @@ from diffad.images import as_side, as_size, images_to_pixel_values, resize_image
 from diffad.likelihood import kl_divergence_map, predicted_clean_sample, variational_bound
 from diffad.models.denoising_unet_2d import DENOISING_UNET_PRESETS
 from diffad.moments import PRIOR_IMAGES
+from diffad.pipelines.checks import FEATURE_WEIGHTS
 from diffad.pipelines.detection import spread
 from diffad.tiling import tile_height_and_width
 from diffad.training.arguments import (
@@ -400,10 +401,14 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     pipeline.set_progress_bar_config(disable=not accelerator.is_local_main_process)
     if unseen is not None:
         ranking = choose_settings(pipeline, training, unseen, categories, args.seed, accelerator, region)
-        best = {name: ranking[0][name] for name in ("weights", "kl_sigma", "feature_sigma")}
-        pipeline.register_to_config(**best, position_trust=0.0)  # as the choice normalises
-        accelerator.print(describe_choice(ranking))
-        record["choice"] = ranking
+        if ranking:
+            chosen = {name: ranking[0][name] for name in ("weights", "kl_sigma", "feature_sigma")}
+            accelerator.print(describe_choice(ranking))
+            record["choice"] = ranking
+        else:
+            chosen = {"weights": FEATURE_WEIGHTS, "kl_sigma": 1.0, "feature_sigma": 1.0}
+            accelerator.print("No defect could be drawn in the region of interest: weights are those of diffad fit.")
+        pipeline.register_to_config(**chosen, position_trust=0.0)  # as the choice normalises
         training = concatenate_datasets([training, unseen])  # whose statistics they may serve
     finish(pipeline, training, held_out, categories, args, record, accelerator)
     accelerator.print(f"Saved a calibrated pipeline to {args.output_dir} after {time.time() - started:.0f} s.")
