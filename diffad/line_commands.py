@@ -31,14 +31,14 @@ def drift(
 
     A bet against it, part by part, and how far it has paid off; parts that raise an alarm are left out.
     """
-    from diffad.drift_table import TableDrift, draw_drift
+    from diffad.drift_table import TableDrift, draw_drift, is_png
     from diffad.inputs import DRIFT_NAME
 
     if output is not None:
         check_local(output)
     found = TableDrift(scores, chance)
     plot = output or scores.with_name(DRIFT_NAME)
-    if plot.exists() and (plot.is_dir() or plot.samefile(scores)):
+    if plot.is_dir() or (plot.is_file() and not is_png(plot)):  # such as the table, or what lies beside it
         raise ValueError(f"`output` must be the plot's own file, such as drift.png, but is {plot}.")
     draw_drift(found, plot)
     print(found.sentence().encode("utf-8", "replace").decode())  # a name in it may be no UTF-8
@@ -63,6 +63,7 @@ def update(
     """
     from diffad.cli import load_pipeline
     from diffad.data import load_anomaly_dataset
+    from diffad.data.checks import dataset_value_range
     from diffad.model_card import remove_reports
     from diffad.pipelines.updating import load_good_images, save_updatable
     from diffad.process_share import launched_processes, on_main
@@ -77,6 +78,11 @@ def update(
     good = good.filter(lambda label: label == 0, input_columns="label")
     if len(names := sorted(set(good["category"]))) > 1:
         raise ValueError(f"`category` is needed: {data} holds {', '.join(names)}, and this model is of one.")
+    if pipeline.value_range is None and dataset_value_range(good) is not None:
+        raise ValueError(
+            f"`data`: images of {data} have more than 8 bits, and {model} learned from images of 8. Give such ones, or "
+            "fit a model to the new ones."
+        )
     alarms = pipeline.update(good["image"], good_images, batch_size, accelerator)
     on_main(accelerator, lambda: save_updatable(pipeline, good_images, folder))
     if accelerator is not None:

@@ -164,18 +164,21 @@ def test_who_cannot_learn_is_told_why(portions, tmp_path):
     denoiser.calibrate(textures(12), false_alarm_rate=0.25)
     denoiser.save_pretrained(tmp_path / "denoiser")
     assert "Only a model of `diffad fit` learns more" in error(tmp_path / "denoiser", "--data", second)
+    write_png(tmp_path / "deep" / "0.png", np.arange(1024, dtype=np.uint16).reshape(32, 32))
+    assert "have more than 8 bits" in error(growing, "--data", tmp_path / "deep")
     assert "must be a folder" in error("somebody/model", "--data", second)
 
 
-def test_a_fit_that_could_not_be_updated_is_refused(tmp_path):
+def test_a_fit_that_could_not_be_updated_is_refused(tmp_path, capsys):
     of_two = write_mvtec(tmp_path / "two", {"tile": 20, "wood": 20}, size=32)
     with pytest.raises(ValueError, match="Fit one for each category"):
         fit(of_two, tmp_path / "model", "--kept_images", 8)
     few = write_folder(tmp_path / "few", 3, size=32)
     with pytest.raises(ValueError, match="give 20 at least"):
         fit(few, tmp_path / "model", "--kept_images", 8)
-    with pytest.raises(ValueError, match="`num_kept` must be at least 3"):
+    with pytest.raises(SystemExit):
         fit(few, tmp_path / "model", "--kept_images", 2)
+    assert "--kept_images must be 0 or at least 3, but is 2" in capsys.readouterr().err
     assert not (tmp_path / "model" / "model_index.json").exists()
 
 
