@@ -280,6 +280,8 @@ def calibrate(
         check_part_pattern(part_pattern)
     good = load_anomaly_dataset(data, "train", category, dataset, on_bad_image.value)
     good = good.filter(lambda label: label == 0, input_columns="label")
+    if len(names := sorted(set(good["category"]))) > 1:
+        raise ValueError(f"`category` is needed: {data} holds {', '.join(names)}, and one is calibrated at a time.")
     images, statistics_images = good["image"], None
     if part_pattern is not None:
         part = part_index(good["path"], part_pattern)
@@ -377,6 +379,7 @@ def describe_error(error: Exception, arguments: list[str]) -> str:
     for parameter in command.params if command else ():
         option = next((name for name in parameter.opts if name.startswith("--")), None)
         typed[parameter.name] = option or parameter.metavar
+    typed.setdefault("images", typed.get("data", "`images`"))
     typed["path_or_hub_id"] = typed.get("data", "`path_or_hub_id`")
     return re.sub(r"`(\w+)`", lambda match: typed.get(match[1]) or match[0], message)
 

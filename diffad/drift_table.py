@@ -98,7 +98,10 @@ class TableDrift:
             elif self.test.drifted_at == self.test.num_parts:
                 self.names = {self.test.began_at or 0: began or row["path"], self.test.num_parts: row["path"]}
         if not self.evidence:
-            raise ValueError(f"{path} holds no score.")
+            raise ValueError(
+                f"{path} holds no score. Give the scores.csv of `diffad predict` as it was written, in UTF-8 and with "
+                "commas between its columns."
+            )
 
     def sentence(self) -> str:
         """What was found, for the one at the line."""
@@ -129,6 +132,11 @@ def describe(test: DriftTest, highest: float, names: dict[int, str] | None = Non
         f"DRIFT: at {at} the evidence reached {limit} ({rare}). It began at about {began}. {HOW[test.direction or '']} "
         f"Look at light, focus and the parts' place; if this is how it is to stay, calibrate again ({left_out})."
     )
+
+
+def is_png(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"\x89PNG"
 
 
 def draw_drift(found: TableDrift, path: str | Path) -> None:

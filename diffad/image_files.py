@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from diffad.grey_depth import UnreadableImageError, check_values
 from diffad.image_metadata import turn_upright, upright_size, without_metadata
@@ -103,6 +103,8 @@ def _read(read: Callable[[Any], Result], path: str | os.PathLike | None, content
         raise
     except Exception as error:  # which one depends on the format: OSError, SyntaxError, struct.error, zlib.error, ...
         reason = str(error) or type(error).__name__
+        if content is not None and isinstance(error, UnidentifiedImageError):
+            reason = "cannot identify image file"  # Pillow tells where the bytes lie in memory
         raise UnreadableImageError(
             f"`image`: {shown} cannot be read as an image ({reason}). Replace or remove it.", reason
         ) from error

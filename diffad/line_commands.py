@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,14 +32,14 @@ def drift(
 
     A bet against it, part by part, and how far it has paid off; parts that raise an alarm are left out.
     """
-    from diffad.drift_table import TableDrift, draw_drift
+    from diffad.drift_table import TableDrift, draw_drift, is_png
     from diffad.inputs import DRIFT_NAME
 
     if output is not None:
         check_local(output)
     found = TableDrift(scores, chance)
     plot = output or scores.with_name(DRIFT_NAME)
-    if plot.exists() and (plot.is_dir() or plot.samefile(scores)):
+    if plot.is_dir() or (plot.is_file() and not is_png(plot)):  # such as the table, or what lies beside it
         raise ValueError(f"`output` must be the plot's own file, such as drift.png, but is {plot}.")
     draw_drift(found, plot)
     print(found.sentence().encode("utf-8", "replace").decode())  # a name in it may be no UTF-8
@@ -63,6 +64,9 @@ def update(
     """
     from diffad.cli import load_pipeline
     from diffad.data import load_anomaly_dataset
+    from diffad.data.checks import dataset_value_range
+    from diffad.files import locked_folder
+    from diffad.inputs import LOCK_NAME
     from diffad.model_card import remove_reports
     from diffad.pipelines.updating import load_good_images, save_updatable
     from diffad.process_share import launched_processes, on_main
@@ -71,14 +75,23 @@ def update(
         raise ValueError(f"`model` must be a folder, as `diffad fit` writes it, but there is none at {model}.")
     folder = check_model_folder(Path(model) if output is None else output)
     accelerator = launched_processes()
-    pipeline = load_pipeline(model, device or (str(accelerator.device) if accelerator else None))
-    good_images = load_good_images(pipeline, model)
-    good = load_anomaly_dataset(data, "train", category, dataset, on_bad_image.value)
-    good = good.filter(lambda label: label == 0, input_columns="label")
-    if len(names := sorted(set(good["category"]))) > 1:
-        raise ValueError(f"`category` is needed: {data} holds {', '.join(names)}, and this model is of one.")
-    alarms = pipeline.update(good["image"], good_images, batch_size, accelerator)
-    on_main(accelerator, lambda: save_updatable(pipeline, good_images, folder))
+    with ExitStack() as stack:
+        # of two at once, each would begin with the old model, and the later one lose what the other has learned
+        folder.mkdir(parents=True, exist_ok=True)
+        on_main(accelerator, lambda: stack.enter_context(locked_folder(folder, LOCK_NAME, "`output`")))
+        pipeline = load_pipeline(model, device or (str(accelerator.device) if accelerator else None))
+        good_images = load_good_images(pipeline, model)
+        good = load_anomaly_dataset(data, "train", category, dataset, on_bad_image.value)
+        good = good.filter(lambda label: label == 0, input_columns="label")
+        if len(names := sorted(set(good["category"]))) > 1:
+            raise ValueError(f"`category` is needed: {data} holds {', '.join(names)}, and this model is of one.")
+        if pipeline.value_range is None and dataset_value_range(good) is not None:
+            raise ValueError(
+                f"`data`: images of {data} have more than 8 bits, and {model} learned from images of 8. Give such, or "
+                "fit a model to the new ones."
+            )
+        alarms = pipeline.update(good["image"], good_images, batch_size, accelerator)
+        on_main(accelerator, lambda: save_updatable(pipeline, good_images, folder))
     if accelerator is not None:
         accelerator.end_training()  # a process that exits with its group still open may abort
         if not accelerator.is_main_process:

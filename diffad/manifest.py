@@ -16,10 +16,11 @@ from diffad.files import bounded_name
 from diffad.grey_depth import UnreadableImageError
 from diffad.image_arrays import find_value_range
 from diffad.image_files import read_image
-from diffad.inputs import describe_suffixes, find_images, is_image_name
+from diffad.inputs import describe_suffixes, find_images, is_image_name, is_input_folder
 from diffad.installation import needs_extra
 from diffad.journal import ENCODING, MESSAGE, PLACE, VERDICT, VERDICTS, Input
 from diffad.remote_files import RemoteReader, describe_remote, is_url, list_parquet, list_remote, open_remote, part_of
+from diffad.warn_once import warn_once
 
 SUFFIXES = (".csv", ".parquet")
 COLUMN_NAMES = ("path", "image", "url", "file_name")
@@ -33,13 +34,16 @@ def find_inputs(images: Sequence[str | Path], output_dir: str | Path | None = No
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: there are no images, or a manifest stands among others.
+        ValueError: there are no images, or a manifest or a tar stands among others.
     """
-    if images and all(is_tar(one) for one in images):
+    tars = [one for one in images if is_tar(one)]
+    if tars and len(tars) == len(images):
         return TarImages(images)
+    if tars:
+        raise ValueError(f"`images`: {tars[0]} is a tar, which goes with tars alone. Give the rest a run of its own.")
     if parquet := parquet_images(images):
         return parquet
-    manifests = [one for one in images if os.path.splitext(one)[1].lower() in SUFFIXES]
+    manifests = [one for one in images if os.path.splitext(one)[1].lower() in SUFFIXES and not os.path.isdir(one)]
     if not manifests:
         local = [one for one in images if not is_url(one)]
         found: list[Path | Input] = [*find_images(local, output_dir)] if local else []
@@ -104,7 +108,8 @@ class Manifest:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it has no line, or, a parquet file, none of the columns.
+        ValueError: it has no line, is no CSV or parquet file, or has none of the columns: a CSV without a header must
+            begin with an image.
     """
 
     def __init__(self, path: str | Path):
@@ -151,13 +156,28 @@ class Manifest:
         with self._open("r") as file:
             reader = csv.reader(file)
             rows = (row for row in reader if row)
-            first = next(rows, [])
-            names = [cell.strip().lower() for cell in first]
-            column = next((names.index(name) for name in COLUMN_NAMES if name in names), None)
-            if column is None and first:
-                yield first[0]
-            for row in rows:
-                yield row[column or 0] if len(row) > (column or 0) else ""
+            try:
+                first = next(rows, [])
+                names = [cell.strip().lower() for cell in first]
+                column = next((names.index(name) for name in COLUMN_NAMES if name in names), None)
+                if column is None and first:
+                    self._check_first(first)
+                    yield first[0]
+                for row in rows:
+                    yield row[column or 0] if len(row) > (column or 0) else ""
+            except csv.Error as error:  # such as a quotation mark that is never closed
+                raise ValueError(f"`images`: line {reader.line_num + 1} of {self.path} is no CSV ({error}).") from error
+
+    def _check_first(self, row: list[str]) -> None:
+        """Raises where the first line of a CSV is neither a header that is known nor an image's."""
+        entry = row[0]
+        if is_url(entry) or is_image_name(os.path.basename(entry)) or os.path.isfile(os.path.join(self.folder, entry)):
+            return
+        shown = os.fsencode(",".join(row)).decode("utf-8", "backslashreplace")[:200]
+        raise ValueError(
+            f"`images`: the first line of {self.path}, {shown!r}, has none of the columns {', '.join(COLUMN_NAMES)}, "
+            "and does not begin with an image. Name the column so, in a table in UTF-8 with commas between its fields."
+        )
 
     def _of_parquet(self) -> Iterator[str]:
         with needs_extra("remote", "train"):
@@ -167,6 +187,9 @@ class Manifest:
             column = next((name for name in COLUMN_NAMES if name in names), None)
             if column is None:
                 raise ValueError(f"{self.path} must have a column {', '.join(COLUMN_NAMES)}, but has {names}.")
+            kind = file.schema_arrow.field(column).type
+            if "string" not in str(kind):
+                raise ValueError(f"`images`: column {column} of {self.path} must hold paths or URLs, but holds {kind}.")
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=[column]):
                 yield from (entry or "" for entry in batch.column(0).to_pylist())
 
@@ -221,7 +244,7 @@ class Manifest:
 
 
 def is_tar(path: str | os.PathLike) -> bool:
-    return os.fspath(path).lower().endswith(".tar")
+    return os.fspath(path).lower().endswith(".tar") and not os.path.isdir(path)
 
 
 class ImageContainers(Manifest):
@@ -250,14 +273,27 @@ class ImageContainers(Manifest):
 class TarImages(ImageContainers):
     """The images in tars, as WebDataset has them, in the order of the tars and of what is in them.
 
+    What counts as an image, and which folders hold inputs, is as in `diffad.inputs`; links are left out with a warning.
+
     Tars are read from end to end, without what the images hold; that is then read by its place in the tar.
     """
 
     def entries(self) -> Iterator[str]:
         """Where each image's bytes are, as `RemoteReader` reads it."""
         for path in self.paths:
-            with open_remote(path) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
-                for member in tar:
-                    tar.members = []  # type: ignore[attr-defined]  # which would hold all of them
-                    if member.isfile() and is_image_name(os.path.basename(member.name)):
-                        yield part_of(path, member.offset_data, member.size, member.name)
+            try:
+                with open_remote(path) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
+                    for member in tar:
+                        tar.members = []  # type: ignore[attr-defined]  # which would hold all of them
+                        *folders, name = member.name.split("/")
+                        if not is_image_name(name) or not all(map(is_input_folder, {*folders} - {".", ".."})):
+                            continue
+                        if member.isfile():
+                            yield part_of(path, member.offset_data, member.size, member.name)
+                        elif member.islnk() or member.issym():
+                            warn_once(
+                                f"Links to images in {path} are left out. To have them, pack it with `tar "
+                                "--dereference --hard-dereference`."
+                            )
+            except tarfile.TarError as error:
+                raise ValueError(f"`images`: {path} is no tar, is compressed, or is not whole ({error}).") from error

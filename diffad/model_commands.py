@@ -38,7 +38,12 @@ def export(
         from diffad.data import load_anomaly_dataset
 
         good = load_anomaly_dataset(data, "train")
-        images = good.filter(lambda label: label == 0, input_columns="label")["image"]
+        good = good.filter(lambda label: label == 0, input_columns="label")
+        if len(names := sorted(set(good["category"]))) > 1:
+            raise ValueError(
+                f"`data`: {data} holds {', '.join(names)}, and int8 takes a model of one. Give its own images."
+            )
+        images = good["image"]
     input_type = "uint8" if uint8 else "float32"
     path = export_pipeline(load_pipeline(model, "cpu"), output, format, precision, images, input_type)
     if precision == "int8" and (found := Runtime(path).metadata.quantization) is not None:

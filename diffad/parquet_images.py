@@ -50,8 +50,13 @@ class ParquetImages(ImageContainers):
 def open_parquet(path: str) -> Iterator[Any]:
     with needs_extra("remote", "train"):
         from pyarrow import parquet
-    with open_remote(path) as opened, parquet.ParquetFile(opened) as file:
-        yield file
+    with open_remote(path) as opened:
+        try:
+            file = parquet.ParquetFile(opened)
+        except ValueError as error:  # pyarrow's, which names no file
+            raise ValueError(f"`images`: {path} is no parquet file, or not all of one ({error}).") from error
+        with file:
+            yield file
 
 
 @lru_cache(maxsize=1000)
@@ -75,7 +80,8 @@ def read_row(url: str) -> bytes:
         ends = _group_ends(path)
         group = bisect_right(ends, int(row))
         images = _row_group(path, group)
-        return images[int(row) - (ends[group - 1] if group else 0)].as_py()["bytes"] or b""
+        image = images[int(row) - (ends[group - 1] if group else 0)].as_py() or {}  # a row may have none
+        return image.get("bytes") or b""
 
 
 @lru_cache(maxsize=1000)

@@ -105,9 +105,11 @@ def test_drift_is_told_from_a_table_and_drawn(model, tmp_path):
     scores.write_bytes(text.replace(b"later", b"later\xff"))  # a name that is no UTF-8
     assert "later?" in run("drift", scores)
     scores.write_bytes(text)
-    with pytest.raises(ValueError, match="`output` must be the plot's own file"):
-        run("drift", scores, "--output", scores)
-    assert scores.read_bytes() == text
+    for own in (scores, scores.with_name("calibration.json")):
+        before = own.read_bytes()
+        with pytest.raises(ValueError, match="`output` must be the plot's own file"):
+            run("drift", scores, "--output", own)
+        assert own.read_bytes() == before
     assert run("predict", model, tmp_path / "out", parts, "--output", tmp_path / "again") == ""
     assert len((tmp_path / "again" / "scores.csv").read_text().splitlines()) == 13  # a plot is no input
 
@@ -258,6 +260,7 @@ def damaged(model, tmp_path) -> Path:
         ("benchmark nowhere/at/all", ["holds no pipeline"]),
         ("drift missing.csv", ["no table at missing.csv", "Give the scores.csv"]),
         ("drift parts/000.png", ["holds no score"]),
+        ("drift semicolons.csv", ["semicolons.csv holds no score", "commas"]),
         ("drift scores.csv", ["scores.csv holds the score 'none' of a.png"]),
         ("predict {model} '' --output out", ["INPUT...: one of the paths is empty"]),
         ("calibrate {model} --data ''", ["--data is empty", "variable of the shell"]),
@@ -278,6 +281,9 @@ def damaged(model, tmp_path) -> Path:
         ("calibrate {model} --data parts --part-pattern (a", ["--part-pattern is no regular expression"]),
         ("calibrate {model} --data parts --part-pattern serial", ["--part-pattern 'serial' finds no part in the path"]),
         ("calibrate {model} --data parts --part-pattern png", ["--part-pattern 'png' finds the same part in all"]),
+        ("calibrate {model} --data two", ["--category is needed: two holds tile, wood"]),
+        ("export {model} x.onnx --precision int8 --data two", ["--data: two holds tile, wood"]),
+        ("export {model} x.onnx --precision int8 --data parts", ["--data holds 3 good images", "at least 20"]),
         ("calibrate org/name --data parts", ["--output is needed", "org/name is not a folder"]),
         ("convert sgd x.ckpt out", ["'diad' and 'taef2'"]),
         ("convert taef2 parts out", ["parts", "taef2_encoder.safetensors"]),
@@ -293,12 +299,14 @@ def test_errors_are_one_line_that_says_what_to_do(
 ):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "parts", 3)
+    write_mvtec(tmp_path / "two", {"tile": 2, "wood": 2})
     for folder in ("empty", "folder.json"):
         (tmp_path / folder).mkdir()
     for name, text in (
         ("mine.csv", "1"),
         ("other.json", "[1]"),
         ("scores.csv", "path,score,verdict\na.png,none,normal\n"),
+        ("semicolons.csv", "path;score;verdict\na.png;1.0;normal\n"),
     ):
         (tmp_path / name).write_text(text)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

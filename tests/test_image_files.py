@@ -119,6 +119,16 @@ def test_whatever_a_format_raises_is_one_error_with_the_path(tmp_path, error):
             read(path)
 
 
+def test_bytes_that_are_no_image_have_one_message_wherever_they_lie():
+    messages = set()
+    for content in (b"no image", b"no image either"):
+        with pytest.raises(UnreadableImageError) as caught:
+            read_image("a.png", content)
+        messages.add(str(caught.value))
+    (message,) = messages  # so that tables of several runs and processes are equal
+    assert "BytesIO" not in message
+
+
 def test_cut_and_changed_files_are_read_or_refused_in_one_way(tmp_path):
     rng = random.Random(0)
     image = Image.fromarray(texture(0, (16, 24)))

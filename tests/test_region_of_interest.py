@@ -60,7 +60,7 @@ def test_a_region_is_a_mask_or_polygons(tmp_path):
     for roi, category in ((MASK, None), (path, None), (tmp_path, "bottle"), (MASK.astype(np.uint8), "any")):
         assert np.array_equal(read_roi(roi, category), MASK)
     coco = tmp_path / "regions.json"
-    coco.write_text(json.dumps(COCO))
+    coco.write_text(json.dumps(COCO), encoding="utf-8-sig")  # as some editors write it
     assert read_roi(coco, "bottle").sum() == 5 * 10
     assert read_roi(coco, "cable").sum() == 10 * 10
     assert read_roi(coco).sum() == 15 * 10
@@ -115,7 +115,15 @@ def test_wrong_regions_are_named(tmp_path):
     (tmp_path / "coco.json").write_text(json.dumps(COCO))
     huge = {**COCO, "images": [{"id": 1, "width": 10**6, "height": 10**6}]}
     (tmp_path / "huge.json").write_text(json.dumps({**huge, "categories": [{"id": 1, "name": "screw"}]}))
+    in_runs = {"image_id": 1, "category_id": 3, "segmentation": {"counts": "abc", "size": [10, 20]}}
+    (tmp_path / "runs.json").write_text(
+        json.dumps({**COCO, "categories": [{"id": 3, "name": "screw"}], "annotations": [in_runs]})
+    )
+    (tmp_path / "none.json").write_text(json.dumps({**COCO, "annotations": []}))
+    with pytest.raises(ValueError, match=r"none.json has no polygon\.$"):
+        read_roi(tmp_path / "none.json")
     for roi, error, words in (
+        (tmp_path / "runs.json", ValueError, r"a mask in run lengths: draw a polygon, or give a PNG"),
         (tmp_path / "none.png", FileNotFoundError, "`roi`: no file at"),
         (tmp_path, FileNotFoundError, "screw.png"),
         (tmp_path / "empty.json", ValueError, "is no COCO JSON"),

@@ -287,13 +287,13 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         if not path.is_file():
             parser.error(f"--config: no file at {path}")
         try:
-            values = yaml.safe_load(path.read_text()) or {}
+            values = yaml.safe_load(path.read_bytes()) or {}  # in UTF-8 whatever the locale
         except yaml.YAMLError as error:
             parser.error(f"--config: {path} is not YAML: {' '.join(str(error).split())}")
         if not isinstance(values, dict):
             parser.error(f"--config: {path} must hold lines of `flag: value`")
         known = {action.dest for action in parser._actions}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(map(str, set(values) - known))
         if unknown:
             parser.error(f"--config: {path} sets unknown flags {', '.join(unknown)}")
         # in front of the command line's, so that types and choices are checked and the later ones win
@@ -305,8 +305,10 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
                 configured.append(f"--{name}")
             elif value is False and f"--no-{name}" in parser._option_string_actions:
                 configured.append(f"--no-{name}")
+            elif isinstance(value, list):
+                configured += [f"--{name}", *map(str, value)]
             elif value is not None and value is not False:
-                configured += [f"--{name}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+                configured.append(f"--{name}={value}")  # which may begin with a dash
         argv = [*configured, *argv]
     args = parser.parse_args(argv)
     # of --max_train_steps and --num_train_epochs the later one counts, and any flag of the command line is later than

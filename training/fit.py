@@ -22,7 +22,7 @@ from datasets import Dataset
 
 from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
 from diffad.calibration.feature_gaussian import feature_grid
-from diffad.calibration.good_images import GoodImages
+from diffad.calibration.good_images import FEWEST_KEPT, GoodImages
 from diffad.data.checks import dataset_sizes
 from diffad.images import ImageSequence, as_side, as_size, images_to_pixel_values, size_of_ratio
 from diffad.model_card import remove_reports
@@ -109,6 +109,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_example_images", type=COUNT, default=2, help="good images saved as pictures (2)")
     args = parser.parse_args(argv)
     check_source(parser, args)
+    if 0 < args.kept_images < FEWEST_KEPT:
+        parser.error(f"--kept_images must be 0 or at least {FEWEST_KEPT}, but is {args.kept_images}")
     if args.kept_images and args.part_pattern is not None:
         parser.error("--kept_images: a hash says which images are held out, and would tear parts of --part_pattern.")
     return args

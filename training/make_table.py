@@ -17,6 +17,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -132,7 +133,19 @@ def load_table(name: str) -> dict[str, Any]:
     names = [row["name"] for row in (*table["rows"], PADIM)]
     if len(set(names)) < len(names):
         raise ValueError(f"--table: two rows of {path} have the same name, or one is called PaDiM, as the last row is.")
+    own = [folder_name(row["name"]) for row in table["rows"] if "train" in row]
+    if len(set(own)) < len(own):
+        shared = Counter(own).most_common(1)[0][0]
+        raise ValueError(
+            f"--table: two rows of {path} would train their models into one folder, {shared}: give them names that "
+            "differ in letters or digits."
+        )
     return table
+
+
+def folder_name(name: str) -> str:
+    """A row's name, as its model's folder is called."""
+    return re.sub(r"[^\w.]+", "-", str(name).lower()).strip("-")
 
 
 def is_scheduler(name: str) -> bool:
@@ -299,7 +312,7 @@ def train_row(
     Raises:
         ValueError: it has to be trained, and cannot be.
     """
-    name = "-".join(filter(None, [re.sub(r"[^\w.]+", "-", row["name"].lower()).strip("-"), category]))
+    name = "-".join(filter(None, [folder_name(row["name"]), category]))
     folder = Path(args.output).with_suffix("") / name
     if (folder / "model_index.json").is_file():
         return folder

@@ -130,7 +130,8 @@ class DriftTest:
         """Takes in the next part's score."""
         score = shown_score(score)
         is_left_out = score >= self.threshold
-        self.of_alarms = bet(self.of_alarms, ALARM_BETS, float(is_left_out), paid_after(self.num_parts))
+        is_alarm = score > self.threshold  # of equal scores all may lie at the threshold, and raise none
+        self.of_alarms = bet(self.of_alarms, ALARM_BETS, float(is_alarm), paid_after(self.num_parts))
         p_value = None
         if is_left_out:
             self.num_left_out += 1

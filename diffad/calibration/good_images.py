@@ -27,6 +27,7 @@ from diffad.moments import POSITIONS_AT_ONCE, FeatureMoments
 from diffad.process_share import of_all_processes
 
 NAME = "good_images-{}.safetensors"  # in a model's folder, with the digest of the calibration that it belongs to
+FEWEST_KEPT = 3
 LARGEST = 65535  # as finely is an image kept: no score could tell it from what the networks saw
 
 
@@ -51,8 +52,10 @@ class GoodImages:
         for_statistics: dict[bytes, np.ndarray] | None = None,
         for_thresholds: dict[bytes, np.ndarray] | None = None,
     ):
-        if num_kept < 3:
-            raise ValueError(f"`num_kept` must be at least 3, but is {num_kept}: of fewer, distances say nothing.")
+        if num_kept < FEWEST_KEPT:
+            raise ValueError(
+                f"`num_kept` must be at least {FEWEST_KEPT}, but is {num_kept}: of fewer, distances say nothing."
+            )
         if not 0.0 < held_out_share < 1.0:
             raise ValueError(f"`held_out_share` must lie in (0, 1), but is {held_out_share}.")
         self.num_kept, self.held_out_share, self.moments = num_kept, held_out_share, moments

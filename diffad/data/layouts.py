@@ -241,7 +241,7 @@ def _find_uni_medical(root: Path) -> dict[str, Any]:
         return trees  # other tools put a meta.json into an MVTec-AD tree, too
     found: dict[str, Any] = {}
     try:
-        for split, categories in json.loads(path.read_text(encoding="utf-8")).items():
+        for split, categories in json.loads(path.read_text(encoding="utf-8-sig")).items():
             for category, rows in categories.items():
                 for row in rows:
                     defect = row["specie_name"] if row["anomaly"] else "good"

@@ -33,7 +33,7 @@ def _records(path: Path, base: Path) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     folder = base / path.stem
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
+        listed = json.loads(path.read_text(encoding="utf-8-sig"))
         for split in ("train", "test"):
             for row in listed[split]:
                 defect = "good" if is_good_name(row["anomaly_class"]) else row["anomaly_class"]

@@ -59,7 +59,7 @@ def read_roi(roi: str | os.PathLike | np.ndarray | Image.Image, category: str | 
 
 def _draw_polygons(path: Path, category: str | None) -> np.ndarray:
     try:
-        coco: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        coco: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
         images, names = coco["images"], {one["id"]: one["name"] for one in coco.get("categories", [])}
         chosen = [
             one for one in coco["annotations"] if category is None or names.get(one.get("category_id")) == category
@@ -72,14 +72,15 @@ def _draw_polygons(path: Path, category: str | None) -> np.ndarray:
             raise ValueError(f"an image of {image['width']} x {image['height']} pixels")
         drawn = Image.new("1", (image["width"], image["height"]))
         for annotation in chosen:
+            if not isinstance(annotation["segmentation"], list):
+                raise ValueError("one of the annotations is a mask in run lengths: draw a polygon, or give a PNG")
             for polygon in annotation["segmentation"]:
                 ImageDraw.Draw(drawn).polygon([float(value) for value in polygon], fill=1, outline=1)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (AttributeError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(
             f"`roi`: {path} is no COCO JSON with `images` (width, height) and `annotations` of polygons ({error})."
         ) from error
     if not chosen:
-        raise ValueError(
-            f"`roi`: {path} has no polygon of {category!r}, but of {', '.join(sorted(set(names.values())))}."
-        )
+        of = "" if category is None else f" of {category!r}, but of {', '.join(sorted(set(names.values())))}"
+        raise ValueError(f"`roi`: {path} has no polygon{of}.")
     return np.asarray(drawn)

@@ -37,7 +37,7 @@ def read_defects(mask_folder: Path, size: tuple[int, int]) -> list[tuple[np.ndar
     if not path.is_file():
         return None
     try:
-        entries = {int(entry["pixel_value"]): entry for entry in json.loads(path.read_text(encoding="utf-8"))}
+        entries = {int(entry["pixel_value"]): entry for entry in json.loads(path.read_text(encoding="utf-8-sig"))}
         saturation = {
             value: (float(entry["saturation_threshold"]), bool(entry["relative_saturation"]))
             for value, entry in entries.items()

@@ -327,5 +327,6 @@ def write_graph(model: Any, metadata: Metadata, path: Path) -> None:
         converted = openvino.Core().read_model(Path(folder) / "graph.onnx")
         converted.set_rt_info(metadata.dumps(), KEY)
         openvino.save_model(converted, Path(folder) / path.name, compress_to_fp16=False)
+        path.unlink(missing_ok=True)  # so that a kill between the two leaves no graph with another one's numbers
         (Path(folder) / path.with_suffix(".bin").name).replace(path.with_suffix(".bin"))
         (Path(folder) / path.name).replace(path)

@@ -22,6 +22,7 @@ from diffad.installation import needs_extra
 with needs_extra("app"):
     from anyio import to_thread
     from fastapi import FastAPI, HTTPException, Query, Request, Response, UploadFile
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from starlette.requests import cookie_parser
@@ -89,6 +90,14 @@ def create_app(
         for one, sent_one, finding in zip(image, sent, findings, strict=True):
             described.append(await to_thread.run_sync(describe, detector, one.filename, sent_one, finding, mask))
         return {"images": described}
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse(request: Request, error: RequestValidationError) -> Response:
+        """Says what is wrong; FastAPI's own answer would hold what was sent, an image's bytes among it."""
+        wrong = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        if any(one["loc"][0] == "body" for one in error.errors()):
+            wrong = ["Send each image as a file with a name, in the field `image`: curl -F image=@part.png.", *wrong]
+        return JSONResponse({"detail": " ".join(wrong)}, 422)
 
     @app.get("/healthz")
     def healthz() -> dict[str, Any]:

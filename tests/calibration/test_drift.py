@@ -73,6 +73,14 @@ def test_defects_that_alarm_leave_the_ranks_as_they_are():
     assert mixed.drifted_at is None
 
 
+def test_equal_scores_that_raise_no_alarm_are_no_drift():
+    test = DriftTest([1.5] * 20, 0.1)
+    stream(test, [1.5] * 300)
+    assert test.drifted_at is None
+    stream(test, [1.6] * 60)
+    assert test.direction == "alarms"
+
+
 def test_ranks_are_those_that_are_written_down():
     """A test that begins with a table's six digits ends where the one that saw all digits did."""
     rng = np.random.default_rng(1)

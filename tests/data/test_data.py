@@ -250,7 +250,7 @@ def test_uni_medical_meta_json(tmp_path: Path):
         crossed = [f"{name}/ground_truth/Ungood/label{i}.png" for i in (1, 0)]  # not in sorted order
         meta["train"][name] = rows(name, "train/good", ["", ""])
         meta["test"][name] = rows(name, "test/Ungood", crossed) + rows(name, "test/good", ["", ""])
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    (tmp_path / "meta.json").write_text(json.dumps(meta), encoding="utf-8-sig")
     assert set(load_anomaly_dataset(tmp_path)["category"]) == {"brain", "liver"}
     test = load_anomaly_dataset(tmp_path, "test", category="brain")
     assert defects(test) == ["Ungood", "Ungood", "good", "good"]

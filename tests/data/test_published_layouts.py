@@ -104,7 +104,8 @@ def write_real_iad(root: Path, nested: bool, resolution: int = 1024) -> Path:
     write_mask(folder / f"{path}_mask.png")
     test.append({"anomaly_class": "HS", "image_path": f"{path}.jpg", "mask_path": f"{path}_mask.png"})
     content = {"meta": {"normal_class": "OK", "prefix": "audiojack/"}, "train": train, "test": test}
-    (lists / "audiojack.json").write_text(json.dumps(content))
+    # with a byte order mark, as some editors write it
+    (lists / "audiojack.json").write_text(json.dumps(content), encoding="utf-8-sig")
     (lists / "zipper.json").write_text(json.dumps(content))  # listed, and not downloaded
     return lists / "audiojack.json"
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,6 +141,29 @@ def test_without_a_calibration_there_are_maps_and_scores_alone(models):
     output = Runtime(path).run(pixels)
     assert_equal(output, graph_output(pipeline, pixels))
     assert output.is_anomalous is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_killed_export_leaves_no_graph_with_the_numbers_of_another(models, tmp_path):
+    pytest.importorskip("openvino")
+    path, target = models("features")[1], tmp_path / "model.xml"
+    write_graph(onnx.load(path), Runtime(path).metadata, target)
+    program = f"""
+import os, signal, sys, onnx
+from pathlib import Path
+from diffad.deployment.export import write_graph
+from diffad.deployment.runtime import Runtime
+
+def kill(event, arguments):
+    if event == "os.rename" and str(arguments[1]).endswith(".xml"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill)
+write_graph(onnx.load({str(path)!r}), Runtime({str(path)!r}).metadata, Path({str(target)!r}))
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+    with pytest.raises(FileNotFoundError, match=r"no file at .*model.xml"):
+        Runtime(target)
 
 
 @pytest.mark.parametrize("name", ["denoiser", "features", "unified"])

@@ -120,6 +120,14 @@ def test_what_cannot_be_taken_is_refused_with_a_reason(url, contents, status, wo
     assert words in answer.json()["detail"]
 
 
+def test_an_image_that_is_sent_as_text_is_refused_and_not_sent_back(url):
+    """As `curl -F image=<part.png` sends it, without a name."""
+    answer = httpx.post(f"{url}/predict", files=[("image", (None, png(texture(0, 64))))], timeout=60)
+    assert answer.status_code == 422
+    assert answer.json()["detail"].startswith("Send each image as a file with a name, in the field `image`")
+    assert "PNG" not in answer.text
+
+
 def test_more_than_8_bits_take_a_range(pipeline):
     """One for each image would move their scores against each other."""
     file = io.BytesIO()

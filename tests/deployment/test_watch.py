@@ -22,7 +22,8 @@ from conftest import texture, textures, tiny_pipeline, write_folder, write_png
 from PIL import Image
 
 from diffad.deployment.outbox import Outbox, http_sender, mqtt_sender
-from diffad.deployment.watch import SettlingFiles, watch_folder
+from diffad.deployment.watch import SettlingFiles, take_up_table, watch_folder
+from diffad.journal import COLUMNS
 
 pytest.importorskip("watchfiles")
 
@@ -174,6 +175,18 @@ def test_killed_and_started_again_each_image_is_there_once(model, tmp_path):
                 process.kill()
     assert Counter(Path(row["path"]).name for row in rows_of(out)) == expected
     assert len({(row["file"], row["size"], row["modified"]) for row in rows_of(out)}) == len(rows_of(out))
+
+
+def test_a_row_that_was_cut_off_in_its_last_number_is_no_row(tmp_path):
+    """As a disk that is full leaves it: the event is done again, and not entered twice."""
+    whole = {**dict.fromkeys(COLUMNS, ""), "path": "a.png", "verdict": "normal", "modified": "1700000000000000000"}
+    with open(tmp_path / "scores.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows([whole, {**whole, "path": "b.png"}])
+    (tmp_path / "scores.csv").write_bytes((tmp_path / "scores.csv").read_bytes()[:-8])
+    assert len(take_up_table(tmp_path)[0]) == 1
+    assert [row["path"] for row in rows_of(tmp_path)] == ["a.png"]
 
 
 class Receiver:

@@ -181,7 +181,7 @@ def loco(tmp_path: Path) -> Path:
         {"defect_name": "missing", "pixel_value": 255, "saturation_threshold": 10, "relative_saturation": False},
         {"defect_name": "cut", "pixel_value": 254, "saturation_threshold": 0.5, "relative_saturation": True},
     ]
-    (category / "defects_config.json").write_text(json.dumps(entries))
+    (category / "defects_config.json").write_text(json.dumps(entries), encoding="utf-8-sig")
     return category
 
 

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from diffad import AnomalyDenoisePipeline
 from diffad.calibration.good_images import GoodImages, from_kept_pixels, to_kept_pixels
 from diffad.cli import app
+from diffad.files import locked_folder
+from diffad.inputs import LOCK_NAME
 from diffad.moments import FeatureMoments
 from diffad.pipelines.updating import learn_good_images, load_good_images, save_updatable
 from diffad.training import fit as fit_script
@@ -140,6 +142,16 @@ def test_a_failed_save_leaves_a_model_that_can_learn(portions, tmp_path, monkeyp
     assert_equal_results(model, fit(portions[2], tmp_path / "together", "--kept_images", 8))
 
 
+def test_two_do_not_learn_into_one_model_at_once(portions, tmp_path):
+    """Each would begin with the old one, and the later one lose what the other has learned."""
+    model = fit(portions[0], tmp_path / "model", "--kept_images", 8)
+    kept = [path.name for path in model.glob("good_images-*")]
+    with locked_folder(model, LOCK_NAME), pytest.raises(RuntimeError, match="being written to by process"):
+        update(model, "--data", portions[1], code=1)
+    assert [path.name for path in model.glob("good_images-*")] == kept
+    update(model, "--data", portions[1])
+
+
 def test_who_cannot_learn_is_told_why(portions, tmp_path):
     def error(*arguments: object) -> str:
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
@@ -164,18 +176,21 @@ def test_who_cannot_learn_is_told_why(portions, tmp_path):
     denoiser.calibrate(textures(12), false_alarm_rate=0.25)
     denoiser.save_pretrained(tmp_path / "denoiser")
     assert "Only a model of `diffad fit` learns more" in error(tmp_path / "denoiser", "--data", second)
+    write_png(tmp_path / "deep" / "0.png", np.arange(1024, dtype=np.uint16).reshape(32, 32))
+    assert "have more than 8 bits" in error(growing, "--data", tmp_path / "deep")
     assert "must be a folder" in error("somebody/model", "--data", second)
 
 
-def test_a_fit_that_could_not_be_updated_is_refused(tmp_path):
+def test_a_fit_that_could_not_be_updated_is_refused(tmp_path, capsys):
     of_two = write_mvtec(tmp_path / "two", {"tile": 20, "wood": 20}, size=32)
     with pytest.raises(ValueError, match="Fit one for each category"):
         fit(of_two, tmp_path / "model", "--kept_images", 8)
     few = write_folder(tmp_path / "few", 3, size=32)
     with pytest.raises(ValueError, match="give 20 at least"):
         fit(few, tmp_path / "model", "--kept_images", 8)
-    with pytest.raises(ValueError, match="`num_kept` must be at least 3"):
+    with pytest.raises(SystemExit):
         fit(few, tmp_path / "model", "--kept_images", 2)
+    assert "--kept_images must be 0 or at least 3, but is 2" in capsys.readouterr().err
     assert not (tmp_path / "model" / "model_index.json").exists()
 
 

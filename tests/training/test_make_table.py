@@ -196,6 +196,7 @@ def test_a_row_may_have_another_scheduler(data, tmp_path):
         ([{"alpha": 1.0}], (), "no name"),
         ([{"name": "a", "train": {}}], (), "--train_config"),
         ([{"name": "a", "score_strides": [3]}], (), "score_strides"),
+        ([{"name": "at 5", "train": {}}, {"name": "At 5 %", "train": {}}], (), "into one folder, at-5"),
     ],
 )
 def test_wrong_tables_say_what_is_wrong(rows, more, message, model, data, tmp_path):

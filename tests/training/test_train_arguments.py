@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,17 +83,30 @@ def test_the_shipped_configurations_are_valid(name, data):
         (DATA, "max_train_steps: many\n", "--max_train_steps.*'many'"),
         (DATA, "- max_train_steps\n", "--config"),
         (DATA, "a: [1\n", "--config"),
+        (DATA, "category: größe\n".encode("latin-1"), "--config: .*run.yaml is not YAML"),
+        (DATA, "1: 2\n", "sets unknown flags 1"),
     ],
 )
 def test_wrong_arguments_end_in_one_clear_line(arguments, config, words, tmp_path, capsys):
     if config is not None:
-        (tmp_path / "run.yaml").write_text(config)
+        (tmp_path / "run.yaml").write_bytes(config if isinstance(config, bytes) else config.encode())
         arguments = (*arguments, "--config", str(tmp_path / "run.yaml"))
     with pytest.raises(SystemExit) as stopped:
         train_ddpm.parse_args(arguments)
     assert stopped.value.code == 2
     last = capsys.readouterr().err.rstrip().splitlines()[-1]
     assert re.search(f"error: .*{words}", last), last
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_configuration_is_read_alike_in_every_locale(tmp_path, encoding):
+    text = "category: [größe]\npart_pattern: '-(Größe)-'\n"  # a value may begin with a dash
+    (config := tmp_path / "config.yaml").write_text(text, encoding=encoding)
+    program = f"from diffad.training.train_ddpm import parse_args as p; a = p(['--config', {str(config)!r}, *{DATA!r}])"
+    program += "; print(ascii((a.category, a.part_pattern)))"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    shown = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert shown.stdout.strip() == ascii((["größe"], "-(Größe)-")), shown.stderr
 
 
 def test_a_configuration_may_say_no_to_mixed_precision(tmp_path):

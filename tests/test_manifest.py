@@ -1,0 +1,113 @@
+"""Manifests, tars and parquet files as people and other programs write them: each image once, or a word on why not."""
+
+from __future__ import annotations
+
+import logging
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import write_folder
+
+from diffad import remote_files
+from diffad.manifest import find_inputs
+from diffad.remote_files import RemoteReader
+from diffad.warn_once import warn_once
+
+
+@pytest.fixture
+def parts(tmp_path) -> Path:
+    return write_folder(tmp_path / "in", 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"path;label\nin/000.png;good\n", "first line of .*'path;label'.*commas"),
+        (b"in/000.png;good\nin/001.png;good\n", "first line of .*commas"),
+        (b"id,filename\n0,in/000.png\n", "'id,filename', has none of the columns path, image"),
+        ("path\nin/000.png\n".encode("utf-16"), "first line of .*UTF-8"),
+        (b'path\n"in/000.png\n' + b"in/001.png\n" * 15_000, "line [0-9]+ of .*manifest.csv is no CSV"),
+    ],
+)
+def test_a_table_that_names_no_images_is_told_before_any_is_scored(parts, tmp_path, content, message):
+    (tmp_path / "manifest.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=f"`images`: .*{message}"):
+        list(find_inputs([tmp_path / "manifest.csv"]).entries())
+
+
+@pytest.mark.parametrize("content", ["in/000.png,good\nin/001.png,good\n", "in/000,good\nin/001.png,good\n"])
+def test_a_table_without_a_header_begins_with_an_image_whatever_its_name(parts, tmp_path, content):
+    (parts / "000.png").rename(parts / content.split(",")[0].split("/")[1])
+    (tmp_path / "manifest.csv").write_text(content)
+    found = find_inputs([tmp_path / "manifest.csv"])
+    assert [one.path.is_file() for one in found.first(9)] == [True, True]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1, cut off"])
+def test_a_parquet_file_that_is_none_is_named(tmp_path, content):
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("fsspec")
+    (tmp_path / "parts.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"`images`: .*parts.parquet is no parquet file"):
+        find_inputs([tmp_path / "parts.parquet"])
+
+
+def test_a_parquet_file_of_numbers_names_no_images(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("fsspec")
+    parquet.write_table(pa.table({"image": [1, 2]}), tmp_path / "parts.parquet")
+    with pytest.raises(ValueError, match=r"column image of .*parts.parquet must hold paths or URLs, but holds int64"):
+        find_inputs([tmp_path / "parts.parquet"])
+
+
+def test_a_row_without_an_image_is_not_asked_for_again(parts, tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("fsspec")
+    images = [{"bytes": (parts / "000.png").read_bytes(), "path": "0.png"}, None, {"bytes": None, "path": "2.png"}]
+    parquet.write_table(pa.table({"image": images}), tmp_path / "parts.parquet")
+    read = RemoteReader()
+    assert [bool(read(one)) for one in find_inputs([tmp_path / "parts.parquet"]).first(9)] == [True, False, False]
+    assert read.retried == 0
+
+
+def test_a_tar_holds_what_its_folder_would(parts, tmp_path, monkeypatch, caplog):
+    pytest.importorskip("fsspec")
+    names = ["./parts/0.png", "parts/@eaDir/0.png/SYNOPHOTO_THUMB_M.png", ".cache/0.png", "__MACOSX/parts/0.png"]
+    with tarfile.open(tmp_path / "parts.tar", "w") as tar:
+        for name in names:
+            (entry := tar.gettarinfo(parts / "000.png")).name = name
+            with open(parts / "000.png", "rb") as file:
+                tar.addfile(entry, file)
+        (link := tarfile.TarInfo("parts/1.png")).type, link.linkname = tarfile.LNKTYPE, "parts/0.png"
+        tar.addfile(link)
+    warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "diffad"):
+        found = find_inputs([tmp_path / "parts.tar"])
+        assert [entry.rsplit("parts/", 1)[1] for entry in found.entries()] == ["0.png"]
+    assert "parts.tar are left out" in caplog.text
+    monkeypatch.setattr(remote_files, "TRIES", 1)
+    assert RemoteReader()(found.first(1)[0]) == (parts / "000.png").read_bytes()
+
+
+def test_what_is_no_whole_tar_is_named(parts, tmp_path):
+    pytest.importorskip("fsspec")
+    for name, mode in (("whole", "w"), ("packed", "w:gz")):
+        with tarfile.open(tmp_path / f"{name}.tar", mode) as tar:
+            tar.add(parts, "parts")
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:1300])
+    (tmp_path / "empty.tar").write_bytes(b"")
+    for name in ("packed", "cut", "empty"):
+        with pytest.raises(ValueError, match=f"`images`: .*{name}.tar is no tar, is compressed, or is not whole"):
+            list(find_inputs([tmp_path / f"{name}.tar"]).entries())
+
+
+def test_a_tar_among_others_is_no_unreadable_image(parts, tmp_path):
+    with pytest.raises(ValueError, match=r"`images`: .*0.tar is a tar, which goes with tars alone"):
+        find_inputs([tmp_path / "0.tar", parts])
+
+
+def test_a_folder_that_is_called_as_a_tar_is_a_folder(parts):
+    for suffix in (".tar", ".csv"):
+        parts = parts.rename(parts.with_suffix(suffix))
+        assert len(find_inputs([parts])) == 2
