@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from diffad.command_options import BadImages, BatchSize, Category, Device, Model, ModelOrFile, OnBadImage
-from diffad.model_folder import check_folder, check_local, check_model_folder
+from diffad.model_folder import LOCK_NAME, check_folder, check_local, check_model_folder
 
 if TYPE_CHECKING:
     from diffad.deployment.outbox import Outbox
@@ -66,7 +66,6 @@ def update(
     from diffad.data import load_anomaly_dataset
     from diffad.data.checks import dataset_value_range
     from diffad.files import locked_folder
-    from diffad.inputs import LOCK_NAME
     from diffad.model_card import remove_reports
     from diffad.pipelines.updating import load_good_images, save_updatable
     from diffad.process_share import launched_processes, on_main

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+LOCK_NAME = ".diffad-training.lock"  # of what trains or updates a model, in its folder
+
 
 def check_local(path: str | Path) -> None:
     """Raises a ValueError for a URL, which would become the name of a local folder."""

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from diffad.files import locked_folder
 from diffad.model_card import SECRETS
+from diffad.model_folder import LOCK_NAME
 from diffad.precision import resolve_precision
 from diffad.process_share import on_main
 from diffad.seeding import step_generator
@@ -34,8 +35,6 @@ from diffad.training.stop_signals import catch_stop_signals, received_anywhere
 
 # (model, batch, generator) -> the loss, a scalar, and the parts of it that the log names
 BatchLoss: TypeAlias = Callable[[nn.Module, Any, torch.Generator], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-
-LOCK_NAME = ".diffad-training.lock"  # in --output_dir
 
 
 def create_accelerator(args: argparse.Namespace, can_shard: bool = False) -> Accelerator:

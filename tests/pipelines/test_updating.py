@@ -16,7 +16,7 @@ from diffad import AnomalyDenoisePipeline
 from diffad.calibration.good_images import GoodImages, from_kept_pixels, to_kept_pixels
 from diffad.cli import app
 from diffad.files import locked_folder
-from diffad.inputs import LOCK_NAME
+from diffad.model_folder import LOCK_NAME
 from diffad.moments import FeatureMoments
 from diffad.pipelines.updating import learn_good_images, load_good_images, save_updatable
 from diffad.training import fit as fit_script
