@@ -92,6 +92,17 @@ def choose_tile_size(
     return as_side(input_side) if is_much_larger and fewest >= FEW_IMAGES else None
 
 
+def check_tile_size(tile_size: Side, sizes: Sequence[tuple[int, int]]) -> None:
+    """Raises a ValueError where a tile is larger than every image, and would show what the whole does."""
+    largest = tuple(map(max, zip(*sizes, strict=True)))
+    tile = as_size(tile_size)
+    if tile[0] > largest[0] and tile[1] > largest[1]:
+        raise ValueError(
+            f"--tile_size must be smaller than the images, but is {tile[0]} x {tile[1]}, and they have "
+            f"{largest[0]} x {largest[1]} pixels at most. Without it images are looked at as a whole."
+        )
+
+
 def load_region(args: argparse.Namespace, categories: Sequence[str]) -> torch.Tensor | None:
     """Where pixels count by `--roi`, of each category, (K, h, w) bool; None where all do."""
     if args.roi is None:

@@ -46,7 +46,14 @@ from diffad.training.arguments import (
     check_source,
     local_path,
 )
-from diffad.training.data import choose_tile_size, common_ratio, hold_out, load_region, read_good_images
+from diffad.training.data import (
+    check_tile_size,
+    choose_tile_size,
+    common_ratio,
+    hold_out,
+    load_region,
+    read_good_images,
+)
 from diffad.training.finish import save_examples, save_record
 
 IMAGE_SIZE, COARSEST_STRIDE = 224, 16  # pixels a side that the backbone sees, and of what they are a multiple
@@ -204,6 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             accelerator.print(
                 f"The images are large: tiles of {' x '.join(map(str, as_size(args.tile_size)))} px, and the whole."
             )
+    elif args.tile_size is not None:
+        check_tile_size(args.tile_size, sizes)
     extractor = create_extractor(good, args, categories, accelerator.device)
 
     # 2. A pipeline without a denoiser; its Gaussian and thresholds, category by category

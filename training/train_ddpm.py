@@ -51,6 +51,7 @@ from diffad.training.choice import choose_settings, describe_choice
 from diffad.training.data import (
     ResizedImages,
     augment,
+    check_tile_size,
     choose_tile_size,
     common_ratio,
     create_data_loader,
@@ -338,6 +339,8 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     seen = as_size(extractor.input_resolution(size))
     if args.tile_size == "auto":
         args.tile_size = choose_tile_size(sizes, seen, training["category"])
+    elif args.tile_size is not None:
+        check_tile_size(args.tile_size, sizes)
     tiles, region = tile_height_and_width(args.tile_size, seen), load_region(args, categories)
     images = ResizedImages(training, seen, categories, args.value_range, tiles, args.tile_overlap, region)
     accelerator.print(

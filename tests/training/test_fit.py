@@ -341,6 +341,8 @@ def test_large_images_are_looked_at_in_tiles_unless_told_otherwise(tmp_path, cap
     assert fit_as_they_are(good, tmp_path / "whole", *size, "--tile_size", "none").tile_size is None
     chosen = fit_as_they_are(good, tmp_path / "own", *size, "--tile_size", 24, 20, "--tile_overlap", 0.5)
     assert (chosen.tile_size, chosen.config.tile_overlap) == ((24, 20), 0.5)
+    with pytest.raises(ValueError, match="--tile_size must be smaller than the images, but is 100000 x"):
+        fit_as_they_are(good, tmp_path / "larger", *size, "--tile_size", 100_000)
 
 
 def test_of_few_images_given_tiles_a_fifth_sets_the_thresholds(tmp_path):
