@@ -186,7 +186,7 @@ def train(
     console.print(f"Next: diffad predict {escape(str(output))} NEW_PARTS --output RESULTS", highlight=False)
 
 
-@app.command(cls=TakesHeightAndWidth, short_help="A detector from good images in seconds, with nothing trained.")
+@app.command(cls=TakesHeightAndWidth, short_help="A detector from good images in a minute, with nothing trained.")
 def fit(
     data: GoodImages,
     output: Output,

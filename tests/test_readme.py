@@ -60,7 +60,7 @@ def workplace(tmp_path, monkeypatch, stable_diffusion) -> Path:
     pipeline = tiny_pipeline()
     pipeline.calibrate(textures(12), false_alarm_rate=0.25)
     pipeline.fit_gaussian(textures(12), image_size=16, feature_size=4)
-    for name in ("runs/demo", "runs/parts"):
+    for name in ("runs/demo", "runs/parts", "runs/denoiser"):
         pipeline.save_pretrained(name)
     growing = AnomalyDenoisePipeline(None, None, tiny_extractor(image_size=16))
     learn_good_images(growing, textures(12), good_images := GoodImages(200), 0.25)

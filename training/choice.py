@@ -119,12 +119,12 @@ def rank_settings(pipeline: AnomalyDenoisePipeline, of_categories: Sequence[Cate
     # 1. Weights, at the middle sigmas; 2. sigmas, for the best weights
     of_fit = tuple(FEATURE_WEIGHTS.get(name, 0.0) for name in MAP_NAMES)
     others = [weights for weights in simplex(len(MAP_NAMES), WEIGHT_STEPS) if weights != of_fit]
-    fitted, *ranking = [score(pipeline, of_categories, weights, 1.0, 1.0) for weights in (of_fit, *others)]
+    fitted, *ranking = [rate_setting(pipeline, of_categories, weights, 1.0, 1.0) for weights in (of_fit, *others)]
     best = max([fitted, *ranking], key=lambda one: one["objective"])
     kl_sigmas = SIGMAS if best["weights"]["kl"] else (1.0,)
     for pair in itertools.product(kl_sigmas, SIGMAS):
         if pair != (1.0, 1.0):
-            ranking.append(score(pipeline, of_categories, tuple(best["weights"].values()), *pair))
+            ranking.append(rate_setting(pipeline, of_categories, tuple(best["weights"].values()), *pair))
 
     # 3. The best, if it is clearly better than the weights of `diffad fit`
     best = max([fitted, *ranking], key=lambda one: one["objective"])
@@ -155,8 +155,8 @@ def standard_error(
         return None
     differences = []
     for fold in range(num_folds):
-        parts = [
-            score(
+        ratings = [
+            rate_setting(
                 pipeline,
                 (measured.without(fold, num_folds) for measured in of_categories),
                 tuple(setting["weights"].values()),
@@ -165,7 +165,7 @@ def standard_error(
             )
             for setting in (one, other)
         ]
-        differences.append(parts[0]["objective"] - parts[1]["objective"])
+        differences.append(ratings[0]["objective"] - ratings[1]["objective"])
     return float(np.sqrt((num_folds - 1) * np.var(differences))) if np.isfinite(differences).all() else None
 
 
@@ -280,7 +280,7 @@ def measure_maps(
     return CategoryMaps(maps, is_good, small, source)
 
 
-def score(
+def rate_setting(
     pipeline: AnomalyDenoisePipeline,
     of_categories: Iterable[CategoryMaps],
     weights: Sequence[float],

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fits the Gaussian of good images' features alone: a detector in seconds, with nothing trained.
+"""Fits the Gaussian of good images' features alone: a detector in a minute or two, with nothing trained.
 
     accelerate launch training/fit.py --train_data_dir DIR --output_dir runs/parts
 

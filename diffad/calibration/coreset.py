@@ -88,11 +88,11 @@ def project(patches: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
 def greedy_coreset(patches: torch.Tensor, size: int) -> torch.Tensor:
     """Indices (size,) of patches that are near all the others (Roth et al., algorithm 1: greedy k-center).
 
-    Several are chosen at once, 32 of a full coreset: patches are dealt out at random to as many parts, and each part
+    Several are chosen at once, 32 of a full coreset: patches are dealt out at random to as many groups, and each group
     gives the one of its own that is farthest from all those that were chosen before. One product then serves them all,
-    where one at a time would read the pool for each. As chance deals, no part is a place or a time: where few images or
-    few places vary, all parts choose there. Of 131,000 patches of real parts the one that is farthest from the 6000
-    lies at 1.01 to 1.02 times the distance that one at a time leaves (docs/tried.md).
+    where one at a time would read the pool for each. As chance deals, no group is a place or a time: where few images
+    or few places vary, all groups choose there. Of 131,000 patches of real images the one that is farthest from the
+    6000 lies at 1.01 to 1.02 times the distance that one at a time leaves (docs/tried.md).
 
     Args:
         patches: (n, C) float.
@@ -101,20 +101,20 @@ def greedy_coreset(patches: torch.Tensor, size: int) -> torch.Tensor:
     order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0)).to(patches.device)
     patches, count = patches[order].float(), min(size, len(patches))
     at_once = max(1, CHOSEN_AT_ONCE * size // CORESET_SIZE)
-    rounds = math.ceil(len(patches) / at_once)  # patch i is in part i % at_once
-    parts = torch.arange(min(at_once, len(patches)), device=patches.device)
+    rounds = math.ceil(len(patches) / at_once)  # patch i is in group i % at_once
+    groups = torch.arange(min(at_once, len(patches)), device=patches.device)
     square = patches.square().sum(dim=1)
     # what fills the last round up is never the farthest
-    padded = torch.full((rounds * len(parts),), -torch.inf, device=patches.device)
+    padded = torch.full((rounds * len(groups),), -torch.inf, device=patches.device)
     distance = padded[: len(patches)].fill_(torch.inf)
-    chosen = last = parts
+    chosen = last = groups
     while len(chosen) < count:
         # |p - q|^2 = |p|^2 - 2 p q + |q|^2
         to_last = torch.addmm(square[last], patches, patches[last].mT, alpha=-2.0).amin(dim=1).add_(square)  # (n,)
         torch.minimum(distance, to_last, out=distance)
         distance[last] = -torch.inf  # not twice, where patches are equal
-        last = padded.view(rounds, len(parts)).argmax(dim=0) * len(parts) + parts
-        last = last[padded[last] != -torch.inf]  # of a part that is chosen whole
+        last = padded.view(rounds, len(groups)).argmax(dim=0) * len(groups) + groups
+        last = last[padded[last] != -torch.inf]  # of a group that is chosen whole
         chosen = torch.cat([chosen, last])
     return torch.cat([order[chosen[:count]], chosen.new_zeros(size - count)])
 

@@ -22,7 +22,7 @@ from evaluate_choice import METRICS, measure_test
 
 from diffad import AnomalyDenoisePipeline
 from diffad.pipelines.checks import FEATURE_WEIGHTS, MAP_NAMES
-from diffad.training.choice import measure_defects, score, take_statistics
+from diffad.training.choice import measure_defects, rate_setting, take_statistics
 from diffad.training.data import hold_out, read_good_images
 from diffad.training.fit import create_extractor
 from diffad.training.fit import parse_args as fit_arguments
@@ -47,8 +47,8 @@ def evaluate(data: str, backbone: str, side: str, seed: int) -> dict[str, Any]:
     drawn = [measure_defects(pipeline, unseen["image"], 0, seed)]
     real = [measure_test(pipeline, data, seed)]
     weights = [FEATURE_WEIGHTS.get(name, 0.0) for name in MAP_NAMES]
-    synthetic = score(pipeline, drawn, weights, 1.0, SIGMA)
-    tested = score(pipeline, real, weights, 1.0, SIGMA, references=drawn)
+    synthetic = rate_setting(pipeline, drawn, weights, 1.0, SIGMA)
+    tested = rate_setting(pipeline, real, weights, 1.0, SIGMA, references=drawn)
     return {
         "data": data,
         "backbone": backbone,

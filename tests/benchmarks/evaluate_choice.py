@@ -29,7 +29,7 @@ from diffad.training.choice import (
     CategoryMaps,
     measure_defects,
     measure_maps,
-    score,
+    rate_setting,
     simplex,
     take_statistics,
     with_settings,
@@ -73,8 +73,8 @@ def main() -> dict[str, Any]:
     real = [measure_test(pipeline, options.data, args.seed)]
     rows = []
     for weights in simplex(len(MAP_NAMES), WEIGHT_STEPS):
-        synthetic = score(pipeline, drawn, weights, 1.0, 1.0)
-        tested = score(pipeline, real, weights, 1.0, 1.0, references=drawn)
+        synthetic = rate_setting(pipeline, drawn, weights, 1.0, 1.0)
+        tested = rate_setting(pipeline, real, weights, 1.0, 1.0, references=drawn)
         rows.append((weights, synthetic, tested))
     rows.sort(key=lambda row: -row[1]["objective"])
     found = {}

@@ -24,7 +24,7 @@ from diffad.training.choice import (
     choose_settings,
     describe_choice,
     rank_settings,
-    score,
+    rate_setting,
     simplex,
     standard_error,
     take_statistics,
@@ -95,7 +95,7 @@ def test_a_standard_error_is_the_deviation_among_sets_of_images(measured):
     differences, errors = [], []
     for seed in range(12):
         maps = [drawn_maps(seed)]
-        first, second = (score(measured, maps, tuple(it["weights"].values()), 1.0, 1.0) for it in (one, other))
+        first, second = (rate_setting(measured, maps, tuple(it["weights"].values()), 1.0, 1.0) for it in (one, other))
         differences.append(first["objective"] - second["objective"])
         errors.append(standard_error(measured, maps, one, other))
     assert 0.5 < np.mean(errors) / np.std(differences) < 2.0
