@@ -22,6 +22,8 @@ from diffad.image_files import image_file_header, read_image
 from diffad.image_metadata import turn_upright
 from diffad.resizing import Resizing, resize_array
 
+CACHED_PIXELS = 2**18  # in floating point, 3 MB of colours
+
 
 def image_to_rgb(image: Image.Image, value_range: float | None = None) -> Image.Image:
     """Any PIL image as 8-bit RGB for the screen, turned upright by its EXIF or XMP orientation.
@@ -185,7 +187,7 @@ def row_bands(image: Image.Image, value_range: float | None, name: str) -> Itera
     image = turn_upright(image)
     if value_range is None:
         value_range = value_range_of(image)
-    rows = max(1, BAND_PIXELS // 16 // image.width)
+    rows = max(1, CACHED_PIXELS // image.width)
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
         yield to_arrays(image.crop((0, top, image.width, bottom)), name, value_range)[0]
