@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import csv
 import hashlib
 import io
 import multiprocessing
+import os
 import random
 import shutil
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +119,17 @@ def files_below(folder: Path, *ignored: str) -> dict[str, str]:
     }
 
 
+def listing(folder: Path) -> set[tuple[str, int, int]]:
+    """Names, times and sizes of all that is below a folder in which another process works."""
+    found = set()
+    for parent, folders, files in os.walk(folder):  # which passes over what is gone by now
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                found.add((str(path), status.st_mtime_ns, status.st_size))
+    return found
+
+
 def parameters(model: Path) -> dict[str, str]:
     """A digest of all tensors of a saved pipeline's components, as it is loaded."""
     pipeline = cli.load_pipeline(model, "cpu")
@@ -128,11 +142,16 @@ def parameters(model: Path) -> dict[str, str]:
 
 
 def run_quietly(job: Callable[[Path], None], output: Path) -> None:
-    """In a process of its own."""
+    """In a process of its own; what ends it is shown."""
+    shown = sys.stderr
     sys.stdout = sys.stderr = io.StringIO()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # a forked process has no others
-    job(output)
+    try:
+        job(output)
+    except Exception:
+        traceback.print_exc(file=shown)
+        raise
 
 
 def run_kills(
@@ -165,9 +184,9 @@ def run_kills(
     undisturbed = folder / "undisturbed"
     prepare(undisturbed)
     before = state(undisturbed) if survives else {}
-    seen, started = files_below(undisturbed), time.perf_counter()
+    seen, started = listing(undisturbed), time.perf_counter()
     process = start(undisturbed)
-    while process.is_alive() and files_below(undisturbed) == seen and not list(undisturbed.rglob(".*")):
+    while process.is_alive() and listing(undisturbed) == seen:
         time.sleep(SETTLE)
     first = time.perf_counter() - started
     process.join()
