@@ -268,7 +268,7 @@ def calibrate(
     import torch
 
     from diffad.data import check_part_pattern, halve_parts, load_anomaly_dataset, part_index
-    from diffad.data.checks import dataset_value_range
+    from diffad.data.checks import dataset_value_range, good_of_one_category
     from diffad.model_card import REPORT_NAME, remove_reports
     from diffad.pipelines.detection import FEW_IMAGES
     from diffad.process_share import launched_processes, on_main
@@ -278,10 +278,8 @@ def calibrate(
     folder = check_model_folder(Path(model) if output is None else output)
     if part_pattern is not None:
         check_part_pattern(part_pattern)
-    good = load_anomaly_dataset(data, "train", category, dataset, on_bad_image.value)
-    good = good.filter(lambda label: label == 0, input_columns="label")
-    if len(names := sorted(set(good["category"]))) > 1:
-        raise ValueError(f"`category` is needed: {data} holds {', '.join(names)}, and one is calibrated at a time.")
+    loaded = load_anomaly_dataset(data, "train", category, dataset, on_bad_image.value)
+    good = good_of_one_category(loaded, f"`category` is needed: {data}", "one is calibrated at a time.")
     images, statistics_images = good["image"], None
     if part_pattern is not None:
         part = part_index(good["path"], part_pattern)

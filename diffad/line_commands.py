@@ -64,7 +64,7 @@ def update(
     """
     from diffad.cli import load_pipeline
     from diffad.data import load_anomaly_dataset
-    from diffad.data.checks import dataset_value_range
+    from diffad.data.checks import dataset_value_range, good_of_one_category
     from diffad.files import locked_folder
     from diffad.model_card import remove_reports
     from diffad.pipelines.updating import load_good_images, save_updatable
@@ -80,10 +80,8 @@ def update(
         on_main(accelerator, lambda: stack.enter_context(locked_folder(folder, LOCK_NAME, "`output`")))
         pipeline = load_pipeline(model, device or (str(accelerator.device) if accelerator else None))
         good_images = load_good_images(pipeline, model)
-        good = load_anomaly_dataset(data, "train", category, dataset, on_bad_image.value)
-        good = good.filter(lambda label: label == 0, input_columns="label")
-        if len(names := sorted(set(good["category"]))) > 1:
-            raise ValueError(f"`category` is needed: {data} holds {', '.join(names)}, and this model is of one.")
+        loaded = load_anomaly_dataset(data, "train", category, dataset, on_bad_image.value)
+        good = good_of_one_category(loaded, f"`category` is needed: {data}", "this model is of one.")
         if pipeline.value_range is None and dataset_value_range(good) is not None:
             raise ValueError(
                 f"`data`: images of {data} have more than 8 bits, and {model} learned from images of 8. Give such, or "

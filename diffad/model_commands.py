@@ -36,14 +36,10 @@ def export(
     images = None
     if data is not None:
         from diffad.data import load_anomaly_dataset
+        from diffad.data.checks import good_of_one_category
 
-        good = load_anomaly_dataset(data, "train")
-        good = good.filter(lambda label: label == 0, input_columns="label")
-        if len(names := sorted(set(good["category"]))) > 1:
-            raise ValueError(
-                f"`data`: {data} holds {', '.join(names)}, and int8 takes a model of one. Give its own images."
-            )
-        images = good["image"]
+        why = "int8 takes a model of one. Give its own images."
+        images = good_of_one_category(load_anomaly_dataset(data, "train"), f"`data`: {data}", why)["image"]
     input_type = "uint8" if uint8 else "float32"
     path = export_pipeline(load_pipeline(model, "cpu"), output, format, precision, images, input_type)
     if precision == "int8" and (found := Runtime(path).metadata.quantization) is not None:

@@ -154,6 +154,14 @@ def dataset_value_range(dataset: Dataset) -> float | None:
         return max((one for one in pool.map(range_at, range(len(undecoded))) if one is not None), default=None)
 
 
+def good_of_one_category(dataset: Dataset, what: str, why: str) -> Dataset:
+    """The good images of a data set that has one category; ValueError "`what` holds a, b, and `why`" of several."""
+    good = dataset.filter(lambda label: label == 0, input_columns="label")
+    if len(names := sorted(set(good["category"]))) > 1:
+        raise ValueError(f"{what} holds {', '.join(names)}, and {why}")
+    return good
+
+
 def dataset_sizes(dataset: Dataset) -> list[tuple[int, int]]:
     """Height and width of each image of a data set, upright; mostly none is decoded."""
     undecoded = cast_images(dataset, decode=False)
