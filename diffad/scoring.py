@@ -186,16 +186,14 @@ def resize_maps(maps: torch.Tensor, size: tuple[int, int], sigma: float = 0.0) -
     Both are linear, so together they are one small product along the columns and one along the rows: a fortieth of the
     time that smoothing takes afterwards.
     """
-    if _radius(sigma) == 0:
-        return F.interpolate(maps, size, mode="bilinear")
-    rows, columns = (_smoothing(*lengths, sigma).to(maps) for lengths in zip(maps.shape[-2:], size, strict=True))
+    if _radius(sigma) == 0 or torch.compiler.is_dynamo_compiling():  # which knows no matrices of NumPy
+        return gaussian_smooth(F.interpolate(maps, size, mode="bilinear"), sigma)
+    rows, columns = (
+        torch.from_numpy(smoothing_weights(*lengths, sigma)).to(maps)
+        for lengths in zip(maps.shape[-2:], size, strict=True)
+    )
     with torch.autocast(maps.device.type, enabled=False):  # would round the maps to three digits
         return rows @ (maps @ columns.mT)
-
-
-@torch.compiler.assume_constant_result
-def _smoothing(length: int, size: int, sigma: float) -> torch.Tensor:
-    return torch.from_numpy(smoothing_weights(length, size, sigma))
 
 
 def cosine_distance_map(

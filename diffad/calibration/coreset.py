@@ -82,6 +82,8 @@ def principal_directions(patches: torch.Tensor, count: int) -> torch.Tensor:
 
 def project(patches: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     """Coordinates (N, D, h, w) of patches (N, C, h, w) along directions (C, D)."""
+    if is_exporting():  # NNCF takes a convolution's weights for a constant, and these are the category's
+        return torch.matmul(directions.mT, patches.float().flatten(2)).unflatten(2, patches.shape[-2:])
     return F.conv2d(patches.float(), directions.mT[:, :, None, None])
 
 

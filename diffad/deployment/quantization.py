@@ -30,6 +30,7 @@ def quantize_networks(model: Any, batches: Sequence[np.ndarray], weights: tuple[
     """
     with needs_extra("quantize"):
         nncf = importlib.import_module("nncf")
+        from nncf.quantization.advanced_parameters import QuantizationParameters
     logging.getLogger("nncf").setLevel(logging.ERROR)
     # of a unified model: whose statistics are in float, so any category does
     others = {"category": np.array(0)} if any(one.name == "category" for one in model.graph.input) else {}
@@ -39,6 +40,10 @@ def quantize_networks(model: Any, batches: Sequence[np.ndarray], weights: tuple[
             copy.deepcopy(model),
             nncf.Dataset(batches, lambda pixels: {"image": pixels, **others}),
             subset_size=min(len(batches), MOST_IMAGES),
+            # ONNX Runtime takes one zero point for all channels of what goes into a layer
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                activations_quantization_params=QuantizationParameters(per_channel=False)
+            ),
             ignored_scope=nncf.IgnoredScope(names=sorted(outside_networks(model.graph, weights)), validate=False),
         )
 
