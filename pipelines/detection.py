@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -408,6 +410,24 @@ class DetectionPipeline(AnomalyPipeline):
             of_category = torch.full((len(batch),), category, device=self._execution_device)
             measurement = self.measure_images(sequence, of_category, [generators[i] for i in batch], region)
             yield measurement if mine else empty_measurement(measurement)
+
+    def prepare_export(self) -> None:
+        """Makes what a call makes once, before its graph is traced."""
+        if self.calibration is not None:
+            self.calibration.prepare_export()
+
+    def export(
+        self,
+        path: str | os.PathLike,
+        format: str | None = None,
+        precision: str = "fp32",
+        images: Sequence[Any] | None = None,
+        input_type: str = "float32",
+    ) -> Path:
+        """A call as one graph, calibration inside, that runs without torch: `diffad.deployment.export`."""
+        from diffad.deployment.export import export_pipeline
+
+        return export_pipeline(self, path, format, precision, images, input_type)
 
 
 def spread(indices: range, count: int) -> list[int]:

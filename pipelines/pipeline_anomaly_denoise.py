@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -422,6 +420,11 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         return len(self.config.timesteps) if self.runs_denoiser else 0
 
     @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Of the noise that an image is measured with: (T, 3, R, R)."""
+        return self.num_levels, 3, *as_size(self.processing_resolution)
+
+    @property
     def runs_denoiser(self) -> bool:
         """Whether a map counts that the denoiser has a part in."""
         return self.unet is not None and bool(self.weights["kl"] or self.weights["feature_error"])
@@ -444,7 +447,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         of_tiles: bool = False,
     ) -> Measurement:
         """Steps 3 and 4 of a call. The features of tiles have the finest grid, as its positions share a Gaussian."""
-        noise = draw_noise((self.num_levels, 3, *as_size(self.processing_resolution)), generators, pixel_values.device)
+        noise = draw_noise(self.noise_shape, generators, pixel_values.device)
         finest = as_size(self.input_resolution)
         feature_size = (max(1, finest[0] // 4), max(1, finest[1] // 4)) if of_tiles else self.feature_resolution
         return self.measure(pixel_values, noise, category, feature_size=feature_size)
@@ -512,19 +515,6 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         if self.config.score_fraction:
             return top_fraction_score(anomaly_map, self.config.score_fraction)
         return max_score(anomaly_map)
-
-    def export(
-        self,
-        path: str | os.PathLike,
-        format: str | None = None,
-        precision: str = "fp32",
-        images: Sequence[Any] | None = None,
-        input_type: str = "float32",
-    ) -> Path:
-        """A call as one graph, calibration inside, that runs without torch: `diffad.deployment.export`."""
-        from diffad.deployment.export import export_pipeline
-
-        return export_pipeline(self, path, format, precision, images, input_type)
 
     def update(
         self,

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 
 from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.exporting import is_exporting
 from diffad.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -69,7 +70,7 @@ from diffad.scoring import (
     resize_maps,
     suppress_surroundings,
 )
-from diffad.seeding import draw_noise
+from diffad.seeding import draw_noise, model_noise
 from diffad.tiling import CELL, tile_height_and_width
 
 StepCallback = Callable[["DiADPipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -265,8 +266,9 @@ class DiADPipeline(DetectionPipeline):
             match_input_resolution: whether maps and reconstructions come at the images' own size, which then must be
                 one; else at the processing resolution, or, where images are looked at in tiles, as they were blended: a
                 pixel for each 4 x 4 of what the networks see, all of the first image's size.
-            generator: makes the call repeatable. The noise of an image depends neither on the batch size nor on the
-                images after it. (A scheduler that draws noise at each step needs a list, one for each image.)
+            generator: of the noise, which of an image depends neither on the batch size nor on the images after it;
+                None draws the same noise for every image, in every call, as an exported graph does. (A scheduler that
+                draws noise at each step needs a list, one for each image.)
             output_type: "np", "pt" or "pil".
             return_dict: False returns a tuple of the output's fields.
             callback_on_step_end: called after each step of each batch as `callback(pipeline, step, timestep, tensors)`.
@@ -291,6 +293,7 @@ class DiADPipeline(DetectionPipeline):
             category = self.recognise(images, batch_size)
         categories = category_indices(category, self.categories, len(images)).to(device)
         generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * len(images)
+        generators = [one or model_noise() for one in generators]
         latents = check_latents(latents, self.vae, (len(images), resolution, resolution))
         num_inference_steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         strength = self.config.strength if strength is None else strength
@@ -424,29 +427,30 @@ class DiADPipeline(DetectionPipeline):
         """
         # a. Check the inputs
         height, width = check_pixel_values(pixel_values, self.vae)
-        count, device = len(pixel_values), self._execution_device
+        count, device = pixel_values.shape[0], self._execution_device  # `len` would fix a graph's batch
         latents = check_latents(latents, self.vae, (count, height, width))
         skipped = skipped_steps(num_inference_steps, strength)
-        generators = list(generator) if isinstance(generator, Sequence) else [generator] * count
-        if len(generators) != count:
+        generators = list(generator) if isinstance(generator, Sequence) else []
+        if isinstance(generator, torch.Generator):
+            generators = [generator] * count
+        if generators and len(generators) != count:
             raise ValueError(
                 f"`generator` lists {len(generators)} generators for {count} images. Pass one, or one each."
             )
 
         # b. Timesteps, and x_T or the noised image: (N, C, h, w)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        timesteps = self.scheduler.timesteps[skipped * self.scheduler.order :]
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(skipped * self.scheduler.order)
+        timesteps = self._traced_timesteps if is_exporting() else self.set_timesteps(num_inference_steps, skipped)
         self._num_timesteps, self._interrupt = len(timesteps), False
         if latents is None:
             factor = self.size_multiple
             latents = draw_noise(
-                (self.vae.config.latent_channels, height // factor, width // factor), generators, device
+                (self.vae.config.latent_channels, height // factor, width // factor),
+                generators or [None] * count,
+                device,
             )
         latents = latents.to(device, torch.float32)
         if skipped:
-            latents = self.scheduler.add_noise(self.encode(pixel_values), latents, timesteps[:1])
+            latents = self.scheduler.add_noise(self.encode(pixel_values), latents, torch.as_tensor(timesteps[:1]))
         else:
             latents = latents * self.scheduler.init_noise_sigma
 
@@ -458,7 +462,7 @@ class DiADPipeline(DetectionPipeline):
 
         # d. Reverse process: x_{t-1} of x_t
         options = {}
-        if "generator" in inspect.signature(self.scheduler.step).parameters and None not in generators:
+        if "generator" in inspect.signature(self.scheduler.step).parameters and generators and None not in generators:
             options["generator"] = generators
         for step, timestep in enumerate(timesteps):
             if self.interrupt:
@@ -479,11 +483,33 @@ class DiADPipeline(DetectionPipeline):
                 report_step()
         return latents
 
-    def reconstruct(self, pixel_values: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
-        """The parts as they should be, both (N, 3, R, R) in [-1, 1]; the result is not clamped. Steps 3 and 4."""
+    def set_timesteps(self, num_inference_steps: int, skipped: int) -> torch.Tensor:
+        """The scheduler's timesteps without the first `skipped` steps, at which it then begins."""
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(skipped * self.scheduler.order)
+        return self.scheduler.timesteps[skipped * self.scheduler.order :]
+
+    def prepare_export(self) -> None:
+        """Sets the schedule as well, as a graph's timesteps are numbers, which no trace gets out of a tensor."""
+        super().prepare_export()
+        steps, strength = self.config.num_inference_steps, self.config.strength
+        self._traced_timesteps = self.set_timesteps(steps, skipped_steps(steps, strength)).tolist()
+
+    def reconstruct(
+        self,
+        pixel_values: torch.Tensor,
+        generators: Sequence[torch.Generator | None] | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The parts as they should be, both (N, 3, R, R) in [-1, 1]; the result is not clamped. Steps 3 and 4.
+
+        The noise to start from is drawn by `generators`, one for each image, or given: (N, *noise_shape).
+        """
         statistics = (self.config.image_mean, self.config.image_std)
         latents = self.denoise(
             normalize_images(pixel_values, *statistics),
+            noise,
             num_inference_steps=self.config.num_inference_steps,
             strength=self.config.strength,
             generator=generators,
@@ -505,19 +531,28 @@ class DiADPipeline(DetectionPipeline):
         both = torch.cat([pixel_values, reconstruction]).to(extractor.dtype)  # (2N, 3, R, R), one pass
         layers = extractor.layers(both)
         layers = [layers[i].float() for i in scored_layers(self.config.score_strides, extractor)]
-        size = pixel_values.shape[-2], pixel_values.shape[-1]
+        count, size = pixel_values.shape[0], (pixel_values.shape[2], pixel_values.shape[3])
         if self.config.distance == "cosine":
-            maps = [cosine_distance_map([a], [b], size) for a, b in (layer.chunk(2) for layer in layers)]
+            maps = [cosine_distance_map([layer[:count]], [layer[count:]], size) for layer in layers]
             return Measurement(maps=torch.stack(maps, dim=1))
         features = concatenate_layers(layers, max(layer.shape[-2:] for layer in layers))  # (2N, C, h, w)
-        image, other = features.chunk(2)
-        no_maps = pixel_values.new_zeros(len(pixel_values), 0, *size)
-        return Measurement(maps=no_maps, residual=(image - other)[:, None])
+        no_maps = pixel_values.new_zeros(count, 0, *size)
+        return Measurement(maps=no_maps, residual=(features[:count] - features[count:])[:, None])
 
     @property
     def measuring_networks(self) -> tuple[Any, ...]:
         """What `reconstruct` and `compare` run."""
         return self.vae, self.unet, self.sg_network, self.feature_extractor
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Of the noise from which an image's reverse process starts: (C, h, w) of its latents."""
+        side = self.processing_resolution // self.size_multiple
+        return self.vae.config.latent_channels, side, side
+
+    def measure(self, pixel_values: torch.Tensor, noise: torch.Tensor, category: torch.Tensor) -> Measurement:
+        """What the networks say of images (N, 3, R, R) in [-1, 1], from noise (N, *noise_shape): steps 3 to 5."""
+        return self.compare(pixel_values, self.reconstruct(pixel_values, noise=noise))
 
     def measure_pixels(
         self,

@@ -150,9 +150,13 @@ def fresh_accelerate():
     """Accelerate keeps its state in singletons: a second run in one process needs them cleared."""
     from accelerate.state import AcceleratorState, GradientState
 
+    def clear() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    clear()  # what other tests left, whose precision is not that of a processor with bfloat16
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    clear()
 
 
 def launch_command(script: str | Path, *arguments: object, processes: int = 1) -> list[str]:

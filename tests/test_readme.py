@@ -136,7 +136,7 @@ def test_examples_that_run_until_ctrl_c_end_by_it(words, workplace):
 @pytest.mark.parametrize(
     "words", [c for c in commands() if c[0] == "diffad" and c[1] not in ("demo", "push", *LASTING)], ids=" ".join
 )
-def test_diffad_examples_run(words, workplace, exported):
+def test_diffad_examples_run(words, workplace, exported, fresh_accelerate):
     if words[1] == "export":
         pytest.importorskip("onnxscript")
     elif "parts.onnx" in words:

@@ -32,6 +32,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 OPSET = 20
 THRESHOLDS = ("image_threshold", "pixel_threshold", "normal_scores")  # constants of these names
 WEIGHTS = tuple(f"networks.{name}." for name in NETWORKS)  # how the names of the networks' weights begin
+SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler")  # of DiAD, whose steps are numbers alone
 MOST_SAMPLES = 63  # from 64 on diffusers' `Upsample2D` lays them out anew: the same graph, but another trace
 
 
@@ -51,7 +52,7 @@ def export_pipeline(
     `Runtime` the rest.
 
     Args:
-        pipeline: an `AnomalyDenoisePipeline`.
+        pipeline: of either method; DiAD's with one of `SCHEDULERS`.
         path: of the file; OpenVINO's, an .xml, has its numbers in a .bin beside it.
         format: "onnx" or "openvino"; None goes by the path's ending.
         precision: "fp32"; "fp16", where the networks' weights are in half precision; or "int8", where the networks
@@ -82,6 +83,8 @@ def export_pipeline(
     check_graph(pipeline)
     if (precision == "int8") != (images is not None):
         raise ValueError("`images` go with int8: good images, from which it takes its 8 bits and its thresholds.")
+    if precision == "int8" and isinstance(pipeline, diffad.DiADPipeline):
+        raise ValueError("`precision` int8 takes an AnomalyDenoisePipeline: DiAD's graph is fp32 or fp16.")
     if precision == "int8" and (len(pipeline.categories) > 1 or not pipeline.has_thresholds):
         raise ValueError("`precision` int8 takes a calibrated model of one category.")
     if precision == "int8" and pipeline.calibration.smallest_area:
@@ -102,8 +105,11 @@ def export_pipeline(
 
 def check_graph(pipeline: Any) -> None:
     """Raises a ValueError where a pipeline does what no graph does yet."""
-    if not isinstance(pipeline, diffad.AnomalyDenoisePipeline):
-        raise ValueError(f"`pipeline`: only an AnomalyDenoisePipeline has a graph yet, and not {type(pipeline)}.")
+    is_diad = isinstance(pipeline, diffad.DiADPipeline)
+    if not is_diad and not isinstance(pipeline, diffad.AnomalyDenoisePipeline):
+        raise ValueError(
+            f"`pipeline` must be an AnomalyDenoisePipeline or a DiADPipeline, but is a {type(pipeline).__name__}."
+        )
     if pipeline.tile_size is not None:
         raise ValueError(
             "`pipeline` looks at tiles, as many as an image is large, which is no one graph. Run it by diffad itself, "
@@ -113,6 +119,23 @@ def check_graph(pipeline: Any) -> None:
         raise ValueError(
             "`pipeline` has regions of interest of several categories, for which there is no graph: export a model of "
             "each category."
+        )
+    if not is_diad:
+        return
+    if pipeline.feature_extractor is None:
+        raise ValueError("`pipeline` has no feature extractor, and gives no map without one.")
+    name = pipeline.scheduler.__class__.__name__
+    if name not in SCHEDULERS or str(pipeline.scheduler.config.get("algorithm_type")).startswith("sde"):
+        raise ValueError(
+            f"`scheduler`: there is no graph of a {name} that draws noise at its steps or chooses them by what it "
+            f"computes. Set {' or '.join(SCHEDULERS)}, by `from_config`, and calibrate again."
+        )
+    calibration = pipeline.calibration
+    of_part = pipeline.region is not None or (calibration is not None and calibration.smallest_area)
+    if pipeline.config.pooling_rounds and of_part:
+        raise ValueError(
+            "`pipeline` pools the map before its maximum, for which no graph has a region of interest or a smallest "
+            "area. Load it with `pooling_rounds=0` and calibrate it again."
         )
 
 
@@ -134,7 +157,7 @@ def describe(pipeline: Any, precision: str, input_type: str = "float32") -> Meta
         value_range=pipeline.value_range,
         input_type=input_type,
         smallest_area=0.0 if pipeline.calibration is None else pipeline.calibration.smallest_area,
-        score_fraction=pipeline.config.score_fraction,
+        score_fraction=pipeline.config.get("score_fraction", 0.0),
         quantization=None,
         region=None if pipeline.region is None else run_lengths_of(pipeline.region[0].cpu().numpy()),
         **kept_scores(calibration),
@@ -181,13 +204,13 @@ def traced_onnx(graph: InspectionGraph) -> Any:
     inputs |= defaults
     if len(pipeline.categories) > 1 and not measures:
         inputs["category"] = torch.tensor(0)
-    batch = torch.export.Dim("batch", max=max(2, MOST_SAMPLES // max(1, pipeline.num_levels)))
+    samples = graph.noise[..., 0, 0, 0].numel()  # of the denoiser, for each image
+    batch = torch.export.Dim("batch", max=max(2, MOST_SAMPLES // max(1, samples)))
     shapes = {name: {0: batch} if name == "image" else None for name in inputs}
-    if pipeline.calibration is not None:
-        pipeline.calibration.prepare_export()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch to itself
         outputs = graph(**inputs)  # once, so that what is made once is made
+        pipeline.prepare_export()
         program = torch.export.export(graph, (), inputs, dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
             program,

@@ -17,7 +17,7 @@ from diffad.region_of_interest import clear_outside, hide_outside, inside_region
 from diffad.scoring import Measurement
 from diffad.seeding import draw_noise, model_noise
 
-NETWORKS = ("unet", "feature_extractor")
+NETWORKS = ("vae", "unet", "sg_network", "feature_extractor")
 MEASURED = ("maps", "residual", "features", "patches")  # of a `Measurement`
 
 
@@ -36,9 +36,10 @@ class GraphThresholds:
 
 
 class InspectionGraph(nn.Module):
-    """Steps 2 to 9 of an `AnomalyDenoisePipeline`'s call as a module: what is exported, and what may be compiled.
+    """A pipeline's call from pixels to verdicts as a module: what is exported, and what may be compiled.
 
     Images come at the size that the feature extractor or the denoiser looks at, maps at the processing resolution.
+    DiAD's steps stand in the graph one after another. A file holds each weight once, however many steps use it.
     Where a smallest area counts, for which no runtime has an operator, an exported graph gives map and score before it.
 
     Args:
@@ -54,11 +55,12 @@ class InspectionGraph(nn.Module):
     def __init__(self, pipeline: Any, input_type: str = "float32"):
         super().__init__()
         self.pipeline, self.calibration, self.input_type = pipeline, pipeline.calibration, input_type
-        parts = {name: getattr(pipeline, name) for name in (*NETWORKS, "calibration")}
-        if not pipeline.runs_denoiser:
-            parts["unet"] = None
-        self.networks = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
-        self.register_buffer("noise", graph_noise(pipeline))  # (T, 3, R, R)
+        parts = {name: getattr(pipeline, name, None) for name in NETWORKS}
+        used = {name: part for name, part in parts.items() if any(part is one for one in pipeline.measuring_networks)}
+        used["calibration"] = pipeline.calibration
+        self.networks = nn.ModuleDict({name: part for name, part in used.items() if part is not None})
+        # the same for every image: (T, 3, R, R), or (C, h, w) of DiAD's latents
+        self.register_buffer("noise", draw_noise(pipeline.noise_shape, [model_noise()], "cpu")[0])
         first = torch.tensor([0])  # a region goes with models of one category
         for name, side in (("shown", pipeline.input_resolution), ("inside", pipeline.processing_resolution)):
             self.register_buffer(name, inside_region(pipeline.region, first, as_size(side)))  # (1, H, W) or None
@@ -71,7 +73,7 @@ class InspectionGraph(nn.Module):
         if self.input_type == "uint8":
             image = image.float() / 255.0
         pixel_values = hide_outside(image.permute(0, 3, 1, 2) * 2.0 - 1.0, self.shown)  # (N, 3, R', R')
-        noise = self.noise.expand(image.shape[0], *self.noise.shape)  # (N, T, 3, R, R)
+        noise = self.noise.expand(image.shape[0], *self.noise.shape)
         return self.pipeline.measure(pixel_values, noise, category)
 
     def forward(
@@ -129,9 +131,3 @@ class MeasurementGraph(InspectionGraph):
         denoises = pipeline.runs_denoiser
         is_there = (denoises, denoises, pipeline.weights["gaussian"], pipeline.weights["nearest"])
         return [name for name, there in zip(MEASURED, is_there, strict=True) if there]
-
-
-def graph_noise(pipeline: Any) -> torch.Tensor:
-    """The noise that a graph adds to every image, (T, 3, R, R): the same in each export."""
-    size = as_size(pipeline.processing_resolution)
-    return draw_noise((pipeline.num_levels, 3, *size), [model_noise()], "cpu")[0]

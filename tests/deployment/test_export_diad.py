@@ -1,0 +1,78 @@
+"""An exported DiAD: every step of the reverse process in one graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import texture, textures
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from tiny_diad import tiny_diad
+
+from diffad import DiADPipeline
+from diffad.deployment import Runtime
+from diffad.deployment.metadata import OUTPUTS
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+IMAGES = [*textures(3, first_seed=100), *(texture(200 + i, defect=True) for i in range(2))]
+
+
+def changed(**settings) -> DiADPipeline:
+    """The tiny pipeline with other settings, not calibrated."""
+    pipeline = DiADPipeline(**{**tiny_diad().components, "calibration": None}, **settings)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def assert_runtime_agrees(pipeline: DiADPipeline, path, category: list[str] | None = None) -> None:
+    expected = pipeline(IMAGES, category)
+    for count in (len(IMAGES), 1):
+        actual = Runtime(path)(IMAGES[:count], category and category[:count])
+        for name in OUTPUTS:
+            found, one = getattr(actual, name), getattr(expected, name)[:count]
+            assert found.shape == one.shape
+            assert np.abs(found.astype(float) - one).max() <= 2e-5 * np.abs(one).max(), name
+    assert 0 < expected.is_anomalous.sum() < len(IMAGES)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_a_graph_gives_what_a_call_gives(tmp_path, suffix):
+    if suffix == ".xml":
+        pytest.importorskip("openvino")
+    pipeline = tiny_diad()
+    assert_runtime_agrees(pipeline, pipeline.export(tmp_path / f"diad{suffix}"))
+
+
+def test_another_scheduler_that_starts_at_the_encoded_image_and_distances_of_several_categories(tmp_path):
+    pipeline = changed(
+        num_inference_steps=4, strength=0.5, distance="mahalanobis", processing_resolution=16, pooling_rounds=0,
+        categories=["a", "b"],
+    )  # fmt: skip
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    for category, seed in (("a", 0), ("b", 300)):
+        pipeline.calibrate(textures(12, first_seed=seed), false_alarm_rate=0.25, category=category)
+    path = pipeline.export(tmp_path / "diad.onnx")
+    assert_runtime_agrees(pipeline, path, category=["a", "b", "a", "b", "a"])
+    # both steps use the same convolutions
+    dims = [len(one.dims) for one in onnx.load(path).graph.initializer if one.name.startswith("networks.unet.")]
+    assert dims.count(4) == sum(weights.ndim == 4 for weights in pipeline.unet.parameters())
+
+
+def test_what_has_no_graph_is_said(tmp_path):
+    path = tmp_path / "diad.onnx"
+    drawing = changed()
+    drawing.scheduler = DDPMScheduler.from_config(drawing.scheduler.config)
+    with pytest.raises(ValueError, match=r"`scheduler`: there is no graph of a DDPMScheduler.*Set DDIMScheduler or"):
+        drawing.export(path)
+    with pytest.raises(ValueError, match="`precision` int8 takes an AnomalyDenoisePipeline"):
+        tiny_diad().export(path, precision="int8", images=textures(20))
+    pooled = tiny_diad()
+    pooled.calibrate(textures(8), false_alarm_rate=0.25, smallest_area=0.02)
+    with pytest.raises(ValueError, match="pooling_rounds=0"):
+        pooled.export(path)
+    blind = changed()
+    blind.register_modules(feature_extractor=None)
+    with pytest.raises(ValueError, match="no feature extractor"):
+        blind.export(path)
+    assert not path.exists()
