@@ -430,10 +430,10 @@ class DiADPipeline(DetectionPipeline):
         count, device = pixel_values.shape[0], self._execution_device  # `len` would fix a graph's batch
         latents = check_latents(latents, self.vae, (count, height, width))
         skipped = skipped_steps(num_inference_steps, strength)
-        generators = list(generator) if isinstance(generator, Sequence) else []
-        if isinstance(generator, torch.Generator):
-            generators = [generator] * count
-        if generators and len(generators) != count:
+        generators = None if generator is None else [generator] * count
+        if isinstance(generator, Sequence):
+            generators = list(generator)
+        if generators is not None and len(generators) != count:
             raise ValueError(
                 f"`generator` lists {len(generators)} generators for {count} images. Pass one, or one each."
             )
@@ -462,7 +462,7 @@ class DiADPipeline(DetectionPipeline):
 
         # d. Reverse process: x_{t-1} of x_t
         options = {}
-        if "generator" in inspect.signature(self.scheduler.step).parameters and generators and None not in generators:
+        if "generator" in inspect.signature(self.scheduler.step).parameters and None not in (generators or [None]):
             options["generator"] = generators
         for step, timestep in enumerate(timesteps):
             if self.interrupt:

@@ -81,10 +81,10 @@ def export_pipeline(
     if input_type not in ("float32", "uint8"):
         raise ValueError(f"`input_type` must be float32 or uint8, but is {input_type!r}.")
     check_graph(pipeline)
-    if (precision == "int8") != (images is not None):
-        raise ValueError("`images` go with int8: good images, from which it takes its 8 bits and its thresholds.")
     if precision == "int8" and isinstance(pipeline, diffad.DiADPipeline):
         raise ValueError("`precision` int8 takes an AnomalyDenoisePipeline: DiAD's graph is fp32 or fp16.")
+    if (precision == "int8") != (images is not None):
+        raise ValueError("`images` go with int8: good images, from which it takes its 8 bits and its thresholds.")
     if precision == "int8" and (len(pipeline.categories) > 1 or not pipeline.has_thresholds):
         raise ValueError("`precision` int8 takes a calibrated model of one category.")
     if precision == "int8" and pipeline.calibration.smallest_area:
@@ -124,11 +124,12 @@ def check_graph(pipeline: Any) -> None:
         return
     if pipeline.feature_extractor is None:
         raise ValueError("`pipeline` has no feature extractor, and gives no map without one.")
-    name = pipeline.scheduler.__class__.__name__
-    if name not in SCHEDULERS or str(pipeline.scheduler.config.get("algorithm_type")).startswith("sde"):
+    name, config = pipeline.scheduler.__class__.__name__, pipeline.scheduler.config
+    draws = str(config.get("algorithm_type")).startswith("sde")
+    if name not in SCHEDULERS or draws or config.get("thresholding"):
         raise ValueError(
-            f"`scheduler`: there is no graph of a {name} that draws noise at its steps or chooses them by what it "
-            f"computes. Set {' or '.join(SCHEDULERS)}, by `from_config`, and calibrate again."
+            f"`scheduler`: there is a graph with {' or '.join(SCHEDULERS)} alone, without thresholding or an "
+            f'`algorithm_type` of "sde", and not with this {name}. Set one by `from_config`, and calibrate again.'
         )
     calibration = pipeline.calibration
     of_part = pipeline.region is not None or (calibration is not None and calibration.smallest_area)
@@ -211,7 +212,10 @@ def traced_onnx(graph: InspectionGraph) -> Any:
         warnings.simplefilter("ignore")  # of torch to itself
         outputs = graph(**inputs)  # once, so that what is made once is made
         pipeline.prepare_export()
-        program = torch.export.export(graph, (), inputs, dynamic_shapes=shapes, strict=False)
+        try:
+            program = torch.export.export(graph, (), inputs, dynamic_shapes=shapes, strict=False)
+        finally:
+            pipeline.prepare_export()  # a scheduler keeps what it was traced with until its next schedule
         exported = torch.onnx.export(
             program,
             kwargs=inputs,

@@ -39,11 +39,13 @@ class InspectionGraph(nn.Module):
     """A pipeline's call from pixels to verdicts as a module: what is exported, and what may be compiled.
 
     Images come at the size that the feature extractor or the denoiser looks at, maps at the processing resolution.
-    DiAD's steps stand in the graph one after another. A file holds each weight once, however many steps use it.
+    DiAD's steps stand in the graph one after another. A file holds each network's large weights once, however many
+    steps use them. An AnomalyDenoise may be compiled.
     Where a smallest area counts, for which no runtime has an operator, an exported graph gives map and score before it.
 
     Args:
-        pipeline: on the CPU, in float32. A change of it changes the graph that is exported next.
+        pipeline: on the CPU, in float32. A change of it changes the graph that is exported next. Its networks need no
+            gradient from then on.
         input_type: "float32", images in [0, 1]; or "uint8", from 0 to 255.
     """
 

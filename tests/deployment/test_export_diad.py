@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 from conftest import texture, textures
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from PIL import Image
 from tiny_diad import tiny_diad
 
 from diffad import DiADPipeline
@@ -44,6 +47,28 @@ def test_a_graph_gives_what_a_call_gives(tmp_path, suffix):
     assert_runtime_agrees(pipeline, pipeline.export(tmp_path / f"diad{suffix}"))
 
 
+def test_a_graph_has_a_region_of_interest_a_smallest_area_and_a_cameras_pixels(tmp_path):
+    pipeline = changed(num_inference_steps=1, processing_resolution=16, pooling_rounds=0)
+    region = np.zeros((32, 32), dtype=bool)
+    region[4:, 8:] = True
+    good, images = ([np.asarray(Image.fromarray(one).resize((16, 16))) for one in of] for of in (textures(12), IMAGES))
+    pipeline.calibrate(good, false_alarm_rate=0.2, roi=region, smallest_area=0.02)
+    runtime = Runtime(pipeline.export(tmp_path / "diad.onnx", input_type="uint8"))
+    expected, actual = pipeline(images), runtime(images)
+    for name in OUTPUTS:
+        found, one = getattr(actual, name).astype(float), getattr(expected, name)
+        assert np.abs(found - one).max() <= 2e-5 * np.abs(one).max(), name
+    assert (actual.anomaly_map[:, :2] == 0.0).all()
+
+
+def test_the_false_alarm_rate_is_that_of_the_draw_of_calls_and_graphs():
+    pipeline = changed(processing_resolution=16, pooling_rounds=0)
+    good = textures(24)
+    pipeline.calibrate(good[:8], statistics_images=good[8:], false_alarm_rate=0.25)
+    scores = np.sort(pipeline(good[:8]).anomaly_score)
+    assert np.abs(scores - pipeline.calibration.good_scores(0)).max() < 1e-4 * np.abs(scores).max()
+
+
 def test_another_scheduler_that_starts_at_the_encoded_image_and_distances_of_several_categories(tmp_path):
     pipeline = changed(
         num_inference_steps=4, strength=0.5, distance="mahalanobis", processing_resolution=16, pooling_rounds=0,
@@ -54,6 +79,7 @@ def test_another_scheduler_that_starts_at_the_encoded_image_and_distances_of_sev
         pipeline.calibrate(textures(12, first_seed=seed), false_alarm_rate=0.25, category=category)
     path = pipeline.export(tmp_path / "diad.onnx")
     assert_runtime_agrees(pipeline, path, category=["a", "b", "a", "b", "a"])
+    copy.deepcopy(pipeline.scheduler)  # which keeps nothing of the trace
     # both steps use the same convolutions
     dims = [len(one.dims) for one in onnx.load(path).graph.initializer if one.name.startswith("networks.unet.")]
     assert dims.count(4) == sum(weights.ndim == 4 for weights in pipeline.unet.parameters())
@@ -63,7 +89,10 @@ def test_what_has_no_graph_is_said(tmp_path):
     path = tmp_path / "diad.onnx"
     drawing = changed()
     drawing.scheduler = DDPMScheduler.from_config(drawing.scheduler.config)
-    with pytest.raises(ValueError, match=r"`scheduler`: there is no graph of a DDPMScheduler.*Set DDIMScheduler or"):
+    with pytest.raises(ValueError, match=r"`scheduler`: there is a graph with DDIMScheduler or .* not with this DDPM"):
+        drawing.export(path)
+    drawing.scheduler = DDIMScheduler(thresholding=True)
+    with pytest.raises(ValueError, match="without thresholding"):
         drawing.export(path)
     with pytest.raises(ValueError, match="`precision` int8 takes an AnomalyDenoisePipeline"):
         tiny_diad().export(path, precision="int8", images=textures(20))

@@ -60,7 +60,8 @@ def test_sharded_it_comes_to_the_weights_of_whole_ones_and_resumes(good, tiny, t
     found, expected = weights(sharded), weights(whole)
     assert len(moved(weights(tiny), found)) > 20
     for name, values in expected.items():
-        torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-6)
+        # AdamW divides by the gradient's size: where that is nearly 0, another order of sums moves a weight by more
+        torch.testing.assert_close(found[name], values, rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(
         load(sharded).calibration.map_mean, load(whole).calibration.map_mean, rtol=1e-4, atol=1e-5
     )
