@@ -44,15 +44,6 @@ def image_generators(
     return [g or torch.Generator().manual_seed(seed) for g, seed in zip(given, seeds, strict=True)]
 
 
-def calibration_generators(generator: torch.Generator | None, num_images: int) -> list[torch.Generator]:
-    """A generator for each image that a pipeline is calibrated with.
-
-    Where none is named it is `model_noise`, as in calls and graphs: all good images have one draw then, and so have the
-    new ones that are judged by it. With a generator each image has its own, for calls with generators.
-    """
-    return [model_noise() for _ in range(num_images)] if generator is None else image_generators(generator, num_images)
-
-
 def draw_noise(
     shape: Sequence[int], generators: Sequence[torch.Generator | None], device: torch.device | str
 ) -> torch.Tensor:

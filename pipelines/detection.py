@@ -27,7 +27,7 @@ from diffad.read_ahead import read_ahead
 from diffad.region_of_interest import clear_outside, hide_outside, inside_region
 from diffad.resizing import map_reach
 from diffad.scoring import Measurement, empty_measurement
-from diffad.seeding import calibration_generators
+from diffad.seeding import image_generators
 
 FEWEST_IMAGES = 3  # whose covariance says something of each without it
 FEW_IMAGES = 20  # of fewer, `diffad fit` and `diffad calibrate` hold none out, and leave each out in turn
@@ -134,9 +134,7 @@ class DetectionPipeline(AnomalyPipeline):
                 (0, 1); `diffad.calibration.conformal.false_alarm_bound` says what one set keeps with a confidence.
             category: which category the images are of, in a unified model; the others keep what they have.
             batch_size: images in a batch.
-            generator: of each image's own noise, whatever the batch; the rate then holds for calls with generators, on
-                average over draws. None draws the same noise for every image, as calls without a generator and exported
-                graphs do, for which the rate holds then.
+            generator: makes the calibration repeatable. Each image has noise of its own, whatever the batch.
             accelerator: shares the images among its processes; each ends with the same calibration.
             leave_one_out: for few images and a pipeline without a denoiser. All of `images` serve statistics and
                 thresholds: each is scored by the Gaussian of the others, which is a little further from it than that of
@@ -193,7 +191,7 @@ class DetectionPipeline(AnomalyPipeline):
                     f"`statistics_images`: {len(for_statistics)} images tell too little of tiles, whose statistics "
                     f"take at least {FEWEST_IMAGES}. Give more good images, or a pipeline without a `tile_size`."
                 )
-            generators = calibration_generators(generator, len(for_statistics) + len(for_scores))
+            generators = image_generators(generator, len(for_statistics) + len(for_scores))
             held_out = ImageSequence.of_rows(images, for_scores, self.config.value_range or found)
             options: dict[str, Any] = {
                 "false_alarm_rate": false_alarm_rate,
@@ -216,7 +214,7 @@ class DetectionPipeline(AnomalyPipeline):
         ):
             if not indices:
                 continue
-            generators = calibration_generators(generator, len(indices))
+            generators = image_generators(generator, len(indices))
             measurements = self.measurements(
                 part, indices, index, batch_size, generators, accelerator, self.config.value_range or found, region
             )

@@ -70,7 +70,7 @@ from diffad.scoring import (
     resize_maps,
     suppress_surroundings,
 )
-from diffad.seeding import draw_noise, model_noise
+from diffad.seeding import draw_noise
 from diffad.tiling import CELL, tile_height_and_width
 
 StepCallback = Callable[["DiADPipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -266,9 +266,8 @@ class DiADPipeline(DetectionPipeline):
             match_input_resolution: whether maps and reconstructions come at the images' own size, which then must be
                 one; else at the processing resolution, or, where images are looked at in tiles, as they were blended: a
                 pixel for each 4 x 4 of what the networks see, all of the first image's size.
-            generator: of the noise, which of an image depends neither on the batch size nor on the images after it;
-                None draws the same noise for every image, in every call, as an exported graph does. (A scheduler that
-                draws noise at each step needs a list, one for each image.)
+            generator: makes the call repeatable. The noise of an image depends neither on the batch size nor on the
+                images after it. (A scheduler that draws noise at each step needs a list, one for each image.)
             output_type: "np", "pt" or "pil".
             return_dict: False returns a tuple of the output's fields.
             callback_on_step_end: called after each step of each batch as `callback(pipeline, step, timestep, tensors)`.
@@ -293,7 +292,6 @@ class DiADPipeline(DetectionPipeline):
             category = self.recognise(images, batch_size)
         categories = category_indices(category, self.categories, len(images)).to(device)
         generators = list(generator) if isinstance(generator, (list, tuple)) else [generator] * len(images)
-        generators = [one or model_noise() for one in generators]
         latents = check_latents(latents, self.vae, (len(images), resolution, resolution))
         num_inference_steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
         strength = self.config.strength if strength is None else strength
@@ -430,9 +428,11 @@ class DiADPipeline(DetectionPipeline):
         count, device = pixel_values.shape[0], self._execution_device  # `len` would fix a graph's batch
         latents = check_latents(latents, self.vae, (count, height, width))
         skipped = skipped_steps(num_inference_steps, strength)
-        generators = None if generator is None else [generator] * count
+        generators: list[torch.Generator | None] | None = None
         if isinstance(generator, Sequence):
             generators = list(generator)
+        elif generator is not None:
+            generators = [generator] * count
         if generators is not None and len(generators) != count:
             raise ValueError(
                 f"`generator` lists {len(generators)} generators for {count} images. Pass one, or one each."

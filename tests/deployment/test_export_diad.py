@@ -6,7 +6,8 @@ import copy
 
 import numpy as np
 import pytest
-from conftest import texture, textures
+import torch
+from conftest import generator, texture, textures
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 from tiny_diad import tiny_diad
@@ -28,8 +29,12 @@ def changed(**settings) -> DiADPipeline:
     return pipeline
 
 
+def the_graphs_noise(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(0) for _ in range(count)]
+
+
 def assert_runtime_agrees(pipeline: DiADPipeline, path, category: list[str] | None = None) -> None:
-    expected = pipeline(IMAGES, category)
+    expected = pipeline(IMAGES, category, generator=the_graphs_noise(len(IMAGES)))
     for count in (len(IMAGES), 1):
         actual = Runtime(path)(IMAGES[:count], category and category[:count])
         for name in OUTPUTS:
@@ -52,21 +57,13 @@ def test_a_graph_has_a_region_of_interest_a_smallest_area_and_a_cameras_pixels(t
     region = np.zeros((32, 32), dtype=bool)
     region[4:, 8:] = True
     good, images = ([np.asarray(Image.fromarray(one).resize((16, 16))) for one in of] for of in (textures(12), IMAGES))
-    pipeline.calibrate(good, false_alarm_rate=0.2, roi=region, smallest_area=0.02)
+    pipeline.calibrate(good, false_alarm_rate=0.2, roi=region, smallest_area=0.02, generator=generator())
     runtime = Runtime(pipeline.export(tmp_path / "diad.onnx", input_type="uint8"))
-    expected, actual = pipeline(images), runtime(images)
+    expected, actual = pipeline(images, generator=the_graphs_noise(len(images))), runtime(images)
     for name in OUTPUTS:
         found, one = getattr(actual, name).astype(float), getattr(expected, name)
         assert np.abs(found - one).max() <= 2e-5 * np.abs(one).max(), name
     assert (actual.anomaly_map[:, :2] == 0.0).all()
-
-
-def test_the_false_alarm_rate_is_that_of_the_draw_of_calls_and_graphs():
-    pipeline = changed(processing_resolution=16, pooling_rounds=0)
-    good = textures(24)
-    pipeline.calibrate(good[:8], statistics_images=good[8:], false_alarm_rate=0.25)
-    scores = np.sort(pipeline(good[:8]).anomaly_score)
-    assert np.abs(scores - pipeline.calibration.good_scores(0)).max() < 1e-4 * np.abs(scores).max()
 
 
 def test_another_scheduler_that_starts_at_the_encoded_image_and_distances_of_several_categories(tmp_path):
@@ -76,7 +73,9 @@ def test_another_scheduler_that_starts_at_the_encoded_image_and_distances_of_sev
     )  # fmt: skip
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     for category, seed in (("a", 0), ("b", 300)):
-        pipeline.calibrate(textures(12, first_seed=seed), false_alarm_rate=0.25, category=category)
+        pipeline.calibrate(
+            textures(12, first_seed=seed), false_alarm_rate=0.25, category=category, generator=generator()
+        )
     path = pipeline.export(tmp_path / "diad.onnx")
     assert_runtime_agrees(pipeline, path, category=["a", "b", "a", "b", "a"])
     copy.deepcopy(pipeline.scheduler)  # which keeps nothing of the trace
