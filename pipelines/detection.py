@@ -411,10 +411,8 @@ class DetectionPipeline(AnomalyPipeline):
             measurement = self.measure_images(sequence, of_category, [generators[i] for i in batch], region)
             yield measurement if mine else empty_measurement(measurement)
 
-    def prepare_export(self) -> None:
-        """Makes what a call makes once, before its graph is traced."""
-        if self.calibration is not None:
-            self.calibration.prepare_export()
+    def reset_schedule(self) -> None:
+        """Sets the schedule of a method whose measurement has steps, before a trace and after it."""
 
     def export(
         self,

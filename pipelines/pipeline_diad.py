@@ -462,7 +462,8 @@ class DiADPipeline(DetectionPipeline):
 
         # d. Reverse process: x_{t-1} of x_t
         options = {}
-        if "generator" in inspect.signature(self.scheduler.step).parameters and None not in (generators or [None]):
+        takes_generators = "generator" in inspect.signature(self.scheduler.step).parameters
+        if takes_generators and generators is not None and None not in generators:
             options["generator"] = generators
         for step, timestep in enumerate(timesteps):
             if self.interrupt:
@@ -490,9 +491,8 @@ class DiADPipeline(DetectionPipeline):
             self.scheduler.set_begin_index(skipped * self.scheduler.order)
         return self.scheduler.timesteps[skipped * self.scheduler.order :]
 
-    def prepare_export(self) -> None:
-        """Sets the schedule as well, as a graph's timesteps are numbers, which no trace gets out of a tensor."""
-        super().prepare_export()
+    def reset_schedule(self) -> None:
+        """The pipeline's own schedule, whose timesteps are numbers in a graph: no trace gets them out of a tensor."""
         steps, strength = self.config.num_inference_steps, self.config.strength
         self._traced_timesteps = self.set_timesteps(steps, skipped_steps(steps, strength)).tolist()
 

@@ -120,8 +120,12 @@ def check_graph(pipeline: Any) -> None:
             "`pipeline` has regions of interest of several categories, for which there is no graph: export a model of "
             "each category."
         )
-    if not is_diad:
-        return
+    if is_diad:
+        check_diad_graph(pipeline)
+
+
+def check_diad_graph(pipeline: Any) -> None:
+    """Raises a ValueError where a `DiADPipeline` does what no graph does."""
     if pipeline.feature_extractor is None:
         raise ValueError("`pipeline` has no feature extractor, and gives no map without one.")
     name, config = pipeline.scheduler.__class__.__name__, pipeline.scheduler.config
@@ -208,14 +212,16 @@ def traced_onnx(graph: InspectionGraph) -> Any:
     samples = graph.noise[..., 0, 0, 0].numel()  # of the denoiser, for each image
     batch = torch.export.Dim("batch", max=max(2, MOST_SAMPLES // max(1, samples)))
     shapes = {name: {0: batch} if name == "image" else None for name in inputs}
+    if pipeline.calibration is not None:
+        pipeline.calibration.prepare_export()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch to itself
         outputs = graph(**inputs)  # once, so that what is made once is made
-        pipeline.prepare_export()
+        pipeline.reset_schedule()
         try:
             program = torch.export.export(graph, (), inputs, dynamic_shapes=shapes, strict=False)
         finally:
-            pipeline.prepare_export()  # a scheduler keeps what it was traced with until its next schedule
+            pipeline.reset_schedule()  # until which a scheduler keeps what it was traced with
         exported = torch.onnx.export(
             program,
             kwargs=inputs,

@@ -1,4 +1,4 @@
-"""A pipeline's call as a module over a batch: what is exported, and what may be compiled."""
+"""A pipeline's call as a module over a batch: what is exported, and of AnomalyDenoise what may be compiled."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class GraphThresholds:
 
 
 class InspectionGraph(nn.Module):
-    """A pipeline's call from pixels to verdicts as a module: what is exported, and what may be compiled.
+    """A pipeline's call from pixels to verdicts as a module: what is exported. AnomalyDenoise's may be compiled.
 
     Images come at the size that the feature extractor or the denoiser looks at, maps at the processing resolution.
     DiAD's steps stand in the graph one after another. A file holds each network's large weights once, however many
-    steps use them. An AnomalyDenoise may be compiled.
+    steps use them.
     Where a smallest area counts, for which no runtime has an operator, an exported graph gives map and score before it.
 
     Args:
