@@ -35,7 +35,7 @@ SIGMAS = (0.5, 1.0, 2.0, 4.0)  # pixels at the processing resolution
 MAX_IMAGES = 60  # on which defects are drawn; more hardly move the ranking
 DEFECTS_AN_IMAGE = 4
 BATCH_SIZE = 16
-NUM_FOLDS = 10  # blocks of the images, each left out in turn to see how sure a difference is
+NUM_FOLDS = 10  # blocks of the images, each left out in turn, as each kind is, to see how sure a difference is
 DEFECT_RESOLUTION = 256  # px a side of a square of as many, at which they are drawn
 
 
@@ -51,18 +51,28 @@ class CategoryMaps(NamedTuple):
     is_good: (N,) bool.
     masks: (N, R, R) bool, all False for good images; None where there are none.
     source: (N,) which of the category's good images each shows, with a defect or without.
+    kind: (N,) str, which kind of defect each shows; empty for good images.
     """
 
     maps: torch.Tensor
     is_good: np.ndarray
     masks: np.ndarray | None
     source: np.ndarray
+    kind: np.ndarray
 
-    def without(self, fold: int, num_folds: int) -> CategoryMaps:
+    def without_block(self, fold: int, num_folds: int) -> CategoryMaps:
         """Those of all images but one of so many blocks of neighbours, whose defects go with them."""
-        kept = self.source * num_folds // self.is_good.sum() != fold
+        return self._select(self.source * num_folds // self.is_good.sum() != fold)
+
+    def without_kind(self, kind: str) -> CategoryMaps:
+        """Those of all defects but one kind's."""
+        return self._select(self.kind != kind)
+
+    def _select(self, kept: np.ndarray) -> CategoryMaps:
         masks = None if self.masks is None else self.masks[kept]
-        return CategoryMaps(self.maps[torch.from_numpy(kept)], self.is_good[kept], masks, self.source[kept])
+        return CategoryMaps(
+            self.maps[torch.from_numpy(kept)], self.is_good[kept], masks, self.source[kept], self.kind[kept]
+        )
 
 
 def choose_settings(
@@ -141,32 +151,37 @@ def standard_error(
     one: dict[str, Any],
     other: dict[str, Any],
 ) -> float | None:
-    """Of the difference between two settings' objectives, by the jackknife over blocks of images (Quenouille, 1956).
+    """Of the difference between two settings' objectives, by the jackknife (Quenouille, 1956), taken twice.
 
-    Blocks are of neighbours, so that tiles of an image and photographs of a part mostly stay together.
+    Real defects are of other kinds than the drawn ones, and on other parts. So each kind is left out in turn, and each
+    block of images; the variances add up. Blocks are of neighbours, so that tiles of an image and photographs of a
+    part mostly stay together.
 
     Returns:
-        None where it cannot be told: a category has a single image, or a block has all of the defects.
+        None where it cannot be told: a category has a single image, or a block or a kind has all of the defects.
     """
     if one is other:
         return 0.0
     num_folds = min(NUM_FOLDS, *(int(measured.is_good.sum()) for measured in of_categories))
-    if num_folds < 2:
-        return None
-    differences = []
-    for fold in range(num_folds):
-        ratings = [
-            rate_setting(
-                pipeline,
-                (measured.without(fold, num_folds) for measured in of_categories),
-                tuple(setting["weights"].values()),
-                setting["kl_sigma"],
-                setting["feature_sigma"],
-            )
-            for setting in (one, other)
-        ]
-        differences.append(ratings[0]["objective"] - ratings[1]["objective"])
-    return float(np.sqrt((num_folds - 1) * np.var(differences))) if np.isfinite(differences).all() else None
+    kinds = sorted(set().union(*(measured.kind[~measured.is_good].tolist() for measured in of_categories)))
+    variance = 0.0
+    for parts in (
+        [[measured.without_block(fold, num_folds) for measured in of_categories] for fold in range(num_folds)],
+        [[measured.without_kind(kind) for measured in of_categories] for kind in kinds],
+    ):
+        if len(parts) < 2:
+            return None
+        differences = []
+        for part in parts:
+            ratings = [
+                rate_setting(
+                    pipeline, part, tuple(setting["weights"].values()), setting["kl_sigma"], setting["feature_sigma"]
+                )
+                for setting in (one, other)
+            ]
+            differences.append(ratings[0]["objective"] - ratings[1]["objective"])
+        variance += (len(parts) - 1) * float(np.var(differences))
+    return float(np.sqrt(variance)) if np.isfinite(variance) else None
 
 
 def with_settings(pipeline: AnomalyDenoisePipeline, **changed: Any) -> AnomalyDenoisePipeline:
@@ -247,7 +262,8 @@ def measure_defects(pipeline: AnomalyDenoisePipeline, unseen: Sequence[Any], cat
     images = [torch.from_numpy(image).permute(2, 0, 1) for image in [*good, *(defect.image for _, defect in drawn)]]
     masks = np.stack([*(np.zeros(side, dtype=bool) for _ in good), *(defect.mask for _, defect in drawn)])
     is_good, source = np.arange(len(images)) < len(good), np.array([*range(len(good)), *(i for i, _ in drawn)])
-    return measure_maps(pipeline, images, masks, is_good, source, category, seed)
+    kind = np.array([*("" for _ in good), *(defect.kind for _, defect in drawn)])
+    return measure_maps(pipeline, images, masks, is_good, source, kind, category, seed)
 
 
 @torch.no_grad()
@@ -257,6 +273,7 @@ def measure_maps(
     masks: np.ndarray | None,
     is_good: np.ndarray,
     source: np.ndarray,
+    kind: np.ndarray,
     category: int,
     seed: int,
 ) -> CategoryMaps:
@@ -271,13 +288,13 @@ def measure_maps(
         parts.append(pipeline.score_maps(measurement, index, calibration))
     maps = torch.cat(parts)
     if masks is None:
-        return CategoryMaps(maps, is_good, None, source)
+        return CategoryMaps(maps, is_good, None, source, kind)
     shares = resize_images(torch.from_numpy(masks).float()[:, None], (maps.shape[-2], maps.shape[-1]))[:, 0].numpy()
     small = shares > 0.5
     for mask, share in zip(small, shares, strict=True):
         if not mask.any() and share.max() > 0.0:
             mask[share == share.max()] = True  # a defect below a pixel of the map keeps one
-    return CategoryMaps(maps, is_good, small, source)
+    return CategoryMaps(maps, is_good, small, source, kind)
 
 
 def rate_setting(

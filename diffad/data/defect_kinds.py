@@ -165,6 +165,32 @@ def _swap(image: np.ndarray, part: np.ndarray, others: Images, rng: Generator) -
     return twice, np.zeros_like(region) if (region & also).any() else region | also
 
 
+def _streaks(image: np.ndarray, part: np.ndarray, others: Images, rng: Generator) -> Change:
+    """Straight parallel lines, as a roller, a brush or a printing screen leaves them, often along the image's sides."""
+    length, width = _between(0.05, 0.5, rng) * _scale(part), _between(0.8, max(1.2, 0.015 * _scale(part)), rng)
+    angle = np.pi / 2.0 * rng.integers(0, 2) if rng.random() < 0.7 else rng.uniform(0.0, np.pi)
+    along, across = np.array([np.sin(angle), np.cos(angle)]), np.array([np.cos(angle), -np.sin(angle)])
+    start = np.array(point(part, rng), dtype=float)
+    between = _between(3.0 * width, 0.1 * _scale(part) + 3.0 * width, rng)
+    lines = []
+    for number in range(int(rng.integers(1, 7))):
+        first = start + number * between * rng.uniform(0.7, 1.3) * across + rng.normal(0.0, 0.1) * length * along
+        lines.append((np.stack([first, first + length * rng.uniform(0.5, 1.0) * along]), width))
+    return _brighten(image, _lines(part.shape, lines), part, rng, _sign(rng))
+
+
+def _dull_region(image: np.ndarray, part: np.ndarray, others: Images, rng: Generator) -> Change:
+    """A region between straight lines and the part's rim that is darker or brighter, its texture kept."""
+    window, center = bounds(part), np.array(point(part, rng), dtype=float)
+    down, right = away(window, center)
+    cover, rim = np.ones((down.shape[0], right.shape[1])), _between(1.0, 0.05 * _scale(part) + 1.0, rng)
+    for _ in range(int(rng.integers(2, 5))):
+        sine, cosine = _direction(rng)
+        reach = _between(3.0, 0.35 * _scale(part), rng)
+        cover = np.minimum(cover, np.clip((reach - down * sine - right * cosine) / rim + 0.5, 0.0, 1.0))
+    return _lay(image, image[window] * _gain(image, part, rng), cover, part, window)
+
+
 def _uneven_light(image: np.ndarray, part: np.ndarray, others: Images, rng: Generator) -> Change:
     """A large region that is smoothly brighter or darker: an oval, or one side of the part."""
     window, (sine, cosine) = bounds(part), _direction(rng)
@@ -172,14 +198,12 @@ def _uneven_light(image: np.ndarray, part: np.ndarray, others: Images, rng: Gene
     along = (down * sine + right * cosine) / (_scale(part) * rng.uniform(0.15, 0.5))
     across = (right * sine - down * cosine) / (_scale(part) * rng.uniform(0.15, 0.5))
     cover = np.exp(-(along**2 + across**2)) if rng.random() < 0.6 else np.clip(along, 0.0, 1.0)
-    brightness = max(float(np.quantile(image[part][::16], 0.9)), VISIBLE)
-    gain = _sign(rng) * _between(2.0 * VISIBLE, 0.4, rng) / brightness
-    return _lay(image, image[window] * (1.0 + gain), cover, part, window)
+    return _lay(image, image[window] * _gain(image, part, rng), cover, part, window)
 
 
 _FUNCTIONS = (
     *(_scratch, _crack, _spot, _stain, _missing_piece, _broken_edge),
-    *(_wrong_colour, _blur, _shift, _turn, _swap, _uneven_light),
+    *(_wrong_colour, _blur, _shift, _turn, _swap, _uneven_light, _streaks, _dull_region),
 )
 KINDS: dict[str, Callable[..., Change]] = {function.__name__[1:].replace("_", " "): function for function in _FUNCTIONS}
 
@@ -229,6 +253,12 @@ def noise_level(image: np.ndarray) -> float:
     green = image[..., 1]
     steps = np.diff(green[::4], axis=1), np.diff(green[:, ::4], axis=0)
     return min(float(np.median(np.abs(one))) for one in steps) / 0.954  # for normal values
+
+
+def _gain(image: np.ndarray, part: np.ndarray, rng: Generator) -> float:
+    """A factor of brightness, by which what is bright becomes visibly brighter or darker."""
+    brightness = max(float(np.quantile(image[part][::16], 0.9)), VISIBLE)
+    return 1.0 + _sign(rng) * _between(2.0 * VISIBLE, 0.4, rng) / brightness
 
 
 def _lay(image: np.ndarray, laid: np.ndarray, cover: np.ndarray, part: np.ndarray, window: Window) -> Change:

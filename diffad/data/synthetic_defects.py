@@ -150,7 +150,7 @@ def _defects_of(images: Images, i: int, per_image: int, seed: int) -> Iterator[t
             other = (i + int(rng.integers(1, len(images)))) % len(images)
             others = [images[other]]
             _check(others[0], f"images[{other}]")
-        # 5 has no factor in common with 12 kinds: few images with few defects each still have many kinds
+        # 5 has no factor in common with 14 kinds: few images with few defects each still have many kinds
         yield i, _add(image, part, others, rng, list(KINDS)[(5 * i + number) % len(KINDS)])
 
 

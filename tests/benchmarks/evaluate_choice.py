@@ -53,7 +53,8 @@ def measure_test(pipeline: AnomalyDenoisePipeline, data: str, seed: int) -> Cate
         elif good:
             masks.append(np.zeros(side, dtype=bool))
     of_all = np.stack(masks) if len(masks) == len(test) else None
-    return measure_maps(pipeline, images, of_all, is_good, np.arange(len(test)), 0, seed)
+    kind = np.where(is_good, "", "real")
+    return measure_maps(pipeline, images, of_all, is_good, np.arange(len(test)), kind, 0, seed)
 
 
 def main() -> dict[str, Any]:
