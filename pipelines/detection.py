@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from diffad.images import ImageSequence, as_size, common_value_range, images_to_
 from diffad.moments import FeatureMoments
 from diffad.pipelines.base import AnomalyPipeline
 from diffad.pipelines.checks import check_calibration_call, check_value_range
-from diffad.pipelines.large_images import calibrate_large
+from diffad.pipelines.large_images import calibrate_large, size_of
 from diffad.precision import running_precision
 from diffad.process_share import process_share
 from diffad.read_ahead import read_ahead
@@ -29,6 +30,7 @@ from diffad.resizing import map_reach
 from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import image_generators
 
+STRETCHED = 1.1  # the factor from which on a region of interest of another ratio than the images is worth a word
 FEWEST_IMAGES = 3  # whose covariance says something of each without it
 FEW_IMAGES = 20  # of fewer, `diffad fit` and `diffad calibrate` hold none out, and leave each out in turn
 MAX_STATISTICS_IMAGES = 512  # of a category: more hardly change the statistics, and the temporary file grows with them
@@ -182,8 +184,8 @@ class DetectionPipeline(AnomalyPipeline):
         index = self.category_index(category)
         found = self._found_value_range(index, value_range, images, statistics_images)
         num_scores = len(for_scores)
-        region = self._new_region(roi, index)
         shown = ImageSequence.of_rows(statistics_images, for_statistics, self.config.value_range or found)
+        region = self._new_region(roi, index, shown)
         moments = self._category_moments(shown, batch_size, accelerator)
         if self.tile_size is not None:
             if len(for_statistics) < FEWEST_IMAGES:
@@ -285,14 +287,23 @@ class DetectionPipeline(AnomalyPipeline):
         """Which pixels of each category's images count, (K, h, w) bool; None where all do."""
         return None if self.calibration is None else self.calibration.region
 
-    def _new_region(self, roi: Any, category: int) -> torch.Tensor | None:
-        """The pipeline's `region` with one category's replaced."""
+    def _new_region(self, roi: Any, category: int, images: ImageSequence) -> torch.Tensor | None:
+        """The pipeline's `region` with one category's replaced, of which these are images."""
         if roi is None:
             return self.region
         from diffad.data.regions_of_interest import read_roi  # with what reads data sets, which a call does not need
 
         names = self.categories
         own = torch.from_numpy(read_roi(roi, names[category] if len(names) > 1 else None).copy())
+        (image,) = images[:1].whole()
+        size = size_of(image)
+        ratio = own.shape[0] * size[1] / (own.shape[1] * size[0])
+        if not 1.0 / STRETCHED < ratio < STRETCHED:
+            warnings.warn(
+                f"`roi` is {own.shape[0]} x {own.shape[1]} pixels, and the first image {size[0]} x {size[1]}: it is "
+                "stretched to cover the images. Draw it on one of them, uncropped and upright.",
+                stacklevel=3,
+            )
         if self.region is None or len(names) < 2:
             region = torch.ones(max(1, len(names)), *own.shape, dtype=torch.bool)
         else:

@@ -127,7 +127,8 @@ def learn_good_images(
     if good_images.num_seen < 3 or not good_images.for_thresholds:
         raise ValueError(
             f"`images`: of {len(images)} good images, a hash of their content holds {len(good_images.for_thresholds)} "
-            "out for the thresholds. It takes 3 others and 1 of these: give 20 at least, better 100."
+            "out for the thresholds. It takes 3 others and 1 of these: give 20 different ones at least, better 100; "
+            "copies of an image go where it goes."
         )
     if num_known and (accelerator is None or accelerator.is_main_process):
         warnings.warn(

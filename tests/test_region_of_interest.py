@@ -119,11 +119,16 @@ def test_wrong_regions_are_named(tmp_path):
     (tmp_path / "runs.json").write_text(
         json.dumps({**COCO, "categories": [{"id": 3, "name": "screw"}], "annotations": [in_runs]})
     )
+    no_corner = {"image_id": 1, "category_id": 3, "segmentation": [[0, 0, 4, 0, float("nan"), 9]]}
+    (tmp_path / "nan.json").write_text(
+        json.dumps({**COCO, "categories": [{"id": 3, "name": "screw"}], "annotations": [no_corner]})
+    )
     (tmp_path / "none.json").write_text(json.dumps({**COCO, "annotations": []}))
     with pytest.raises(ValueError, match=r"none.json has no polygon\.$"):
         read_roi(tmp_path / "none.json")
     for roi, error, words in (
         (tmp_path / "runs.json", ValueError, r"a mask in run lengths: draw a polygon, or give a PNG"),
+        (tmp_path / "nan.json", ValueError, "one of the polygons has a corner that is no number"),
         (tmp_path / "none.png", FileNotFoundError, "`roi`: no file at"),
         (tmp_path, FileNotFoundError, "screw.png"),
         (tmp_path / "empty.json", ValueError, "is no COCO JSON"),
@@ -204,6 +209,11 @@ def test_nothing_outside_counts(name):
         assert np.array_equal(output.anomaly_score, outputs[0].anomaly_score)
     assert (outputs[0].anomaly_map[:, :, : 12 * scale] == 0).all()
     assert (outputs[0].anomaly_map[:, :, 12 * scale :] != 0).any()
+
+
+def test_a_region_of_another_ratio_than_the_images_is_told():
+    with pytest.warns(UserWarning, match=r"`roi` is 32 x 16 pixels, and the first image 32 x 32: it is stretched"):
+        calibrate("features", textures(12, SIZE), roi=MASK[:, ::2])
 
 
 def test_a_defect_counts_inside_and_not_outside():

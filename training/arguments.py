@@ -288,6 +288,7 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
             parser.error(f"--config: no file at {path}")
         try:
             values = yaml.safe_load(path.read_bytes()) or {}  # in UTF-8 whatever the locale
+            written = yaml.load(path.read_bytes(), yaml.BaseLoader)  # in which 01, a category's name, stays 01
         except yaml.YAMLError as error:
             parser.error(f"--config: {path} is not YAML: {' '.join(str(error).split())}")
         if not isinstance(values, dict):
@@ -306,9 +307,9 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
             elif value is False and f"--no-{name}" in parser._option_string_actions:
                 configured.append(f"--no-{name}")
             elif isinstance(value, list):
-                configured += [f"--{name}", *map(str, value)]
+                configured += [f"--{name}", *map(str, written.get(name, value))]
             elif value is not None and value is not False:
-                configured.append(f"--{name}={value}")  # which may begin with a dash
+                configured.append(f"--{name}={written.get(name, value)}")  # which may begin with a dash
         argv = [*configured, *argv]
     args = parser.parse_args(argv)
     # of --max_train_steps and --num_train_epochs the later one counts, and any flag of the command line is later than

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,10 @@ def _draw_polygons(path: Path, category: str | None) -> np.ndarray:
             if not isinstance(annotation["segmentation"], list):
                 raise ValueError("one of the annotations is a mask in run lengths: draw a polygon, or give a PNG")
             for polygon in annotation["segmentation"]:
-                ImageDraw.Draw(drawn).polygon([float(value) for value in polygon], fill=1, outline=1)
+                corners = [float(value) for value in polygon]
+                if not all(map(math.isfinite, corners)):
+                    raise ValueError("one of the polygons has a corner that is no number")
+                ImageDraw.Draw(drawn).polygon(corners, fill=1, outline=1)
     except (AttributeError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(
             f"`roi`: {path} is no COCO JSON with `images` (width, height) and `annotations` of polygons ({error})."

@@ -186,7 +186,7 @@ def test_a_fit_that_could_not_be_updated_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="Fit one for each category"):
         fit(of_two, tmp_path / "model", "--kept_images", 8)
     few = write_folder(tmp_path / "few", 3, size=32)
-    with pytest.raises(ValueError, match="give 20 at least"):
+    with pytest.raises(ValueError, match="give 20 different ones at least"):
         fit(few, tmp_path / "model", "--kept_images", 8)
     with pytest.raises(SystemExit):
         fit(few, tmp_path / "model", "--kept_images", 2)

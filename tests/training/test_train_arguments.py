@@ -33,6 +33,13 @@ def test_the_command_line_overrides_the_configuration(tmp_path):
     assert args.train_batch_size == 8  # neither says: the default
 
 
+def test_a_name_of_digits_is_no_number_in_a_configuration(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("train_data_dir: 007\ncategory: 01\n")
+    args = train_ddpm.parse_args(["--config", str(config)])
+    assert (args.train_data_dir, args.category) == ("007", ["01"])
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
     [
