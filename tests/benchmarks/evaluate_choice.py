@@ -4,7 +4,8 @@
 
 takes a model that `diffad train` made. Every weighting of the four maps is scored against defects drawn on the good
 images that the training held out for its choice, and against the test split; both are ranked. Spearman's rank
-correlation says how far they agree, and the table what the choice gave away.
+correlation says how far they agree, and the table what the choice gave away. Of a model that `diffad fit` made, the
+weightings are of the features' two maps.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from scipy.stats import spearmanr
 from diffad import AnomalyDenoisePipeline
 from diffad.data import load_anomaly_dataset
 from diffad.images import ImageSequence
-from diffad.pipelines.checks import MAP_NAMES
+from diffad.pipelines.checks import FEATURE_WEIGHTS, MAP_NAMES
 from diffad.training.choice import (
     DEFECT_RESOLUTION,
     WEIGHT_STEPS,
@@ -59,8 +60,8 @@ def measure_test(pipeline: AnomalyDenoisePipeline, data: str, seed: int) -> Cate
 
 def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", help="folder that `diffad train` wrote, of one category")
-    parser.add_argument("--data", required=True, help="with a test split")
+    parser.add_argument("model", help="folder that `diffad train` or `diffad fit` wrote, of one category")
+    parser.add_argument("--data", help="with a test split; without it, drawn defects alone")
     options = parser.parse_args()
     args = argparse.Namespace(**json.loads(Path(options.model, "training.json").read_text())["arguments"])
     good, _, categories = hold_out(read_good_images(args), args)
@@ -68,27 +69,32 @@ def main() -> dict[str, Any]:
     if len(categories) > 1:
         raise SystemExit("This compares models of one category.")
     trained = AnomalyDenoisePipeline.from_pretrained(options.model)
-    pipeline = with_settings(trained, weights=dict.fromkeys(MAP_NAMES, 1.0), kl_sigma=0.0, feature_sigma=0.0)
+    names = MAP_NAMES if trained.unet is not None else tuple(FEATURE_WEIGHTS)
+    pipeline = with_settings(trained, weights=dict.fromkeys(names, 1.0), kl_sigma=0.0, feature_sigma=0.0)
     take_statistics(pipeline, training["image"], 0, args.seed, Accelerator(cpu=True))
     drawn = [measure_defects(pipeline, unseen["image"], 0, args.seed)]
-    real = [measure_test(pipeline, options.data, args.seed)]
+    real = [measure_test(pipeline, options.data, args.seed)] if options.data else None
     rows = []
-    for weights in simplex(len(MAP_NAMES), WEIGHT_STEPS):
+    for some in simplex(len(names), WEIGHT_STEPS if trained.unet is not None else 2 * WEIGHT_STEPS):
+        weights = tuple(dict(zip(names, some, strict=True)).get(name, 0.0) for name in MAP_NAMES)
         synthetic = rate_setting(pipeline, drawn, weights, 1.0, 1.0)
-        tested = rate_setting(pipeline, real, weights, 1.0, 1.0, references=drawn)
+        tested = rate_setting(pipeline, real, weights, 1.0, 1.0, references=drawn) if real else None
         rows.append((weights, synthetic, tested))
     rows.sort(key=lambda row: -row[1]["objective"])
+    chosen = tuple(trained.weights.get(name, 0.0) for name in MAP_NAMES)
+    titles = [f"{which} {name}" for which in ("drawn", "real")[: 1 + bool(real)] for name in METRICS]
+    print(f"{'weights of ' + ', '.join(MAP_NAMES):50} objective  " + "  ".join(titles))
+    for row in rows if trained.unet is None else [row for row in rows if row in rows[:3] or max(row[0]) == 1.0]:
+        values = [100 * found[metric] for found in row[1:] if found for metric in METRICS]
+        numbers = "  ".join(f"{value:{len(title)}.1f}" for value, title in zip(values, titles, strict=True))
+        print(f"{row[0]!s:50} {100 * row[1]['objective']:9.1f}  {numbers}{'  (the model)' if row[0] == chosen else ''}")
     found = {}
-    for metric in METRICS:
+    for metric in METRICS if real else ():
         values = np.array([tested[metric] for *_, tested in rows])
         if np.isfinite(values).all():
             rank = spearmanr([synthetic["objective"] for _, synthetic, _ in rows], values).statistic
-            chosen = values[[weights for weights, *_ in rows].index(tuple(trained.weights.values()))]
-            found[metric] = {"spearman": float(rank), "chosen": chosen, "best": values.max(), "mean": values.mean()}
-    print(f"{'weights of ' + ', '.join(MAP_NAMES):50} objective  " + "  ".join(METRICS))
-    for weights, synthetic, tested in rows[:3] + [row for row in rows[3:] if max(row[0]) == 1.0]:
-        numbers = "  ".join(f"{100 * tested[metric]:{len(metric)}.1f}" for metric in METRICS)
-        print(f"{weights!s:50} {100 * synthetic['objective']:9.1f}  {numbers}")
+            own = values[[weights for weights, *_ in rows].index(chosen)]
+            found[metric] = {"spearman": float(rank), "chosen": own, "best": values.max(), "mean": values.mean()}
     print(json.dumps(found, indent=2))
     return found
 
