@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,9 +87,8 @@ def choose_settings(
 ) -> list[dict[str, Any]]:
     """Ranks weights of the maps and their smoothing, and chooses.
 
-    The weights of `diffad fit` stay unless the best setting is better by more than a standard error of the difference,
-    after the rule of Breiman et al. ("Classification and Regression Trees", 1984) that takes the simplest within one of
-    the best: the best of many is ahead by luck as well, and with these weights no denoiser runs.
+    The weights of `diffad fit` stay unless the best setting is better by more than luck explains: some three standard
+    errors of the difference, as it is the best of some 40 (`errors_by_luck`). With these weights no denoiser runs.
 
     Args:
         pipeline: a trained one. Its own settings stay as they are.
@@ -139,10 +139,18 @@ def rank_settings(pipeline: AnomalyDenoisePipeline, of_categories: Sequence[Cate
     # 3. The best, if it is clearly better than the weights of `diffad fit`
     best = max([fitted, *ranking], key=lambda one: one["objective"])
     lead, error = best["objective"] - fitted["objective"], standard_error(pipeline, of_categories, best, fitted)
-    stays = error is None or lead <= error
+    stays = error is None or lead <= errors_by_luck(len(ranking)) * error
     ranking = [one for one in (fitted, *ranking) if one is not (fitted if stays else best)]
     ranking.sort(key=lambda one: -one["objective"])
     return [{**(fitted if stays else best), "lead": lead, "standard_error": error}, *ranking]
+
+
+def errors_by_luck(num_settings: int) -> float:
+    """How many standard errors the best of so many settings is ahead by luck, in one of twenty cases at most.
+
+    By Bonferroni's inequality, as all of them are compared with the same one.
+    """
+    return NormalDist().inv_cdf(1.0 - 0.05 / num_settings)
 
 
 def standard_error(
@@ -365,7 +373,7 @@ def describe_choice(ranking: list[dict[str, Any]]) -> str:
     if chosen["lead"] == 0.0:
         lines.append("No setting is ahead of these, the weights of `diffad fit`.")
     elif chosen["objective"] < max(one["objective"] for one in ranking):
-        lines.append(f"The best setting is ahead of these, the weights of `diffad fit`, {lead}.")
+        lines.append(f"The best of {len(ranking)} is ahead of these, the weights of `diffad fit`, {lead}: too little.")
     else:
         lines.append(f"It is ahead of the weights of `diffad fit` {lead}.")
     return "\n".join(lines)
