@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -26,7 +27,7 @@ SUFFIXES = (".csv", ".parquet")
 COLUMN_NAMES = ("path", "image", "url", "file_name")
 IN_A_FOLDER = 1000  # pictures
 LOOKED_AT, FAR_LOOKED_AT = 100, 5  # images that tell the range of values, where the model says nothing of it
-COMPRESSED_TARS = (".tgz", ".tar.gz", ".tbz2", ".tar.bz2", ".txz", ".tar.xz", ".tar.zst")
+COMPRESSED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tzst|taz|tlz|tar\.\w+)$", re.IGNORECASE)
 ROWS_AT_ONCE = 65_536  # of a parquet file, in memory
 
 
@@ -38,7 +39,7 @@ def find_inputs(images: Sequence[str | Path], output_dir: str | Path | None = No
         ValueError: there are no images, a tar is compressed, or a manifest or a tar stands among others.
     """
     for one in images:
-        if os.fspath(one).lower().endswith(COMPRESSED_TARS) and not os.path.isdir(one):
+        if COMPRESSED_TAR.search(os.fspath(one)) and (is_url(one) or os.path.isfile(one)):
             raise ValueError(f"`images`: {one} is compressed, and images are read by their place in a tar. Unpack it.")
     tars = [one for one in images if is_tar(one)]
     if tars and len(tars) == len(images):

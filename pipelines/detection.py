@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from diffad.resizing import map_reach
 from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import image_generators
 
-STRETCHED = 1.1  # the factor from which on a region of interest of another ratio than the images is worth a word
 FEWEST_IMAGES = 3  # whose covariance says something of each without it
 FEW_IMAGES = 20  # of fewer, `diffad fit` and `diffad calibrate` hold none out, and leave each out in turn
 MAX_STATISTICS_IMAGES = 512  # of a category: more hardly change the statistics, and the temporary file grows with them
@@ -185,7 +183,12 @@ class DetectionPipeline(AnomalyPipeline):
         found = self._found_value_range(index, value_range, images, statistics_images)
         num_scores = len(for_scores)
         shown = ImageSequence.of_rows(statistics_images, for_statistics, self.config.value_range or found)
-        region = self._new_region(roi, index, shown)
+        region = self._new_region(roi, index)
+        if roi is not None and (accelerator is None or accelerator.is_main_process):
+            from diffad.data.regions_of_interest import warn_of_other_ratio
+
+            (image,) = shown[:1].whole()
+            warn_of_other_ratio(roi, self.categories[index] if len(self.categories) > 1 else None, size_of(image))
         moments = self._category_moments(shown, batch_size, accelerator)
         if self.tile_size is not None:
             if len(for_statistics) < FEWEST_IMAGES:
@@ -287,23 +290,14 @@ class DetectionPipeline(AnomalyPipeline):
         """Which pixels of each category's images count, (K, h, w) bool; None where all do."""
         return None if self.calibration is None else self.calibration.region
 
-    def _new_region(self, roi: Any, category: int, images: ImageSequence) -> torch.Tensor | None:
-        """The pipeline's `region` with one category's replaced, of which these are images."""
+    def _new_region(self, roi: Any, category: int) -> torch.Tensor | None:
+        """The pipeline's `region` with one category's replaced."""
         if roi is None:
             return self.region
         from diffad.data.regions_of_interest import read_roi  # with what reads data sets, which a call does not need
 
         names = self.categories
         own = torch.from_numpy(read_roi(roi, names[category] if len(names) > 1 else None).copy())
-        (image,) = images[:1].whole()
-        size = size_of(image)
-        ratio = own.shape[0] * size[1] / (own.shape[1] * size[0])
-        if not 1.0 / STRETCHED < ratio < STRETCHED:
-            warnings.warn(
-                f"`roi` is {own.shape[0]} x {own.shape[1]} pixels, and the first image {size[0]} x {size[1]}: it is "
-                "stretched to cover the images. Draw it on one of them, uncropped and upright.",
-                stacklevel=3,
-            )
         if self.region is None or len(names) < 2:
             region = torch.ones(max(1, len(names)), *own.shape, dtype=torch.bool)
         else:

@@ -100,6 +100,8 @@ def test_what_is_no_whole_tar_is_named(parts, tmp_path):
     for name in ("packed", "cut", "empty"):
         with pytest.raises(ValueError, match=f"`images`: .*{name}.tar is no tar, is compressed, or is not whole"):
             list(find_inputs([tmp_path / f"{name}.tar"]).entries())
+    with pytest.raises(FileNotFoundError):
+        find_inputs([tmp_path / "missing.tar.gz"])
     for name in ("packed.tar.gz", "packed.TGZ"):
         with pytest.raises(ValueError, match=f"{name} is compressed, .* Unpack it"):
             find_inputs([(tmp_path / "packed.tar").rename(tmp_path / name)])

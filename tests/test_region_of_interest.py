@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from diffad import AnomalyDenoisePipeline
 from diffad.cli import app
-from diffad.data.regions_of_interest import read_roi
+from diffad.data.regions_of_interest import read_roi, warn_of_other_ratio
 from diffad.moments import FeatureMoments, MomentSums
 from diffad.predict import predict_files
 from diffad.region_of_interest import hide_outside, inside_region, stand_ins
@@ -126,6 +127,9 @@ def test_wrong_regions_are_named(tmp_path):
     (tmp_path / "none.json").write_text(json.dumps({**COCO, "annotations": []}))
     with pytest.raises(ValueError, match=r"none.json has no polygon\.$"):
         read_roi(tmp_path / "none.json")
+    exact = {**COCO, "images": [{"id": 1, "width": 20.0, "height": 10.0}]}
+    (tmp_path / "exact.json").write_text(json.dumps(exact))
+    assert read_roi(tmp_path / "exact.json").shape == (10, 20)
     for roi, error, words in (
         (tmp_path / "runs.json", ValueError, r"a mask in run lengths: draw a polygon, or give a PNG"),
         (tmp_path / "nan.json", ValueError, "one of the polygons has a corner that is no number"),
@@ -212,8 +216,12 @@ def test_nothing_outside_counts(name):
 
 
 def test_a_region_of_another_ratio_than_the_images_is_told():
-    with pytest.warns(UserWarning, match=r"`roi` is 32 x 16 pixels, and the first image 32 x 32: it is stretched"):
+    with pytest.warns(UserWarning, match=r"`roi` is 32 x 16 pixels, and one of the images 32 x 32: it is") as told:
         calibrate("features", textures(12, SIZE), roi=MASK[:, ::2])
+    assert [Path(one.filename).name for one in told] == [Path(__file__).name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_other_ratio(np.ones((70, 20000)), None, (70, 20000))
 
 
 def test_a_defect_counts_inside_and_not_outside():

@@ -299,17 +299,19 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
             parser.error(f"--config: {path} sets unknown flags {', '.join(unknown)}")
         # in front of the command line's, so that types and choices are checked and the later ones win
         configured: list[str] = []
+        with_value = {action.dest for action in parser._actions if action.nargs != 0}
         for name, value in values.items():
+            text = written.get(name, value)
             if value is False and name == "mixed_precision":  # so YAML reads `no`
                 configured += ["--mixed_precision", "no"]
-            elif value is True:
-                configured.append(f"--{name}")
-            elif value is False and f"--no-{name}" in parser._option_string_actions:
-                configured.append(f"--no-{name}")
             elif isinstance(value, list):
-                configured += [f"--{name}", *map(str, written.get(name, value))]
-            elif value is not None and value is not False:
-                configured.append(f"--{name}={written.get(name, value)}")  # which may begin with a dash
+                configured += [f"--{name}", *map(str, text)]
+            elif value is True and name not in with_value:
+                configured.append(f"--{name}")
+            elif value is False and name not in with_value:
+                configured += [f"--no-{name}"] if f"--no-{name}" in parser._option_string_actions else []
+            elif value is not None:
+                configured.append(f"--{name}={text}")  # which may begin with a dash
         argv = [*configured, *argv]
     args = parser.parse_args(argv)
     # of --max_train_steps and --num_train_epochs the later one counts, and any flag of the command line is later than

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -173,22 +174,26 @@ def standard_error(
     num_folds = min(NUM_FOLDS, *(int(measured.is_good.sum()) for measured in of_categories))
     kinds = sorted(set().union(*(measured.kind[~measured.is_good].tolist() for measured in of_categories)))
     variance = 0.0
-    for parts in (
-        [[measured.without_block(fold, num_folds) for measured in of_categories] for fold in range(num_folds)],
-        [[measured.without_kind(kind) for measured in of_categories] for kind in kinds],
+    for selections in (
+        [partial(CategoryMaps.without_block, fold=fold, num_folds=num_folds) for fold in range(num_folds)],
+        [partial(CategoryMaps.without_kind, kind=kind) for kind in kinds],
     ):
-        if len(parts) < 2:
+        if len(selections) < 2:
             return None
         differences = []
-        for part in parts:
+        for without in selections:  # copied one at a time, as the maps of many categories are large
             ratings = [
                 rate_setting(
-                    pipeline, part, tuple(setting["weights"].values()), setting["kl_sigma"], setting["feature_sigma"]
+                    pipeline,
+                    map(without, of_categories),
+                    tuple(setting["weights"].values()),
+                    setting["kl_sigma"],
+                    setting["feature_sigma"],
                 )
                 for setting in (one, other)
             ]
             differences.append(ratings[0]["objective"] - ratings[1]["objective"])
-        variance += (len(parts) - 1) * float(np.var(differences))
+        variance += (len(selections) - 1) * float(np.var(differences))
     return float(np.sqrt(variance)) if np.isfinite(variance) else None
 
 
@@ -368,7 +373,8 @@ def describe_choice(ranking: list[dict[str, Any]]) -> str:
         figures = (100.0 * one[metric] for metric in IMPORTANCE)
         lines.append("{:14} {:11.1f} {:9.1f} {:4.1f}".format(name, *figures))
     error = chosen["standard_error"]
-    sure = "which so few images cannot confirm" if error is None else f"standard error {100.0 * error:.2f}"
+    unsure = "which so few images or kinds of defects cannot confirm"
+    sure = unsure if error is None else f"standard error {100.0 * error:.2f}"
     lead = f"by {100.0 * chosen['lead']:.2f} ({sure})"
     if chosen["lead"] == 0.0:
         lines.append("No setting is ahead of these, the weights of `diffad fit`.")

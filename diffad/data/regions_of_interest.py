@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -16,6 +17,9 @@ from diffad.image_files import MAX_PIXELS, read_image
 from diffad.inputs import images_below
 
 LARGEST_SIDE = 1024  # pixels of a region that is kept: 1 MB a category
+STRETCHED = 1.1  # the factor between the ratios of two images' sides from which on a word is due
+
+Size: TypeAlias = tuple[int, int]
 
 
 def read_roi(roi: str | os.PathLike | np.ndarray | Image.Image, category: str | None = None) -> np.ndarray:
@@ -30,6 +34,38 @@ def read_roi(roi: str | os.PathLike | np.ndarray | Image.Image, category: str | 
     Raises:
         ValueError, FileNotFoundError: there is no such region, or no pixel in it.
     """
+    inside = _as_drawn(roi, category)
+    if inside.ndim != 2:
+        raise ValueError(f"`roi` must be a mask (H, W), but has shape {inside.shape}.")
+    if not inside.any():
+        raise ValueError("`roi` holds no pixel that counts: a mask is not 0 where pixels do.")
+    factor = max(inside.shape) / LARGEST_SIDE
+    if factor > 1.0:
+        size = [max(1, round(side / factor)) for side in inside.shape[::-1]]
+        share = np.asarray(Image.fromarray(inside.astype(np.float32)).resize(size, Image.Resampling.BOX))
+        inside = share >= min(0.5, float(share.max()))  # so that the smallest region stays
+    return inside
+
+
+def warn_of_other_ratio(roi: str | os.PathLike | np.ndarray | Image.Image, category: str | None, size: Size) -> None:
+    """Warns where a region was drawn on an image of another ratio than (height, width): it covers images by stretching.
+
+    Args:
+        roi, category: as of `read_roi`.
+        size: height and width of one of the images.
+    """
+    height, width = _as_drawn(roi, category).shape
+    ratio = height * size[1] / (width * size[0])
+    if not 1.0 / STRETCHED < ratio < STRETCHED:
+        warnings.warn(
+            f"`roi` is {height} x {width} pixels, and one of the images {size[0]} x {size[1]}: it is stretched to "
+            "cover the images. Draw it on one of them, uncropped and upright.",
+            stacklevel=4,  # of who calls `calibrate`, which torch wraps
+        )
+
+
+def _as_drawn(roi: str | os.PathLike | np.ndarray | Image.Image, category: str | None) -> np.ndarray:
+    """The region at the size at which it was drawn."""
     if isinstance(roi, (str, os.PathLike)):
         path = Path(roi)
         if path.is_dir():
@@ -43,19 +79,8 @@ def read_roi(roi: str | os.PathLike | np.ndarray | Image.Image, category: str | 
             raise FileNotFoundError(
                 f"`roi`: no file at {path}. Give a mask (PNG), a folder of CATEGORY.png, or COCO JSON."
             )
-        inside = _draw_polygons(path, category) if path.suffix.lower() == ".json" else mask_to_array(read_image(path))
-    else:
-        inside = mask_to_array(roi) if isinstance(roi, Image.Image) else np.asarray(roi) != 0
-    if inside.ndim != 2:
-        raise ValueError(f"`roi` must be a mask (H, W), but has shape {inside.shape}.")
-    if not inside.any():
-        raise ValueError("`roi` holds no pixel that counts: a mask is not 0 where pixels do.")
-    factor = max(inside.shape) / LARGEST_SIDE
-    if factor > 1.0:
-        size = [max(1, round(side / factor)) for side in inside.shape[::-1]]
-        share = np.asarray(Image.fromarray(inside.astype(np.float32)).resize(size, Image.Resampling.BOX))
-        inside = share >= min(0.5, float(share.max()))  # so that the smallest region stays
-    return inside
+        return _draw_polygons(path, category) if path.suffix.lower() == ".json" else mask_to_array(read_image(path))
+    return mask_to_array(roi) if isinstance(roi, Image.Image) else np.asarray(roi) != 0
 
 
 def _draw_polygons(path: Path, category: str | None) -> np.ndarray:
@@ -69,9 +94,10 @@ def _draw_polygons(path: Path, category: str | None) -> np.ndarray:
         if len(drawn_on) > 1:
             raise ValueError(f"polygons on {len(drawn_on)} images: keep those of one")
         image = next((one for one in images if one.get("id") in drawn_on), images[0])
-        if not 0 < image["width"] * image["height"] <= MAX_PIXELS:
-            raise ValueError(f"an image of {image['width']} x {image['height']} pixels")
-        drawn = Image.new("1", (image["width"], image["height"]))
+        width, height = int(image["width"]), int(image["height"])
+        if not 0 < width * height <= MAX_PIXELS:
+            raise ValueError(f"an image of {width} x {height} pixels")
+        drawn = Image.new("1", (width, height))
         for annotation in chosen:
             if not isinstance(annotation["segmentation"], list):
                 raise ValueError("one of the annotations is a mask in run lengths: draw a polygon, or give a PNG")
@@ -80,7 +106,7 @@ def _draw_polygons(path: Path, category: str | None) -> np.ndarray:
                 if not all(map(math.isfinite, corners)):
                     raise ValueError("one of the polygons has a corner that is no number")
                 ImageDraw.Draw(drawn).polygon(corners, fill=1, outline=1)
-    except (AttributeError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (AttributeError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         raise ValueError(
             f"`roi`: {path} is no COCO JSON with `images` (width, height) and `annotations` of polygons ({error})."
         ) from error

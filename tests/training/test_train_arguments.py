@@ -33,11 +33,11 @@ def test_the_command_line_overrides_the_configuration(tmp_path):
     assert args.train_batch_size == 8  # neither says: the default
 
 
-def test_a_name_of_digits_is_no_number_in_a_configuration(tmp_path):
+def test_a_name_of_digits_or_no_is_text_in_a_configuration(tmp_path):
     config = tmp_path / "run.yaml"
-    config.write_text("train_data_dir: 007\ncategory: 01\n")
+    config.write_text("train_data_dir: 007\ncategory: 01\nbackbone: no\n")
     args = train_ddpm.parse_args(["--config", str(config)])
-    assert (args.train_data_dir, args.category) == ("007", ["01"])
+    assert (args.train_data_dir, args.category, args.backbone) == ("007", ["01"], "no")
 
 
 @pytest.mark.parametrize(
