@@ -183,12 +183,8 @@ class DetectionPipeline(AnomalyPipeline):
         found = self._found_value_range(index, value_range, images, statistics_images)
         num_scores = len(for_scores)
         shown = ImageSequence.of_rows(statistics_images, for_statistics, self.config.value_range or found)
-        region = self._new_region(roi, index)
-        if roi is not None and (accelerator is None or accelerator.is_main_process):
-            from diffad.data.regions_of_interest import warn_of_other_ratio
-
-            (image,) = shown[:1].whole()
-            warn_of_other_ratio(roi, self.categories[index] if len(self.categories) > 1 else None, size_of(image))
+        own_image = shown[:1] if accelerator is None or accelerator.is_main_process else None  # one process warns
+        region = self._new_region(roi, index, own_image)
         moments = self._category_moments(shown, batch_size, accelerator)
         if self.tile_size is not None:
             if len(for_statistics) < FEWEST_IMAGES:
@@ -290,14 +286,15 @@ class DetectionPipeline(AnomalyPipeline):
         """Which pixels of each category's images count, (K, h, w) bool; None where all do."""
         return None if self.calibration is None else self.calibration.region
 
-    def _new_region(self, roi: Any, category: int) -> torch.Tensor | None:
-        """The pipeline's `region` with one category's replaced."""
+    def _new_region(self, roi: Any, category: int, images: ImageSequence | None) -> torch.Tensor | None:
+        """The pipeline's `region` with one category's replaced; images of another ratio are warned of."""
         if roi is None:
             return self.region
         from diffad.data.regions_of_interest import read_roi  # with what reads data sets, which a call does not need
 
         names = self.categories
-        own = torch.from_numpy(read_roi(roi, names[category] if len(names) > 1 else None).copy())
+        size = None if images is None else size_of(next(iter(images.whole())))
+        own = torch.from_numpy(read_roi(roi, names[category] if len(names) > 1 else None, size).copy())
         if self.region is None or len(names) < 2:
             region = torch.ones(max(1, len(names)), *own.shape, dtype=torch.bool)
         else:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from diffad import AnomalyDenoisePipeline
 from diffad.cli import app
-from diffad.data.regions_of_interest import read_roi, warn_of_other_ratio
+from diffad.data.regions_of_interest import read_roi
 from diffad.moments import FeatureMoments, MomentSums
 from diffad.predict import predict_files
 from diffad.region_of_interest import hide_outside, inside_region, stand_ins
@@ -221,7 +221,7 @@ def test_a_region_of_another_ratio_than_the_images_is_told():
     assert [Path(one.filename).name for one in told] == [Path(__file__).name]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_other_ratio(np.ones((70, 20000)), None, (70, 20000))
+        read_roi(np.ones((70, 20000)), image_size=(70, 20000))
 
 
 def test_a_defect_counts_inside_and_not_outside():

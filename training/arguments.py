@@ -287,8 +287,9 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         if not path.is_file():
             parser.error(f"--config: no file at {path}")
         try:
-            values = yaml.safe_load(path.read_bytes()) or {}  # in UTF-8 whatever the locale
-            written = yaml.load(path.read_bytes(), yaml.BaseLoader)  # in which 01, a category's name, stays 01
+            content = path.read_bytes()  # in UTF-8 whatever the locale
+            values = yaml.safe_load(content) or {}
+            written = yaml.load(content, yaml.BaseLoader)  # in which 01, a category's name, stays 01
         except yaml.YAMLError as error:
             parser.error(f"--config: {path} is not YAML: {' '.join(str(error).split())}")
         if not isinstance(values, dict):
@@ -306,10 +307,9 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
                 configured += ["--mixed_precision", "no"]
             elif isinstance(value, list):
                 configured += [f"--{name}", *map(str, text)]
-            elif value is True and name not in with_value:
-                configured.append(f"--{name}")
-            elif value is False and name not in with_value:
-                configured += [f"--no-{name}"] if f"--no-{name}" in parser._option_string_actions else []
+            elif isinstance(value, bool) and name not in with_value:
+                flag = f"--{name}" if value else f"--no-{name}"
+                configured += [flag] if flag in parser._option_string_actions else []
             elif value is not None:
                 configured.append(f"--{name}={text}")  # which may begin with a dash
         argv = [*configured, *argv]

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -19,10 +19,12 @@ from diffad.inputs import images_below
 LARGEST_SIDE = 1024  # pixels of a region that is kept: 1 MB a category
 STRETCHED = 1.1  # the factor between the ratios of two images' sides from which on a word is due
 
-Size: TypeAlias = tuple[int, int]
 
-
-def read_roi(roi: str | os.PathLike | np.ndarray | Image.Image, category: str | None = None) -> np.ndarray:
+def read_roi(
+    roi: str | os.PathLike | np.ndarray | Image.Image,
+    category: str | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> np.ndarray:
     """Where the pixels that count lie, as (H, W) bool; what matters is the place in the image, not the size.
 
     Args:
@@ -30,42 +32,12 @@ def read_roi(roi: str | os.PathLike | np.ndarray | Image.Image, category: str | 
             a category, `CATEGORY.png`; or a COCO JSON file, whose polygons of one category of that name count, or all
             polygons where `category` is None.
         category: the category's name, in a model of several.
+        image_size: height and width of one of the images. A region of another ratio covers them by stretching, and is
+            warned of.
 
     Raises:
         ValueError, FileNotFoundError: there is no such region, or no pixel in it.
     """
-    inside = _as_drawn(roi, category)
-    if inside.ndim != 2:
-        raise ValueError(f"`roi` must be a mask (H, W), but has shape {inside.shape}.")
-    if not inside.any():
-        raise ValueError("`roi` holds no pixel that counts: a mask is not 0 where pixels do.")
-    factor = max(inside.shape) / LARGEST_SIDE
-    if factor > 1.0:
-        size = [max(1, round(side / factor)) for side in inside.shape[::-1]]
-        share = np.asarray(Image.fromarray(inside.astype(np.float32)).resize(size, Image.Resampling.BOX))
-        inside = share >= min(0.5, float(share.max()))  # so that the smallest region stays
-    return inside
-
-
-def warn_of_other_ratio(roi: str | os.PathLike | np.ndarray | Image.Image, category: str | None, size: Size) -> None:
-    """Warns where a region was drawn on an image of another ratio than (height, width): it covers images by stretching.
-
-    Args:
-        roi, category: as of `read_roi`.
-        size: height and width of one of the images.
-    """
-    height, width = _as_drawn(roi, category).shape
-    ratio = height * size[1] / (width * size[0])
-    if not 1.0 / STRETCHED < ratio < STRETCHED:
-        warnings.warn(
-            f"`roi` is {height} x {width} pixels, and one of the images {size[0]} x {size[1]}: it is stretched to "
-            "cover the images. Draw it on one of them, uncropped and upright.",
-            stacklevel=4,  # of who calls `calibrate`, which torch wraps
-        )
-
-
-def _as_drawn(roi: str | os.PathLike | np.ndarray | Image.Image, category: str | None) -> np.ndarray:
-    """The region at the size at which it was drawn."""
     if isinstance(roi, (str, os.PathLike)):
         path = Path(roi)
         if path.is_dir():
@@ -79,8 +51,31 @@ def _as_drawn(roi: str | os.PathLike | np.ndarray | Image.Image, category: str |
             raise FileNotFoundError(
                 f"`roi`: no file at {path}. Give a mask (PNG), a folder of CATEGORY.png, or COCO JSON."
             )
-        return _draw_polygons(path, category) if path.suffix.lower() == ".json" else mask_to_array(read_image(path))
-    return mask_to_array(roi) if isinstance(roi, Image.Image) else np.asarray(roi) != 0
+        inside = _draw_polygons(path, category) if path.suffix.lower() == ".json" else mask_to_array(read_image(path))
+    else:
+        inside = mask_to_array(roi) if isinstance(roi, Image.Image) else np.asarray(roi) != 0
+    if inside.ndim != 2:
+        raise ValueError(f"`roi` must be a mask (H, W), but has shape {inside.shape}.")
+    if not inside.any():
+        raise ValueError("`roi` holds no pixel that counts: a mask is not 0 where pixels do.")
+    if image_size is not None:
+        _warn_of_other_ratio(inside.shape, image_size)
+    factor = max(inside.shape) / LARGEST_SIDE
+    if factor > 1.0:
+        size = [max(1, round(side / factor)) for side in inside.shape[::-1]]
+        share = np.asarray(Image.fromarray(inside.astype(np.float32)).resize(size, Image.Resampling.BOX))
+        inside = share >= min(0.5, float(share.max()))  # so that the smallest region stays
+    return inside
+
+
+def _warn_of_other_ratio(drawn: tuple[int, ...], image_size: tuple[int, int]) -> None:
+    (height, width), (image_height, image_width) = drawn, image_size
+    if not 1.0 / STRETCHED < height * image_width / (width * image_height) < STRETCHED:
+        warnings.warn(
+            f"`roi` is {height} x {width} pixels, and one of the images {image_height} x {image_width}: it is "
+            "stretched to cover the images. Draw it on one of them, uncropped and upright.",
+            stacklevel=6,  # of who calls `calibrate`, which torch wraps
+        )
 
 
 def _draw_polygons(path: Path, category: str | None) -> np.ndarray:
