@@ -84,7 +84,9 @@ def main() -> dict[str, Any]:
     chosen = tuple(trained.weights.get(name, 0.0) for name in MAP_NAMES)
     titles = [f"{which} {name}" for which in ("drawn", "real")[: 1 + bool(real)] for name in METRICS]
     print(f"{'weights of ' + ', '.join(MAP_NAMES):50} objective  " + "  ".join(titles))
-    for row in rows if trained.unet is None else [row for row in rows if row in rows[:3] or max(row[0]) == 1.0]:
+    of_fit = tuple(FEATURE_WEIGHTS.get(name, 0.0) for name in MAP_NAMES)
+    few = [row for row in rows if row in rows[:3] or max(row[0]) == 1.0 or row[0] == of_fit]
+    for row in rows if trained.unet is None else few:
         values = [100 * found[metric] for found in row[1:] if found for metric in METRICS]
         numbers = "  ".join(f"{value:{len(title)}.1f}" for value, title in zip(values, titles, strict=True))
         print(f"{row[0]!s:50} {100 * row[1]['objective']:9.1f}  {numbers}{'  (the model)' if row[0] == chosen else ''}")
