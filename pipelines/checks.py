@@ -21,6 +21,7 @@ from diffad.warn_once import warn_once
 
 MAP_NAMES = ("kl", "feature_error", "gaussian", "nearest")  # what AnomalyDenoise joins
 FEATURE_WEIGHTS = {"gaussian": 0.75, "nearest": 0.25}  # those of `diffad fit`; docs/tried.md says what chose them
+CONTRAST = 0.2  # of maps, that of `diffad fit` and of `diffad train` by its own choice; likewise
 
 
 def check_call(
@@ -158,10 +159,12 @@ def check_value_range(value_range: float | None) -> None:
         raise ValueError(f"`value_range` must be positive and finite, or None, but is {value_range!r}.")
 
 
-def check_map_settings(suppression: float, position_prior_images: float) -> None:
+def check_map_settings(suppression: float, position_prior_images: float, contrast: float = 0.0) -> None:
     """Raises a ValueError where one is out of its range."""
     if not 0.0 <= suppression < 1.0:
         raise ValueError(f"`suppression` must lie in [0, 1), but is {suppression}.")
+    if not 0.0 <= contrast < math.inf:
+        raise ValueError(f"`contrast` must be finite and not negative, but is {contrast}.")
     if not 0.0 <= position_prior_images < math.inf:
         raise ValueError(
             f"`position_prior_images` must be finite and not negative, but is {position_prior_images}. "

@@ -26,7 +26,7 @@ from diffad.process_share import process_share
 from diffad.read_ahead import read_ahead
 from diffad.region_of_interest import clear_outside, hide_outside, inside_region
 from diffad.resizing import map_reach
-from diffad.scoring import Measurement, empty_measurement
+from diffad.scoring import Measurement, cut_small_peaks, empty_measurement, heighten_contrast, suppress_surroundings
 from diffad.seeding import image_generators
 
 FEWEST_IMAGES = 3  # whose covariance says something of each without it
@@ -38,7 +38,7 @@ class DetectionPipeline(AnomalyPipeline):
     """Base of the pipelines that detect anomalies: calibration. A call does not pass through here.
 
     A subclass says what its networks measure of images (`measure_images`), how that becomes smoothed maps
-    (`score_maps`), how these become one map (`join_maps`), and how a map becomes a score (`image_scores`). Calibration
+    (`score_maps`), how these become one map (`weigh_maps`), and how a map becomes a score (`image_scores`). Calibration
     learns from them what good images show.
     """
 
@@ -90,11 +90,25 @@ class DetectionPipeline(AnomalyPipeline):
         """As of `ScoreFunctions`."""
         raise NotImplementedError
 
+    def weigh_maps(
+        self, maps: torch.Tensor, category: torch.Tensor, calibration: ScoreCalibration | None
+    ) -> torch.Tensor:
+        """Maps (N, S, H, W) to one (N, H, W), normalised where there is a calibration."""
+        raise NotImplementedError
+
     def join_maps(
         self, maps: torch.Tensor, category: torch.Tensor, calibration: ScoreCalibration | None
     ) -> torch.Tensor:
-        """As of `ScoreFunctions`."""
-        raise NotImplementedError
+        """As of `ScoreFunctions`: `weigh_maps`, and what is done to a map of a whole image."""
+        return self.shape_maps(self.weigh_maps(maps, category, calibration), calibration)
+
+    def shape_maps(self, joined: torch.Tensor, calibration: ScoreCalibration | None) -> torch.Tensor:
+        """The anomaly maps that joined maps (N, H, W) of whole images become, by the settings that shape them."""
+        if calibration is None:
+            return joined
+        lowered = suppress_surroundings(joined, self.config.suppression)
+        heightened = heighten_contrast(lowered, self.config.get("contrast", 0.0))
+        return cut_small_peaks(heightened, calibration.config.smallest_area)
 
     def image_scores(self, anomaly_map: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:
         """As of `ScoreFunctions`."""
@@ -366,8 +380,9 @@ class DetectionPipeline(AnomalyPipeline):
         category, (K, h, w) bool; `feature_moments`: as of `CalibrationFit`.
         """
         settings = {name: value for name, value in self.config.items() if name in setting_names(type(self))}
+        join_maps = self.join_maps if self.tile_size is None else self.weigh_maps  # a tile is no whole image
         return CalibrationFit(
-            ScoreFunctions(self.score_maps, self.join_maps, self.image_scores),
+            ScoreFunctions(self.score_maps, join_maps, self.image_scores),
             category,
             num_scores,
             false_alarm_rate,

@@ -11,6 +11,7 @@ from diffad.scoring import (
     cosine_distance_map,
     feature_error,
     gaussian_smooth,
+    heighten_contrast,
     joint_map,
     max_score,
     resize_maps,
@@ -145,6 +146,18 @@ def test_suppression_takes_off_a_share_of_the_peaks_prominence():
     for one, before in zip(suppressed, maps, strict=True):
         torch.testing.assert_close(one, before - 0.4 * (before.max() - before.mean()))
     assert torch.equal(suppress_surroundings(maps, 0.0), maps)
+
+
+def test_contrast_lowers_what_lies_below_the_peak_and_keeps_the_score():
+    maps = random(3, 5, 4)
+    heightened = heighten_contrast(maps, 0.4)
+    for one, before in zip(heightened, maps, strict=True):
+        assert one.max() == before.max()  # to the bit: so scores, p-values and alarms stay
+        above = before >= before.mean()
+        torch.testing.assert_close(one[above], before[above] - 0.4 * (before.max() - before[above]))
+        torch.testing.assert_close(one[~above], before[~above] - 0.4 * (before.max() - before.mean()))
+        assert torch.equal(one.flatten().argsort(), before.flatten().argsort())
+    assert torch.equal(heighten_contrast(maps, 0.0), maps)
 
 
 def test_suppression_spares_what_is_unusual_all_over():

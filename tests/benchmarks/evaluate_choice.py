@@ -5,13 +5,14 @@
 takes a model that `diffad train` made. Every weighting of the four maps is scored against defects drawn on the good
 images that the training held out for its choice, and against the test split; both are ranked. Spearman's rank
 correlation says how far they agree, and the table what the choice gave away. Of a model that `diffad fit` made, the
-weightings are of the features' two maps.
+weightings are of the features' two maps. `--contrast 0 0.1 0.2` compares contrasts instead, with the model's weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,30 @@ def measure_test(pipeline: AnomalyDenoisePipeline, data: str, seed: int) -> Cate
     return measure_maps(pipeline, images, of_all, is_good, np.arange(len(test)), kind, 0, seed)
 
 
+def compare_contrasts(
+    pipeline: AnomalyDenoisePipeline,
+    contrasts: Sequence[float],
+    weights: Sequence[float],
+    drawn: Sequence[CategoryMaps],
+    real: Sequence[CategoryMaps] | None,
+) -> None:
+    """Prints what each contrast reaches against drawn defects, and against the test split's."""
+    for contrast in contrasts:
+        pipeline.register_to_config(contrast=contrast)
+        rated = [rate_setting(pipeline, drawn, weights, 1.0, 1.0)]
+        if real:
+            rated.append(rate_setting(pipeline, real, weights, 1.0, 1.0, references=drawn))
+        figures = [" / ".join(f"{100 * one[name]:.1f}" for name in METRICS) for one in rated]
+        print(f"{contrast:4g}  objective {100 * rated[0]['objective']:.1f}  {'  real: '.join(figures)}", flush=True)
+
+
 def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", help="folder that `diffad train` or `diffad fit` wrote, of one category")
     parser.add_argument("--data", help="with a test split; without it, drawn defects alone")
+    parser.add_argument(
+        "--contrast", type=float, nargs="+", help="of maps, to be compared with the model's own weights"
+    )
     options = parser.parse_args()
     args = argparse.Namespace(**json.loads(Path(options.model, "training.json").read_text())["arguments"])
     good, _, categories = hold_out(read_good_images(args), args)
@@ -74,6 +95,11 @@ def main() -> dict[str, Any]:
     take_statistics(pipeline, training["image"], 0, args.seed, Accelerator(cpu=True))
     drawn = [measure_defects(pipeline, unseen["image"], 0, args.seed)]
     real = [measure_test(pipeline, options.data, args.seed)] if options.data else None
+    if options.contrast:
+        compare_contrasts(
+            pipeline, options.contrast, [trained.weights.get(name, 0.0) for name in MAP_NAMES], drawn, real
+        )
+        return {}
     rows = []
     for some in simplex(len(names), WEIGHT_STEPS if trained.unet is not None else 2 * WEIGHT_STEPS):
         weights = tuple(dict(zip(names, some, strict=True)).get(name, 0.0) for name in MAP_NAMES)
