@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         extractor,
         position_trust=0.0,
         weights=FEATURE_WEIGHTS,
-        contrast=CONTRAST,
+        contrast=0.0 if args.tile_size else CONTRAST,  # the rest of a large image surrounds no defect
         feature_resolution=args.feature_resolution,
         categories=categories if len(categories) > 1 else None,
         value_range=args.value_range,

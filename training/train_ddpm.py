@@ -403,7 +403,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     pipeline = create_pipeline(unet, scheduler, extractor, categories, args)
     pipeline.set_progress_bar_config(disable=not accelerator.is_local_main_process)
     if unseen is not None:
-        pipeline.register_to_config(contrast=CONTRAST)
+        pipeline.register_to_config(contrast=0.0 if args.tile_size else CONTRAST)  # as `diffad fit` does
         ranking = choose_settings(pipeline, training, unseen, categories, args.seed, accelerator, region)
         if ranking:
             chosen = {name: ranking[0][name] for name in ("weights", "kl_sigma", "feature_sigma")}

@@ -37,6 +37,7 @@ def without_denoiser(
         scheduler=None,
         feature_extractor=extractor or tiny_extractor(image_size=24),
         weights={"gaussian": 0.75, "nearest": 0.25},
+        contrast=0.2,
         feature_resolution=5,  # windows that overlap
         feature_sigma=1.0,
         categories=categories,

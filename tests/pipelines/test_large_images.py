@@ -54,6 +54,20 @@ def test_a_small_defect_is_found_in_tiles_and_lost_in_the_whole(calibrated):
     assert output.anomaly_score[1] - output.anomaly_score[0] > 1.5 * (of_whole[1] - of_whole[0])
 
 
+def test_contrast_is_that_of_the_image_and_not_of_each_tile(calibrated):
+    images = [texture(99, SIZE), Image.fromarray(with_dot(np.asarray(texture(98, SIZE))))]
+    plain = calibrated(images, match_input_resolution=False)
+    heightened = of_features(contrast=0.3).calibrate(textures(30, SIZE), false_alarm_rate=0.1)(
+        images, match_input_resolution=False
+    )
+    peak, mean = (getattr(plain.anomaly_map, name)(axis=(1, 2), keepdims=True) for name in ("max", "mean"))
+    expected = plain.anomaly_map - 0.3 * np.minimum(peak - plain.anomaly_map, peak - mean)
+    np.testing.assert_allclose(
+        heightened.anomaly_map / heightened.anomaly_map.max(), expected / expected.max(), atol=1e-3
+    )
+    assert np.array_equal(heightened.p_value, plain.p_value)
+
+
 def test_the_batch_of_tiles_changes_only_rounding(calibrated):
     images = [texture(91, SIZE), with_dot(texture(92, SIZE))]
     outputs = [calibrated(images, batch_size=size) for size in (1, 7, 64)]

@@ -152,6 +152,8 @@ def test_a_missing_file_is_named(pipe):
         {"timesteps": []},
         {"timesteps": [5, 1000]},
         {"suppression": 1.0},
+        {"contrast": -0.1},
+        {"contrast": float("nan")},
         {"position_prior_images": -1.0},
         {"categories": "bottle"},
         {"categories": ["bottle", "bottle"]},
@@ -238,6 +240,21 @@ def test_suppression_lowers_maps_by_how_far_their_peak_stands_out():
     assert np.array_equal(suppressed.is_anomalous, suppressed.anomaly_mask.any(axis=(1, 2)))
     assert suppressed.is_anomalous[4:].all()
     raw = [tiny_pipeline(suppression=s)(images, generator=generator()).anomaly_map for s in (0.0, 0.4)]
+    assert np.array_equal(*raw)
+
+
+def test_contrast_changes_outlines_and_no_verdict():
+    images = [*textures(4, first_seed=100), *(texture(2000 + i, defect=True) for i in range(4))]
+    pipes = [
+        tiny_pipeline(contrast=c).calibrate(textures(60), false_alarm_rate=0.1, generator=generator())
+        for c in (0.0, 0.5)
+    ]
+    plain, heightened = (pipe(images, generator=generator()) for pipe in pipes)
+    assert np.array_equal(heightened.p_value, plain.p_value)
+    assert np.array_equal(heightened.is_anomalous, plain.is_anomalous)
+    assert np.array_equal(heightened.is_anomalous, heightened.anomaly_mask.any(axis=(1, 2)))
+    assert 0 < heightened.anomaly_mask.sum() < plain.anomaly_mask.sum()
+    raw = [tiny_pipeline(contrast=c)(images, generator=generator()).anomaly_map for c in (0.0, 0.5)]
     assert np.array_equal(*raw)
 
 

@@ -334,11 +334,13 @@ def test_large_images_are_looked_at_in_tiles_unless_told_otherwise(tmp_path, cap
     size = ("--resolution", 16)
     pipeline = fit_as_they_are(good, tmp_path / "model", *size, "--false_alarm_rate", 0.25)
     assert pipeline.tile_size == (16, 16)
+    assert pipeline.config.contrast == 0.0  # of which most is no surroundings of a defect
     assert "The images are large: tiles of 16 x 16 px, and the whole." in capsys.readouterr().out
     bad = texture(90, (72, 56))
     bad[40:43, 30:33] = 0
     assert pipeline(bad).is_anomalous[0]
-    assert fit_as_they_are(good, tmp_path / "whole", *size, "--tile_size", "none").tile_size is None
+    whole = fit_as_they_are(good, tmp_path / "whole", *size, "--tile_size", "none")
+    assert (whole.tile_size, whole.config.contrast) == (None, 0.2)
     chosen = fit_as_they_are(good, tmp_path / "own", *size, "--tile_size", 24, 20, "--tile_overlap", 0.5)
     assert (chosen.tile_size, chosen.config.tile_overlap) == ((24, 20), 0.5)
     with pytest.raises(ValueError, match="--tile_size must be smaller than the images, but is 100000 x"):
