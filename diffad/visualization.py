@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from diffad.files import write_whole
 from diffad.inferno import INFERNO
@@ -105,7 +105,7 @@ def save_rows(
     tile: int = 160,
     captions: Sequence[Sequence[str]] = (),
 ) -> None:
-    """Writes a contact sheet: rows of (H, W, 3) uint8 pictures, each shown `tile` pixels wide and high.
+    """Writes a contact sheet: rows of (H, W, 3) uint8 pictures, each as large as `tile` x `tile` pixels can show it.
 
     `captions`, one for each picture and of any number of lines, stand below; of a line that is too long the end stays.
     """
@@ -123,8 +123,9 @@ def save_rows(
         if i < len(row_titles):
             draw.text((2, top + tile // 2 - 8), row_titles[i], fill="black", font=font)
         for j, picture in enumerate(row):
-            resized = Image.fromarray(picture).resize((tile, tile), Image.Resampling.BILINEAR)
-            sheet.paste(resized, (side + j * (tile + gap), top))
+            shown = ImageOps.contain(Image.fromarray(picture), (tile, tile), Image.Resampling.BILINEAR)
+            middle = (tile - shown.width) // 2, (tile - shown.height) // 2
+            sheet.paste(shown, (side + j * (tile + gap) + middle[0], top + middle[1]))
         for j, caption in enumerate(captions[i] if captions else ()):
             lines = "\n".join(_end_that_fits(line, font, tile) for line in caption.split("\n"))
             draw.multiline_text((side + j * (tile + gap), top + tile + 1), lines, fill="black", font=font, spacing=0)
