@@ -172,7 +172,7 @@ def test_results_are_copied_into_a_bucket_when_a_run_has_ended(parts, store, tmp
     with pytest.raises(SystemExit, match="2"):
         fit.main(["--train_data_dir", str(parts), "--output_dir", f"s3://{bucket}/model"])
     assert (
-        f"--output_dir: Outputs are local files and folders, but s3://{bucket}/model is a URL"
+        f"--output_dir: Only `diffad predict` writes to a URL, given as text, and s3://{bucket}/model is one"
         in capsys.readouterr().err
     )
     assert not (tmp_path / "s3:").exists()
