@@ -379,7 +379,7 @@ def score_files(
                 output.fetch(f"overlays/{row[PICTURE]}" for row in highest if row[PICTURE])
                 save_most_anomalous(highest, draw([row for row in highest if not row[PICTURE]]), output_dir)
             except OSError as error:
-                warnings.warn(f"{output_dir / SHEET_NAME} cannot be written: {error}", stacklevel=2)
+                warnings.warn(f"{SHEET_NAME} cannot be written: {error}", stacklevel=2)
             regions.merge(inputs.place_when_complete)
             if threshold is not None and can_list_regions():
                 regions.write_files(settings.get("category"))
