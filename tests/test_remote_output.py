@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.request
 import uuid
 from pathlib import Path
@@ -98,10 +99,20 @@ def differing(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
     return sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
 
 
-def test_files_are_those_of_a_local_run_where_every_fiftieth_request_fails(pipeline, parts, local, store, faults):
-    (files, bucket), spent = store, {}
+def test_files_are_those_of_a_local_run_where_every_fiftieth_request_fails(
+    pipeline, parts, local, store, faults, tmp_path, monkeypatch
+):
+    (files, bucket), spent, left = store, {}, []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def report(row: dict) -> None:
+        left.extend(path for path in tmp_path.rglob("*.png") if path.name == row["picture"])
+
     faults.append(lambda number, path: "error" if number % 50 == 49 else None)
-    counts = predict_files(pipeline, find_images([parts]), f"s3://{bucket}/found", batch_size=7, spent=spent)
+    url = f"s3://{bucket}/found"
+    counts = predict_files(pipeline, find_images([parts]), url, batch_size=7, spent=spent, report=report)
+    assert not left  # on the disk, of an image that has its row
+    assert not list(tmp_path.iterdir())
     assert differing(contents(f"s3://{bucket}/found", files), contents(local)) == []
     assert counts["unreadable"] == 1
     assert counts["anomalous"] > 0  # so regions were compared
@@ -137,24 +148,25 @@ def test_after_a_kill_two_processes_go_on_from_another_folder(model, parts, loca
     assert list(tmp_path.iterdir()) == []  # no folder is called s3:
 
 
-def test_wherever_a_run_breaks_off_the_next_one_ends_as_if_nothing_had_been(pipeline, store, faults, tmp_path):
+def test_wherever_a_run_breaks_off_the_next_one_goes_on(pipeline, store, faults, tmp_path):
     """The store answers so many requests and no more, as for a process that is killed there."""
     files, bucket = store
     parts = find_images([write_folder(tmp_path / "parts", 2, first_seed=5)])
 
-    def run(output: str | Path) -> None:
-        predict_files(pipeline, parts, output, batch_size=1, max_pictures=0)
+    def run(output: str | Path, report=lambda row: None) -> int:
+        return predict_files(pipeline, parts, output, batch_size=1, max_pictures=0, report=report)["skipped"]
+
+    def stop(row: dict) -> None:
+        raise RuntimeError("stopped")
 
     run(tmp_path / "whole")
-    answered = itertools.count()
-
-    def fault(number: int, path: str) -> str | None:
-        return "error" if next(answered) >= limit else None
-
+    whole = contents(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(f"s3://{bucket}/begun", report=stop)
     for limit in itertools.count():
-        url = f"s3://{bucket}/found-{limit}"
-        faults.append(fault)
-        answered = itertools.count()
+        files.copy(f"{bucket}/begun", f"{bucket}/found-{limit}", recursive=True)
+        url, answered = f"s3://{bucket}/found-{limit}", itertools.count()
+        faults.append(lambda number, path: "error" if next(answered) >= limit else None)  # noqa: B023 (until the pop)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(remote_files, "TRIES", 1)
             try:
@@ -162,9 +174,11 @@ def test_wherever_a_run_breaks_off_the_next_one_ends_as_if_nothing_had_been(pipe
                 told = None
             except OSError as error:
                 told = str(error)
-        faults.append(lambda number, path: None)
-        run(url)
-        assert differing(contents(url, files), contents(tmp_path / "whole")) == [], limit
+        faults.pop()
+        broken = contents(url, files)
+        assert "scores.csv" not in broken or whole.items() <= broken.items()  # which says that all is there
+        assert run(url) >= 1  # the row that was there at first is never lost
+        assert differing(contents(url, files), whole) == [], limit
         if told is None:
             break
         assert url in told
