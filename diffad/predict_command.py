@@ -108,8 +108,8 @@ def predict(
             soft_wrap=True,
         )
     if sum(counts.values()) - counts["skipped"] > MOST_OF_DRIFT:
-        first = "" if isinstance(place, Path) else "copy scores.csv and calibration.json here, then "
-        console.print(f"Drift in so many takes a while: {first}diffad drift {escape(str(place))}/scores.csv")
+        of_store = "" if isinstance(place, Path) else ", of a copy beside which calibration.json lies"
+        console.print(f"Drift in so many takes a while: diffad drift {escape(str(place))}/scores.csv{of_store}")
     elif (counts["normal"] or counts["anomalous"]) and not isinstance(pipeline, Runtime):
         from diffad.drift_table import TableDrift
 

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 SEGMENT_SECONDS = 30.0  # between two segments of a process: what a killed one loses
-SLOWEST = 1e6  # bytes a second; a file that goes no faster counts as one that does not go
+SLOWEST = 1e6  # bytes a second; what goes up no faster is given up and tried again
+LONGEST = 3600.0  # seconds for a file that comes down, whose size nobody has asked for
 STATE = (SETTINGS_NAME, SCORES_NAME, "scores.partial*.csv", "regions*.jsonl")  # what a run goes on from
 HEADER = (",".join(JOURNAL_COLUMNS) + "\r\n").encode()  # of a process's rows, as `csv` writes it
 
@@ -77,7 +78,7 @@ class LocalOutput:
     """
 
     is_far = False
-    retried = 0
+    retried: float = 0
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -138,7 +139,7 @@ class RemoteOutput(LocalOutput):
         self._temporary.cleanup()
 
     @property
-    def retried(self) -> int:  # type: ignore[override]  # which is 0 of a local one
+    def retried(self) -> float:  # type: ignore[override]  # of a local one it is a constant
         return self._requests.retried
 
     def listed(self) -> set[str]:
@@ -221,20 +222,21 @@ class RemoteOutput(LocalOutput):
                 content = self._headers[path] + file.read(end - self._sent[path])
             names.append(f"{path.stem}-{self._token}-{self._number:06}{path.suffix}")
             with _what_to_do():
-                self._request("written", names[-1], "pipe_file", self._at(names[-1]), content, size=len(content))
+                self._request(
+                    "written", names[-1], "pipe_file", self._at(names[-1]), content, limit=_limit(len(content))
+                )
         self._sent |= new  # of neither where one has failed: they are sent again together
         self.segments += names
         self._number += 1
 
     def _put(self, name: str) -> None:
         path = self.folder / name
-        size = path.stat().st_size
-        self._request("written", name, "put_file", str(path), self._at(name), size=size)
+        self._request("written", name, "put_file", str(path), self._at(name), limit=_limit(path.stat().st_size))
 
     def _get(self, name: str) -> None:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._request("read", name, "get_file", self._at(name), str(path), size=2**30)
+        self._request("read", name, "get_file", self._at(name), str(path), limit=LONGEST)
         self._stored[name] = _state(path)
 
     def _remove(self, name: str) -> None:
@@ -245,12 +247,12 @@ class RemoteOutput(LocalOutput):
     def _at(self, name: str) -> str:
         return f"{self._path}/{name}"
 
-    def _request(self, done: str, name: str, method: str, *arguments: Any, size: int = 0, **more: Any) -> Any:
-        limit = TIMEOUT + size / SLOWEST
+    def _request(self, done: str, name: str, method: str, *arguments: Any, limit: float = TIMEOUT, **more: Any) -> Any:
+        """What a method of the store's file system gives; an error says that `name` cannot be `done`."""
         try:
             return self._requests.make(lambda: bounded(self._files, method, *arguments, timeout=limit, **more))
         except (ImportError, OSError) as error:
-            if isinstance(error, FileNotFoundError) and done != "written":
+            if isinstance(error, FileNotFoundError) and done != "written":  # else there is no such bucket
                 raise
             url = f"{self.url}/{name}".rstrip("/")
             raise OSError(f"`output_dir`: {url} cannot be {done} ({error}).") from error
@@ -259,6 +261,11 @@ class RemoteOutput(LocalOutput):
         with ThreadPoolExecutor(STORE_WORKERS) as pool:
             for _ in pool.map(work, names):
                 pass
+
+
+def _limit(size: int) -> float:
+    """Seconds for so many bytes to go up."""
+    return TIMEOUT + size / SLOWEST
 
 
 def _state(path: Path) -> tuple[int, int, int]:
