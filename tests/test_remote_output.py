@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import os
 import resource
 import signal
 import subprocess
@@ -135,10 +136,12 @@ predict_files(AnomalyDenoisePipeline.from_pretrained(model), find_images([parts]
 """
 
 
-def test_after_a_kill_two_processes_go_on_from_another_folder(model, parts, local, store, tmp_path):
+def test_after_a_kill_two_processes_go_on_from_another_folder(model, parts, local, store, tmp_path, tmp_path_factory):
     (files, bucket) = store
     url = f"s3://{bucket}/found"
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(model), str(parts), url], capture_output=True)
+    command = [sys.executable, "-c", KILLED, str(model), str(parts), url]
+    temporary = str(tmp_path_factory.mktemp("temporary"))  # where a killed process leaves its folder
+    killed = subprocess.run(command, capture_output=True, env={**os.environ, "TMPDIR": temporary})
     assert killed.returncode == -signal.SIGKILL
     assert "scores.csv" not in contents(url, files)
     told = launch("diffad.predict", model, parts, "--output", url, "--batch-size", 7, processes=2, cwd=tmp_path)
