@@ -37,6 +37,7 @@ LOCK_NAME = ".diffad.lock"  # stands in every folder that predict has written to
 
 PICTURE_FOLDERS, SHEET_NAME = ("overlays", "maps", "masks"), "most_anomalous.png"
 DRIFT_NAME = "drift.png"
+OWN_NAMES = (*PICTURE_FOLDERS, SHEET_NAME, DRIFT_NAME)  # no inputs, beside results
 
 
 @cache
@@ -80,7 +81,7 @@ def list_folder(folder: str | Path) -> Folder:
     with os.scandir(folder) as listed:
         entries = sorted(listed, key=lambda entry: entry.name)
     names = {entry.name for entry in entries}
-    own = {*PICTURE_FOLDERS, SHEET_NAME, DRIFT_NAME} if _holds_results(names) else set()
+    own = set(OWN_NAMES) if holds_results(names) else set()
     if _holds_model(names):  # its pictures are those of training and evaluation
         own |= {"validation", *(entry.name for entry in entries if not _is_folder(entry))}
     entries = [entry for entry in entries if entry.name not in own]
@@ -95,8 +96,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
-def _holds_results(names: set[str]) -> bool:
-    return LOCK_NAME in names or {"settings.json", "scores.csv"} <= names
+def holds_results(names: set[str]) -> bool:
+    """Whether predict has written to a folder of these names; in a store there is no lock."""
+    return LOCK_NAME in names or ("settings.json" in names and bool({"scores.csv", "scores.partial.csv"} & names))
 
 
 def _holds_model(names: set[str]) -> bool:
@@ -182,7 +184,7 @@ def _is_output(folder: Path) -> bool:
         names = set(os.listdir(folder))
     except OSError:
         return False
-    return (_holds_results(names) or _holds_model(names)) and not images_below(folder)
+    return (holds_results(names) or _holds_model(names)) and not images_below(folder)
 
 
 def find_images(paths: Sequence[str | Path], output_dir: str | Path | None = None) -> list[Path]:
@@ -210,8 +212,8 @@ def find_images(paths: Sequence[str | Path], output_dir: str | Path | None = Non
             raise FileNotFoundError(f"There is no file or folder at {path}.")
     walk.warn()
     if left_out is not None:
-        own = [os.path.join(left_out, name) for name in (*PICTURE_FOLDERS, SHEET_NAME, DRIFT_NAME)]
-        if os.path.isdir(left_out) and _holds_results(set(os.listdir(left_out))):
+        own = [os.path.join(left_out, name) for name in OWN_NAMES]
+        if os.path.isdir(left_out) and holds_results(set(os.listdir(left_out))):
             found = [path for path in found if not _is_below(os.path.realpath(path), own)]
     if not found:
         but = "" if output_dir is None else f" What {output_dir} got from an earlier run does not count."

@@ -14,6 +14,7 @@ import os
 import posixpath
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, groupby
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -113,8 +114,17 @@ class Inputs(Protocol):
 
 
 def process_journals(output_dir: Path) -> list[Path]:
-    """Those of a run's processes, in any order."""
+    """Those of a run's processes, sorted."""
     return sorted(path for path in output_dir.glob("scores.partial-*.csv") if path.stem.split("-")[1].isdigit())
+
+
+def by_process(paths: Iterable[Path]) -> Iterator[list[Path]]:
+    """Sorted names of journals, those of each process of a run in their order; a store's come in segments.
+
+    A process's own are in order of places, one after another. So as many files are open as there were processes.
+    """
+    for _, segments in groupby(paths, key=lambda path: path.stem.split("-")[:3]):
+        yield list(segments)
 
 
 def process_journal(output_dir: Path, process: int) -> Path:
@@ -156,7 +166,7 @@ def take_up(output_dir: Path, inputs: Inputs) -> None:
     replaced since: they are done again.
     """
     journals = process_journals(output_dir)
-    begun = heapq.merge(*(read_journal(path) for path in (output_dir / JOURNAL_NAME, *journals)), key=_place)
+    begun = merged_journals(output_dir)
     # a run that has begun has taken up `scores.csv` already, and its journals are in the order of places
     table = () if _has_places(output_dir / JOURNAL_NAME) else read_rows(output_dir / SCORES_NAME)
     complete = ([str(i), *row.values()] for i, row in enumerate(table))
@@ -173,8 +183,8 @@ def take_up(output_dir: Path, inputs: Inputs) -> None:
 
 def merged_journals(output_dir: Path) -> Iterator[list[str]]:
     """All rows in the order of their places, without the journals in memory."""
-    paths = (output_dir / JOURNAL_NAME, *process_journals(output_dir))
-    return heapq.merge(*(read_journal(path) for path in paths), key=_place)
+    journals = [[output_dir / JOURNAL_NAME], *by_process(process_journals(output_dir))]
+    return heapq.merge(*(chain.from_iterable(map(read_journal, one)) for one in journals), key=_place)
 
 
 def complete_scores(output_dir: Path) -> None:

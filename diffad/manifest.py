@@ -34,6 +34,8 @@ ROWS_AT_ONCE = 65_536  # of a parquet file, in memory
 def find_inputs(images: Sequence[str | Path], output_dir: str | Path | None = None) -> list[Path | Input] | Manifest:
     """A manifest, tars, or the image files among `images` and below its folders, local (`find_images`) or by URL.
 
+    `output_dir` is left out, as there; it may be a URL.
+
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: there are no images, a tar is compressed, or a manifest or a tar stands among others.
@@ -53,7 +55,7 @@ def find_inputs(images: Sequence[str | Path], output_dir: str | Path | None = No
         local = [one for one in images if not is_url(one)]
         found: list[Path | Input] = [*find_images(local, output_dir)] if local else []
         for url in (str(one) for one in images if is_url(one)):
-            listed = list_remote(url)
+            listed = list_remote(url, output_dir if isinstance(output_dir, str) and is_url(output_dir) else None)
             if not listed:
                 raise ValueError(f"There are no images ({describe_suffixes()}) in {url}.")
             found += listed

@@ -12,8 +12,8 @@ def check_local(path: str | Path) -> None:
     """Raises a ValueError for a URL, which would become the name of a local folder."""
     if re.match(r"[a-z][a-z0-9+.-]+:/", str(path), re.IGNORECASE):  # `Path` has taken one of the two strokes away
         raise ValueError(
-            f"Outputs are local files and folders, but {path} is a URL. Copy what is written when the run has ended, "
-            "by the store's own program or by fsspec's `put`."
+            f"Only `diffad predict` writes to a URL, given as text, and {path} is one. Give a local file or folder, "
+            "and copy it when the run has ended, by the store's own program or by fsspec's `put`."
         )
 
 

@@ -13,23 +13,35 @@ from diffad.part_verdicts import PART_VERDICTS_NAME
 from diffad.region_files import REGION_FILES
 
 SETTINGS_NAME = "settings.json"
+OURS = {LOCK_NAME, SETTINGS_NAME, JOURNAL_NAME}  # one of them stands in every output
+REPLACED = (*PICTURE_FOLDERS, SHEET_NAME, *REGION_FILES, PART_VERDICTS_NAME)
 
 
 def check_output(output_dir: Path) -> None:
     """Raises where pictures would go into links, or between or over files of another program's."""
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"`output_dir` must be a folder, but {output_dir} is a file.")
-    is_ours = any((output_dir / name).is_file() for name in (LOCK_NAME, SETTINGS_NAME, JOURNAL_NAME))
-    for name in (*PICTURE_FOLDERS, SHEET_NAME, *REGION_FILES, PART_VERDICTS_NAME):
+    for name in REPLACED:
         path = output_dir / name
         if path.is_symlink():
             raise ValueError(f"{path} is a link, and nothing is written outside the output. Give another `output_dir`.")
-        if not is_ours and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
-            raise ValueError(
-                f"{path} exists, but {output_dir} holds no results of diffad's: it would be written to. Give another "
-                "`output_dir`."
-            )
+    known = [output_dir / name for name in (*OURS, *REPLACED)]
+    check_names({path.name for path in known if path.is_file() or (path.is_dir() and any(path.iterdir()))}, output_dir)
     check_scores(output_dir)
+
+
+def check_names(names: set[str], place: Path | str) -> None:
+    """Raises where one of ours is another program's, as nothing of ours stands beside it.
+
+    Args:
+        names: of the files in the output, and of its folders that are not empty.
+        place: of the output, for the message.
+    """
+    if taken := [] if names & OURS else [name for name in REPLACED if name in names]:
+        raise ValueError(
+            f"{place}/{taken[0]} exists, but {place} holds no results of diffad's: it would be written to. Give "
+            "another `output_dir`."
+        )
 
 
 def check_settings(settings: dict[str, Any], output_dir: Path) -> str | None:

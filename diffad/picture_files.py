@@ -63,10 +63,12 @@ def write_outputs(
     threshold: float | None,
     smallest_area: float,
     resizing: Resizing,
+    send: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
     """Writes one image's pictures and completes its row.
 
-    Without a name for them in `row["picture"]` there are none, and the row says nothing of the map's ends.
+    Without a name for them in `row["picture"]` there are none, and the row says nothing of the map's ends. `send` is
+    called with the name of each, from the output on, once it is written.
 
     Raises:
         OSError: the disk is full: no picture of any other could be written.
@@ -114,6 +116,7 @@ def write_outputs(
         for folder, picture in pictures.items():
             with one_large_at_a_time(math.prod(decoded.size)):
                 _save(Image.fromarray(picture()), output_dir, f"{folder}/{row['picture']}")
+            send(f"{folder}/{row['picture']}")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise

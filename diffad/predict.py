@@ -5,6 +5,7 @@
 is `diffad predict` on any number of processes. Every file is written under another name and renamed, and `scores.csv`
 appears only when every input is accounted for: a killed run leaves no half-written file, and the next one goes on where
 it stopped, on as many processes as it has. Nothing is written outside the output folder, and no input is written to.
+What becomes of these files where the output is in a store, `diffad.remote_output` knows.
 """
 
 from __future__ import annotations
@@ -56,15 +57,14 @@ from diffad.picture_files import SHEET_IMAGES, draw_overlay, save_most_anomalous
 from diffad.process_share import of_all_processes, on_main
 from diffad.region_files import RegionJournal
 from diffad.regions import can_list_regions
-from diffad.remote_files import RemoteReader, is_url
+from diffad.remote_files import STORE_WORKERS, RemoteReader, is_url
+from diffad.remote_output import LocalOutput, opened_output
 from diffad.resizing import Resizing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ["find_images", "predict_files", "score_files"]
-
-STORE_WORKERS = 16  # threads that read from a store, which takes long to answer each
 
 # (network inputs, each (R, R', 3) in [0, 1]; places of the images among all) -> an output of arrays or CPU tensors
 Detect: TypeAlias = Callable[[list[Any], list[int]], Any]
@@ -95,7 +95,8 @@ def predict_files(
             scored), `settings.json` and, calibrated, the defects as a list (`diffad.region_files`) and
             `calibration.json` (the scores that tell drift). Maps and masks have the size of their image, and so have
             overlays, those of more than 16 megapixels reduced. The pictures of `part.png` are named so too, those of
-            `part.jpg` `part.jpg.png`; `picture` in scores.csv says how where a name is too long or another's.
+            `part.jpg` `part.jpg.png`; `picture` in scores.csv says how where a name is too long or another's. May be
+            the URL of a folder in a store, as text, to which one run at a time writes.
         batch_size: images in one pass of the networks, at most. All batches have one shape, and the last one is filled
             up, so that no image's numbers depend on where it stands.
         category: of a unified model.
@@ -114,6 +115,8 @@ def predict_files(
         is done again.
 
     Raises:
+        ImportError: the package of the output's store is not installed.
+        OSError: the disk is full, or the output's store does not take what is written.
         ValueError: `output_dir` holds results of another calibration, category, seed or manifest, or of images
             elsewhere, or files of another program's that would be replaced; or the category is unknown.
         RuntimeError: another process writes to `output_dir`, or one of `accelerator`'s has ended early.
@@ -127,14 +130,17 @@ def predict_files(
         if settings["value_range"] is not None:
             warn_of_found_range(settings["value_range"])
     resizing = resizing_of(pipeline, category)
-    with same_threads(pipeline, Path(output_dir), accelerator) as threads:
+    with (
+        opened_output(output_dir, accelerator) as output,
+        same_threads(pipeline, output.folder, accelerator) as threads,
+    ):
         counts = score_files(
             detect,
             side,
             threshold,
             settings,
             paths,
-            output_dir,
+            output,
             at_once,
             num_workers,
             report,
@@ -144,10 +150,13 @@ def predict_files(
             spent,
             threads,
         )
-    if pipeline.has_thresholds:
-        from diffad.drift_table import save_calibration_scores
+        if pipeline.has_thresholds:
+            from diffad.drift_table import save_calibration_scores
 
-        on_main(accelerator, lambda: save_calibration_scores(Path(output_dir), pipeline, index))
+            on_main(accelerator, lambda: save_calibration_scores(output.folder, pipeline, index))
+        on_main(accelerator, output.push)
+        if spent is not None:
+            spent["retried"] += sum(of_all_processes(accelerator, output.retried))
     return counts
 
 
@@ -231,7 +240,7 @@ def score_files(
     threshold: float | None,
     settings: dict[str, Any],
     paths: Sequence[Path | Input] | Manifest,
-    output_dir: str | Path,
+    output: str | Path | LocalOutput,
     batch_size: int = 16,
     num_workers: int = 2,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
@@ -252,7 +261,7 @@ def score_files(
         settings: what later runs into the same folder must agree in; `value_range`, which may be None or missing, is
             that of images of more than 8 bits, and `smallest_area` that of regions, as a share of the image's.
         paths: as in `predict_files`, with all that follows.
-        output_dir: as there.
+        output: a folder, or an opened output, to which the tables are still to be pushed.
         batch_size: as there.
         num_workers: as there.
         report: as there.
@@ -262,7 +271,8 @@ def score_files(
         spent: as there.
         recorded: what stands beside `settings`, and may differ in later runs.
     """
-    output_dir = Path(output_dir)
+    output = output if isinstance(output, LocalOutput) else LocalOutput(output)
+    output_dir = output.folder
     process, num_processes = 0, 1
     if accelerator is not None:
         process, num_processes = accelerator.process_index, accelerator.num_processes
@@ -280,6 +290,7 @@ def score_files(
             inputs.root = earlier or begin_settings(agreed | (recorded or {}), inputs.common_root(), output_dir)
             take_up(output_dir, inputs)
             regions.merge(inputs.place_of_line)
+            output.push()
             return inputs
 
         regions = RegionJournal(output_dir, process)
@@ -287,7 +298,7 @@ def score_files(
         most = batch_size**2  # from here on all batches are full
         num_inputs = inputs.count_up_to(max(most, max_pictures + 1))  # once, as it may read a store
         shape, with_pictures = batch_shape(min(num_inputs, most), batch_size), num_inputs <= max_pictures
-        workers = max(num_workers, STORE_WORKERS) if inputs.are_far else num_workers
+        workers = max(num_workers, STORE_WORKERS) if inputs.are_far or output.is_far else num_workers
         names: dict[int, str] = {}  # of pictures, by place, until their image is done
         read = RemoteReader()
 
@@ -316,6 +327,7 @@ def score_files(
         counts: Counter[str] = Counter()
         own_spent = {"seconds": -time.perf_counter(), "waiting": 0.0, "retried": 0.0}
         with (
+            output.all_rows(),
             open(process_journal(output_dir, process), "w", **ENCODING) as file,
             ThreadPoolExecutor(workers) as pool,
             closing(regions),
@@ -334,11 +346,12 @@ def score_files(
                     counts[row["verdict"]] += 1
                     report({column: row.get(column) for column in COLUMNS})
                 file.flush()
+                output.send_rows(pool)
 
             being_written: list[dict[str, Any] | Future] = []
             batches = decode(own(), pool, with_pixels=with_pictures)
             for batch in waited_for(batches, own_spent):
-                output = detect_batch(batch)
+                detected = detect_batch(batch)
                 enter(being_written)
                 being_written = []
                 for place, one, decoded in batch:
@@ -348,22 +361,25 @@ def score_files(
                     if not isinstance(decoded, Decoded):
                         being_written.append({**row, "verdict": "unreadable", "message": str(decoded)})
                         continue
-                    outputs = (output, place % shape, decoded, output_dir, threshold, smallest_area, resizing)
-                    being_written.append(pool.submit(write_outputs, {**row, "picture": picture}, *outputs))
+                    outputs = (detected, place % shape, decoded, output_dir, threshold, smallest_area, resizing)
+                    row["picture"] = picture
+                    being_written.append(pool.submit(write_outputs, row, *outputs, output.send))
             enter(being_written)
         own_spent["seconds"] += time.perf_counter()
         own_spent["retried"] += read.retried
 
         # 3. The main process makes the tables of all journals, line by line
-        of_all = of_all_processes(accelerator, (counts, own_spent))
+        of_all = of_all_processes(accelerator, (counts, own_spent, output.segments))
 
         def finish() -> None:
+            output.collect(name for _, _, segments in of_all for name in segments)
             scored = (row for row in merged_journals(output_dir) if row[SCORE])
             highest = heapq.nlargest(SHEET_IMAGES, scored, key=lambda row: float(row[SCORE]))
             try:
+                output.fetch(f"overlays/{row[PICTURE]}" for row in highest if row[PICTURE])
                 save_most_anomalous(highest, draw([row for row in highest if not row[PICTURE]]), output_dir)
             except OSError as error:
-                warnings.warn(f"{output_dir / SHEET_NAME} cannot be written: {error}", stacklevel=2)
+                warnings.warn(f"{SHEET_NAME} cannot be written: {error}", stacklevel=2)
             regions.merge(inputs.place_when_complete)
             if threshold is not None and can_list_regions():
                 regions.write_files(settings.get("category"))
@@ -376,17 +392,17 @@ def score_files(
             drawn = {}
             with ThreadPoolExecutor(workers) as pool:
                 for batch in decode(todo, pool, with_pixels=True):
-                    output = detect_batch(batch)
+                    detected = detect_batch(batch)
                     for place, _, decoded in batch:
                         if isinstance(decoded, Decoded):
-                            outputs = (output, place % shape, decoded, threshold, smallest_area, resizing)
+                            outputs = (detected, place % shape, decoded, threshold, smallest_area, resizing)
                             drawn[place] = draw_overlay(*outputs)
             return drawn
 
         on_main(accelerator, finish)
     if spent is not None:
-        spent |= {name: sum(one[name] for _, one in of_all) for name in own_spent}
-    new = sum((counts for counts, _ in of_all), Counter())
+        spent |= {name: sum(one[name] for _, one, _ in of_all) for name in own_spent}
+    new = sum((counts for counts, _, _ in of_all), Counter())
     found = {verdict: inputs.counts[verdict] + new[verdict] for verdict in VERDICTS}
     return found | {"skipped": sum(inputs.counts.values())}
 

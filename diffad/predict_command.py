@@ -20,7 +20,7 @@ MOST_OF_DRIFT = 100_000  # images, which are ranked in some 20 s
 def predict(
     model: ModelOrFile,
     images: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Images, folders, or a manifest.")],
-    output_dir: Annotated[Path, typer.Option("--output", metavar="DIR", help="Gets all of this.")],
+    output_dir: Annotated[str, typer.Option("--output", metavar="DIR", help="Gets all of this; may be a URL.")],
     category: Category = None,
     batch_size: BatchSize = 16,
     device: Device = None,
@@ -44,12 +44,20 @@ def predict(
     from diffad.part_verdicts import check_parts, read_parts, write_part_verdicts
     from diffad.predict import predict_files
     from diffad.process_share import launched_processes, on_main
+    from diffad.remote_output import check_store, output_place, tables_of
 
-    check_folder(output_dir)
+    def check_place() -> Path | str:
+        place = output_place(output_dir)
+        if isinstance(place, Path):
+            return check_folder(place)
+        check_store(place)
+        return place
+
     accelerator = launched_processes()
     is_main = accelerator is None or accelerator.is_main_process
     console.quiet = not is_main
-    paths = on_main(accelerator, lambda: find_inputs(images, output_dir))
+    place = on_main(accelerator, check_place)
+    paths = on_main(accelerator, lambda: find_inputs(images, place))
     local = [] if isinstance(paths, Manifest) else [path for path in paths if isinstance(path, Path)]
     if parts is not None and (isinstance(paths, Manifest) or len(local) < len(paths)):
         raise ValueError("`parts` goes with images and folders here, not with a manifest or a store.")
@@ -72,7 +80,7 @@ def predict(
         counts = predict_files(
             pipeline,
             paths,
-            output_dir,
+            place,
             batch_size,
             category,
             seed,
@@ -87,7 +95,7 @@ def predict(
         if not is_main:
             return
     summary = ", ".join(f"{count} {name}" for name, count in counts.items() if count and name != "skipped")
-    files = f"{output_dir / 'scores.csv'}; the most anomalous: {output_dir / 'most_anomalous.png'}"
+    files = f"{place}/scores.csv; the most anomalous: {place}/most_anomalous.png"
     console.print(
         f"{summary} ({counts['skipped']} done before). Scores: {escape(files)}", highlight=False, soft_wrap=True
     )
@@ -100,15 +108,18 @@ def predict(
             soft_wrap=True,
         )
     if sum(counts.values()) - counts["skipped"] > MOST_OF_DRIFT:
-        console.print(f"Drift in so many takes a while: diffad drift {escape(str(output_dir))}/scores.csv")
+        of_store = "" if isinstance(place, Path) else ", of a copy beside which calibration.json lies"
+        console.print(f"Drift in so many takes a while: diffad drift {escape(str(place))}/scores.csv{of_store}")
     elif (counts["normal"] or counts["anomalous"]) and not isinstance(pipeline, Runtime):
         from diffad.drift_table import TableDrift
 
-        told = TableDrift(output_dir / "scores.csv").sentence()
+        with tables_of(place) as folder:
+            told = TableDrift(folder / "scores.csv").sentence()
         console.print(escape(told), highlight=False, soft_wrap=True)
     num_alarms = counts["anomalous"]
     if of_parts is not None and rate is not None:
-        of_part = write_part_verdicts(output_dir, of_parts, rate)
+        with tables_of(place) as folder:
+            of_part = write_part_verdicts(folder, of_parts, rate)
         num_alarms = of_part["anomalous"]
         summary = ", ".join(f"{count} {verdict}" for verdict, count in of_part.items() if count)
         console.print(f"Parts: {summary}, at a false-alarm rate of {rate:g} for parts.", highlight=False)

@@ -12,13 +12,14 @@ import csv
 import heapq
 import json
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from diffad.files import write_whole
-from diffad.journal import EARLIER, ENCODING
+from diffad.journal import EARLIER, ENCODING, by_process
 from diffad.regions import outlined_regions, run_lengths
 
 LINES_NAME, TABLE_NAME, COCO_NAME = REGION_FILES = ("regions.jsonl", "regions.csv", "regions.json")
@@ -45,6 +46,10 @@ def describe_regions(anomaly_map: np.ndarray, mask: np.ndarray) -> list[dict[str
     ]
 
 
+def region_journal(output_dir: Path, process: int) -> Path:
+    return output_dir / f"regions.partial-{process}.jsonl"
+
+
 class RegionJournal:
     """The lines of a run's process, and those of all processes and earlier runs.
 
@@ -55,7 +60,7 @@ class RegionJournal:
 
     def __init__(self, output_dir: Path, process: int = 0):
         self.output_dir, self.path = output_dir, output_dir / LINES_NAME
-        self._own = output_dir / f"regions.partial-{process}.jsonl"
+        self._own = region_journal(output_dir, process)
         self._file: IO[str] | None = None
 
     def enter(
@@ -94,7 +99,8 @@ class RegionJournal:
         with write_whole(self.path) as unfinished, open(unfinished, "w", encoding="ascii") as file:
             before: tuple[int, str] | None = None
             seen: set[tuple[int, str]] = set()  # of lines that are in no order of places
-            for line, text in heapq.merge(*map(_read_lines, (self.path, *journals)), key=lambda one: _place(one[0])):
+            lines = (chain.from_iterable(map(_read_lines, one)) for one in ([self.path], *by_process(journals)))
+            for line, text in heapq.merge(*lines, key=lambda one: _place(one[0])):
                 place = place_of_line(line)
                 if place is None:
                     continue

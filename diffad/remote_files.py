@@ -7,17 +7,20 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from diffad.grey_depth import UnreadableImageError
-from diffad.inputs import is_image_name, is_input_folder
+from diffad.inputs import DRIFT_NAME, PICTURE_FOLDERS, SHEET_NAME, holds_results, is_image_name, is_input_folder
 from diffad.installation import needs_extra
 from diffad.journal import Input
 
 TRIES = 6
 FIRST_PAUSE = 0.25  # seconds before the second try; each pause is twice the one before, give or take a half
 TIMEOUT = 60.0  # seconds for a file, where the file system lets it be bounded
+STORE_WORKERS = 16  # threads that read from a store or write to it, which takes long to answer each
+
+Result = TypeVar("Result")
 
 _PART = re.compile(r"(.*?)(?:#bytes=(\d+)-(\d+)/.*)?", re.DOTALL)
 
@@ -52,14 +55,15 @@ def _size_and_change(info: dict[str, Any]) -> tuple[str, str]:
     return str(info.get("size") or ""), str(changed)
 
 
-def list_remote(url: str) -> list[Input]:
+def list_remote(url: str, output: str | None = None) -> list[Input]:
     """The image files at a URL and below, sorted, by the rule of `diffad.inputs`; none where there are none.
 
+    The folder `output`, which may lie below, is left out, and what predict has written into any.
     Their `modified` is what the store says of their contents: a digest or a time.
     """
     return [
         Input(place, place, *_size_and_change(info))
-        for place, info in _files_below(url)
+        for place, info in _files_below(url, output)
         if is_image_name(os.path.basename(place))
     ]
 
@@ -69,21 +73,41 @@ def list_parquet(url: str) -> list[str]:
     return [place for place, _ in _files_below(url) if place.lower().endswith(".parquet")]
 
 
-def _files_below(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _files_below(url: str, output: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """URL and description of each file at a URL and below, sorted, without folders that hold no inputs."""
     with needs_extra("remote", "train"):
         from fsspec.core import url_to_fs
     files, path = url_to_fs(url)
     protocol = url.split("://")[0]
     files.invalidate_cache()  # as it is now
-    for name, info in sorted(files.find(path, detail=True).items()):
+    found = files.find(path, detail=True)
+    own = _results_among(found)
+    if output is not None and output.split("://")[0] == protocol:
+        left_out = f"{url_to_fs(output)[1]}/"
+        own += (left_out,) if left_out.startswith(f"{path.rstrip('/')}/") and left_out.rstrip("/") != path else ()
+    for name, info in sorted(found.items()):
         *folders, _ = name[len(path) :].lstrip("/").split("/")
-        if all(map(is_input_folder, folders)):
+        if all(map(is_input_folder, folders)) and not name.startswith(own):
             yield name if is_url(name) else f"{protocol}://{name.lstrip('/')}", info
 
 
-class RemoteReader:
-    """Reads files by their URLs, from any number of threads.
+def _results_among(names: Iterable[str]) -> tuple[str, ...]:
+    """How the names begin that predict has written beside a table of scores."""
+    tables: dict[str, set[str]] = {}
+    for name in names:
+        if name.endswith((".csv", "/settings.json")):
+            folder, _, last = name.rpartition("/")
+            tables.setdefault(folder, set()).add(last)
+    own = [*(f"{name}/" for name in PICTURE_FOLDERS), SHEET_NAME, DRIFT_NAME]
+    return tuple(f"{folder}/{name}" for folder, beside in tables.items() if holds_results(beside) for name in own)
+
+
+class FailedRequestsError(OSError):
+    """Every try has failed."""
+
+
+class Requests:
+    """Requests to stores, made again where they fail, from any number of threads.
 
     Attributes:
         retried: requests that were made again.
@@ -92,6 +116,33 @@ class RemoteReader:
     def __init__(self) -> None:
         self.retried = 0
         self._lock = threading.Lock()
+
+    def make(self, request: Callable[[], Result]) -> Result:
+        """What `request` gives.
+
+        Raises:
+            FailedRequestsError: every try has failed.
+            FileNotFoundError: the store knows no such file or bucket.
+            ImportError: the store's package is not whole.
+            PermissionError: the store does not allow it.
+        """
+        for i in range(TRIES):
+            if i:
+                with self._lock:
+                    self.retried += 1
+                time.sleep(FIRST_PAUSE * 2.0 ** (i - 1) * random.uniform(0.5, 1.5))
+            try:
+                return request()
+            except (ImportError, FileNotFoundError, PermissionError):  # another try would end as this one
+                raise
+            except Exception as error:  # which one depends on the store and on how far the request came
+                failure = error
+        reason = f"{TRIES} requests failed, the last by {type(failure).__name__}: {failure}"
+        raise FailedRequestsError(reason) from failure
+
+
+class RemoteReader(Requests):
+    """Reads files by their URLs."""
 
     def __call__(self, one: Input) -> bytes | None:
         """An input's bytes; None of a local file, which is read where it is.
@@ -104,21 +155,12 @@ class RemoteReader:
         if not is_url(one.path):
             return None
         url = str(one.path)
-        for i in range(TRIES):
-            if i:
-                with self._lock:
-                    self.retried += 1
-                time.sleep(FIRST_PAUSE * 2.0 ** (i - 1) * random.uniform(0.5, 1.5))
-            try:
-                return _fetch(url)
-            except ImportError:  # of the store's package: no image could be read
-                raise
-            except (FileNotFoundError, PermissionError) as error:
-                raise FileNotFoundError(f"`image`: no file at {url} ({error}).") from error
-            except Exception as error:  # which one depends on the store and on how far the request came
-                failure = error
-        reason = f"{TRIES} requests failed, the last by {type(failure).__name__}: {failure}"
-        raise UnreadableImageError(f"`image`: {url} cannot be read ({reason}).", reason) from failure
+        try:
+            return self.make(lambda: _fetch(url))
+        except (FileNotFoundError, PermissionError) as error:
+            raise FileNotFoundError(f"`image`: no file at {url} ({error}).") from error
+        except FailedRequestsError as error:
+            raise UnreadableImageError(f"`image`: {url} cannot be read ({error}).", str(error)) from error
 
 
 def _fetch(url: str) -> bytes:
@@ -127,11 +169,17 @@ def _fetch(url: str) -> bytes:
     if is_row(url):
         return read_row(url)
     with needs_extra("remote", "train"):
-        from fsspec.asyn import sync
         from fsspec.core import url_to_fs
     url, start, end = _PART.fullmatch(url).groups()  # type: ignore[union-attr]  # it matches any text
     files, path = url_to_fs(url)
     part = {} if start is None else {"start": int(start), "end": int(end)}
+    return bounded(files, "cat_file", path, **part)
+
+
+def bounded(files: Any, method: str, *arguments: Any, timeout: float = TIMEOUT, **more: Any) -> Any:
+    """What a method of a file system gives, after at most `timeout` seconds where it lets them be bounded."""
     if files.async_impl:
-        return sync(files.loop, files._cat_file, path, timeout=TIMEOUT, **part)
-    return files.cat_file(path, **part)
+        from fsspec.asyn import sync
+
+        return sync(files.loop, getattr(files, f"_{method}"), *arguments, timeout=timeout, **more)
+    return getattr(files, method)(*arguments, **more)

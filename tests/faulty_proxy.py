@@ -23,7 +23,7 @@ def faulty_proxy(upstream: str, fault: Fault) -> Iterator[str]:
         protocol_version = "HTTP/1.1"
 
         def answer(self) -> None:
-            content = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or None
+            content = self.read_body() or None
             kind = fault(next(numbers), self.path)
             if kind == "silent":
                 over.wait(60)
@@ -42,8 +42,20 @@ def faulty_proxy(upstream: str, fault: Fault) -> Iterator[str]:
             if self.command != "HEAD":
                 self.wfile.write(body)
 
+        def read_body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = b""
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return body
+
         def forward(self, content: bytes | None) -> tuple[int, dict[str, str], bytes]:
-            headers = {name: value for name, value in self.headers.items() if name.lower() != "accept-encoding"}
+            changed = ("accept-encoding", "transfer-encoding", "content-length")
+            headers = {name: value for name, value in self.headers.items() if name.lower() not in changed}
+            headers.setdefault("Content-Type", "application/octet-stream")  # urllib would make it a form's
             request = urllib.request.Request(upstream + self.path, content, headers, method=self.command)
             try:
                 with urllib.request.urlopen(request, timeout=30) as answer:
@@ -51,7 +63,7 @@ def faulty_proxy(upstream: str, fault: Fault) -> Iterator[str]:
             except urllib.error.HTTPError as error:
                 return error.code, dict(error.headers), error.read()
 
-        do_GET = do_HEAD = do_PUT = do_POST = answer
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
 
         def log_message(self, *what: object) -> None:
             pass

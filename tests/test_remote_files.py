@@ -8,12 +8,12 @@ import http.server
 import io
 import tarfile
 import threading
-import uuid
 from pathlib import Path
 
 import pytest
-from conftest import save_tiny_pipeline, textures, tiny_pipeline, write_folder, write_png
+from conftest import textures, tiny_pipeline, write_folder, write_png
 from faulty_proxy import faulty_proxy
+from s3_store import s3_store
 from typer.testing import CliRunner
 
 from diffad import remote_files
@@ -108,28 +108,10 @@ def test_what_fails_for_good_is_a_row_and_the_next_run_completes(pipeline, parts
 @pytest.fixture
 def store(parts, monkeypatch):
     """S3, and its bucket with the parts, behind a proxy of which every tenth request fails."""
-    moto = pytest.importorskip("moto.server")
-    s3fs = pytest.importorskip("s3fs")
-    for name, value in {"ACCESS_KEY_ID": "nobody", "SECRET_ACCESS_KEY": "none", "DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    try:
-        with faulty_proxy(
-            f"http://{host}:{port}", lambda number, path: "error" if number % 10 == 9 else None
-        ) as address:
-            monkeypatch.setenv("AWS_ENDPOINT_URL", address)
-            s3fs.S3FileSystem.clear_instance_cache()
-            files = s3fs.S3FileSystem(endpoint_url=f"http://{host}:{port}")  # writes past the proxy
-            bucket = f"line-{uuid.uuid4()}"  # moto keeps what earlier tests have left
-            files.mkdir(bucket)
-            files.put(str(parts), f"{bucket}/parts", recursive=True)
-            files.touch(f"{bucket}/parts/@eaDir/000.png")  # what other programs leave behind
-            yield files, bucket
-    finally:
-        server.stop()
-        s3fs.S3FileSystem.clear_instance_cache()
+    with s3_store(monkeypatch, lambda number, path: "error" if number % 10 == 9 else None) as (files, bucket):
+        files.put(str(parts), f"{bucket}/parts", recursive=True)
+        files.touch(f"{bucket}/parts/@eaDir/000.png")  # what other programs leave behind
+        yield files, bucket
 
 
 def test_a_bucket_is_as_a_folder(pipeline, parts, store, tmp_path):
@@ -162,25 +144,16 @@ def test_a_manifest_in_a_bucket_names_what_lies_beside_it(pipeline, parts, store
     assert counts["unreadable"] == 1
 
 
-def test_results_are_copied_into_a_bucket_when_a_run_has_ended(parts, store, tmp_path, monkeypatch, capsys):
-    """By the line that docs/deployment.md has; as an output a URL is refused, and makes no folder of its name."""
-    model, (files, bucket) = save_tiny_pipeline(tmp_path / "model"), store
+def test_a_url_is_no_model_folder_and_makes_no_folder_of_its_name(parts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    arguments = ["predict", str(model), str(parts), "--output"]
-    refused = CliRunner().invoke(app, [*arguments, f"s3://{bucket}/found"])
-    assert "is a URL" in str(refused.exception)
+    refused = CliRunner().invoke(app, ["fit", str(parts), "--output", "s3://line/model"])
+    assert "Only `diffad predict` writes to a URL" in str(refused.exception)
     with pytest.raises(SystemExit, match="2"):
-        fit.main(["--train_data_dir", str(parts), "--output_dir", f"s3://{bucket}/model"])
-    assert (
-        f"--output_dir: Outputs are local files and folders, but s3://{bucket}/model is a URL"
-        in capsys.readouterr().err
+        fit.main(["--train_data_dir", str(parts), "--output_dir", "s3://line/model"])
+    assert "--output_dir: Only `diffad predict` writes to a URL, given as text, and s3://line/model is one" in (
+        capsys.readouterr().err
     )
     assert not (tmp_path / "s3:").exists()
-    CliRunner().invoke(app, [*arguments, "found"], catch_exceptions=False)
-    files.put("found", f"{bucket}/found", recursive=True)
-    for path in (tmp_path / "found").rglob("*.*"):
-        copied = f"{bucket}/{path.relative_to(tmp_path).as_posix()}"
-        assert files.cat_file(copied) == path.read_bytes()
 
 
 def test_the_first_images_of_a_manifest_are_those_that_lines_name(tmp_path):
