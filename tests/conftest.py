@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -157,27 +154,3 @@ def fresh_accelerate():
     clear()  # what other tests left, whose precision is not that of a processor with bfloat16
     yield
     clear()
-
-
-def launch_command(script: str | Path, *arguments: object, processes: int = 1) -> list[str]:
-    """`accelerate launch` of a file, or of a module by its dotted name.
-
-    With `--cpu`, accelerate starts one process whatever is asked for. Two come from `--multi_gpu`; the environment's
-    `ACCELERATE_USE_CPU` makes them two processes on the CPU, which exchange by gloo.
-    """
-    with socket.socket() as free:  # two tests may launch at the same time
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    module = [] if isinstance(script, Path) else ["-m"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu" if processes == 1 else "--multi_gpu"]
-    command += ["--num_processes", processes, "--num_machines", 1, "--main_process_port", port]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [str(part) for part in (*command, *module, script, *arguments)]
-
-
-def launch(script: str | Path, *arguments: object, processes: int = 1, cwd: Path) -> str:
-    """Runs `launch_command` to its end and returns what it printed; anything but success fails the test."""
-    command = launch_command(script, *arguments, processes=processes)
-    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout

@@ -13,17 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import (
-    BACKBONE,
-    launch,
-    launch_command,
-    relative_error,
-    save_tiny_pipeline,
-    textures,
-    tiny_pipeline,
-    write_folder,
-    write_png,
-)
+from conftest import BACKBONE, relative_error, save_tiny_pipeline, textures, tiny_pipeline, write_folder, write_png
+from launching import launch, launch_command
 from PIL import Image
 
 from diffad import AnomalyDenoisePipeline

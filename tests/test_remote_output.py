@@ -15,7 +15,8 @@ import uuid
 from pathlib import Path
 
 import pytest
-from conftest import launch, save_tiny_pipeline, write_folder
+from conftest import save_tiny_pipeline, write_folder
+from launching import launch
 from s3_store import s3_store
 from typer.testing import CliRunner
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import launch_command, write_folder
+from conftest import write_folder
+from launching import launch_command
 
 TABLES = ("scores.csv", "regions.csv", "regions.json", "regions.jsonl")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import generator, launch, texture, textures, tiny_pipeline
+from conftest import generator, texture, textures, tiny_pipeline
+from launching import launch
 
 from diffad import AnomalyDenoisePipeline
 from diffad.calibration.conformal import threshold_rank

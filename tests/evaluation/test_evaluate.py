@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import launch, texture, textures, tiny_pipeline, write_mvtec, write_png
+from conftest import texture, textures, tiny_pipeline, write_mvtec, write_png
 from diffusers import DiffusionPipeline
+from launching import launch
 from PIL import Image
 
 from diffad.data import load_anomaly_dataset

@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import (
     BACKBONE,
-    launch,
     texture,
     textures,
     tiny_extractor,
@@ -23,6 +22,7 @@ from conftest import (
     write_png,
 )
 from diffusers import DiffusionPipeline
+from launching import launch
 from PIL import Image
 from typer.testing import CliRunner
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import launch, relative_error, texture, tiny_pipeline, write_folder, write_mvtec
+from conftest import relative_error, texture, tiny_pipeline, write_folder, write_mvtec
+from launching import launch
 
 from diffad import AnomalyDenoisePipeline, GaussianFeatureModel
 from diffad.training import fit_gaussian

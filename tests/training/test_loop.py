@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy_training
-from conftest import launch, launch_command
+from launching import launch, launch_command
 
 from diffad.training.arguments import add_shared_arguments, parse_arguments
 from diffad.training.checkpoints import list_checkpoints

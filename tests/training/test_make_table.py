@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import BACKBONE, STRIDES, launch, texture, tiny_pipeline, write_mvtec, write_png
+from conftest import BACKBONE, STRIDES, texture, tiny_pipeline, write_mvtec, write_png
 from diffusers import DPMSolverMultistepScheduler
+from launching import launch
 from PIL import Image
 from test_pipeline_diad import make_pipeline
 from torch import nn

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from conftest import launch, write_folder
+from conftest import write_folder
+from launching import launch
 
 from diffad.data import load_anomaly_dataset
 from diffad.training.cached_encodings import CachedEncodings

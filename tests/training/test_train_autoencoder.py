@@ -8,9 +8,10 @@ import json
 
 import pytest
 import torch
-from conftest import launch, textures, tiny_extractor, write_folder
+from conftest import textures, tiny_extractor, write_folder
 from diad_runs import VAE, good, moved, shared_flags, start_vae, tiny_vae, train_vae  # noqa: F401 (fixtures)
 from diffusers import AutoencoderKL
+from launching import launch
 from PIL import Image
 from safetensors.torch import load_file
 

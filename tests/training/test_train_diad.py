@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import generator, launch, launch_command, texture, textures, write_folder, write_mvtec
+from conftest import generator, texture, textures, write_folder, write_mvtec
 from diad_runs import (  # noqa: F401 (fixtures)
     SG_NETWORK,
     UNET,
@@ -30,6 +30,7 @@ from diad_runs import (  # noqa: F401 (fixtures)
     train_vae,
 )
 from diffusers import AutoencoderKL, DDIMScheduler
+from launching import launch, launch_command
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_taef2 import tiny_taef2

@@ -16,8 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import launch, launch_command, tiny_pipeline, write_mvtec
+from conftest import tiny_pipeline, write_mvtec
 from ddpm_runs import flags, good, load, tiny, train  # noqa: F401 (fixtures)
+from launching import launch, launch_command
 from safetensors.torch import load_file
 
 from diffad.training import train_ddpm

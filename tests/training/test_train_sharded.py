@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import launch, launch_command
 from diad_runs import SG_NETWORK, UNET, flags, good, load, moved, tiny  # noqa: F401 (fixtures)
+from launching import launch, launch_command
 from safetensors.torch import load_file
 
 from diffad.training import train_diad
