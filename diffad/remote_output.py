@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffad.installation import needs_extra
-from diffad.journal import CALIBRATION_NAME, JOURNAL_COLUMNS, SCORES_NAME, process_journal
+from diffad.journal import CALIBRATION_NAME, JOURNAL_COLUMNS, JOURNAL_NAME, SCORES_NAME, process_journal
+from diffad.model_folder import check_local
 from diffad.output_folder import SETTINGS_NAME, check_names
 from diffad.process_share import GO_ON, on_main
 from diffad.region_files import region_journal
@@ -45,9 +46,12 @@ def output_place(output: str | PathLike) -> Path | str:
         ValueError: nobody can write there, or fsspec knows no such store.
     """
     if not is_url(output):
+        check_local(output)
         return Path(output)
     url = fspath(output).rstrip("/")
-    protocol = url.split("://")[0]
+    protocol, _, place = url.partition("://")
+    if not place:
+        raise ValueError(f"`output_dir`: {output} names no folder. Give a bucket, as in s3://bucket/found.")
     if protocol in ("http", "https"):
         raise ValueError(f"`output_dir`: nothing can be written to {url}. Give a folder, or a store's URL as s3://...")
     with needs_extra("remote", "train"):
@@ -56,8 +60,8 @@ def output_place(output: str | PathLike) -> Path | str:
         path = url_to_fs(url)[1]
     except ImportError as error:
         raise ImportError(f"`output_dir`: {url} needs another package. {error}") from error
-    except ValueError as error:
-        raise ValueError(f"`output_dir`: {url} is in no store that is known ({error}).") from error
+    except Exception as error:  # which one depends on the store
+        raise ValueError(f"`output_dir`: {url} is in no store that can be written to ({error}).") from error
     return Path(path) if protocol in ("file", "local") else url
 
 
@@ -173,11 +177,15 @@ class RemoteOutput(LocalOutput):
                 self._put(path.name)
                 self._stored[path.name] = _state(path)
             removed = [name for name in self._stored if not (self.folder / name).exists()]
-            self._each(self._remove, removed)  # only now, as others hold what was in them
+            # only now, as others hold what was in them; and first the journal, beside which `scores.csv` does not count
+            for names in ([JOURNAL_NAME] if JOURNAL_NAME in removed else [], set(removed) - {JOURNAL_NAME}):
+                self._each(self._remove, sorted(names))
 
     def send(self, name: str) -> None:
-        self._put(name)
-        (self.folder / name).unlink()
+        try:
+            self._put(name)
+        finally:
+            (self.folder / name).unlink()
 
     def send_rows(self, pool: Executor) -> None:
         if self._sending is not None and self._sending.done():

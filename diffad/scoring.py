@@ -149,23 +149,28 @@ def suppress_surroundings(maps: torch.Tensor, suppression: float) -> torch.Tenso
     return maps - suppression * prominence
 
 
-def heighten_contrast(maps: torch.Tensor, contrast: float) -> torch.Tensor:
+def heighten_contrast(maps: torch.Tensor, contrast: float, inside: torch.Tensor | None = None) -> torch.Tensor:
     """Lowers each map away from its peak, which stays: what lies around one image's defect outshines no other's.
 
         m - contrast * min(peak - m, peak - mean)
 
     Features see more than their own position, so the surroundings of a defect stand out too, the more so the higher the
     defect does. Pixels below the map's mean are lowered by as much as those at the mean. The order of a map's pixels
-    stays, and so do its maximum, the image's score, its p-value and its alarm.
+    stays, and so does its maximum.
 
     Args:
         maps: (N, H, W).
         contrast: not negative; 0 returns the maps as they are.
+        inside: (N, H, W) or (1, H, W) bool, whose pixels have the peak and the mean; None for all.
     """
     if not contrast:
         return maps
-    peak, mean = maps.amax(dim=(1, 2), keepdim=True), maps.mean(dim=(1, 2), keepdim=True)  # (N, 1, 1) each
-    return maps - contrast * torch.minimum(peak - maps, peak - mean)
+    counted = maps if inside is None else torch.where(inside, maps, 0.0)
+    share = 1.0 if inside is None else inside.float().mean(dim=(1, 2), keepdim=True)
+    mean = counted.mean(dim=(1, 2), keepdim=True) / share  # (N, 1, 1)
+    highest = counted if inside is None else maps.masked_fill(~inside, -torch.inf)
+    peak = highest.amax(dim=(1, 2), keepdim=True).clamp(max=torch.finfo(maps.dtype).max)  # infinity less itself is NaN
+    return maps - contrast * torch.minimum(peak - maps, (peak - mean).clamp(min=0.0))
 
 
 def cut_small_peaks(maps: torch.Tensor, smallest_area: float) -> torch.Tensor:

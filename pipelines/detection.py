@@ -26,7 +26,7 @@ from diffad.process_share import process_share
 from diffad.read_ahead import read_ahead
 from diffad.region_of_interest import clear_outside, hide_outside, inside_region
 from diffad.resizing import map_reach
-from diffad.scoring import Measurement, cut_small_peaks, empty_measurement, heighten_contrast, suppress_surroundings
+from diffad.scoring import Measurement, empty_measurement, heighten_contrast
 from diffad.seeding import image_generators
 
 FEWEST_IMAGES = 3  # whose covariance says something of each without it
@@ -38,7 +38,7 @@ class DetectionPipeline(AnomalyPipeline):
     """Base of the pipelines that detect anomalies: calibration. A call does not pass through here.
 
     A subclass says what its networks measure of images (`measure_images`), how that becomes smoothed maps
-    (`score_maps`), how these become one map (`weigh_maps`), and how a map becomes a score (`image_scores`). Calibration
+    (`score_maps`), how these become one map (`join_maps`), and how a map becomes a score (`image_scores`). Calibration
     learns from them what good images show.
     """
 
@@ -90,25 +90,11 @@ class DetectionPipeline(AnomalyPipeline):
         """As of `ScoreFunctions`."""
         raise NotImplementedError
 
-    def weigh_maps(
-        self, maps: torch.Tensor, category: torch.Tensor, calibration: ScoreCalibration | None
-    ) -> torch.Tensor:
-        """Maps (N, S, H, W) to one (N, H, W), normalised where there is a calibration."""
-        raise NotImplementedError
-
     def join_maps(
         self, maps: torch.Tensor, category: torch.Tensor, calibration: ScoreCalibration | None
     ) -> torch.Tensor:
-        """As of `ScoreFunctions`: `weigh_maps`, and what is done to a map of a whole image."""
-        return self.shape_maps(self.weigh_maps(maps, category, calibration), calibration)
-
-    def shape_maps(self, joined: torch.Tensor, calibration: ScoreCalibration | None) -> torch.Tensor:
-        """The anomaly maps that joined maps (N, H, W) of whole images become, by the settings that shape them."""
-        if calibration is None:
-            return joined
-        lowered = suppress_surroundings(joined, self.config.suppression)
-        heightened = heighten_contrast(lowered, self.config.get("contrast", 0.0))
-        return cut_small_peaks(heightened, calibration.config.smallest_area)
+        """As of `ScoreFunctions`."""
+        raise NotImplementedError
 
     def image_scores(self, anomaly_map: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:
         """As of `ScoreFunctions`."""
@@ -318,13 +304,19 @@ class DetectionPipeline(AnomalyPipeline):
         return region.to(self._execution_device)
 
     def score_inside(self, anomaly_map: torch.Tensor, category: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Joined maps (N, H, W), 0 where nothing counts, and the scores (N,) of what does."""
+        """Joined maps (N, H, W) as they come out, 0 where nothing counts, and the scores (N,) of what does."""
         inside = inside_region(self.region, category, (anomaly_map.shape[-2], anomaly_map.shape[-1]))
         if inside is None:
-            return anomaly_map, self.image_scores(anomaly_map)
-        pairs = zip(anomaly_map, inside, strict=True)
-        scores = torch.cat([self.image_scores(one[None], where) for one, where in pairs])
-        return clear_outside(anomaly_map, inside), scores
+            scores = self.image_scores(anomaly_map)
+        else:
+            pairs = zip(anomaly_map, inside, strict=True)
+            scores = torch.cat([self.image_scores(one[None], where) for one, where in pairs])
+        return self.outline(anomaly_map, inside), scores
+
+    def outline(self, anomaly_map: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
+        """What is done to calibrated maps (N, H, W) once their scores are known; `inside`, (N, H, W) bool, counts."""
+        contrast = 0.0 if self.calibration is None else self.config.get("contrast", 0.0)
+        return clear_outside(heighten_contrast(anomaly_map, contrast, inside), inside)
 
     def at_size(
         self,
@@ -379,10 +371,10 @@ class DetectionPipeline(AnomalyPipeline):
         `of_tiles`: of its `tile_calibration` instead, whose `place_shape` is `ScoreCalibration`'s; `region`: of each
         category, (K, h, w) bool; `feature_moments`: as of `CalibrationFit`.
         """
-        settings = {name: value for name, value in self.config.items() if name in setting_names(type(self))}
-        join_maps = self.join_maps if self.tile_size is None else self.weigh_maps  # a tile is no whole image
+        names = set(setting_names(type(self))) - {"contrast"}  # which moves no score
+        settings = {name: value for name, value in self.config.items() if name in names}
         return CalibrationFit(
-            ScoreFunctions(self.score_maps, join_maps, self.image_scores),
+            ScoreFunctions(self.score_maps, self.join_maps, self.image_scores),
             category,
             num_scores,
             false_alarm_rate,

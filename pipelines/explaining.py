@@ -114,7 +114,7 @@ def explain(
 
 
 def map_shares(pipeline: AnomalyDenoisePipeline, normalized: torch.Tensor, peak: tuple[int, int]) -> dict[str, float]:
-    """What normalised maps (S, H, W) add to the joined map at a pixel, as `weigh_maps` does."""
+    """What normalised maps (S, H, W) add to the joined map at a pixel, as `join_maps` weights them."""
     weights = {name: weight / sum(pipeline.weights.values()) for name, weight in pipeline.weights.items()}
     levels = normalized.shape[0] - pipeline.calibration.num_feature_maps
     of_name = {

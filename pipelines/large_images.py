@@ -25,7 +25,7 @@ from diffad.moments import MomentSums
 from diffad.process_share import process_share
 from diffad.read_ahead import read_ahead
 from diffad.region_of_interest import hide_outside, inside_region, stand_ins
-from diffad.scoring import Measurement, empty_measurement, resize_maps
+from diffad.scoring import Measurement, cut_small_peaks, empty_measurement, resize_maps
 from diffad.tiling import (
     MOSTLY,
     TileGrid,
@@ -109,15 +109,13 @@ def detect_large(
 def large_image_map(pipeline: DetectionPipeline, image: LargeImage, calibrations: Calibrations) -> torch.Tensor:
     """The anomaly map of one image, (rows, columns) of `tile_grid`'s cells, on the CPU; raw without calibrations."""
     of_image = whole_map(pipeline, image, calibrations.of_image)
-    of_tiles = blended_map(pipeline, image, calibrations.of_tiles)
-    joined = join_large(of_tiles, of_image, image.category, calibrations)
-    return pipeline.shape_maps(joined[None], calibrations.of_image)[0]
+    return join_large(blended_map(pipeline, image, calibrations.of_tiles), of_image, image.category, calibrations)
 
 
 def whole_map(pipeline: DetectionPipeline, image: LargeImage, calibration: ScoreCalibration | None) -> torch.Tensor:
     """The map of an image as a whole, (R, R') of the networks' size."""
     measurement, index = measure_view(pipeline, whole_view(pipeline, image), image, of_tiles=False)
-    return pipeline.weigh_maps(pipeline.score_maps(measurement, index, calibration), index, calibration)[0]
+    return pipeline.join_maps(pipeline.score_maps(measurement, index, calibration), index, calibration)[0]
 
 
 def blended_map(
@@ -143,7 +141,7 @@ def blended_map(
         measurement, index = measure_view(pipeline, pixel_values, image, of_tiles=True)
         if number is not None:
             measurement = measurement._replace(image=torch.full_like(index, number))
-        return pipeline.weigh_maps(pipeline.score_maps(measurement, index, calibration), index, calibration)
+        return pipeline.join_maps(pipeline.score_maps(measurement, index, calibration), index, calibration)
 
     size = as_size(pipeline.input_resolution)
     tiles = tile_views(image.pixels, grid, places, image.batch_size, size, image.value_range, inside)
@@ -153,10 +151,11 @@ def blended_map(
 def join_large(
     of_tiles: torch.Tensor, of_image: torch.Tensor, category: int, calibrations: Calibrations
 ) -> torch.Tensor:
-    """One map, (rows, columns), of `blended_map` and `whole_map`."""
-    if calibrations.of_tiles is not None:
-        of_tiles = calibrations.of_tiles.normalize_places(of_tiles, category)
-    return join_views(of_tiles, of_image)
+    """The anomaly map of an image, (rows, columns), of `blended_map` and `whole_map`."""
+    if calibrations.of_image is None or calibrations.of_tiles is None:
+        return join_views(of_tiles, of_image)
+    joined = join_views(calibrations.of_tiles.normalize_places(of_tiles, category), of_image)
+    return cut_small_peaks(joined[None], calibrations.of_image.smallest_area)[0]
 
 
 def calibrate_large(

@@ -46,12 +46,14 @@ from diffad.precision import running_precision
 from diffad.region_of_interest import hide_outside, inside_region, values_inside
 from diffad.scoring import (
     Measurement,
+    cut_small_peaks,
     feature_error,
     gaussian_smooth,
     joint_map,
     max_score,
     outline_by_positions,
     resize_maps,
+    suppress_surroundings,
     top_fraction_score,
 )
 from diffad.seeding import draw_noise, model_noise
@@ -106,7 +108,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         suppression: in [0, 1): the share of how far its peak stands above its mean that is taken off each calibrated
             map, see `diffad.scoring.suppress_surroundings`. Scores move with it: calibrate again after a change.
         contrast: not negative: the share of how far it stands below its peak by which each calibrated map is lowered,
-            see `diffad.scoring.heighten_contrast`. Calibrate again after a change.
+            see `diffad.scoring.heighten_contrast`. Scores and thresholds do not know of it.
         position_prior_images: where a cell of the residual's covariance holds several positions, how many images the
             average over all positions counts for in their map's deviation, from 0 (`MomentSums.standard_deviation`).
             Good images vary more along a part's edges, so that defects there would end too early; the more images, the
@@ -487,10 +489,10 @@ class AnomalyDenoisePipeline(DetectionPipeline):
                 feature_maps.append(calibration.nearest_map(measurement, category, size, sigma))
         return torch.cat([gaussian_smooth(kl, self.config.kl_sigma), *feature_maps], dim=1)
 
-    def weigh_maps(
+    def join_maps(
         self, maps: torch.Tensor, category: torch.Tensor, calibration: ScoreCalibration | None
     ) -> torch.Tensor:
-        """Eq. 11: maps (N, S, H, W) to one (N, H, W), normalised where there is a calibration."""
+        """Eq. 11: maps (N, S, H, W) to the anomaly map (N, H, W), normalised where there is a calibration."""
         if calibration is None:
             levels = self.num_levels
             return joint_map(maps[:, :levels], maps[:, levels:], self.config.alpha if levels else 0.0)
@@ -507,7 +509,9 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         if calibration.coreset is not None:
             rest = rest + weights["nearest"] * others.pop(0)
         joined = [rest + weights["feature_error"] * error for error in errors]
-        return outline_by_positions(*joined) if len(joined) == 2 else (joined or [rest])[0]
+        anomaly_map = outline_by_positions(*joined) if len(joined) == 2 else (joined or [rest])[0]
+        anomaly_map = suppress_surroundings(anomaly_map, self.config.suppression)
+        return cut_small_peaks(anomaly_map, calibration.config.smallest_area)
 
     def image_scores(self, anomaly_map: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:
         """(N, H, W) to (N,): the map's maximum where its pixels count, or the mean of its highest pixels there."""

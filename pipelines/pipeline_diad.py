@@ -62,11 +62,13 @@ from diffad.region_of_interest import hide_outside, inside_region
 from diffad.scoring import (
     Measurement,
     cosine_distance_map,
+    cut_small_peaks,
     feature_error,
     gaussian_smooth,
     max_score,
     outline_by_positions,
     resize_maps,
+    suppress_surroundings,
 )
 from diffad.seeding import draw_noise
 from diffad.tiling import CELL, tile_height_and_width
@@ -585,17 +587,21 @@ class DiADPipeline(DetectionPipeline):
             layer_channels = [self.feature_extractor.layer_channels[i] for i in layers]
             maps = resize_maps(feature_error(residual, layer_channels), size)
         if calibration is None:
-            maps = maps * maps.shape[1]  # the paper's sum over layers (eq. 10), where `weigh_maps` takes the mean
+            maps = maps * maps.shape[1]  # the paper's sum over layers (eq. 10), where `join_maps` takes the mean
         return gaussian_smooth(maps, self.config.sigma)
 
-    def weigh_maps(
+    def join_maps(
         self, maps: torch.Tensor, category: torch.Tensor, calibration: ScoreCalibration | None
     ) -> torch.Tensor:
-        """Eq. 10: maps (N, S, H, W) to one (N, H, W), normalised where there is a calibration."""
+        """Eq. 10: maps (N, S, H, W) to the anomaly map (N, H, W), normalised where there is a calibration."""
         if calibration is None:
             return maps.mean(dim=1)
         maps = calibration.normalize(maps, category)
-        return outline_by_positions(maps[:, 0], maps[:, 1]) if calibration.num_distances == 2 else maps.mean(dim=1)
+        anomaly_map = (
+            outline_by_positions(maps[:, 0], maps[:, 1]) if calibration.num_distances == 2 else maps.mean(dim=1)
+        )
+        anomaly_map = suppress_surroundings(anomaly_map, self.config.suppression)
+        return cut_small_peaks(anomaly_map, calibration.config.smallest_area)
 
     def image_scores(self, anomaly_map: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:
         """(N, H, W) to (N,): the maximum after rounds of average pooling (section 4.1), of the pixels that count.

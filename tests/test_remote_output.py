@@ -189,6 +189,35 @@ def test_wherever_a_run_breaks_off_the_next_one_goes_on(pipeline, store, faults,
     assert limit > 15
 
 
+def test_rows_of_a_complete_table_stay_where_its_journal_cannot_be_removed(pipeline, store, faults, tmp_path):
+    """A run takes up the journal, where there is one, and not the table beside it."""
+    files, bucket = store
+    url, seen = f"s3://{bucket}/found", []
+    parts = find_images([write_folder(tmp_path / "parts", 2, first_seed=5)])
+
+    def keeps_the_journal(number: int, path: str) -> str | None:
+        if path.endswith("/scores.csv"):
+            seen.append(path)
+        return "error" if seen and path.endswith("/scores.partial.csv") else None
+
+    faults.append(keeps_the_journal)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote_files, "TRIES", 1)
+        with pytest.raises(OSError, match=r"scores.partial.csv cannot be removed"):
+            predict_files(pipeline, parts, url, max_pictures=0)
+    faults.pop()
+    parts[1].unlink()
+    predict_files(pipeline, parts[:1], url, max_pictures=0)
+    assert [row["path"] for row in rows_of(url, files)] == [str(one) for one in parts]
+
+
+def test_a_path_that_was_a_url_is_refused(pipeline, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is one"):
+        predict_files(pipeline, find_images([parts])[:2], Path("s3://line/found"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_picture_that_the_store_does_not_take_is_told_of_and_written_by_the_next_run(
     pipeline, parts, local, store, faults
 ):
@@ -287,7 +316,10 @@ def test_what_cannot_be_written_to_is_told_of_before_a_model_is_loaded(parts, st
     files, bucket = store
     for url, *told in (
         ("https://example.com/found", "nothing can be written", "Give a folder"),
-        ("nowhere://line/found", "no store that is known", "nowhere"),
+        ("nowhere://line/found", "no store that can be written to", "nowhere"),
+        ("github://line/found", "no store that can be written to", "github"),
+        ("s3://", "names no folder", "Give a bucket"),
+        ("memory:///", "names no folder", "memory"),
         ("gs://line/found", "needs another package", "gcsfs"),
     ):
         said = failure(capsys, "predict", "no-model", parts, "--output", url)

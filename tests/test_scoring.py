@@ -158,6 +158,18 @@ def test_contrast_lowers_what_lies_below_the_peak_and_keeps_the_score():
         torch.testing.assert_close(one[~above], before[~above] - 0.4 * (before.max() - before.mean()))
         assert torch.equal(one.flatten().argsort(), before.flatten().argsort())
     assert torch.equal(heighten_contrast(maps, 0.0), maps)
+    inside = torch.zeros(1, 5, 4, dtype=torch.bool)
+    inside[:, 1:4, :3] = True
+    found = heighten_contrast(maps, 0.4, inside)[:, 1:4, :3]
+    torch.testing.assert_close(found, heighten_contrast(maps[:, 1:4, :3], 0.4))  # nothing outside counts
+
+
+def test_contrast_of_maps_that_are_flat_or_not_finite():
+    flat = torch.full((1, 224, 224), 1.7)  # whose mean is rounded
+    assert torch.equal(heighten_contrast(flat, 0.2), flat)
+    maps = torch.ones(1, 4, 4)
+    maps[0, 1, 1] = torch.inf
+    assert torch.equal(heighten_contrast(maps, 0.2), maps)
 
 
 def test_suppression_spares_what_is_unusual_all_over():

@@ -56,7 +56,7 @@ ROW_KEYS = ("name", "calibrated", "backbone", "backbone_weights", "train", "each
 # rows of a model that agree in these share one evaluation; the last three give DiAD another reconstruction
 SHARED = ("baseline", "num_inference_steps", "strength", "scheduler")
 # what acts on calibrated maps: rows that differ in nothing else share one calibration
-AFTER_CALIBRATION = ("alpha", "score_fraction", "suppression", "pooling_size", "pooling_rounds")
+AFTER_CALIBRATION = ("alpha", "score_fraction", "suppression", "contrast", "pooling_size", "pooling_rounds")
 # what belongs to the model and not to a row
 FIXED = (
     "processing_resolution",
@@ -296,8 +296,9 @@ def evaluate_rows(
         measurements = measure_rows(pipelines, pixel_values, indices, generators)
         for pipeline, measurement in zip(pipelines, measurements, strict=True):
             maps = pipeline.score_maps(measurement, indices, pipeline.calibration)
-            anomaly_map = pipeline.join_maps(maps, indices, pipeline.calibration)
-            outputs.append(SimpleNamespace(anomaly_map=anomaly_map, anomaly_score=pipeline.image_scores(anomaly_map)))
+            joined = pipeline.join_maps(maps, indices, pipeline.calibration)
+            anomaly_map, scores = pipeline.score_inside(joined, indices)
+            outputs.append(SimpleNamespace(anomaly_map=anomaly_map, anomaly_score=scores))
         return outputs
 
     evaluations = evaluate_detectors(detect, len(rows), images, category, accelerator, *limits)

@@ -164,6 +164,7 @@ def describe(pipeline: Any, precision: str, input_type: str = "float32") -> Meta
         smallest_area=0.0 if pipeline.calibration is None else pipeline.calibration.smallest_area,
         score_fraction=pipeline.config.get("score_fraction", 0.0),
         quantization=None,
+        contrast=pipeline.config.get("contrast", 0.0),
         region=None if pipeline.region is None else run_lengths_of(pipeline.region[0].cpu().numpy()),
         **kept_scores(calibration),
     )

@@ -13,7 +13,7 @@ from diffad.deployment.metadata import OUTPUTS
 from diffad.exporting import is_exporting
 from diffad.image_sizes import as_size
 from diffad.pipelines.output import AnomalyOutput, threshold_output
-from diffad.region_of_interest import clear_outside, hide_outside, inside_region
+from diffad.region_of_interest import hide_outside, inside_region
 from diffad.scoring import Measurement
 from diffad.seeding import draw_noise, model_noise
 
@@ -104,11 +104,9 @@ class InspectionGraph(nn.Module):
         anomaly_map = pipeline.join_maps(maps, index, calibration)  # (N, R, R)
         if calibration is not None and calibration.smallest_area and is_exporting():
             return anomaly_map, pipeline.image_scores(anomaly_map)
-        of_score = anomaly_map
-        if self.inside is not None:  # (N, 1, n), and 0 where nothing counts
-            of_score = anomaly_map.flatten(1)[:, self.places][:, None]
-            anomaly_map = clear_outside(anomaly_map, self.inside)
+        of_score = anomaly_map if self.inside is None else anomaly_map.flatten(1)[:, self.places][:, None]  # (N, 1, n)
         score = pipeline.image_scores(of_score)  # (N,)
+        anomaly_map = pipeline.outline(anomaly_map, self.inside)
         if calibration is None or not calibration.has_thresholds:
             return anomaly_map, score
         thresholds: Any = calibration

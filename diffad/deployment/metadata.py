@@ -32,7 +32,8 @@ class Metadata(NamedTuple):
         normal_maxima: the maxima of their maps, likewise; empty where the calibration kept none.
         input_type: "float32", or "uint8" for pixels from 0 to 255.
         smallest_area: of a region that counts, as a share of the image's area. Where it is not 0, the graph gives map
-            and score as they are, and `Runtime` takes off what is smaller.
+            and score as they are, and `Runtime` takes off what is smaller, and heightens the contrast.
+        contrast: of maps, as of `AnomalyDenoisePipeline`.
         score_fraction: of the map's pixels, whose mean is the score; 0 for the maximum.
         quantization: of int8, what became of the good `images` that set its thresholds: the `median_map_error` (the
             norm of the difference by that of the map in float32), and the shares that raise an alarm, `alarms_before`,
@@ -58,6 +59,7 @@ class Metadata(NamedTuple):
     score_fraction: float
     region: dict[str, list[int]] | None
     quantization: dict[str, float] | None
+    contrast: float = 0.0
 
     def good_scores(self, category: int) -> list[float]:
         """Held-out good images' scores."""
@@ -119,4 +121,4 @@ class Metadata(NamedTuple):
             )
         if values["version"] != version:
             warn_once(f"{path} was exported by diffad {values['version']}, and this is {version}: the format is one.")
-        return cls(**{name: values[name] for name in cls._fields})
+        return cls(**{name: values[name] for name in cls._fields if name in values or name not in cls._field_defaults})

@@ -243,18 +243,33 @@ def test_suppression_lowers_maps_by_how_far_their_peak_stands_out():
     assert np.array_equal(*raw)
 
 
-def test_contrast_changes_outlines_and_no_verdict():
+@pytest.mark.parametrize("how", ["whole", "region", "smallest area", "fraction", "one category of two"])
+def test_contrast_changes_outlines_and_no_verdict(how):
     images = [*textures(4, first_seed=100), *(texture(2000 + i, defect=True) for i in range(4))]
+    settings: dict = {"score_fraction": 0.1} if how == "fraction" else {}
+    options: dict = {"smallest area": {"smallest_area": 0.03}}.get(how, {})
+    if how == "region":
+        options["roi"] = np.pad(np.ones((10, 10), bool), 3)
+    if how == "one category of two":
+        settings["categories"], options["category"] = ["a", "b"], "b"
     pipes = [
-        tiny_pipeline(contrast=c).calibrate(textures(60), false_alarm_rate=0.1, generator=generator())
+        tiny_pipeline(contrast=c, **settings).calibrate(
+            textures(60), false_alarm_rate=0.1, generator=generator(), **options
+        )
         for c in (0.0, 0.5)
     ]
-    plain, heightened = (pipe(images, generator=generator()) for pipe in pipes)
-    assert np.array_equal(heightened.p_value, plain.p_value)
-    assert np.array_equal(heightened.is_anomalous, plain.is_anomalous)
-    assert np.array_equal(heightened.is_anomalous, heightened.anomaly_mask.any(axis=(1, 2)))
+    category = {"category": options["category"]} if "category" in options else {}
+    plain, heightened = (pipe(images, generator=generator(), **category) for pipe in pipes)
+    for name in ("anomaly_score", "p_value", "is_anomalous"):
+        assert np.array_equal(getattr(heightened, name), getattr(plain, name))  # to the bit
+    assert plain.is_anomalous.any()
+    assert np.array_equal(heightened.anomaly_mask.any(axis=(1, 2)), plain.anomaly_mask.any(axis=(1, 2)))
+    assert (plain.anomaly_mask | ~heightened.anomaly_mask).all()
     assert 0 < heightened.anomaly_mask.sum() < plain.anomaly_mask.sum()
-    raw = [tiny_pipeline(contrast=c)(images, generator=generator()).anomaly_map for c in (0.0, 0.5)]
+
+
+def test_uncalibrated_maps_have_no_contrast():
+    raw = [tiny_pipeline(contrast=c)(textures(2), generator=generator()).anomaly_map for c in (0.0, 0.5)]
     assert np.array_equal(*raw)
 
 
