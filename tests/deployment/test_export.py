@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import signal
 import subprocess
@@ -309,6 +310,8 @@ def test_a_file_of_another_format_is_refused_and_one_of_another_version_read(mod
     with pytest.raises(ValueError, match=r"no graph of diffad's"):
         Runtime(with_text(None, "other.onnx"))
     Runtime(with_text(text.replace('"version": "', '"version": "7.'), "old.onnx"))
+    earlier = {name: value for name, value in json.loads(text).items() if name != "contrast"}  # as files were before it
+    assert Runtime(with_text(json.dumps(earlier), "earlier.onnx")).metadata.contrast == 0.0
     assert "old.onnx was exported by diffad 7." in caplog.text
     with pytest.raises(FileNotFoundError, match=r"no file at .*nowhere\.onnx"):
         Runtime(tmp_path / "nowhere.onnx")
