@@ -46,7 +46,7 @@ def output_place(output: str | PathLike) -> Path | str:
         ValueError: nobody can write there, or fsspec knows no such store.
     """
     if not is_url(output):
-        check_local(output)
+        check_local(fspath(output))
         return Path(output)
     url = fspath(output).rstrip("/")
     protocol, _, place = url.partition("://")
