@@ -28,7 +28,7 @@ from diffad.images import ImageSequence, as_side, as_size, images_to_pixel_value
 from diffad.model_card import remove_reports
 from diffad.models.feature_extractor import LITE0_BACKBONE
 from diffad.models.gaussian_feature_model import one_size
-from diffad.pipelines.checks import CONTRAST, FEATURE_WEIGHTS
+from diffad.pipelines.checks import FEATURE_WEIGHTS, chosen_contrast
 from diffad.pipelines.detection import FEW_IMAGES
 from diffad.pipelines.updating import learn_good_images, save_updatable
 from diffad.region_of_interest import hide_outside, inside_region
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         extractor,
         position_trust=0.0,
         weights=FEATURE_WEIGHTS,
-        contrast=0.0 if args.tile_size else CONTRAST,  # the rest of a large image surrounds no defect
+        contrast=chosen_contrast(args.tile_size),
         feature_resolution=args.feature_resolution,
         categories=categories if len(categories) > 1 else None,
         value_range=args.value_range,

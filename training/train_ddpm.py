@@ -30,7 +30,7 @@ from diffad.images import as_side, as_size, images_to_pixel_values, resize_image
 from diffad.likelihood import kl_divergence_map, predicted_clean_sample, variational_bound
 from diffad.models.denoising_unet_2d import DENOISING_UNET_PRESETS
 from diffad.moments import PRIOR_IMAGES
-from diffad.pipelines.checks import CONTRAST, FEATURE_WEIGHTS
+from diffad.pipelines.checks import FEATURE_WEIGHTS, chosen_contrast
 from diffad.pipelines.detection import spread
 from diffad.tiling import tile_height_and_width
 from diffad.training.arguments import (
@@ -403,7 +403,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     pipeline = create_pipeline(unet, scheduler, extractor, categories, args)
     pipeline.set_progress_bar_config(disable=not accelerator.is_local_main_process)
     if unseen is not None:
-        pipeline.register_to_config(contrast=0.0 if args.tile_size else CONTRAST)  # as `diffad fit` does
+        pipeline.register_to_config(contrast=chosen_contrast(args.tile_size))
         ranking = choose_settings(pipeline, training, unseen, categories, args.seed, accelerator, region)
         if ranking:
             chosen = {name: ranking[0][name] for name in ("weights", "kl_sigma", "feature_sigma")}

@@ -235,9 +235,8 @@ class Runtime:
             pixels = maps[:, inside]
             count = max(1, math.ceil(known.score_fraction * pixels.shape[1]))
             scores = np.partition(pixels, -count, axis=1)[:, -count:].mean(axis=1, dtype=np.float32)
-            lowest = np.maximum(maps, pixels.mean(axis=1)[:, None, None])
-            peak = pixels.max(axis=1)[:, None, None]
-            maps = maps - np.float32(known.contrast) * (peak - lowest)  # `heighten_contrast`
+            peak, mean = pixels.max(axis=1)[:, None, None], pixels.mean(axis=1)[:, None, None]
+            maps = maps - np.float32(known.contrast) * np.minimum(peak - maps, peak - mean)  # `heighten_contrast`
             maps = np.where(inside, maps, np.float32(0.0))
         normal = np.array(known.normal_scores[category], dtype=np.float32)
         lowest = scores - np.float32(ROUNDING) * np.abs(scores)
