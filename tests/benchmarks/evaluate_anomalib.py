@@ -274,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.mixed_precision not in (None, "no"):
         parser.error("--mixed_precision: anomalib fits in float32, and is tested in it as well")
 
+    torch.backends.cudnn.allow_tf32 = False  # the three digits of a GPU's default do not tell features apart
     accelerator = Accelerator(mixed_precision="no")
     dataset = load_anomaly_dataset(args.data, split="test", category=args.category, dataset=args.dataset)
     training = load_training_images(args.data, args.category, args.dataset, dataset, accelerator)

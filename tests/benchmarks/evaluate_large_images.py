@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import time
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,38 +137,50 @@ def paste(image: np.ndarray, defect: Defect, rng: np.random.Generator) -> tuple[
     return changed, place
 
 
-def made_images(args: argparse.Namespace, name: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Good mosaics for training, of one half of the images, or held out, of the other."""
-    rows = load_anomaly_dataset(args.data, "train")
-    good = [np.asarray(image_to_rgb(row["image"]).convert("L")) for row in rows if not row["label"]]
-    good = good[::2] if name == "train" else good[1::2]
-    rng = np.random.default_rng([args.seed, name == "train"])
-    for i in range(args.num_train if name == "train" else args.num_held_out):
-        yield f"{i:03}.png", mosaic(good, args.height, args.width, rng)
+def write_mosaic(
+    folder: Path, name: str, number: int, good: list[np.ndarray], defects: list[Defect], args: argparse.Namespace
+) -> tuple[slice, slice] | None:
+    """One good mosaic into a folder; of one held out also a copy with a defect, whose place is returned."""
+    rng = np.random.default_rng([args.seed, name == "train", number])
+    image = mosaic(good, args.height, args.width, rng)
+    Image.fromarray(image).save(folder / name / f"{number:03}.png", compress_level=1)
+    if name == "train":
+        return None
+    bad, place = paste(image, defects[rng.integers(len(defects))], rng)
+    Image.fromarray(bad).save(folder / "bad" / f"{number:03}.png", compress_level=1)
+    return place
 
 
 def write_images(args: argparse.Namespace, folder: Path) -> dict[str, tuple[slice, slice]]:
-    """Mosaics into folders, and where each bad one's defect is."""
-    rng, defects, places = np.random.default_rng(args.seed + 1), defects_of(args.data, args.defect), {}
+    """Mosaics into folders, of one half of the images or, held out, of the other, and where each bad one's defect is."""
+    rows = load_anomaly_dataset(args.data, "train")
+    good = [np.asarray(image_to_rgb(row["image"]).convert("L")) for row in rows if not row["label"]]
+    defects = defects_of(args.data, args.defect)
     print(f"{len(defects)} real defects to paste, {args.defect} px", flush=True)
     for name in ("train", "good", "bad"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for name in ("train", "good"):
-        for file, image in made_images(args, name):
-            Image.fromarray(image).save(folder / name / file, compress_level=1)
-            if name == "good":
-                bad, places[file] = paste(image, defects[rng.integers(len(defects))], rng)
-                Image.fromarray(bad).save(folder / "bad" / file, compress_level=1)
-    return places
+    workers = min(args.num_train + args.num_held_out, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver")) as pool:
+        of_training = [
+            pool.submit(write_mosaic, folder, "train", i, good[::2], defects, args) for i in range(args.num_train)
+        ]
+        held_out = [
+            pool.submit(write_mosaic, folder, "good", i, good[1::2], defects, args) for i in range(args.num_held_out)
+        ]
+        for one in of_training:
+            one.result()
+        return {f"{i:03}.png": one.result() for i, one in enumerate(held_out)}
 
 
-def scores_of(pipeline: AnomalyDenoisePipeline, paths: list[Path], place: tuple[slice, slice]) -> tuple[float, float]:
+def scores_of(
+    pipeline: AnomalyDenoisePipeline, paths: list[Path], place: tuple[slice, slice], batch_size: int
+) -> tuple[float, float]:
     """Of a good image and of its copy with a defect at a place, as a call of each gives them."""
     images = [np.asarray(Image.open(path)) for path in paths]
     if pipeline.tile_size is None:
         return tuple(float(pipeline(image, match_input_resolution=False).anomaly_score[0]) for image in images)
     calibrations = Calibrations(pipeline.calibration, pipeline.tile_calibration)
-    good, bad = (LargeImage(Image.fromarray(one), 0, None, 16, None, None) for one in images)
+    good, bad = (LargeImage(Image.fromarray(one), 0, None, batch_size, None, None) for one in images)
     grid = grid_of(pipeline, images[0].shape)
     first, last = (
         [f(one.start, one.stop - 1) // n for one, n in zip(place, grid.cell, strict=True)] for f in (min, max)
@@ -194,12 +208,14 @@ def measure(
     started = time.time()
     flags = ["--train_data_dir", folder / "train", "--output_dir", model, "--tile_size", tile_size]
     flags += ["--false_alarm_rate", args.false_alarm_rate, "--calibration_fraction", args.calibration_fraction]
-    fit.main([str(flag) for flag in (*flags, "--num_example_images", 0)])
+    flags += ["--batch_size", args.batch_size, "--num_example_images", 0]
+    fit.main([str(flag) for flag in flags])
     fitted = time.time()
-    pipeline = AnomalyDenoisePipeline.from_pretrained(model)
+    pipeline = AnomalyDenoisePipeline.from_pretrained(model).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     pairs = [
-        scores_of(pipeline, [folder / name / file for name in ("good", "bad")], place) for file, place in places.items()
+        scores_of(pipeline, [folder / name / file for name in ("good", "bad")], place, args.batch_size)
+        for file, place in places.items()
     ]
     good, bad = np.array(pairs).T
     threshold = float(pipeline.calibration.image_threshold[0])
@@ -231,6 +247,8 @@ def main() -> None:
     parser.add_argument("--false_alarm_rate", type=float, default=0.02, help="(0.02)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
+    parser.add_argument("--device", default="cpu", help="that scores, cpu or cuda (cpu)")
+    parser.add_argument("--batch_size", type=int, default=16, help="tiles in one pass (16)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     folder = Path(args.output)

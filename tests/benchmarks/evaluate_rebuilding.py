@@ -81,13 +81,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", help="folder or Hub id of a DiADPipeline")
     parser.add_argument("--data", required=True, help="data set with good test images")
     parser.add_argument("--output", type=Path, required=True, help="gets rebuilding.json and the sheets")
+    parser.add_argument("--category", help="of the data (all)")
     parser.add_argument("--max_images", type=int, default=12, help="good images of a category (12)")
     parser.add_argument("--defects_an_image", type=int, default=6, help="(6)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    pipeline = DiADPipeline.from_pretrained(args.model)
+    pipeline = DiADPipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
-    test = load_anomaly_dataset(args.data, split="test")
+    test = load_anomaly_dataset(args.data, split="test", category=args.category)
     labels, categories = np.asarray(test["label"]), np.asarray(test["category"])
     ratios = {}
     for category in dict.fromkeys(categories.tolist()):
