@@ -167,7 +167,9 @@ def chosen_contrast(tile_size: Any) -> float:
     return 0.0 if tile_size else CONTRAST
 
 
-def check_map_settings(suppression: float, position_prior_images: float, contrast: float = 0.0) -> None:
+def check_map_settings(
+    suppression: float, position_prior_images: float, position_trust: float, contrast: float
+) -> None:
     """Raises a ValueError where one is out of its range."""
     if not 0.0 <= suppression < 1.0:
         raise ValueError(f"`suppression` must lie in [0, 1), but is {suppression}.")
@@ -178,6 +180,8 @@ def check_map_settings(suppression: float, position_prior_images: float, contras
             f"`position_prior_images` must be finite and not negative, but is {position_prior_images}. "
             f"{PRIOR_IMAGES:g} is what all other maps have."
         )
+    if not 0.0 <= position_trust <= 1.0:
+        raise ValueError(f"`position_trust` must lie in [0, 1], but is {position_trust}.")
 
 
 def check_tiles(tile_size: Side | None, tile_overlap: float) -> None:

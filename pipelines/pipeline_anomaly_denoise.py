@@ -170,9 +170,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         check_tiles(tile_size, tile_overlap)
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"`alpha` must lie in [0, 1], but is {alpha}.")
-        check_map_settings(suppression, position_prior_images, contrast)
-        if not 0.0 <= position_trust <= 1.0:
-            raise ValueError(f"`position_trust` must lie in [0, 1], but is {position_trust}.")
+        check_map_settings(suppression, position_prior_images, position_trust, contrast)
         map_weights(weights, alpha, unet is not None)
         if weights is not None and alpha != DEFAULT_ALPHA:
             warn_once(f"`alpha` of {alpha} does not count where there are `weights`: give these instead.")

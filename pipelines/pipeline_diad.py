@@ -109,10 +109,14 @@ class DiADPipeline(DetectionPipeline):
         pooling_rounds: how often it is pooled. Each round takes `pooling_size - 1` pixels off the map's sides.
         suppression: in [0, 1): the share of how far its peak stands above its mean that is taken off each calibrated
             map, see `diffad.scoring.suppress_surroundings`. Scores move with it: calibrate again after a change.
+        contrast: not negative: the share of how far it stands below its peak by which each calibrated map is lowered,
+            see `diffad.scoring.heighten_contrast`. Scores and thresholds do not know of it.
         position_prior_images: where a cell of the residual's covariance holds several positions, how many images the
             average over all positions counts for in their map's deviation, from 0 (`MomentSums.standard_deviation`).
             Good images vary more along a part's edges, so that defects there would end too early; the more images, the
             less so. Calibrate again after a change.
+        position_trust: in [0, 1]: how far the mean and the variance that good images' maps have at a position are
+            trusted, against those over all positions. Calibrate again after a change.
         processing_resolution: side in pixels to which images are resized.
         categories: names of the categories of a unified model. They choose the statistics, not the networks' output.
         value_range: the largest value that images of more than 8 bits can have, such as 4095 of a camera of 12 bits, as
@@ -153,7 +157,9 @@ class DiADPipeline(DetectionPipeline):
         pooling_size: int = 8,
         pooling_rounds: int = 8,
         suppression: float = 0.0,
+        contrast: float = 0.0,
         position_prior_images: float = PRIOR_IMAGES,
+        position_trust: float = 1.0,
         processing_resolution: int = 256,
         categories: list[str] | dict[str, str] | None = None,
         value_range: float | None = None,
@@ -173,7 +179,7 @@ class DiADPipeline(DetectionPipeline):
         check_settings(distance, sigma, pooling_size, pooling_rounds)
         if feature_extractor is not None:
             scored_layers(score_strides, feature_extractor)
-        check_map_settings(suppression, position_prior_images)
+        check_map_settings(suppression, position_prior_images, position_trust, contrast)
         skipped_steps(num_inference_steps, strength)
         self.register_modules(
             vae=vae,
@@ -194,7 +200,9 @@ class DiADPipeline(DetectionPipeline):
             pooling_size=pooling_size,
             pooling_rounds=pooling_rounds,
             suppression=suppression,
+            contrast=contrast,
             position_prior_images=position_prior_images,
+            position_trust=position_trust,
             processing_resolution=processing_resolution,
             categories=register_categories(categories),
             value_range=value_range,

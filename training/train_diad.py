@@ -37,6 +37,7 @@ from diffad.training.arguments import (
     COUNT,
     NOT_NEGATIVE,
     POSITIVE,
+    SHARE,
     FlagParser,
     add_diad_arguments,
     add_shared_arguments,
@@ -134,6 +135,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=PRIOR_IMAGES,
         help=f"images that the average deviation counts for where positions share a cell ({PRIOR_IMAGES:g})",
     )
+    score.add_argument("--position_trust", type=SHARE, default=1.0, help="of statistics at a position (1)")
+    score.add_argument("--contrast", type=NOT_NEGATIVE, default=0.0, help="share taken off of the way to the peak (0)")
     args = parse_arguments(parser, argv)
     if (args.preset is None) == (args.pretrained_model_name_or_path is None):
         parser.error("give one of --pretrained_model_name_or_path and --preset")
@@ -232,7 +235,9 @@ def create_pipeline(components: dict[str, Any], categories: list[str], args: arg
         pooling_size=args.pooling_size,
         pooling_rounds=args.pooling_rounds,
         suppression=args.suppression,
+        contrast=args.contrast,
         position_prior_images=args.position_prior_images,
+        position_trust=args.position_trust,
         processing_resolution=args.resolution,
         categories=categories,
         value_range=args.value_range,
