@@ -2,7 +2,7 @@
 """Makes a data set to choose settings by: defects drawn on good images that a model's training held out.
 
     python tests/benchmarks/draw_defects.py runs/diad --output runs/drawn
-    accelerate launch training/make_table.py --table positions --model runs/diad --data runs/drawn --output runs/table.json
+    accelerate launch training/make_table.py --table positions --model runs/diad --data runs/drawn
 
 An MVTec-AD tree: the images that the training saw are its training split, those that it held out its good test images,
 and the same with defects of all kinds (`diffad/data/synthetic_defects.py`) its defective ones. So whatever is measured

@@ -59,16 +59,17 @@ except ModuleNotFoundError as error:
 TITLES = {"padim": "PaDiM", "patchcore": "PatchCore"}
 STRIDES = {"padim": (4, 8, 16), "patchcore": (8, 16)}
 NUM_NEIGHBORS = 9
+CANDIDATES = 32  # of the next centres, whose distances are computed together
 
 
 class FastKCenterGreedy(KCenterGreedy):
     """anomalib's coreset selection with the same distances for less memory traffic.
 
-    anomalib subtracts the centre from all projected patches and takes norms, which writes and reads a copy of them in
-    every step. Here a step is one matrix-vector product, of those patches that the new centre may be nearest to.
-    Besides, the projection (Johnson and Lindenstrauss's bound on the number of patches) has more components than these
-    backbones have channels: the triangular factor of its QR decomposition gives the same distances in as many
-    components as there are channels.
+    anomalib passes over all projected patches once for each centre. The next centres mostly are among the patches that
+    are farthest now: one matrix product gives all patches' distances to `CANDIDATES` of these, and a centre among them
+    costs no pass. Besides, the projection (Johnson and Lindenstrauss's bound on the number of patches) has more
+    components than these backbones have channels: the triangular factor of its QR decomposition gives the same
+    distances in as many components as there are channels.
     """
 
     def select_coreset_idxs(self) -> list[int]:
@@ -87,26 +88,22 @@ class FastKCenterGreedy(KCenterGreedy):
         super().reset_distances()
         self.features -= self.features.mean(dim=0)  # smaller norms, less rounding
         self.squared_norms = torch.linalg.vecdot(self.features, self.features)  # (N,)
-        self.centers: list[int] = []
-        self.nearest = torch.zeros(len(self.features), dtype=torch.long)  # of a patch, the number of its centre
+        self.rows: dict[int, int] = {}  # of a candidate, its row in `squared_distances`
 
     def update_distances(self, cluster_center: torch.Tensor) -> None:
-        if self.min_distances is None:
-            self.min_distances = self.distances_to(cluster_center, self.features, self.squared_norms)[:, None]
-        else:
-            # who is nearer to its centre than half of what lies between both centres keeps it (triangle inequality)
-            known = torch.tensor(self.centers)
-            between = self.distances_to(cluster_center, self.features[known], self.squared_norms[known])
-            rest = (self.min_distances[:, 0] > 0.5 * between[self.nearest]).nonzero()[:, 0]
-            distances = self.distances_to(cluster_center, self.features[rest], self.squared_norms[rest])
-            is_nearer = distances < self.min_distances[rest, 0]
-            self.min_distances[rest[is_nearer], 0] = distances[is_nearer]
-            self.nearest[rest[is_nearer]] = len(self.centers)
-        self.centers.append(int(cluster_center))
-
-    def distances_to(self, center: torch.Tensor, features: torch.Tensor, squared_norms: torch.Tensor) -> torch.Tensor:
-        squared = torch.addmv(squared_norms, features, self.features[center], alpha=-2.0)
-        return squared.add_(self.squared_norms[center]).clamp_(min=0.0).sqrt_()  # (N,)
+        center = int(cluster_center)
+        if center not in self.rows:
+            chosen = cluster_center[None]
+            if self.min_distances is not None:
+                chosen = torch.cat([chosen, self.min_distances[:, 0].topk(min(CANDIDATES, len(self.features)))[1]])
+            self.rows = {index: row for row, index in enumerate(chosen.tolist())}
+            products = self.features[chosen] @ self.features.T  # (candidates, N)
+            self.squared_distances = products.mul_(-2.0).add_(self.squared_norms)
+            self.squared_distances.add_(self.squared_norms[chosen, None]).clamp_(min=0.0)
+        squared = self.squared_distances[self.rows[center], :, None]  # ordered as the distances are
+        self.min_distances = (
+            squared.clone() if self.min_distances is None else torch.minimum(self.min_distances, squared)
+        )
 
 
 def create_model(
@@ -214,7 +211,7 @@ def evaluate_model(
 
     title = f"{TITLES[name]}: {category}"
     evaluation = evaluate_detectors(
-        detect, 1, images, title, accelerator, args.resolution, args.pro_fpr_limit, args.batch_size
+        detect, 1, images, title, accelerator, args.resolution, args.pro_fpr_limit, args.batch_size, args.save_maps
     )[0]
     return {
         **evaluation.result,
@@ -269,6 +266,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--tile", **size_flag, help="that the backbone sees at once, by anomalib's tiler (the image)")
     parser.add_argument("--tile_stride", **size_flag, help="from one tile to the next (a tile)")
+    parser.add_argument("--save_maps", metavar="DIR", help="float32 TIFF maps, as of training/evaluate.py")
     parser.add_argument("--output", default="runs/anomalib.json", help="the report (%(default)s)")
     args = parser.parse_args(argv)
     if args.mixed_precision not in (None, "no"):

@@ -10,7 +10,7 @@ bootstrap samples of the test images, good and defective ones apart, the same fo
 
 `--against` takes the reports of another detector on the same data set and splits, one a seed, as `training/evaluate.py`
 or `evaluate_anomalib.py` writes them, and adds how much higher ours is: the interval is paired, as both see each sample
-of images.
+of images. Where the other's maps are there too (`--save_maps` of either), pixel AP is compared likewise.
 """
 
 from __future__ import annotations
@@ -23,20 +23,27 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
+from diffad.data import load_anomaly_dataset
+from diffad.data.masks import resize_image_and_mask
+from diffad.evaluation.detectors import name_maps
 from diffad.evaluation.metric_names import METRIC_TITLES
 from diffad.files import write_text_whole
 
 NUM_SAMPLES = 2000
+NUM_PIXEL_SAMPLES, NUM_BINS = 500, 2000  # of pixel AP, which takes a pass over the bins for each
 
 
-def evaluate(data: str, command: str, seed: int, folder: Path, minutes: float, with_padim: bool) -> dict[str, Any]:
+def evaluate(
+    data: str, command: str, seed: int, folder: Path, minutes: float, with_padim: bool, with_maps: bool
+) -> dict[str, Any]:
     """The report of one run, made unless it is there. PaDiM draws nothing, so one seed's is enough."""
-    report = folder / "report.json"
-    if report.exists():
+    report, maps = folder / "report.json", folder / "maps"
+    if report.exists() and (maps.exists() or not with_maps):
         known = json.loads(report.read_text(encoding="utf-8"))
         if known["baselines"] or not with_padim:
             return known
@@ -48,8 +55,11 @@ def evaluate(data: str, command: str, seed: int, folder: Path, minutes: float, w
     run(
         *("diffad.training.evaluate", "--model", str(model), "--data", data, "--output", str(found)),
         *("--baselines", "padim" if with_padim else "none"),
+        *(("--save_maps", str(maps)) if with_maps else ()),
     )
     result = json.loads(found.read_text(encoding="utf-8")) | {"seconds": round(seconds, 1)}
+    if with_maps:
+        result["save_maps"] = str(maps)
     write_text_whole(report, json.dumps(result, indent=1) + "\n")
     return result
 
@@ -102,6 +112,67 @@ def difference(reports: Sequence[dict[str, Any]], others: Sequence[dict[str, Any
     }
 
 
+class PixelCounts(NamedTuple):
+    """How often each bin of a seed's map values comes up in each image, (N, bins) int64, the highest values first."""
+
+    defective: np.ndarray
+    good: np.ndarray
+
+
+def pixel_counts(folder: Path, names: Sequence[str], masks: Sequence[np.ndarray]) -> PixelCounts:
+    """Of maps below a folder and masks (R, R) bool."""
+    maps = [np.asarray(Image.open(folder / name)) for name in names]
+    every = np.concatenate([one.ravel() for one in maps])
+    shares = np.r_[0.0, np.geomspace(1.0 / every.size, 1.0, NUM_BINS)]  # fine where the highest values are
+    edges = np.unique(np.quantile(every, 1.0 - shares))
+    edges[0], edges[-1] = -np.inf, np.inf
+    counts = [
+        [np.histogram(one[chosen], edges)[0][::-1] for chosen in (mask, ~mask)]
+        for one, mask in zip(maps, masks, strict=True)
+    ]
+    defective, good = np.asarray(counts).swapaxes(0, 1)
+    return PixelCounts(defective, good)
+
+
+def average_precision(counts: PixelCounts, times: np.ndarray) -> float:
+    """Of the pixels of images that come up so many times each, (N,)."""
+    found, false = (np.cumsum(times @ one) for one in counts)
+    precision = found / np.maximum(found + false, 1)
+    return float((np.diff(found, prepend=0) * precision).sum() / found[-1])
+
+
+def pixel_difference(
+    reports: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], data: str, category: str
+) -> dict[str, Any]:
+    """How much higher the pixel AP of the reports' maps is than that of the others', means over the seeds of either."""
+    images = load_anomaly_dataset(data, "test", [category])
+    labels, side = np.asarray(images["label"]), (reports[0]["resolution"],) * 2
+    names = name_maps(images["path"], images["defect"], category)
+    masks = [
+        np.zeros(side, bool) if row["mask"] is None else resize_image_and_mask(row["image"], row["mask"], side)[1]
+        for row in images
+    ]
+    ours, theirs = (
+        [pixel_counts(Path(one["save_maps"]), names, masks) for one in detector] for detector in (reports, others)
+    )
+
+    def above(times: np.ndarray) -> float:
+        means = [np.mean([average_precision(one, times) for one in detector]) for detector in (ours, theirs)]
+        return float(means[0] - means[1])
+
+    generator = np.random.default_rng(0)
+    values = []
+    for _ in range(NUM_PIXEL_SAMPLES):
+        drawn = [generator.choice(np.flatnonzero(labels == one), (labels == one).sum()) for one in (0, 1)]
+        values.append(above(np.bincount(np.concatenate(drawn), minlength=len(labels))))
+    low, high = np.quantile(values, [0.025, 0.975])
+    return {
+        "pixel_ap": float(np.mean([average_precision(one, np.ones(len(labels), int)) for one in theirs])),
+        "pixel_ap_difference": above(np.ones(len(labels), int)),
+        "pixel_ap_difference_interval": (float(low), float(high)),
+    }
+
+
 def summarise(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means and deviations over the seeds of each category's metrics, and PaDiM's."""
     table = {}
@@ -137,20 +208,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         reports = []
         for seed, folder in zip(args.seeds, folders, strict=True):
             folder.mkdir(parents=True, exist_ok=True)
-            reports.append(evaluate(data, args.command, seed, folder, args.minutes, with_padim=not reports))
+            reports.append(evaluate(data, args.command, seed, folder, args.minutes, not reports, bool(args.against)))
         table[data] = summarise(reports)
         if args.against:
             others = [json.loads(path.read_text(encoding="utf-8")) for path in args.against]
             for category, row in table[data].items():
                 row["against"] = difference(reports, others, category)
+                if all(one.get("save_maps") for one in others):
+                    row["against"] |= pixel_difference(reports, others, data, category)
         record = {"command": args.command, "seeds": args.seeds, "machine": reports[0]["machine"], "results": table}
         write_text_whole(args.output / "table.json", json.dumps(record, indent=1) + "\n")
         for category, row in table[data].items():
             shown = ", ".join(f"{METRIC_TITLES[n]} {100 * row[n][0]:.1f}" for n in METRIC_TITLES if n in row)
             if args.against:
-                low, high = row["against"]["image_auroc_difference_interval"]
-                mean = row["against"]["image_auroc_difference"]
-                shown += f"; image AUROC above the other's by {100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+                for metric in ("image_auroc", "pixel_ap"):
+                    if metric in row["against"]:
+                        low, high = (100 * bound for bound in row["against"][f"{metric}_difference_interval"])
+                        mean = 100 * row["against"][f"{metric}_difference"]
+                        shown += f"; {METRIC_TITLES[metric]} above the other's by {mean:.1f} ({low:.1f} to {high:.1f})"
             print(f"{data} {category}: {shown}", flush=True)
 
 

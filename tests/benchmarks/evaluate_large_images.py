@@ -152,7 +152,7 @@ def write_mosaic(
 
 
 def write_images(args: argparse.Namespace, folder: Path) -> dict[str, tuple[slice, slice]]:
-    """Mosaics into folders, of one half of the images or, held out, of the other, and where each bad one's defect is."""
+    """Mosaics into folders, of one half of the images or, held out, of the other; where each bad one's defect is."""
     rows = load_anomaly_dataset(args.data, "train")
     good = [np.asarray(image_to_rgb(row["image"]).convert("L")) for row in rows if not row["label"]]
     defects = defects_of(args.data, args.defect)
