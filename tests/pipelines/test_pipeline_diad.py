@@ -483,6 +483,37 @@ def test_the_papers_map_is_the_sum_of_its_layers():
         make_pipeline(score_strides=[16])
 
 
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_contrast_changes_outlines_and_no_verdict(rounds):
+    images = [*textures(4, first_seed=100), *(texture(2000 + i, defect=True) for i in range(4))]
+    plain, heightened = (
+        make_pipeline(distance="mahalanobis", pooling_rounds=rounds, contrast=c).calibrate(
+            textures(20), false_alarm_rate=0.3, generator=generator()
+        )(images, generator=generator())
+        for c in (0.0, 0.5)
+    )
+    for name in ("anomaly_score", "p_value", "is_anomalous"):
+        assert np.array_equal(getattr(heightened, name), getattr(plain, name))  # to the bit
+    assert (heightened.anomaly_map <= plain.anomaly_map).all()
+    assert not np.array_equal(heightened.anomaly_map, plain.anomaly_map)
+    with pytest.raises(ValueError, match="`contrast` must be finite"):
+        make_pipeline(contrast=-0.1)
+
+
+def test_without_trust_in_positions_all_have_one_mean_and_deviation():
+    at_each, of_all = (
+        make_pipeline(distance="mahalanobis", position_trust=trust)
+        .calibrate(textures(12), false_alarm_rate=0.25, generator=generator())
+        .calibration
+        for trust in (1.0, 0.0)
+    )
+    for name in ("map_mean", "map_std"):
+        assert getattr(at_each, name)[0].std(dim=(-2, -1)).min() > 0.0
+        assert getattr(of_all, name)[0].std(dim=(-2, -1)).max() < 1e-5
+    with pytest.raises(ValueError, match="`position_trust` must lie in"):
+        make_pipeline(position_trust=1.5)
+
+
 def test_positions_and_suppression(monkeypatch):
     probe = make_pipeline(distance="mahalanobis")
     channels = probe.feature_extractor.num_channels
