@@ -241,15 +241,21 @@ def check_calibration(
 
 
 def map_weights(weights: dict[str, float] | None, alpha: float, has_denoiser: bool) -> dict[str, float]:
-    """The weights of all maps by their names; raises a ValueError where there is one for no map, or none above 0."""
+    """The weights of AnomalyDenoise's maps by their names; raises a ValueError as `named_weights` does."""
     if weights is None:
         weights = {"kl": alpha, "feature_error": 1.0 - alpha} if has_denoiser else {"gaussian": 1.0}
-    unknown = sorted({*weights} - {*MAP_NAMES})
+    named = named_weights(weights, MAP_NAMES)
+    if not has_denoiser and (named["kl"] or named["feature_error"]):
+        raise ValueError(f"`weights` must be 0 for kl and feature_error without a `unet`, but are {weights}.")
+    return named
+
+
+def named_weights(weights: dict[str, float], names: Sequence[str]) -> dict[str, float]:
+    """The weights of all maps by their names; raises a ValueError where there is one for no map, or none above 0."""
+    unknown = sorted({*weights} - {*names})
     if unknown:
-        raise ValueError(f"`weights` must be of {', '.join(MAP_NAMES)}, but names {', '.join(unknown)}.")
+        raise ValueError(f"`weights` must be of {', '.join(names)}, but names {', '.join(unknown)}.")
     weights = dict(weights)
     if any(not 0.0 <= weight < math.inf for weight in weights.values()) or not sum(weights.values()):
         raise ValueError(f"`weights` must be finite, not negative and not all 0, but are {weights}.")
-    if not has_denoiser and (weights.get("kl") or weights.get("feature_error")):
-        raise ValueError(f"`weights` must be 0 for kl and feature_error without a `unet`, but are {weights}.")
-    return {name: float(weights.get(name, 0.0)) for name in MAP_NAMES}
+    return {name: float(weights.get(name, 0.0)) for name in names}

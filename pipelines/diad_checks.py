@@ -11,6 +11,9 @@ from diffusers import UNet2DConditionModel
 from diffad.latents import latent_factor
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
+from diffad.pipelines.checks import named_weights
+
+RECONSTRUCTION_MAPS = ("reconstruction", "gaussian", "nearest")  # what DiAD joins
 
 
 def check_components(
@@ -135,3 +138,18 @@ def skipped_steps(num_inference_steps: int, strength: float) -> int:
             f"{1.0 / num_inference_steps:.2g}, or more `num_inference_steps`."
         )
     return num_inference_steps - steps
+
+
+def reconstruction_weights(weights: dict[str, float] | None) -> dict[str, float]:
+    """The weights of DiAD's maps by their names, all three.
+
+    Raises:
+        ValueError: there is one for no map, or none for the reconstruction.
+    """
+    named = named_weights(weights or {"reconstruction": 1.0}, RECONSTRUCTION_MAPS)
+    if not named["reconstruction"]:
+        raise ValueError(
+            f"`weights` must be above 0 for the reconstruction, but are {weights}: what features alone tell, a model "
+            "of `diffad fit` tells without one."
+        )
+    return named

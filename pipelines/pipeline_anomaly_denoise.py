@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import DDPMScheduler
 
-from diffad.calibration.coreset import locally_aware_patches, patch_layers
+from diffad.calibration.coreset import patch_layers
 from diffad.calibration.feature_gaussian import feature_grid
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.images import (
@@ -38,6 +38,7 @@ from diffad.pipelines.checks import (
     scored_layers,
 )
 from diffad.pipelines.detection import DetectionPipeline
+from diffad.pipelines.feature_maps import add_feature_maps, feature_maps, measure_features
 from diffad.pipelines.large_images import detect_large, grid_of
 from diffad.pipelines.output import AnomalyOutput, ReconstructionOutput, convert_output, threshold_output
 from diffad.pipelines.pipeline_ddpm_reconstruction import DDPMReconstructionPipeline
@@ -360,12 +361,10 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         """
         extractor = self.feature_extractor
         backbone_layers = extractor.layers(pixel_values.to(extractor.dtype))  # each (N, C_i, h_i, w_i)
-        features = patches = None
-        if self.weights["gaussian"]:
-            of_all = extractor.standardize(backbone_layers, feature_size or self.feature_resolution).float()
-            features = self._of_layers(of_all[:, None], layers)[:, 0]  # (N, C, h, w)
-        if self.weights["nearest"]:
-            patches = locally_aware_patches([backbone_layers[i] for i in self.patch_layers])  # (N, C, h, w)
+        size = feature_size or self.feature_resolution
+        features, patches = measure_features(extractor, backbone_layers, self.weights, size)  # (N, C, h, w) each
+        if features is not None:
+            features = self._of_layers(features[:, None], layers)[:, 0]
         if not self.runs_denoiser:
             return Measurement(maps=noise[:, :, 0], features=features, patches=patches)  # no KL: (N, 0, R, R)
         levels = list(self.config.timesteps if timesteps is None else timesteps)
@@ -468,24 +467,21 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         over the levels; then come the features' log distance and that of the nearest patches, where they count.
         `num_seen` is `ScoreCalibration.log_distances`'.
         """
-        kl, residual, features, patches, _ = measurement
+        kl, residual, features, _, _ = measurement
         size, sigma = (kl.shape[-2], kl.shape[-1]), self.config.feature_sigma
         if calibration is None:
             layer_channels = [self.feature_extractor.layer_channels[i] for i in self.scored_layers]
             errors = features[:, None] if residual is None and features is not None else residual
             if errors is None:
                 raise ValueError("`weights`: the nearest good patches alone give a map after `calibrate` only.")
-            feature_maps = [resize_maps(feature_error(errors, layer_channels), size, sigma)]
+            maps = [resize_maps(feature_error(errors, layer_channels), size, sigma)]
         else:
             calibration.check_measurement(measurement)
-            feature_maps = []
+            maps = []
             if residual is not None:
-                feature_maps.append(calibration.distance_maps(residual.mean(dim=1), category, size, num_seen, sigma))
-            if features is not None:
-                feature_maps.append(calibration.gaussian_map(features, category, size, num_seen, sigma))
-            if patches is not None:
-                feature_maps.append(calibration.nearest_map(measurement, category, size, sigma))
-        return torch.cat([gaussian_smooth(kl, self.config.kl_sigma), *feature_maps], dim=1)
+                maps.append(calibration.distance_maps(residual.mean(dim=1), category, size, num_seen, sigma))
+            maps += feature_maps(measurement, category, calibration, size, sigma, num_seen)
+        return torch.cat([gaussian_smooth(kl, self.config.kl_sigma), *maps], dim=1)
 
     def join_maps(
         self, maps: torch.Tensor, category: torch.Tensor, calibration: ScoreCalibration | None
@@ -496,16 +492,13 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             return joint_map(maps[:, :levels], maps[:, levels:], self.config.alpha if levels else 0.0)
         normalized = calibration.normalize(maps, category)
         levels = maps.shape[1] - calibration.num_feature_maps
-        kl, others = normalized[:, :levels], list(normalized[:, levels:].unbind(dim=1))  # (N, T, H, W), (N, H, W) each
+        of_features = levels + calibration.num_distances
         weights = {name: weight / sum(self.weights.values()) for name, weight in self.weights.items()}
-        errors = [others.pop(0) for _ in range(calibration.num_distances)]  # of cells, and of positions if they differ
         rest = torch.zeros_like(maps[:, 0])
         if levels:
-            rest = rest + weights["kl"] * kl.mean(dim=1)
-        if calibration.feature_mean is not None:
-            rest = rest + weights["gaussian"] * others.pop(0)
-        if calibration.coreset is not None:
-            rest = rest + weights["nearest"] * others.pop(0)
+            rest = rest + weights["kl"] * normalized[:, :levels].mean(dim=1)  # (N, H, W)
+        rest = add_feature_maps(rest, normalized[:, of_features:], weights, calibration)
+        errors = normalized[:, levels:of_features].unbind(dim=1)  # of cells, and of positions if they differ
         joined = [rest + weights["feature_error"] * error for error in errors]
         anomaly_map = outline_by_positions(*joined) if len(joined) == 2 else (joined or [rest])[0]
         anomaly_map = suppress_surroundings(anomaly_map, self.config.suppression)

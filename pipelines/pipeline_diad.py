@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 
+from diffad.calibration.feature_gaussian import feature_grid
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.exporting import is_exporting
 from diffad.images import (
@@ -53,8 +54,10 @@ from diffad.pipelines.diad_checks import (
     check_pixel_values,
     check_settings,
     check_tiled_reverse_process,
+    reconstruction_weights,
     skipped_steps,
 )
+from diffad.pipelines.feature_maps import add_feature_maps, feature_maps, measure_features
 from diffad.pipelines.large_images import detect_large, grid_of
 from diffad.pipelines.output import AnomalyOutput, convert_output, threshold_output
 from diffad.precision import running_precision
@@ -103,6 +106,10 @@ class DiADPipeline(DetectionPipeline):
         strength: in (0, 1]; 1 starts from noise alone, less from the encoded image, noised that far.
         distance: "cosine", the paper's, or "mahalanobis": the squared difference of the features, once calibrated by
             mean and covariance of good images' differences at each place. Then it sees smaller defects.
+        weights: of the maps, `{"reconstruction": , "gaussian": , "nearest": }`, the first above 0; one that is left out
+            is 0, and they are divided by their sum. The first is the paper's. The others are the features' own, over
+            all strides, as of [`AnomalyDenoisePipeline`]: they need no further pass of a network, and count once
+            calibrated. None takes the reconstruction alone. Calibrate again after a change.
         score_strides: which of the feature extractor's strides are compared; None for all.
         sigma: smoothing of the map, in pixels at the processing resolution.
         pooling_size: side of the window of the average pooling before the map's maximum is the image's score.
@@ -152,6 +159,7 @@ class DiADPipeline(DetectionPipeline):
         num_inference_steps: int = 10,
         strength: float = 1.0,
         distance: str = "cosine",
+        weights: dict[str, float] | None = None,
         score_strides: list[int] | None = None,
         sigma: float = 5.0,
         pooling_size: int = 8,
@@ -179,6 +187,7 @@ class DiADPipeline(DetectionPipeline):
         check_settings(distance, sigma, pooling_size, pooling_rounds)
         if feature_extractor is not None:
             scored_layers(score_strides, feature_extractor)
+        reconstruction_weights(weights)
         check_map_settings(suppression, position_prior_images, position_trust, contrast)
         skipped_steps(num_inference_steps, strength)
         self.register_modules(
@@ -195,6 +204,7 @@ class DiADPipeline(DetectionPipeline):
             num_inference_steps=num_inference_steps,
             strength=strength,
             distance=distance,
+            weights=weights,
             score_strides=None if score_strides is None else sorted(score_strides),
             sigma=sigma,
             pooling_size=pooling_size,
@@ -524,10 +534,17 @@ class DiADPipeline(DetectionPipeline):
         )
         return denormalize_images(self.decode(latents), *statistics)
 
-    def compare(self, pixel_values: torch.Tensor, reconstruction: torch.Tensor) -> Measurement:
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the maps by their names, all three."""
+        return reconstruction_weights(self.config.weights)
+
+    def compare(self, pixel_values: torch.Tensor, reconstruction: torch.Tensor, of_tiles: bool = False) -> Measurement:
         """Images and their reconstructions, each (N, 3, R, R) in [-1, 1], in the features' eyes.
 
-        Cosine maps (N, L, R, R) of the L scored strides, or the residual (N, 1, C, h, w) of their features.
+        Cosine maps (N, L, R, R) of the L scored strides, or the residual (N, 1, C, h, w) of their features; and the
+        images' own features and patches, where they count. Those of tiles have the finest grid, as its positions share
+        a Gaussian.
         """
         extractor = self.feature_extractor
         if extractor is None:
@@ -537,15 +554,18 @@ class DiADPipeline(DetectionPipeline):
                 "TimmFeatureExtractor.from_backbone('resnet50', (4, 8, 16)).to(pipe.device))"
             )
         both = torch.cat([pixel_values, reconstruction]).to(extractor.dtype)  # (2N, 3, R, R), one pass
-        layers = extractor.layers(both)
-        layers = [layers[i].float() for i in scored_layers(self.config.score_strides, extractor)]
+        every = extractor.layers(both)
+        layers = [every[i].float() for i in scored_layers(self.config.score_strides, extractor)]
         count, size = pixel_values.shape[0], (pixel_values.shape[2], pixel_values.shape[3])
+        finest = (max(1, self.processing_resolution // 4),) * 2
+        grid = finest if of_tiles else feature_grid(finest, extractor.num_channels)
+        own = measure_features(extractor, [layer[:count] for layer in every], self.weights, grid)
         if self.config.distance == "cosine":
             maps = [cosine_distance_map([layer[:count]], [layer[count:]], size) for layer in layers]
-            return Measurement(maps=torch.stack(maps, dim=1))
+            return Measurement(torch.stack(maps, dim=1), None, *own)
         features = concatenate_layers(layers, max(layer.shape[-2:] for layer in layers))  # (2N, C, h, w)
         no_maps = pixel_values.new_zeros(count, 0, *size)
-        return Measurement(maps=no_maps, residual=(features[:count] - features[count:])[:, None])
+        return Measurement(no_maps, (features[:count] - features[count:])[:, None], *own)
 
     @property
     def measuring_networks(self) -> tuple[Any, ...]:
@@ -569,8 +589,8 @@ class DiADPipeline(DetectionPipeline):
         generators: Sequence[torch.Generator | None],
         of_tiles: bool = False,
     ) -> Measurement:
-        """Steps 3 to 5 of a call; tiles are looked at as whole images are."""
-        return self.compare(pixel_values, self.reconstruct(pixel_values, generators))
+        """Steps 3 to 5 of a call; tiles are rebuilt as whole images are."""
+        return self.compare(pixel_values, self.reconstruct(pixel_values, generators), of_tiles)
 
     def score_maps(
         self,
@@ -579,7 +599,7 @@ class DiADPipeline(DetectionPipeline):
         calibration: ScoreCalibration | None,
         num_seen: int = 0,
     ) -> torch.Tensor:
-        """Smoothed maps (N, S, H, W), one for each scored layer (S = L).
+        """Smoothed maps (N, S, H, W), one for each scored layer (S = L), and calibrated, the features' own.
 
         Of a calibrated residual, the one or two maps of its log Mahalanobis distance. `num_seen` is
         `ScoreCalibration.log_distances`'.
@@ -596,7 +616,11 @@ class DiADPipeline(DetectionPipeline):
             maps = resize_maps(feature_error(residual, layer_channels), size)
         if calibration is None:
             maps = maps * maps.shape[1]  # the paper's sum over layers (eq. 10), where `join_maps` takes the mean
-        return gaussian_smooth(maps, self.config.sigma)
+        maps = gaussian_smooth(maps, self.config.sigma)
+        if calibration is None:
+            return maps
+        own = feature_maps(measurement, category, calibration, size, self.config.sigma, num_seen)
+        return torch.cat([maps, *own], dim=1)
 
     def join_maps(
         self, maps: torch.Tensor, category: torch.Tensor, calibration: ScoreCalibration | None
@@ -605,9 +629,17 @@ class DiADPipeline(DetectionPipeline):
         if calibration is None:
             return maps.mean(dim=1)
         maps = calibration.normalize(maps, category)
-        anomaly_map = (
-            outline_by_positions(maps[:, 0], maps[:, 1]) if calibration.num_distances == 2 else maps.mean(dim=1)
-        )
+        of_features = maps.shape[1] - calibration.num_feature_maps + calibration.num_distances
+        weights = {name: weight / sum(self.weights.values()) for name, weight in self.weights.items()}
+        # of cells, and of positions if they differ; or of all layers
+        rebuilt = maps[:, :of_features].unbind(dim=1)
+        if calibration.num_distances != 2:
+            rebuilt = (maps[:, :of_features].mean(dim=1),)
+        joined = [
+            add_feature_maps(weights["reconstruction"] * one, maps[:, of_features:], weights, calibration)
+            for one in rebuilt
+        ]
+        anomaly_map = outline_by_positions(*joined) if len(joined) == 2 else joined[0]
         anomaly_map = suppress_surroundings(anomaly_map, self.config.suppression)
         return cut_small_peaks(anomaly_map, calibration.config.smallest_area)
 

@@ -65,7 +65,6 @@ FIXED = (
     "image_std",
     "latents_mean",
     "latents_std",
-    "weights",
 )
 # the last row of every table
 PADIM = {"name": "PaDiM", "baseline": "padim"}
@@ -112,7 +111,8 @@ def load_table(name: str) -> dict[str, Any]:
         raise ValueError(f"--table: method must be one of {', '.join(METHODS)} in {path}, not {table['method']!r}.")
     known = {*ROW_KEYS, *setting_names(METHODS[table["method"]])} - set(FIXED)
     if table["method"] == "AnomalyDenoise":
-        known -= {"backbone", "backbone_weights"}  # its denoiser predicts the features of one backbone
+        # its denoiser predicts the features of one backbone; a table compares what acts on the denoiser's maps
+        known -= {"backbone", "backbone_weights", "weights"}
     else:
         known |= {"scheduler"}  # of the reverse process, by diffusers' name of the class
     baselines = ["padim", "ddpm"] if table["method"] == "AnomalyDenoise" else ["padim"]
@@ -170,7 +170,7 @@ def load_yaml(path: Path | Any) -> dict[str, Any]:
 
 def row_pipeline(model: DetectionPipeline, row: dict[str, Any], device: torch.device) -> DetectionPipeline:
     """A pipeline of the model's own networks with a row's settings, not calibrated."""
-    if model.config.get("weights"):
+    if isinstance(model, AnomalyDenoisePipeline) and model.config.get("weights"):
         raise ValueError(
             "--model: a table compares what acts on the denoiser's maps, and this model joins others to them "
             "(`weights`). Give one that was trained with --no-choose."

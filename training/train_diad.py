@@ -27,12 +27,14 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffad import DiADPipeline, SemanticGuidedNetwork, TimmFeatureExtractor
+from diffad.calibration.feature_gaussian import feature_grid
 from diffad.files import write_text_whole
 from diffad.images import IMAGENET_MEAN, IMAGENET_STD, denormalize_images, images_to_pixel_values, normalize_images
 from diffad.latents import encode_latents, has_scale, latent_statistics
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import FUSIONS, GUIDANCE_OUTPUTS
 from diffad.moments import PRIOR_IMAGES
+from diffad.pipelines.checks import FEATURE_WEIGHTS
 from diffad.training.arguments import (
     COUNT,
     NOT_NEGATIVE,
@@ -122,6 +124,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="cosine",
         help="of image and reconstruction: the paper's, or one that knows how good images vary (cosine)",
     )
+    score.add_argument(
+        "--feature_weight",
+        type=SHARE,
+        default=0.0,
+        help="of the features' own maps, those of training/fit.py, beside the reconstruction's (0)",
+    )
     score.add_argument("--score_strides", type=POSITIVE, nargs="+", help="strides that are compared (all)")
     score.add_argument("--sigma", type=NOT_NEGATIVE, default=5.0, help="smoothing of the map, pixels (5)")
     score.add_argument(
@@ -146,6 +154,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--suppression must lie in [0, 1)")
     if not 0.0 <= args.position_prior_images < math.inf:
         parser.error("--position_prior_images must be finite and not negative")
+    if args.feature_weight == 1.0:
+        parser.error("--feature_weight must be below 1: features alone are what training/fit.py fits, without training")
     if args.cache_latents and args.rotation_degrees:
         parser.error("--cache_latents holds no rotated images: add --rotation_degrees 0")
     if "none" in args.guidance_outputs and len(args.guidance_outputs) > 1:
@@ -219,6 +229,14 @@ def create_components(args: argparse.Namespace) -> dict[str, Any]:
     return components
 
 
+def joined_weights(feature_weight: float) -> dict[str, float] | None:
+    """Of the reconstruction and of the features' own maps, in the ratio of `training/fit.py`."""
+    if not feature_weight:
+        return None
+    own = {name: feature_weight * share for name, share in FEATURE_WEIGHTS.items()}
+    return {"reconstruction": 1.0 - feature_weight, **own}
+
+
 def create_pipeline(components: dict[str, Any], categories: list[str], args: argparse.Namespace) -> DiADPipeline:
     """The pipeline, not yet trained, with the frozen networks frozen.
 
@@ -230,6 +248,7 @@ def create_pipeline(components: dict[str, Any], categories: list[str], args: arg
         num_inference_steps=args.num_inference_steps,
         strength=args.strength,
         distance=args.distance,
+        weights=joined_weights(args.feature_weight),
         score_strides=args.score_strides,
         sigma=args.sigma,
         pooling_size=args.pooling_size,
@@ -396,6 +415,11 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if args.preset and not has_scale(pipeline.vae):  # a new denoiser, which knows no other latents
         mean, std = find_latent_statistics(pipeline, images, args, accelerator)
         pipeline.register_to_config(latents_mean=mean, latents_std=std)
+    if args.feature_weight:  # a few channels of large activations would make up most of a distance
+        grid = feature_grid((args.resolution // 4,) * 2, pipeline.feature_extractor.num_channels)
+        pipeline.feature_extractor.fit_standardization(
+            spread_batches(images, STATISTICS_IMAGES, accelerator.device), grid
+        )
     pairs = flip_pairs(args)
     flips = torch.tensor(pairs, device=accelerator.device)  # (F, 2)
     examples: ResizedImages | CachedEncodings = images

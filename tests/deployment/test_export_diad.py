@@ -66,6 +66,15 @@ def test_a_graph_has_a_region_of_interest_a_smallest_area_and_a_cameras_pixels(t
     assert (actual.anomaly_map[:, :2] == 0.0).all()
 
 
+def test_a_graph_joins_the_features_own_maps(tmp_path):
+    weights = {"reconstruction": 2.0, "gaussian": 1.0, "nearest": 1.0}
+    pipeline = changed(
+        num_inference_steps=2, processing_resolution=16, pooling_rounds=1, distance="mahalanobis", contrast=0.2,
+        position_trust=0.0, weights=weights,
+    ).calibrate(textures(12), textures(24, first_seed=50), false_alarm_rate=0.2, generator=generator())  # fmt: skip
+    assert_runtime_agrees(pipeline, pipeline.export(tmp_path / "diad.onnx"))
+
+
 def test_another_scheduler_that_starts_at_the_encoded_image_and_distances_of_several_categories(tmp_path):
     pipeline = changed(
         num_inference_steps=4, strength=0.5, distance="mahalanobis", processing_resolution=16, pooling_rounds=0,

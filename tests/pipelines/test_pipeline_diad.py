@@ -514,6 +514,63 @@ def test_without_trust_in_positions_all_have_one_mean_and_deviation():
         make_pipeline(position_trust=1.5)
 
 
+JOINED = {"reconstruction": 2.0, "gaussian": 1.0, "nearest": 1.0}
+
+
+@pytest.mark.parametrize("distance", ["cosine", "mahalanobis"])
+def test_features_own_maps_join_the_reconstructions(distance):
+    pipe = make_pipeline(distance=distance, weights=JOINED).calibrate(
+        textures(6), textures(24, first_seed=50), false_alarm_rate=0.25, generator=generator()
+    )
+    measurement = pipe.measure(pixel_values(), noise(), torch.zeros(2, dtype=torch.long))
+    category = torch.zeros(2, dtype=torch.long)
+    maps = pipe.score_maps(measurement, category, pipe.calibration)
+    rebuilt = 2 if distance == "cosine" else 1
+    assert maps.shape[1] == rebuilt + 2
+    normalized = pipe.calibration.normalize(maps, category)
+    expected = 0.5 * normalized[:, :rebuilt].mean(dim=1) + 0.25 * normalized[:, -2] + 0.25 * normalized[:, -1]
+    torch.testing.assert_close(pipe.join_maps(maps, category, pipe.calibration), expected)
+    good, bad = ([texture(500 + i, defect=defect) for i in range(12)] for defect in (False, True))
+    scores = [pipe(images, generator=generator()).anomaly_score for images in (good, bad)]
+    assert (scores[1][:, None] > scores[0]).mean() > 0.9
+
+
+def test_the_reconstruction_alone_is_what_no_weights_are(tmp_path):
+    plain, named, joined = (
+        make_pipeline(weights=weights).calibrate(textures(12), false_alarm_rate=0.25, generator=generator())
+        for weights in (None, {"reconstruction": 3.0}, JOINED)
+    )
+    images = textures(3, first_seed=90)
+    first = plain(images, generator=generator()).anomaly_map
+    assert np.array_equal(named(images, generator=generator()).anomaly_map, first)
+    other = joined(images, generator=generator()).anomaly_map
+    assert not np.allclose(other, first)
+    joined.save_pretrained(tmp_path)
+    again = DiADPipeline.from_pretrained(tmp_path)
+    assert again.weights == JOINED
+    assert np.array_equal(again(images, generator=generator()).anomaly_map, other)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"kl": 1.0}, "`weights` must be of reconstruction, gaussian, nearest, but names kl"),
+        ({"reconstruction": -1.0}, "`weights` must be finite, not negative"),
+        ({"gaussian": 1.0}, "`weights` must be above 0 for the reconstruction"),
+    ],
+)
+def test_wrong_weights(weights, message):
+    with pytest.raises(ValueError, match=message):
+        make_pipeline(weights=weights)
+
+
+def test_weights_that_the_calibration_does_not_know():
+    pipe = make_pipeline().calibrate(textures(8), false_alarm_rate=0.25, generator=generator())
+    pipe.register_to_config(weights=JOINED)
+    with pytest.raises(ValueError, match="was made for other scores"):
+        pipe(texture(0), generator=generator())
+
+
 def test_positions_and_suppression(monkeypatch):
     probe = make_pipeline(distance="mahalanobis")
     channels = probe.feature_extractor.num_channels
