@@ -100,6 +100,7 @@ def render_model_card(
         method=method,
         denoiser=pipeline.unet is not None,
         at_place=pipeline.config.get("position_trust", 1.0) == 1.0,
+        contrast=pipeline.config.get("contrast", 0.0),
         choice=bool((training or {}).get("choice")),
         **_maps(pipeline),
         paper_url=PAPERS[method],

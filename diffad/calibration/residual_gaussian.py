@@ -11,9 +11,9 @@ from diffad.moments import PRIOR_IMAGES, FeatureMoments, shrink
 # Share of the identity in the correlations of the feature residual.
 RIDGE = 0.05
 
-# How many numbers the covariances may take, 80 MB in float32, see `residual_grid`; how many an image's residual, see
+# How many numbers the covariances may take, 64 MB in float32, see `residual_grid`; how many an image's residual, see
 # `residual_size`; and how many cells are factorised together, which bounds the memory of float64 copies.
-COVARIANCE_NUMBERS = 20_000_000
+COVARIANCE_NUMBERS = 2**24
 RESIDUAL_NUMBERS = 2**19
 CELLS_AT_ONCE = 64
 

@@ -28,6 +28,9 @@ from diffad.moments import POSITIONS_AT_ONCE
 from diffad.scoring import Measurement, resize_maps
 from diffad.warn_once import warn_once
 
+# what an earlier version did, which had no such setting to record
+BEFORE_RECORDED = {"position_trust": 1.0, "weights": None}
+
 
 class ScoreCalibration(ModelMixin, ConfigMixin):
     r"""Statistics of good images' scores, saved with a pipeline in safetensors.
@@ -549,12 +552,12 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
 
 
 def changed_settings(recorded: Mapping[str, Any] | None, settings: Mapping[str, Any] | None) -> list[str]:
-    """Which settings are not those that were recorded. What an earlier version did not record is passed over."""
+    """Which settings are not those that were recorded, or that held before they were recorded."""
 
     def plain(value: Any) -> Any:
         return list(value) if isinstance(value, (list, tuple)) else value  # a file knows no tuples
 
-    recorded, settings = recorded or {}, settings or {}
+    recorded, settings = {**BEFORE_RECORDED, **recorded} if recorded else {}, settings or {}
     return [name for name, value in recorded.items() if name in settings and plain(settings[name]) != plain(value)]
 
 

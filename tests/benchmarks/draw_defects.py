@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("--defects_an_image", type=int, default=4, help="(4)")
     options = parser.parse_args()
     args = argparse.Namespace(**json.loads((options.model / "training.json").read_text())["arguments"])
+    if options.output.exists():
+        parser.error(f"--output: {options.output} is there already. Give a new folder, so that no older image is left.")
     training, held_out, categories = hold_out(read_good_images(args), args)
     for category in categories:
         folder = options.output / category

@@ -209,10 +209,9 @@ def evaluate_model(
         detect_seconds += time.perf_counter() - began
         return [AnomalyOutput(anomaly_map=maps, anomaly_score=scores)]
 
-    title = f"{TITLES[name]}: {category}"
-    evaluation = evaluate_detectors(
-        detect, 1, images, title, accelerator, args.resolution, args.pro_fpr_limit, args.batch_size, args.save_maps
-    )[0]
+    limits = (args.resolution, args.pro_fpr_limit, args.batch_size)
+    maps = None if args.save_maps is None else Path(args.save_maps, name)
+    evaluation = evaluate_detectors(detect, 1, images, category, accelerator, *limits, maps)[0]
     return {
         **evaluation.result,
         "scores": [{key: one[key] for key in ("path", "label", "score")} for one in evaluation.records],
@@ -266,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--tile", **size_flag, help="that the backbone sees at once, by anomalib's tiler (the image)")
     parser.add_argument("--tile_stride", **size_flag, help="from one tile to the next (a tile)")
-    parser.add_argument("--save_maps", metavar="DIR", help="float32 TIFF maps, as of training/evaluate.py")
+    parser.add_argument("--save_maps", metavar="DIR", help="float32 TIFF maps, a folder for each model")
     parser.add_argument("--output", default="runs/anomalib.json", help="the report (%(default)s)")
     args = parser.parse_args(argv)
     if args.mixed_precision not in (None, "no"):

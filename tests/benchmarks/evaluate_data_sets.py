@@ -10,7 +10,7 @@ bootstrap samples of the test images, good and defective ones apart, the same fo
 
 `--against` takes the reports of another detector on the same data set and splits, one a seed, as `training/evaluate.py`
 or `evaluate_anomalib.py` writes them, and adds how much higher ours is: the interval is paired, as both see each sample
-of images. Where the other's maps are there too (`--save_maps` of either), pixel AP is compared likewise.
+of images. With `--against_maps`, the folders that `--save_maps` of either wrote, pixel AP is compared likewise.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ def evaluate(
     data: str, command: str, seed: int, folder: Path, minutes: float, with_padim: bool, with_maps: bool
 ) -> dict[str, Any]:
     """The report of one run, made unless it is there. PaDiM draws nothing, so one seed's is enough."""
-    report, maps = folder / "report.json", folder / "maps"
-    if report.exists() and (maps.exists() or not with_maps):
+    report, model, timed = folder / "report.json", folder / "model", folder / "seconds.json"
+    if report.exists():
         known = json.loads(report.read_text(encoding="utf-8"))
-        if known["baselines"] or not with_padim:
+        if (known["baselines"] or not with_padim) and (known.get("has_maps") or not with_maps):
             return known
-    model, flags = folder / "model", ["--minutes", str(minutes)] if command == "train" else []
-    started = time.time()
-    run("diffad.cli", command, data, "--output", str(model), "--seed", str(seed), *flags)
-    seconds = time.time() - started
+    if not timed.exists():
+        flags = ["--minutes", str(minutes)] if command == "train" else []
+        started = time.time()
+        run("diffad.cli", command, data, "--output", str(model), "--seed", str(seed), *flags)
+        write_text_whole(timed, f"{time.time() - started:.1f}\n")
     found = folder / "found.json"
     run(
         *("diffad.training.evaluate", "--model", str(model), "--data", data, "--output", str(found)),
         *("--baselines", "padim" if with_padim else "none"),
-        *(("--save_maps", str(maps)) if with_maps else ()),
+        *(("--save_maps", str(folder / "maps")) if with_maps else ()),
     )
-    result = json.loads(found.read_text(encoding="utf-8")) | {"seconds": round(seconds, 1)}
-    if with_maps:
-        result["save_maps"] = str(maps)
+    result = json.loads(found.read_text(encoding="utf-8"))
+    result |= {"seconds": float(timed.read_text(encoding="utf-8")), "has_maps": with_maps}
     write_text_whole(report, json.dumps(result, indent=1) + "\n")
     return result
 
@@ -120,12 +120,18 @@ class PixelCounts(NamedTuple):
 
 
 def pixel_counts(folder: Path, names: Sequence[str], masks: Sequence[np.ndarray]) -> PixelCounts:
-    """Of maps below a folder and masks (R, R) bool."""
+    """Of maps below a folder and masks (R, R) bool.
+
+    Raises:
+        ValueError: a map is of another size than the masks.
+    """
     maps = [np.asarray(Image.open(folder / name)) for name in names]
+    if other := {one.shape for one in maps} - {masks[0].shape}:
+        raise ValueError(f"{folder}: maps of {other.pop()}, and masks of {masks[0].shape}. Give both one --resolution.")
     every = np.concatenate([one.ravel() for one in maps])
-    shares = np.r_[0.0, np.geomspace(1.0 / every.size, 1.0, NUM_BINS)]  # fine where the highest values are
-    edges = np.unique(np.quantile(every, 1.0 - shares))
-    edges[0], edges[-1] = -np.inf, np.inf
+    shares = np.geomspace(1.0 / every.size, 1.0, NUM_BINS)  # fine where the highest values are
+    edges = np.unique(np.quantile(every, 1.0 - shares, method="lower"))  # a bin begins at a value that comes up
+    edges = np.r_[-np.inf, edges[1:], np.nextafter(every.max(), np.inf)]
     counts = [
         [np.histogram(one[chosen], edges)[0][::-1] for chosen in (mask, ~mask)]
         for one, mask in zip(maps, masks, strict=True)
@@ -137,38 +143,46 @@ def pixel_counts(folder: Path, names: Sequence[str], masks: Sequence[np.ndarray]
 def average_precision(counts: PixelCounts, times: np.ndarray) -> float:
     """Of the pixels of images that come up so many times each, (N,)."""
     found, false = (np.cumsum(times @ one) for one in counts)
+    if not found[-1]:
+        return float("nan")
     precision = found / np.maximum(found + false, 1)
     return float((np.diff(found, prepend=0) * precision).sum() / found[-1])
 
 
 def pixel_difference(
-    reports: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], data: str, category: str
+    ours: Sequence[Path], theirs: Sequence[Path], data: str, category: str, resolution: int
 ) -> dict[str, Any]:
-    """How much higher the pixel AP of the reports' maps is than that of the others', means over the seeds of either."""
+    """How much higher the pixel AP of our maps is than that of theirs, means over the seeds of either.
+
+    Of the images that have a mask or are good; nothing where no defective one has.
+    """
     images = load_anomaly_dataset(data, "test", [category])
-    labels, side = np.asarray(images["label"]), (reports[0]["resolution"],) * 2
-    names = name_maps(images["path"], images["defect"], category)
-    masks = [
-        np.zeros(side, bool) if row["mask"] is None else resize_image_and_mask(row["image"], row["mask"], side)[1]
-        for row in images
-    ]
-    ours, theirs = (
-        [pixel_counts(Path(one["save_maps"]), names, masks) for one in detector] for detector in (reports, others)
-    )
+    every = name_maps(images["path"], images["defect"], category)
+    names, masks, labels, side = [], [], [], (resolution, resolution)
+    for name, row in zip(every, images, strict=True):
+        if row["mask"] is not None or not row["label"]:
+            blank = row["mask"] is None
+            masks.append(np.zeros(side, bool) if blank else resize_image_and_mask(row["image"], row["mask"], side)[1])
+            names.append(name)
+            labels.append(row["label"])
+    if not any(mask.any() for mask in masks):
+        return {}
+    of_ours, of_theirs = ([pixel_counts(one, names, masks) for one in detector] for detector in (ours, theirs))
 
-    def above(times: np.ndarray) -> float:
-        means = [np.mean([average_precision(one, times) for one in detector]) for detector in (ours, theirs)]
-        return float(means[0] - means[1])
+    def mean(seeds: Sequence[PixelCounts], times: np.ndarray) -> float:
+        return float(np.mean([average_precision(one, times) for one in seeds]))
 
-    generator = np.random.default_rng(0)
+    of_label, generator = np.asarray(labels), np.random.default_rng(0)
     values = []
     for _ in range(NUM_PIXEL_SAMPLES):
-        drawn = [generator.choice(np.flatnonzero(labels == one), (labels == one).sum()) for one in (0, 1)]
-        values.append(above(np.bincount(np.concatenate(drawn), minlength=len(labels))))
-    low, high = np.quantile(values, [0.025, 0.975])
+        drawn = [generator.choice(np.flatnonzero(of_label == one), (of_label == one).sum()) for one in (0, 1)]
+        times = np.bincount(np.concatenate(drawn), minlength=len(labels))
+        values.append(mean(of_ours, times) - mean(of_theirs, times))
+    once = np.ones(len(labels), int)
+    low, high = np.nanquantile(values, [0.025, 0.975])  # a sample may have no defective pixel
     return {
-        "pixel_ap": float(np.mean([average_precision(one, np.ones(len(labels), int)) for one in theirs])),
-        "pixel_ap_difference": above(np.ones(len(labels), int)),
+        "pixel_ap": mean(of_theirs, once),
+        "pixel_ap_difference": mean(of_ours, once) - mean(of_theirs, once),
         "pixel_ap_difference_interval": (float(low), float(high)),
     }
 
@@ -199,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=20.0, help="of each training (20)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--against", type=Path, nargs="+", metavar="REPORT", help="of another detector, one a seed")
+    parser.add_argument("--against_maps", type=Path, nargs="+", metavar="DIR", help="of its maps, one a seed")
     args = parser.parse_args(argv)
     table = {}
     for data in args.data:
@@ -208,14 +223,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         reports = []
         for seed, folder in zip(args.seeds, folders, strict=True):
             folder.mkdir(parents=True, exist_ok=True)
-            reports.append(evaluate(data, args.command, seed, folder, args.minutes, not reports, bool(args.against)))
+            reports.append(
+                evaluate(data, args.command, seed, folder, args.minutes, not reports, bool(args.against_maps))
+            )
         table[data] = summarise(reports)
         if args.against:
             others = [json.loads(path.read_text(encoding="utf-8")) for path in args.against]
             for category, row in table[data].items():
                 row["against"] = difference(reports, others, category)
-                if all(one.get("save_maps") for one in others):
-                    row["against"] |= pixel_difference(reports, others, data, category)
+                if args.against_maps:
+                    ours, resolution = [folder / "maps" for folder in folders], reports[0]["resolution"]
+                    row["against"] |= pixel_difference(ours, args.against_maps, data, category, resolution)
         record = {"command": args.command, "seeds": args.seeds, "machine": reports[0]["machine"], "results": table}
         write_text_whole(args.output / "table.json", json.dumps(record, indent=1) + "\n")
         for category, row in table[data].items():
