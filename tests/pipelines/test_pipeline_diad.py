@@ -571,6 +571,16 @@ def test_weights_that_the_calibration_does_not_know():
         pipe(texture(0), generator=generator())
 
 
+def test_a_category_of_an_earlier_version_keeps_its_statistics_of_positions():
+    pipe = make_pipeline(distance="mahalanobis", categories=["a", "b"])
+    pipe.calibrate(textures(8), false_alarm_rate=0.25, category="a", generator=generator())
+    known = {name: value for name, value in pipe.calibration.config.settings.items() if name != "position_trust"}
+    pipe.calibration.register_to_config(settings=known)  # as it was before there was such a setting
+    pipe.register_to_config(position_trust=0.0)
+    with pytest.raises(ValueError, match=r"with other settings \(position_trust\)"):
+        pipe.calibrate(textures(8), false_alarm_rate=0.25, category="b", generator=generator())
+
+
 def test_positions_and_suppression(monkeypatch):
     probe = make_pipeline(distance="mahalanobis")
     channels = probe.feature_extractor.num_channels
