@@ -361,8 +361,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         """
         extractor = self.feature_extractor
         backbone_layers = extractor.layers(pixel_values.to(extractor.dtype))  # each (N, C_i, h_i, w_i)
-        size = feature_size or self.feature_resolution
-        features, patches = measure_features(extractor, backbone_layers, self.weights, size)  # (N, C, h, w) each
+        grid = feature_size or self.feature_resolution
+        features, patches = measure_features(extractor, backbone_layers, self.weights, grid)  # (N, C, h, w) each
         if features is not None:
             features = self._of_layers(features[:, None], layers)[:, 0]
         if not self.runs_denoiser:
