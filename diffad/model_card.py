@@ -123,7 +123,7 @@ def render_model_card(
 
 
 def _maps(pipeline: Any) -> dict[str, Any]:
-    """What AnomalyDenoise joins: whether the denoiser has a part in it, how features are looked at, the weights."""
+    """What a method joins: whether the denoiser has a part in it, how features are looked at, the weights."""
     weights = getattr(pipeline, "weights", None) or {}
     features = [FEATURE_MAPS[name] for name in FEATURE_MAPS if weights.get(name)]
     total = sum(weights.values())

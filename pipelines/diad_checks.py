@@ -146,7 +146,7 @@ def reconstruction_weights(weights: dict[str, float] | None) -> dict[str, float]
     Raises:
         ValueError: there is one for no map, or none for the reconstruction.
     """
-    named = named_weights(weights or {"reconstruction": 1.0}, RECONSTRUCTION_MAPS)
+    named = named_weights({"reconstruction": 1.0} if weights is None else weights, RECONSTRUCTION_MAPS)
     if not named["reconstruction"]:
         raise ValueError(
             f"`weights` must be above 0 for the reconstruction, but are {weights}: what features alone tell, a model "

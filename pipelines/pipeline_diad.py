@@ -109,7 +109,8 @@ class DiADPipeline(DetectionPipeline):
         weights: of the maps, `{"reconstruction": , "gaussian": , "nearest": }`, the first above 0; one that is left out
             is 0, and they are divided by their sum. The first is the paper's. The others are the features' own, over
             all strides, as of [`AnomalyDenoisePipeline`]: they need no further pass of a network, and count once
-            calibrated. None takes the reconstruction alone. Calibrate again after a change.
+            calibrated. Their channels count alike where the extractor is standardised (`fit_standardization`), as
+            `train_diad.py` leaves it. None takes the reconstruction alone. Calibrate again after a change.
         score_strides: which of the feature extractor's strides are compared; None for all.
         sigma: smoothing of the map, in pixels at the processing resolution.
         pooling_size: side of the window of the average pooling before the map's maximum is the image's score.

@@ -145,6 +145,20 @@ def test_each_method_cites_its_own_paper(pipeline):
     assert ["He, Haoyang" in text for text in texts] == [False, True]
 
 
+def test_a_card_of_diad_says_what_joins_its_reconstruction():
+    plain = tiny_diad()
+    assert "defard2021padim" not in str(render_model_card(plain))
+    plain.register_to_config(weights={"reconstruction": 2.0, "gaussian": 1.0, "nearest": 1.0})
+    card = " ".join(str(render_model_card(plain)).split())
+    for said in (
+        "reconstruction 0.5, gaussian 0.25, nearest 0.25",
+        "He et al.",
+        "features themselves",
+        "roth2022towards",
+    ):
+        assert said in card
+
+
 def test_the_code_on_the_card_runs(pipeline, tmp_path, monkeypatch):
     from conftest import texture, write_png
 

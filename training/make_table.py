@@ -126,6 +126,8 @@ def load_table(name: str) -> dict[str, Any]:
             "asks for a scheduler that is none of diffusers'": not is_scheduler(row.get("scheduler", "DDIMScheduler")),
             f"asks for a baseline that is none of {', '.join(baselines)}": wrong_baseline,
             "says `false` under `train`, where a flag is left out": switched_off,
+            "has weights and a backbone of its own, whose channels nothing has standardised": {"weights", "backbone"}
+            <= set(row),
         }
         for mistake, made in mistakes.items():
             if made:
@@ -184,6 +186,8 @@ def row_pipeline(model: DetectionPipeline, row: dict[str, Any], device: torch.de
     if "scheduler" in row:
         components["scheduler"] = getattr(diffusers, row["scheduler"]).from_config(model.scheduler.config)
     kept = {name: model.config[name] for name in setting_names(type(model))}
+    if "weights" in kept:  # of the features' own maps, which a table is about where its rows say so
+        kept["weights"] = None
     changed = {name: value for name, value in row.items() if name in kept}
     pipeline = type(model)(**components, **{**kept, **changed})
     pipeline.set_progress_bar_config(disable=True)

@@ -554,11 +554,18 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
 def changed_settings(recorded: Mapping[str, Any] | None, settings: Mapping[str, Any] | None) -> list[str]:
     """Which settings are not those that were recorded, or that held before they were recorded."""
 
-    def plain(value: Any) -> Any:
+    def plain(name: str, value: Any) -> Any:
+        if name == "weights" and value is not None:  # of which only the ratio counts
+            total = sum(value.values())
+            return {of: weight / total for of, weight in value.items() if weight}
         return list(value) if isinstance(value, (list, tuple)) else value  # a file knows no tuples
 
     recorded, settings = {**BEFORE_RECORDED, **recorded} if recorded else {}, settings or {}
-    return [name for name, value in recorded.items() if name in settings and plain(settings[name]) != plain(value)]
+    return [
+        name
+        for name, value in recorded.items()
+        if name in settings and plain(name, settings[name]) != plain(name, value)
+    ]
 
 
 def of_each_category(category: torch.Tensor | int) -> list[tuple[Any, Any]]:

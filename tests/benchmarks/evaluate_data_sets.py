@@ -215,6 +215,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--against", type=Path, nargs="+", metavar="REPORT", help="of another detector, one a seed")
     parser.add_argument("--against_maps", type=Path, nargs="+", metavar="DIR", help="of its maps, one a seed")
     args = parser.parse_args(argv)
+    if args.against_maps and len(args.against_maps) != len(args.against or []):
+        parser.error("--against_maps: give a folder of maps for each report of --against")
     table = {}
     for data in args.data:
         name = re.sub(r"[^\w.]+", "-", f"{args.command} {data}").strip("-")

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import nn
 
 from diffad import DiADPipeline, SemanticGuidedNetwork
-from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.calibration.score_calibration import ScoreCalibration, changed_settings
 from diffad.images import denormalize_images, images_to_tensors, normalize_images
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.scoring import cosine_distance_map, gaussian_smooth, max_score
@@ -545,6 +545,9 @@ def test_the_reconstruction_alone_is_what_no_weights_are(tmp_path):
     assert np.array_equal(named(images, generator=generator()).anomaly_map, first)
     other = joined(images, generator=generator()).anomaly_map
     assert not np.allclose(other, first)
+    known = joined.calibration.config.settings
+    assert changed_settings(known, {**known, "weights": {name: 2.0 * one for name, one in JOINED.items()}}) == []
+    assert changed_settings(known, {**known, "weights": {"reconstruction": 1.0}}) == ["weights"]
     joined.save_pretrained(tmp_path)
     again = DiADPipeline.from_pretrained(tmp_path)
     assert again.weights == JOINED

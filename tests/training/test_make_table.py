@@ -205,6 +205,16 @@ def test_wrong_tables_say_what_is_wrong(rows, more, message, model, data, tmp_pa
         run(write_table(tmp_path / "t.yaml", rows), model, data, tmp_path / "t.json", *more)
 
 
+def test_a_table_of_diad_compares_reconstructions_unless_its_rows_weigh_more():
+    model = make_pipeline()
+    model.register_to_config(weights={"reconstruction": 1.0, "gaussian": 1.0})
+    own = {"reconstruction": 1.0, "nearest": 1.0}
+    rows = [{"name": "plain"}, {"name": "joined", "weights": own}]
+    plain, joined = (make_table.row_pipeline(model, row, torch.device("cpu")) for row in rows)
+    assert plain.config.weights is None
+    assert joined.config.weights == own
+
+
 def test_a_table_that_is_not_there_lists_those_that_are(model, data, tmp_path):
     with pytest.raises(FileNotFoundError, match="alpha, backbones"):
         run("alhpa", model, data, tmp_path / "t.json")
