@@ -61,8 +61,9 @@ def launch(script: str | Path, *arguments: object, processes: int = 1, cwd: Path
             started.append(context.Process(target=run_script, args=(script, words, own, str(cwd), printed.name)))
             started[-1].start()
         ended = time.monotonic() + LIMIT
-        while any(one.exitcode is None for one in started) and not any(one.exitcode for one in started):
-            if not wait([one.sentinel for one in started if one.exitcode is None], ended - time.monotonic()):
+        # asked once for each wait: one that ended in between would leave nothing to wait for
+        while running := [one.sentinel for one in started if one.exitcode is None]:
+            if any(one.exitcode for one in started) or not wait(running, ended - time.monotonic()):
                 break
         for one in started:  # of two of which one has failed, the other waits for it
             if one.exitcode is None:
