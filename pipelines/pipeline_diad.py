@@ -540,6 +540,16 @@ class DiADPipeline(DetectionPipeline):
         """Of the maps by their names, all three."""
         return reconstruction_weights(self.config.weights)
 
+    @property
+    def finest_grid(self) -> tuple[int, int]:
+        """Rows and columns of the features at a quarter of the networks' size."""
+        return (max(1, self.processing_resolution // 4),) * 2
+
+    @property
+    def feature_resolution(self) -> tuple[int, int]:
+        """Rows and columns of the features that have a Gaussian."""
+        return feature_grid(self.finest_grid, self.feature_extractor.num_channels)
+
     def compare(self, pixel_values: torch.Tensor, reconstruction: torch.Tensor, of_tiles: bool = False) -> Measurement:
         """Images and their reconstructions, each (N, 3, R, R) in [-1, 1], in the features' eyes.
 
@@ -558,8 +568,7 @@ class DiADPipeline(DetectionPipeline):
         every = extractor.layers(both)
         layers = [every[i].float() for i in scored_layers(self.config.score_strides, extractor)]
         count, size = pixel_values.shape[0], (pixel_values.shape[2], pixel_values.shape[3])
-        finest = (max(1, self.processing_resolution // 4),) * 2
-        grid = finest if of_tiles else feature_grid(finest, extractor.num_channels)
+        grid = self.finest_grid if of_tiles else self.feature_resolution
         own = measure_features(extractor, [layer[:count] for layer in every], self.weights, grid)
         if self.config.distance == "cosine":
             maps = [cosine_distance_map([layer[:count]], [layer[count:]], size) for layer in layers]
@@ -632,14 +641,10 @@ class DiADPipeline(DetectionPipeline):
         maps = calibration.normalize(maps, category)
         of_features = maps.shape[1] - calibration.num_feature_maps + calibration.num_distances
         weights = {name: weight / sum(self.weights.values()) for name, weight in self.weights.items()}
-        # of cells, and of positions if they differ; or of all layers
-        rebuilt = maps[:, :of_features].unbind(dim=1)
-        if calibration.num_distances != 2:
-            rebuilt = (maps[:, :of_features].mean(dim=1),)
-        joined = [
-            add_feature_maps(weights["reconstruction"] * one, maps[:, of_features:], weights, calibration)
-            for one in rebuilt
-        ]
+        rebuilt, own = maps[:, :of_features], maps[:, of_features:]
+        # of cells and of positions, where they differ; else the mean over all layers
+        errors = rebuilt.unbind(dim=1) if calibration.num_distances == 2 else [rebuilt.mean(dim=1)]
+        joined = [add_feature_maps(weights["reconstruction"] * error, own, weights, calibration) for error in errors]
         anomaly_map = outline_by_positions(*joined) if len(joined) == 2 else joined[0]
         anomaly_map = suppress_surroundings(anomaly_map, self.config.suppression)
         return cut_small_peaks(anomaly_map, calibration.config.smallest_area)

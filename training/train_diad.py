@@ -27,7 +27,6 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffad import DiADPipeline, SemanticGuidedNetwork, TimmFeatureExtractor
-from diffad.calibration.feature_gaussian import feature_grid
 from diffad.files import write_text_whole
 from diffad.images import IMAGENET_MEAN, IMAGENET_STD, denormalize_images, images_to_pixel_values, normalize_images
 from diffad.latents import encode_latents, has_scale, latent_statistics
@@ -416,10 +415,8 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         mean, std = find_latent_statistics(pipeline, images, args, accelerator)
         pipeline.register_to_config(latents_mean=mean, latents_std=std)
     if args.feature_weight:  # a few channels of large activations would make up most of a distance
-        grid = feature_grid((args.resolution // 4,) * 2, pipeline.feature_extractor.num_channels)
-        pipeline.feature_extractor.fit_standardization(
-            spread_batches(images, STATISTICS_IMAGES, accelerator.device), grid
-        )
+        batches = spread_batches(images, STATISTICS_IMAGES, accelerator.device)
+        pipeline.feature_extractor.fit_standardization(batches, pipeline.feature_resolution)
     pairs = flip_pairs(args)
     flips = torch.tensor(pairs, device=accelerator.device)  # (F, 2)
     examples: ResizedImages | CachedEncodings = images
