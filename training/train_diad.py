@@ -27,6 +27,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffad import DiADPipeline, SemanticGuidedNetwork, TimmFeatureExtractor
+from diffad.data.synthetic_defects import SMALLEST_SIDE
 from diffad.files import write_text_whole
 from diffad.images import IMAGENET_MEAN, IMAGENET_STD, denormalize_images, images_to_pixel_values, normalize_images
 from diffad.latents import encode_latents, has_scale, latent_statistics
@@ -55,6 +56,7 @@ from diffad.training.data import (
     spread_batches,
 )
 from diffad.training.diad_presets import DIAD_PRESETS, SCHEDULER
+from diffad.training.drawn_defects import draw_defects
 from diffad.training.finish import finish
 from diffad.training.loop import create_accelerator, held_output_dir, train
 from diffad.training.sharded_networks import is_sharded, whole_network
@@ -106,6 +108,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     model.add_argument(
         "--fusion", choices=(*FUSIONS, "none"), default="instance_norm_silu", help="SFF block (instance_norm_silu)"
+    )
+    model.add_argument(
+        "--defect_share",
+        type=SHARE,
+        default=0.0,
+        help="of the guiding images that get a drawn defect, which is to be left out (0)",
     )
     model.add_argument(
         "--cache_latents",
@@ -265,6 +273,8 @@ def create_pipeline(components: dict[str, Any], categories: list[str], args: arg
     multiple = pipeline.size_multiple
     if args.resolution % multiple:
         raise ValueError(f"--resolution must be a multiple of {multiple} for this autoencoder, not {args.resolution}.")
+    if args.defect_share and args.resolution < SMALLEST_SIDE:
+        raise ValueError(f"--defect_share needs a --resolution of {SMALLEST_SIDE} or more, not {args.resolution}.")
     pipeline.set_progress_bar_config(disable=True)
     for frozen in (pipeline.vae, pipeline.prompt_embedding, pipeline.feature_extractor):
         frozen.requires_grad_(False).eval()
@@ -434,7 +444,8 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         else:
             augmented = augment(pixels, args, generator)
             latents = encode(augmented)
-        pixel_values = normalize_images(augmented, args.image_mean, args.image_std)
+        guiding = draw_defects(augmented, args.defect_share, generator)
+        pixel_values = normalize_images(guiding, args.image_mean, args.image_std)
         loss = noise_loss(model, pipeline.scheduler, latents, pixel_values, prompt_embeds, generator)
         return loss, {"noise": loss}
 

@@ -200,6 +200,7 @@ def test_training_learns(good, tiny, tmp_path):
         (["middle"], "instance_norm_silu"),
         (["middle", "sgdb3"], "instance_norm_silu"),
         (["middle", "sgdb3", "sgdb4"], "instance_norm_silu"),
+        (["middle", "sgdb4", "sgdb2", "sgdb1"], "instance_norm_silu"),
         (["middle", "sgdb4"], "batch_norm_relu"),
         (["middle", "sgdb4"], "none"),
     ],
@@ -215,6 +216,17 @@ def test_ablations(good, stable_diffusion, tmp_path, guidance_outputs, fusion):
     assert network.config.fusion == (None if fusion == "none" else fusion)
     if fusion == "batch_norm_relu":  # its running statistics are saved
         assert network.feature_fusion.downsamplers[0][1].num_batches_tracked == 1
+
+
+def test_defects_are_drawn_on_the_guiding_images(good, tiny, tmp_path):
+    ends = {}
+    for name, share in (("drawn", 0.5), ("again", 0.5), ("good", 0.0)):
+        train(good, tmp_path / name, tiny, "--cache_latents", "--defect_share", share, resolution=32)
+        ends[name] = load_file(tmp_path / name / SG_NETWORK)
+    assert not moved(ends["drawn"], ends["again"])
+    assert "conv_in.weight" in moved(ends["drawn"], ends["good"])
+    with pytest.raises(ValueError, match="--defect_share needs a --resolution of 32 or more, not 16"):
+        train(good, tmp_path / "small", tiny, "--defect_share", 0.5, resolution=16)
 
 
 @pytest.mark.parametrize(
