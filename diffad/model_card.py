@@ -102,6 +102,7 @@ def render_model_card(
         at_place=pipeline.config.get("position_trust", 1.0) == 1.0,
         contrast=pipeline.config.get("contrast", 0.0),
         choice=bool((training or {}).get("choice")),
+        defect_share=f"{arguments['defect_share']:.0%}" if arguments.get("defect_share") else None,
         **_maps(pipeline),
         paper_url=PAPERS[method],
         class_name=class_name,

@@ -159,6 +159,15 @@ def test_a_card_of_diad_says_what_joins_its_reconstruction():
         assert said in card
 
 
+def test_a_card_of_diad_says_on_how_many_images_defects_were_drawn():
+    told, untold = (
+        " ".join(str(render_model_card(tiny_diad(), {"arguments": arguments})).split())
+        for arguments in ({"defect_share": 0.5}, {"defect_share": 0.0})
+    )
+    assert "defects were drawn on 50% of the images that guided it" in told
+    assert "drawn" not in untold
+
+
 def test_the_code_on_the_card_runs(pipeline, tmp_path, monkeypatch):
     from conftest import texture, write_png
 

@@ -36,7 +36,7 @@ def small_preset(resolution: int, block_out_channels: tuple[int, ...]) -> dict[s
 
 DIAD_PRESETS: dict[str, dict[str, Any]] = {
     # Four levels, so that for latents of 16 x 16 the guiding skips stand at 2 x 2. They stand at 4 x 4 for the paper's
-    # 256 px; a finer skip shows the denoiser the defect, and it draws it.
+    # 256 px; a finer skip shows the denoiser the defect, and it draws it, unless it learns not to (`--defect_share`).
     "cpu-128": small_preset(128, (64, 96, 128, 192)),
     # The paper's 256 px and 4 x 4 for the guiding skips, for latents of many channels, as TAEF2's, that a small
     # autoencoder makes without blur.

@@ -400,6 +400,8 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     training, held_out, categories = load_good_images(args)
     pipeline = create_pipeline(components, categories, args)
     pipeline.to(accelerator.device)
+    if pipeline.sg_network is None:  # and nothing is guided
+        args.defect_share = 0.0
     choose_trained(pipeline.unet, pipeline.sg_network, args.train_whole_unet)
     model = GuidedDenoiser(pipeline.unet, pipeline.sg_network)
     if not is_sharded(accelerator):  # which takes no other order of a weight's numbers

@@ -14,7 +14,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-GUIDANCE_OUTPUTS = ("middle", "sgdb1", "sgdb2", "sgdb3", "sgdb4")
+GUIDANCE_OUTPUTS = ("middle", "sgdb3", "sgdb4")
 FUSIONS = ("instance_norm_silu", "batch_norm_relu")
 
 
@@ -84,8 +84,7 @@ class SemanticGuidedNetwork(ControlNetModel):
         conditioning_embedding_out_channels: widths of the conv-SiLU stack (eq. 7) at each of its resolutions. Every
             one after the first halves the resolution; together they must reach the autoencoder's factor, 8 for four.
         guidance_outputs: what the denoiser receives, any of `"middle"` (its middle block), `"sgdb4"` (its last
-            encoder level's skips), `"sgdb3"` (those of the level above), `"sgdb2"` and `"sgdb1"`. Whatever the number
-            of levels, the last one is 4.
+            encoder level's skips) and `"sgdb3"` (those of the level above).
         fusion: the SFF block's norm and activation, `"instance_norm_silu"` or `"batch_norm_relu"`; None for no SFF
             block. It belongs to `"sgdb4"`.
         Everything else is `ControlNetModel`'s and must be the denoiser's: use `from_unet`.
@@ -181,10 +180,8 @@ class SemanticGuidedNetwork(ControlNetModel):
         lowest = range(self.num_skips - per_level, self.num_skips)
         above = range(lowest.start - per_level, lowest.start)
 
-        self.output_skips: list[int] = []
-        for level in range(len(block_out_channels)):
-            if f"sgdb{level + 5 - len(block_out_channels)}" in guidance_outputs:
-                self.output_skips += range(level * per_level, (level + 1) * per_level)
+        self.output_skips = [*(above if "sgdb3" in guidance_outputs else ())]
+        self.output_skips += [*(lowest if "sgdb4" in guidance_outputs else ())]
         self.fusion_sources: list[int] = []
         self.fusion_targets: list[int] = []
         self.feature_fusion = None

@@ -7,7 +7,8 @@ python tests/benchmarks/evaluate_rebuilding.py MODEL --data DATA --output runs/r
 
 Defects of all kinds (`diffad/data/synthetic_defects.py`) are drawn on good test images, which the networks have not
 seen. The error is the mean absolute difference of image and reconstruction, pixels in [0, 1], at the processing
-resolution. A copy has the same inside and outside; the ratio that its autoencoder alone gives stands beside it.
+resolution. A copy has the same inside and outside. Two ratios stand beside it: what the autoencoder alone makes of the
+image with the defect, and of the good image, which is the best that a reconstruction could be.
 `rebuilding.json` and a sheet of each category are written: good image, with a defect, reconstruction, error.
 """
 
@@ -33,17 +34,32 @@ from diffad.seeding import image_generator
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 BATCH_SIZE, NUM_ROWS = 8, 12
+WHAT = ("reconstruction", "autoencoder", "perfect repair")
 
 
 @torch.no_grad()
-def rebuild(pipeline: DiADPipeline, images: torch.Tensor, first: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reconstructions, and what the autoencoder alone makes of images; all (N, 3, R, R) in [0, 1]."""
-    pixel_values = images.to(pipeline.device) * 2.0 - 1.0
-    generators = [image_generator(seed, first + i) for i in range(len(images))]
+def rebuild(
+    pipeline: DiADPipeline, images: torch.Tensor, good: torch.Tensor, first: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """Reconstructions of images, and what the autoencoder alone makes of them and of the good ones.
+
+    All (N, 3, R, R) in [0, 1].
+    """
     statistics = (pipeline.config.image_mean, pipeline.config.image_std)
-    decoded = pipeline.decode(pipeline.encode(normalize_images(pixel_values, *statistics)))
-    both = pipeline.reconstruct(pixel_values, generators), denormalize_images(decoded, *statistics)
-    return tuple((one / 2.0 + 0.5).clamp(0.0, 1.0).cpu() for one in both)
+    pixel_values = images.to(pipeline.device) * 2.0 - 1.0
+
+    def decoded(values: torch.Tensor) -> torch.Tensor:
+        latents = pipeline.encode(normalize_images(values, *statistics))
+        return denormalize_images(pipeline.decode(latents), *statistics)
+
+    made = {
+        "reconstruction": pipeline.reconstruct(
+            pixel_values, [image_generator(seed, first + i) for i in range(len(images))]
+        ),
+        "autoencoder": decoded(pixel_values),
+        "perfect repair": decoded(good.to(pipeline.device) * 2.0 - 1.0),
+    }
+    return {name: (one / 2.0 + 0.5).clamp(0.0, 1.0).cpu() for name, one in made.items()}
 
 
 def evaluate_category(
@@ -59,16 +75,18 @@ def evaluate_category(
     for start in range(0, len(drawn), BATCH_SIZE):
         batch = drawn[start : start + BATCH_SIZE]
         images = torch.stack([torch.from_numpy(defect.image).permute(2, 0, 1) for _, defect in batch])
-        rebuilt, decoded = rebuild(pipeline, images, start, seed)
-        for i, (number, defect) in enumerate(batch):
-            for what, other in (("reconstruction", rebuilt[i]), ("autoencoder", decoded[i])):
-                error = (other - images[i]).abs().mean(dim=0).numpy()  # (R, R)
+        good_images = torch.stack([torch.from_numpy(pictures[number]).permute(2, 0, 1) for number, _ in batch])
+        made = rebuild(pipeline, images, good_images, start, seed)
+        rebuilt = made["reconstruction"]
+        for i, (_, defect) in enumerate(batch):
+            for what, others in made.items():
+                error = (others[i] - images[i]).abs().mean(dim=0).numpy()  # (R, R)
                 for name in (what, f"{what} {defect.kind}"):
                     for inside in (0, 1):
                         chosen = error[defect.mask == bool(inside)]
                         sums[name][:, inside] += chosen.sum(), chosen.size
             if len(shown) < NUM_ROWS:
-                row = (torch.from_numpy(pictures[number]).permute(2, 0, 1), images[i], rebuilt[i])
+                row = (good_images[i], images[i], rebuilt[i])
                 error_map = heat_map((rebuilt[i] - images[i]).abs().mean(dim=0))
                 shown.append([*(to_uint8(picture * 2.0 - 1.0) for picture in row), error_map])
     save_rows(shown, sheet, ["good", "with a defect", "reconstruction", "error"])
@@ -96,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         good = test.select([int(rows[i]) for i in spread(range(len(rows)), args.max_images)])
         sheet = args.output / f"{category}.png"
         ratios[category] = evaluate_category(pipeline, good, args.defects_an_image, args.seed, sheet)
-        shown = ", ".join(f"{name} {ratio:.1f}" for name, ratio in ratios[category].items() if " " not in name)
+        shown = ", ".join(f"{name} {ratio:.1f}" for name, ratio in ratios[category].items() if name in WHAT)
         print(f"{category}: error inside the defects, as a multiple of that outside: {shown}", flush=True)
     write_text_whole(args.output / "rebuilding.json", json.dumps({**vars(args), "ratios": ratios}, default=str) + "\n")
 

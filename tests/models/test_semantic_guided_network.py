@@ -70,8 +70,6 @@ ABLATIONS = [
     (("sgdb4",), {9, 10, 11}, {6, 7, 8, 9, 10, 11}),
     (("sgdb3",), {6, 7, 8}, {6, 7, 8}),
     (("middle", "sgdb3", "sgdb4"), {6, 7, 8, 9, 10, 11}, {6, 7, 8, 9, 10, 11}),
-    (("sgdb4", "sgdb2"), {3, 4, 5, 9, 10, 11}, {3, 4, 5, 6, 7, 8, 9, 10, 11}),
-    (("middle", "sgdb1"), {0, 1, 2}, {0, 1, 2}),
 ]
 
 
@@ -235,7 +233,7 @@ def test_output_passes_through_offloading_hooks():
 def test_bad_arguments_are_named():
     unet = make_unet()
     with pytest.raises(ValueError, match="`guidance_outputs`"):
-        make_network(unet, guidance_outputs=("sgdb5",))
+        make_network(unet, guidance_outputs=("sgdb2",))
     with pytest.raises(ValueError, match="`guidance_outputs`"):
         make_network(unet, guidance_outputs=())
     with pytest.raises(ValueError, match="`fusion`"):
