@@ -332,15 +332,18 @@ def test_what_diad_reaches_at_256_px_is_what_its_record_says():
     means = {part: {name: mean for name, (mean, _) in record["results"][part].items()} for part in parts}
     for part, row in zip(parts, reached[1:], strict=False):
         assert row[1:3] == [shown(means[part], names) for names in (IMAGE[:1], PIXEL)]
-        assert row[4:6] == [shown(record["unified"][part], names) for names in (IMAGE[:1], PIXEL)]
+        for first, of in ((3, record["feature_weights"]["0"]), (5, record["unified"]["3/4"])):
+            assert row[first : first + 2] == [shown(of[part], names) for names in (IMAGE[:1], PIXEL)]
     for name, *values in steps[1:]:
         rows = [record["reverse_process"][part][name] for part in parts]
         assert values == [shown(row, ["image_auroc", "pixel_ap"]).replace(" / ", ", ") for row in rows]
-    for what, *values in rebuilt[1:]:
+    for what, *values in rebuilt[1:-1]:
         name = {"DiAD": "reconstruction", "its autoencoder alone": "autoencoder"}.get(what)
         name = name or f"reconstruction {what.removeprefix('DiAD, ').replace('pieces', 'piece').removesuffix('s')}"
         name = name.replace("scratche", "scratch")
         assert values == [f"{record['rebuilding'][part][name]:.1f}" for part in parts]
+    without = record["without_drawn_defects"]["rebuilding"]
+    assert rebuilt[-1][1:4] == [f"{without[part]['reconstruction']:.1f}" for part in parts[:3]]
     _, bottle, _ = tables(RESULTS, "Parts for which no setting was chosen")
     [values] = [row[1:3] for row in bottle if row[0].startswith("DiAD at 256 px")]
     assert values == [shown(means["bottle"], names) for names in (IMAGE[:1], PIXEL)]
