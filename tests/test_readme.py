@@ -337,11 +337,14 @@ def test_what_diad_reaches_at_256_px_is_what_its_record_says():
     for name, *values in steps[1:]:
         rows = [record["reverse_process"][part][name] for part in parts]
         assert values == [shown(row, ["image_auroc", "pixel_ap"]).replace(" / ", ", ") for row in rows]
-    for what, *values in rebuilt[1:-1]:
+    for what, *values in rebuilt[1:-3]:
         name = {"DiAD": "reconstruction", "its autoencoder alone": "autoencoder"}.get(what)
         name = name or f"reconstruction {what.removeprefix('DiAD, ').replace('pieces', 'piece').removesuffix('s')}"
         name = name.replace("scratche", "scratch")
         assert values == [f"{record['rebuilding'][part][name]:.1f}" for part in parts]
+    for row, name in ((-3, "reconstruction"), (-2, "perfect repair")):
+        of_five = record["rebuilding_of_the_model_for_five"]
+        assert rebuilt[row][1:] == [f"{of_five[part][name]:.1f}" for part in parts]
     without = record["without_drawn_defects"]["rebuilding"]
     assert rebuilt[-1][1:4] == [f"{without[part]['reconstruction']:.1f}" for part in parts[:3]]
     _, bottle, _ = tables(RESULTS, "Parts for which no setting was chosen")
