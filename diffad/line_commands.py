@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -192,10 +193,15 @@ def serve(
     if collect is not None:
         check_folder(collect)
     app = create_app(load_model(model, device), category, token, batch_size, collect=collect)
-    shown = f"http://{host}:{port}/" + ("" if token is None else "?token=...")
-    try:
-        console.print(f"Serving at {escape(shown)}; Ctrl-C ends it.", highlight=False, soft_wrap=True)
-        uvicorn.run(app, host=host, port=port, log_level="warning")
-    except KeyboardInterrupt:
-        pass
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            """Says where it serves once it does, when Ctrl-C ends it in good order and port 0 has become a number."""
+            await super().startup(sockets)
+            _, port, *_ = self.servers[0].sockets[0].getsockname()
+            shown = f"http://{host}:{port}/" + ("" if token is None else "?token=...")
+            console.print(f"Serving at {escape(shown)}; Ctrl-C ends it.", highlight=False, soft_wrap=True)
+
+    with suppress(KeyboardInterrupt):
+        Server(uvicorn.Config(app, host=host, port=port, log_level="warning")).run()
     console.print("Stopped.")
