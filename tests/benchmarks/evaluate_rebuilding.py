@@ -38,28 +38,20 @@ WHAT = ("reconstruction", "autoencoder", "perfect repair")
 
 
 @torch.no_grad()
-def rebuild(
-    pipeline: DiADPipeline, images: torch.Tensor, good: torch.Tensor, first: int, seed: int
-) -> dict[str, torch.Tensor]:
-    """Reconstructions of images, and what the autoencoder alone makes of them and of the good ones.
+def rebuild(pipeline: DiADPipeline, images: torch.Tensor, first: int, seed: int) -> torch.Tensor:
+    """Reconstructions of images, both (N, 3, R, R) in [0, 1]."""
+    generators = [image_generator(seed, first + i) for i in range(len(images))]
+    rebuilt = pipeline.reconstruct(images.to(pipeline.device) * 2.0 - 1.0, generators)
+    return (rebuilt / 2.0 + 0.5).clamp(0.0, 1.0).cpu()
 
-    All (N, 3, R, R) in [0, 1].
-    """
+
+@torch.no_grad()
+def decode_encoded(pipeline: DiADPipeline, images: torch.Tensor) -> torch.Tensor:
+    """What the autoencoder alone makes of images, both (N, 3, R, R) in [0, 1]."""
     statistics = (pipeline.config.image_mean, pipeline.config.image_std)
-    pixel_values = images.to(pipeline.device) * 2.0 - 1.0
-
-    def decoded(values: torch.Tensor) -> torch.Tensor:
-        latents = pipeline.encode(normalize_images(values, *statistics))
-        return denormalize_images(pipeline.decode(latents), *statistics)
-
-    made = {
-        "reconstruction": pipeline.reconstruct(
-            pixel_values, [image_generator(seed, first + i) for i in range(len(images))]
-        ),
-        "autoencoder": decoded(pixel_values),
-        "perfect repair": decoded(good.to(pipeline.device) * 2.0 - 1.0),
-    }
-    return {name: (one / 2.0 + 0.5).clamp(0.0, 1.0).cpu() for name, one in made.items()}
+    pixel_values = normalize_images(images.to(pipeline.device) * 2.0 - 1.0, *statistics)
+    decoded = denormalize_images(pipeline.decode(pipeline.encode(pixel_values)), *statistics)
+    return (decoded / 2.0 + 0.5).clamp(0.0, 1.0).cpu()
 
 
 def evaluate_category(
@@ -71,22 +63,22 @@ def evaluate_category(
     pictures = [row[0].clamp(0.0, 1.0).permute(1, 2, 0).numpy() for row in rows]
     drawn = list(add_defects(pictures, defects_an_image, seed))
     sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((2, 2)))  # error and pixels, of outside and inside
+    good_images = torch.stack([torch.from_numpy(picture).permute(2, 0, 1) for picture in pictures])
+    repaired = torch.cat([decode_encoded(pipeline, few) for few in good_images.split(BATCH_SIZE)])
     shown = []
     for start in range(0, len(drawn), BATCH_SIZE):
         batch = drawn[start : start + BATCH_SIZE]
         images = torch.stack([torch.from_numpy(defect.image).permute(2, 0, 1) for _, defect in batch])
-        good_images = torch.stack([torch.from_numpy(pictures[number]).permute(2, 0, 1) for number, _ in batch])
-        made = rebuild(pipeline, images, good_images, start, seed)
-        rebuilt = made["reconstruction"]
-        for i, (_, defect) in enumerate(batch):
-            for what, others in made.items():
-                error = (others[i] - images[i]).abs().mean(dim=0).numpy()  # (R, R)
+        rebuilt, decoded = rebuild(pipeline, images, start, seed), decode_encoded(pipeline, images)
+        for i, (number, defect) in enumerate(batch):
+            for what, other in zip(WHAT, (rebuilt[i], decoded[i], repaired[number]), strict=True):
+                error = (other - images[i]).abs().mean(dim=0).numpy()  # (R, R)
                 for name in (what, f"{what} {defect.kind}"):
                     for inside in (0, 1):
                         chosen = error[defect.mask == bool(inside)]
                         sums[name][:, inside] += chosen.sum(), chosen.size
             if len(shown) < NUM_ROWS:
-                row = (good_images[i], images[i], rebuilt[i])
+                row = (good_images[number], images[i], rebuilt[i])
                 error_map = heat_map((rebuilt[i] - images[i]).abs().mean(dim=0))
                 shown.append([*(to_uint8(picture * 2.0 - 1.0) for picture in row), error_map])
     save_rows(shown, sheet, ["good", "with a defect", "reconstruction", "error"])
