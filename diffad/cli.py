@@ -26,7 +26,6 @@ from diffad.command_options import (
     ModelOrFile,
     OnBadImage,
     PartPattern,
-    Seed,
 )
 from diffad.line_commands import drift, serve, update, watch
 from diffad.model_commands import convert, export, push
@@ -232,7 +231,6 @@ def evaluate(
     category: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one; may be repeated.")] = None,
     on_bad_image: BadImages = OnBadImage.error,
     batch_size: BatchSize = 16,
-    seed: Seed = 0,
 ) -> None:
     """The field's metrics on a test split, by category, as tables and a page.
 
@@ -241,7 +239,7 @@ def evaluate(
     from diffad.training.evaluate import main as run
 
     flags = ["--model", model, "--data", data, "--output", str(output), "--on_bad_image", on_bad_image.value]
-    flags += ["--batch_size", str(batch_size), "--seed", str(seed)]
+    flags += ["--batch_size", str(batch_size)]
     flags += ["--dataset", dataset] if dataset else []
     run([*flags, *(["--category", *category] if category else [])])
 
@@ -259,7 +257,6 @@ def calibrate(
     on_bad_image: BadImages = OnBadImage.error,
     batch_size: BatchSize = 16,
     device: Device = None,
-    seed: Seed = 0,
     roi: Roi = None,
 ) -> None:
     """Statistics and thresholds from good images that training has not seen.
@@ -267,7 +264,6 @@ def calibrate(
     Of a data set, its train split. Half of the parts set thresholds.
     """
     import numpy as np
-    import torch
 
     from diffad.data import check_part_pattern, halve_parts, load_anomaly_dataset, part_index
     from diffad.data.checks import dataset_value_range, good_of_one_category
@@ -302,7 +298,6 @@ def calibrate(
         false_alarm_rate=false_alarm_rate,
         category=category if len(pipeline.categories) > 1 else None,
         batch_size=batch_size,
-        generator=torch.Generator().manual_seed(seed),
         value_range=None if pipeline.config.value_range is not None else dataset_value_range(good),
         roi=roi,
         leave_one_out=pipeline.scores_features and len(good) < FEW_IMAGES and part_pattern is None,

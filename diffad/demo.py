@@ -25,7 +25,6 @@ from diffad.data import load_anomaly_dataset
 from diffad.evaluation.metrics import AnomalyMetrics
 from diffad.files import write_text_whole
 from diffad.images import image_to_rgb
-from diffad.seeding import image_generator
 from diffad.training import evaluate, train_ddpm
 from diffad.training.checkpoints import list_checkpoints
 from diffad.visualization import overlay, save_rows
@@ -64,7 +63,7 @@ def run_demo(output_dir: str | Path = "runs/demo", max_train_steps: int | None =
     accelerator = Accelerator()  # as training left it
     pipeline.to(accelerator.device)
     test = load_anomaly_dataset("elpv", split="test", category=CATEGORY)
-    result, records, _ = evaluate.evaluate_category(pipeline, test, CATEGORY, accelerator, seed=seed)
+    result, records, _ = evaluate.evaluate_category(pipeline, test, CATEGORY, accelerator)
     for record in records:  # a path on this machine tells another reader nothing
         record["path"] = Path(record["path"]).name
     report = {
@@ -80,7 +79,7 @@ def run_demo(output_dir: str | Path = "runs/demo", max_train_steps: int | None =
         "scores": {CATEGORY: records},
     }
     write_text_whole(output_dir / "report.json", json.dumps(report, indent=2) + "\n")
-    draw_cells(pipeline, test, records, output_dir / "cells.png", seed)
+    draw_cells(pipeline, test, records, output_dir / "cells.png")
     draw_scores(records, float(pipeline.calibration.image_threshold[0]), output_dir / "scores.png")
     for checkpoint in list_checkpoints(output_dir):  # the run is finished: nothing is left to resume
         shutil.rmtree(checkpoint)
@@ -108,7 +107,7 @@ def _resume_flags(output_dir: Path, arguments: list[str]) -> list[str]:
     return ["--resume_from_checkpoint", "latest"]
 
 
-def draw_cells(pipeline: Any, test: Dataset, records: list[dict[str, Any]], path: Path, seed: int) -> None:
+def draw_cells(pipeline: Any, test: Dataset, records: list[dict[str, Any]], path: Path) -> None:
     """Cells above their maps: the highest and the lowest scores of either kind, so that the errors show too."""
     order = np.argsort([record["score"] for record in records])
     labels = np.asarray([record["label"] for record in records])
@@ -123,8 +122,7 @@ def draw_cells(pipeline: Any, test: Dataset, records: list[dict[str, Any]], path
     threshold = float(pipeline.calibration.pixel_threshold[0])
     for name, indices in groups.items():
         cells = [image_to_rgb(test[int(i)]["image"]) for i in indices]
-        generators = [image_generator(seed, int(i)) for i in indices]
-        output = pipeline(cells, generator=generators)
+        output = pipeline(cells)
         pictures = [np.asarray(cell) for cell in cells]
         rows.append(pictures)
         rows.append(

@@ -309,7 +309,7 @@ def _command(report: dict[str, Any], repo_id: str | None) -> str | None:
 def _setting(report: dict[str, Any]) -> str:
     machine = report.get("machine", {})
     parts = [
-        f"seed {report['seed']}" if "seed" in report else None,
+        f"seed {report['seed']}" if report.get("seed") is not None else None,
         f"mixed precision {report['mixed_precision']}" if "mixed_precision" in report else None,
         machine.get("device"),
         f"torch {machine['torch']}" if "torch" in machine else None,

@@ -58,6 +58,8 @@ def check_settings(settings: dict[str, Any], output_dir: Path) -> str | None:
         root = earlier["root"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of diffad's, and would be replaced. Give another `output_dir`.") from error
+    if earlier.get("seed") == "of each event":  # as version 0.1 said it
+        earlier["watched"] = True
     changed = [name for name in settings if settings[name] != earlier.get(name)]
     if changed:
         values = ", ".join(f"{name} {earlier.get(name)} there and {settings[name]} now" for name in changed)

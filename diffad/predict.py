@@ -66,8 +66,8 @@ if TYPE_CHECKING:
 
 __all__ = ["find_images", "predict_files", "score_files"]
 
-# (network inputs, each (R, R', 3) in [0, 1]; places of the images among all) -> an output of arrays or CPU tensors
-Detect: TypeAlias = Callable[[list[Any], list[int]], Any]
+# network inputs, each (R, R', 3) in [0, 1] -> an output of arrays or CPU tensors
+Detect: TypeAlias = Callable[[list[Any]], Any]
 
 
 def predict_files(
@@ -76,7 +76,6 @@ def predict_files(
     output_dir: str | Path,
     batch_size: int = 16,
     category: str | None = None,
-    seed: int = 0,
     num_workers: int = 2,
     report: Callable[[dict[str, Any]], None] = lambda row: None,
     max_pictures: int = 100_000,
@@ -100,7 +99,6 @@ def predict_files(
         batch_size: images in one pass of the networks, at most. All batches have one shape, and the last one is filled
             up, so that no image's numbers depend on where it stands.
         category: of a unified model.
-        seed: the noise of an image follows from this and its place in `paths`.
         num_workers: threads that decode ahead, one batch at most, and write what the batch before has shown; files in
             stores have more.
         report: called with each new row of scores.csv, as a dict; in each process with its own.
@@ -117,13 +115,13 @@ def predict_files(
     Raises:
         ImportError: the package of the output's store is not installed.
         OSError: the disk is full, or the output's store does not take what is written.
-        ValueError: `output_dir` holds results of another calibration, category, seed or manifest, or of images
+        ValueError: `output_dir` holds results of another calibration, category or manifest, or of images
             elsewhere, or files of another program's that would be replaced; or the category is unknown.
         RuntimeError: another process writes to `output_dir`, or one of `accelerator`'s has ended early.
     """
     index = pipeline.category_index(category)
-    settings, threshold = detection_settings(pipeline, category, seed)
-    detect = pipeline_detect(pipeline, category, batch_size, seed)
+    settings, threshold = detection_settings(pipeline, category)
+    detect = pipeline_detect(pipeline, category, batch_size)
     side, at_once = decoding_of(pipeline, batch_size)
     if settings["value_range"] is None:
         settings["value_range"] = on_main(accelerator, lambda: range_of_inputs(paths))
@@ -186,9 +184,9 @@ def same_threads(pipeline: Any, output_dir: Path, accelerator: Accelerator | Non
         torch.set_num_threads(before)
 
 
-def detection_settings(pipeline: Any, category: str | None, seed: int) -> tuple[dict[str, Any], float | None]:
+def detection_settings(pipeline: Any, category: str | None) -> tuple[dict[str, Any], float | None]:
     """What results of a pipeline must agree in to stand in one folder, and its threshold of pixels, if it has one."""
-    settings: dict[str, Any] = {"category": category, "seed": seed, "calibration": None}
+    settings: dict[str, Any] = {"category": category, "calibration": None, "watched": None}
     settings["value_range"] = pipeline.value_range
     if not pipeline.has_thresholds:  # which would tell one model from another
         return settings | {"model": model_digest(pipeline)}, None
@@ -214,19 +212,17 @@ def resizing_of(pipeline: Any, category: str | None) -> Resizing:
     return WITH_TORCH._replace(region=of_category, cell=cell)
 
 
-def pipeline_detect(pipeline: Any, category: str | None, batch_size: int, seed: int) -> Detect:
+def pipeline_detect(pipeline: Any, category: str | None, batch_size: int) -> Detect:
     """A pipeline as `score_files` takes it."""
     if isinstance(pipeline, Runtime):
         index = pipeline.category_index(category)
-        return lambda network_inputs, places: pipeline.run(np.stack(network_inputs), index)
-    from diffad.seeding import image_generator
+        return lambda network_inputs: pipeline.run(np.stack(network_inputs), index)
 
-    def detect(network_inputs: list[Any], places: list[int]) -> Any:
+    def detect(network_inputs: list[Any]) -> Any:
         return pipeline(
             network_inputs,
             batch_size=batch_size,
             match_input_resolution=False,
-            generator=[image_generator(seed, place) for place in places],
             output_type="pt",
             **({"category": category} if category is not None else {}),
         )
@@ -253,9 +249,8 @@ def score_files(
     """`predict_files`, of anything that detects.
 
     Args:
-        detect: from a batch of images (R, R', 3) in [0, 1] and their places in `paths` to an output with `anomaly_map`
-            (N, h, w) and `anomaly_score` (N,) and, unless `threshold` is None, `anomaly_mask`,
-            `p_value` and `is_anomalous`.
+        detect: from a batch of images (R, R', 3) in [0, 1] to an output with `anomaly_map` (N, h, w) and
+            `anomaly_score` (N,) and, unless `threshold` is None, `anomaly_mask`, `p_value` and `is_anomalous`.
         side: of the networks' images, in pixels, or height and width; None hands `detect` the images as they are.
         threshold: of a map's pixels; None gives no masks and no verdicts.
         settings: what later runs into the same folder must agree in; `value_range`, which may be None or missing, is
@@ -318,10 +313,10 @@ def score_files(
             good = [(place, decoded) for place, _, decoded in batch if isinstance(decoded, Decoded)]
             if not good:
                 return None
-            slots = [good[0]] * shape
+            slots = [good[0][1]] * shape
             for place, decoded in good:
-                slots[place % shape] = (place, decoded)
-            return detect([decoded.network_input for _, decoded in slots], [place for place, _ in slots])
+                slots[place % shape] = decoded
+            return detect([decoded.network_input for decoded in slots])
 
         # 2. This process's share, batch by batch; a row is in its journals once its files are written
         counts: Counter[str] = Counter()

@@ -25,7 +25,10 @@ def image_generator(seed: int, index: int) -> torch.Generator:
 
 
 def model_noise() -> torch.Generator:
-    """Where a call names no generator, and in an exported graph: each image's own, and the same for all of them."""
+    """Of the noise that a model has: in calibrations and calls that name no generator, and in exported graphs.
+
+    It is the same for every image, so calls repeat and equal the graph, and statistics of good images know it.
+    """
     return torch.Generator().manual_seed(0)
 
 
@@ -37,11 +40,11 @@ def image_seeds(generator: torch.Generator | None, num_images: int) -> list[int]
 
 def image_generators(
     generator: torch.Generator | Sequence[torch.Generator | None] | None, num_images: int
-) -> list[torch.Generator]:
-    """A generator for each image: those given, or of a seed from the one given."""
-    given = generator if isinstance(generator, (list, tuple)) else [None] * num_images
-    seeds = image_seeds(generator if isinstance(generator, torch.Generator) else None, num_images)
-    return [g or torch.Generator().manual_seed(seed) for g, seed in zip(given, seeds, strict=True)]
+) -> list[torch.Generator | None]:
+    """A generator for each image: those given, or of seeds from the one given. None stays, for the model's noise."""
+    if isinstance(generator, torch.Generator):
+        return [torch.Generator().manual_seed(seed) for seed in image_seeds(generator, num_images)]
+    return [None] * num_images if generator is None else list(generator)
 
 
 def draw_noise(
@@ -49,7 +52,8 @@ def draw_noise(
 ) -> torch.Tensor:
     """Standard normal noise (N, *shape) float32 on `device`: each image's from its own generator, in their order.
 
-    Nothing but an image's generator decides its noise: neither the batch nor, where generators lie on the CPU, the
-    device.
+    None is `model_noise`. Nothing but an image's generator decides its noise: neither the batch nor, where generators
+    lie on the CPU, the device.
     """
-    return torch.stack([randn_tensor(tuple(shape), generator=g, device=torch.device(device)) for g in generators])
+    drawing = [one or model_noise() for one in generators]
+    return torch.stack([randn_tensor(tuple(shape), generator=g, device=torch.device(device)) for g in drawing])

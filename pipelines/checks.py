@@ -223,8 +223,9 @@ def check_calibration(
     names: Sequence[str],
     precision: str,
     settings: dict[str, Any],
+    own_noise: bool = True,
 ) -> None:
-    """Warns, once, where there is no calibration, or one of another precision or of other settings.
+    """Warns, once, where there is no calibration, or one of another precision, of other settings or of other noise.
 
     Raises:
         ValueError: a category of the images is not calibrated.
@@ -233,6 +234,7 @@ def check_calibration(
         calibration.check_category(category, names)
         calibration.warn_of_precision(precision)
         calibration.warn_of_settings(settings)
+        calibration.warn_of_noise(own_noise)
         return
     warn_once(
         "This pipeline is not calibrated: maps and scores are raw, and anomaly_mask, is_anomalous and p_value "

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from diffad.calibration.category_features import mean_features, nearest_category
 from diffad.calibration.fitting import CalibrationFit, ScoreFunctions
-from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.calibration.score_calibration import OWN_NOISE, ScoreCalibration
 from diffad.grey_depth import warn_of_found_range
 from diffad.images import ImageSequence, as_size, common_value_range, images_to_pixel_values, resize_images
 from diffad.moments import FeatureMoments
@@ -61,7 +61,7 @@ class DetectionPipeline(AnomalyPipeline):
         generators: Sequence[torch.Generator | None],
         region: torch.Tensor | None = None,
     ) -> Measurement:
-        """What the networks say of images (3, H_i, W_i) in [0, 1], whose noise comes from a generator each.
+        """What the networks say of images (3, H_i, W_i) in [0, 1], with noise by a generator each or the model's.
 
         `region` is that of each category, (K, h, w) bool, outside of which pixels are hidden.
         """
@@ -134,7 +134,8 @@ class DetectionPipeline(AnomalyPipeline):
                 (0, 1); `diffad.calibration.conformal.false_alarm_bound` says what one set keeps with a confidence.
             category: which category the images are of, in a unified model; the others keep what they have.
             batch_size: images in a batch.
-            generator: makes the calibration repeatable. Each image has noise of its own, whatever the batch.
+            generator: of noise of each image's own, whatever the batch. None measures all with the model's noise, as
+                calls do that name none.
             accelerator: shares the images among its processes; each ends with the same calibration.
             leave_one_out: for few images and a pipeline without a denoiser. All of `images` serve statistics and
                 thresholds: each is scored by the Gaussian of the others, which is a little further from it than that of
@@ -199,7 +200,7 @@ class DetectionPipeline(AnomalyPipeline):
                 "accelerator": accelerator,
                 "value_range": found,
             }
-            options |= {"region": region, "smallest_area": smallest_area}
+            options |= {"region": region, "smallest_area": smallest_area, "own_noise": generator is None}
             calibrate_large(self, shown, held_out, index, generators, batch_size, **options)
             self.maybe_free_model_hooks()
             self._keep_category_moments(index, moments)
@@ -207,7 +208,15 @@ class DetectionPipeline(AnomalyPipeline):
         if leave_one_out and len(images) >= FEWEST_IMAGES:
             num_scores = len(images)
         fit = self.calibration_fit(
-            index, num_scores, false_alarm_rate, accelerator, found, leave_one_out, smallest_area, region=region
+            index,
+            num_scores,
+            false_alarm_rate,
+            accelerator,
+            found,
+            leave_one_out,
+            smallest_area,
+            region=region,
+            own_noise=generator is None,
         )
         for learn, part, indices in (
             (fit.add_statistics, statistics_images, for_statistics),
@@ -365,14 +374,17 @@ class DetectionPipeline(AnomalyPipeline):
         region: torch.Tensor | None = None,
         place_shape: tuple[int, int] | None = None,
         feature_moments: FeatureMoments | None = None,
+        own_noise: bool = True,
     ) -> CalibrationFit:
         """A fit of this pipeline's calibration for one category, which has seen nothing yet; arguments as there.
 
         `of_tiles`: of its `tile_calibration` instead, whose `place_shape` is `ScoreCalibration`'s; `region`: of each
-        category, (K, h, w) bool; `feature_moments`: as of `CalibrationFit`.
+        category, (K, h, w) bool; `feature_moments`: as of `CalibrationFit`; `own_noise`: whether measurements have the
+        model's noise.
         """
         names = set(setting_names(type(self))) - {"contrast"}  # which moves no score
         settings = {name: value for name, value in self.config.items() if name in names}
+        settings[OWN_NOISE] = own_noise or self.scores_features
         return CalibrationFit(
             ScoreFunctions(self.score_maps, self.join_maps, self.image_scores),
             category,
@@ -401,14 +413,14 @@ class DetectionPipeline(AnomalyPipeline):
         indices: Sequence[int],
         category: int,
         batch_size: int,
-        generators: Sequence[torch.Generator],
+        generators: Sequence[torch.Generator | None],
         accelerator: Accelerator | None,
         value_range: float | None,
         region: torch.Tensor | None = None,
     ) -> Iterator[Measurement]:
         """Measurements of this process's share of the images at `indices`, batch by batch.
 
-        Each index has a generator. Where the process has no share, measurements of no images.
+        Each index has a generator, or None. Where the process has no share, measurements of no images.
         """
         mine = process_share(len(indices), accelerator)
         chosen = mine or range(1)  # whose measurement tells the shapes

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from diffad.images import ImageInput, ImageSequence, as_size, images_to_pixel_values
 from diffad.region_of_interest import hide_outside, inside_region
 from diffad.scoring import outline_by_positions
-from diffad.seeding import model_noise
 
 if TYPE_CHECKING:
     from diffad.pipelines.pipeline_anomaly_denoise import AnomalyDenoisePipeline
@@ -76,7 +75,7 @@ def explain(
 
     # 1. The maps (1, S, H, W), the joined map and its peak
     of_category = torch.full((1,), index, device=pipeline._execution_device)
-    measurement = pipeline.measure_images(images, of_category, [generator or model_noise()], pipeline.region)
+    measurement = pipeline.measure_images(images, of_category, [generator], pipeline.region)
     calibration = pipeline.calibration
     maps = pipeline.score_maps(measurement, of_category, calibration)
     joined = pipeline.join_maps(maps, of_category, calibration)  # (1, H, W)

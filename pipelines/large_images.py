@@ -58,7 +58,8 @@ class LargeImage(NamedTuple):
     Attributes:
         pixels: a PIL image, upright, or a tensor (3, H, W) in [0, 1].
         category: its index.
-        generator: of its noise, first that of the whole, then that of the tiles in their order.
+        generator: of its noise, first that of the whole, then that of the tiles in their order; None gives each
+            view the model's own.
         batch_size: tiles in one pass of the networks.
         value_range: of images of more than 8 bits.
         region: of each category, (K, h, w) bool; None where all pixels count.
@@ -163,13 +164,14 @@ def calibrate_large(
     statistics: ImageSequence,
     held_out: ImageSequence,
     category: int,
-    generators: Sequence[torch.Generator],
+    generators: Sequence[torch.Generator | None],
     batch_size: int,
     false_alarm_rate: float,
     accelerator: Accelerator | None,
     value_range: float | None,
     region: torch.Tensor | None,
     smallest_area: float,
+    own_noise: bool,
 ) -> None:
     """Gives a pipeline the calibrations of whole images and of tiles, and thresholds of both together.
 
@@ -180,8 +182,9 @@ def calibrate_large(
         generators: of the noise of the statistics' images, then of the others.
         batch_size, false_alarm_rate, accelerator, value_range, region, smallest_area: as of
             `DetectionPipeline.calibrate`.
+        own_noise: whether the generators are None.
     """
-    options: dict[str, Any] = {"accelerator": accelerator, "value_range": value_range}
+    options: dict[str, Any] = {"accelerator": accelerator, "value_range": value_range, "own_noise": own_noise}
     of_image: dict[str, Any] = {"smallest_area": smallest_area, "region": region}
     fit = pipeline.calibration_fit(category, len(held_out), false_alarm_rate, **of_image, **options)
     options["place_shape"] = place_shape(pipeline, statistics)

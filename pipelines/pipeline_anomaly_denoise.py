@@ -57,7 +57,7 @@ from diffad.scoring import (
     suppress_surroundings,
     top_fraction_score,
 )
-from diffad.seeding import draw_noise, model_noise
+from diffad.seeding import draw_noise
 from diffad.tiling import tile_height_and_width
 from diffad.warn_once import warn_once
 
@@ -260,8 +260,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
                 processing resolution, or, where images are looked at in tiles, as they were blended: a pixel for each
                 4 x 4 of what the networks see, all of the first image's size.
             generator: of the noise, one for all images or one each. The noise of an image depends neither on the batch
-                size nor on the images after it. None gives every image the noise of an exported graph, so that calls
-                repeat.
+                size nor on the images after it. None gives every image the model's own, as a calibration and an
+                exported graph do, so that calls repeat.
             output_type: "np", "pt" or "pil".
             return_dict: False returns a tuple of the output's fields.
 
@@ -287,15 +287,15 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             size = size if match_input_resolution else grid_of(self, images.sizes[0])[:2]
         seen = as_size(self.feature_extractor.input_resolution(resolution))
         precision = running_precision(self.measuring_networks, device)
-        check_calibration(calibration, categories, self.categories, precision, self.config)
+        own_noise = not self.runs_denoiser or all(one is None for one in generators)
+        check_calibration(calibration, categories, self.categories, precision, self.config, own_noise)
 
         anomaly_maps, anomaly_scores = [], []
         starts: Any = range(0, len(images), batch_size)
         for start in self.progress_bar(starts) if len(starts) > 1 else starts:
             batch = slice(start, start + batch_size)
-            drawing = [one or model_noise() for one in generators[batch]]
             if self.tile_size is not None:
-                of_tiles = detect_large(self, images[batch], categories[batch], drawing, batch_size, size)
+                of_tiles = detect_large(self, images[batch], categories[batch], generators[batch], batch_size, size)
                 anomaly_maps.append(of_tiles[0])
                 anomaly_scores.append(of_tiles[1])
                 continue
@@ -304,9 +304,9 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             pixel_values = images_to_pixel_values(images[batch], seen).to(device)
             pixel_values = hide_outside(pixel_values, inside_region(self.region, categories[batch], seen))
 
-            # 3. Noise for each of the T levels, each image's from its own generator: (B, T, 3, R, R); T is 0 where no
-            #    denoiser runs
-            noise = draw_noise((self.num_levels, 3, *resolution), drawing, device)
+            # 3. Noise for each of the T levels, the model's own or each image's from its generator: (B, T, 3, R, R);
+            #    T is 0 where no denoiser runs
+            noise = draw_noise((self.num_levels, 3, *resolution), generators[batch], device)
 
             # 4. One pass of the networks: KL (B, T, R, R) of eq. 8, feature residual (B, T, C, h, w) of eq. 10, and
             #    the features themselves, where they count

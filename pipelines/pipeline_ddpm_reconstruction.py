@@ -19,7 +19,7 @@ from diffad.pipelines.base import AnomalyPipeline, register_categories
 from diffad.pipelines.checks import category_indices, check_call, check_callback_inputs, check_value_range
 from diffad.pipelines.output import AnomalyOutput, convert_output
 from diffad.scoring import difference_map, max_score, top_fraction_score
-from diffad.seeding import draw_noise, image_generators
+from diffad.seeding import draw_noise, image_generators, model_noise
 
 
 class DDPMReconstructionPipeline(AnomalyPipeline):
@@ -122,8 +122,8 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
             processing_resolution: side in pixels at which the network sees the images; None takes the pipeline's own.
             match_input_resolution: whether images and maps come at the input's own size, which then must be one for
                 all; else at the processing resolution.
-            generator: makes the call repeatable. The noise of an image depends neither on the batch size nor on the
-                images after it.
+            generator: of the noise, one for all images or one each. The noise of an image depends neither on the batch
+                size nor on the images after it. None gives every image the same, so that calls repeat.
             callback_on_step_end: called after each step of each batch as `callback(pipe, step, timestep, tensors)`.
                 What it returns under "sample" is gone on with.
             callback_on_step_end_tensor_inputs: which tensors it gets: "sample", x_{t-1} (B, 3, R, R).
@@ -153,7 +153,7 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
                 f"`num_inference_steps` must be an integer in [1, {timestep}], the latter being `timestep`, but is "
                 f"{num_inference_steps!r}."
             )
-        generators = image_generators(generator, len(images))
+        generators = [one or model_noise() for one in image_generators(generator, len(images))]
         resolution = as_size(resolution)
         size = images.sizes[0] if match_input_resolution else resolution
         seen = as_size(self.feature_extractor.input_resolution(resolution))

@@ -73,7 +73,7 @@ from diffad.scoring import (
     resize_maps,
     suppress_surroundings,
 )
-from diffad.seeding import draw_noise
+from diffad.seeding import draw_noise, model_noise
 from diffad.tiling import CELL, tile_height_and_width
 
 StepCallback = Callable[["DiADPipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -285,8 +285,10 @@ class DiADPipeline(DetectionPipeline):
             match_input_resolution: whether maps and reconstructions come at the images' own size, which then must be
                 one; else at the processing resolution, or, where images are looked at in tiles, as they were blended: a
                 pixel for each 4 x 4 of what the networks see, all of the first image's size.
-            generator: makes the call repeatable. The noise of an image depends neither on the batch size nor on the
-                images after it. (A scheduler that draws noise at each step needs a list, one for each image.)
+            generator: of the noise, one for all images or one each. The noise of an image depends neither on the batch
+                size nor on the images after it. None gives every image the model's own, as a calibration and an
+                exported graph do, so that calls repeat. (A scheduler that draws noise at each step takes
+                no single one.)
             output_type: "np", "pt" or "pil".
             return_dict: False returns a tuple of the output's fields.
             callback_on_step_end: called after each step of each batch as `callback(pipeline, step, timestep, tensors)`.
@@ -322,7 +324,8 @@ class DiADPipeline(DetectionPipeline):
             size = size if match_input_resolution else grid_of(self, images.sizes[0])[:2]
         statistics = (self.config.image_mean, self.config.image_std)
         precision = running_precision(self.measuring_networks, device)
-        check_calibration(calibration, categories, self.categories, precision, self.config)
+        own_noise = latents is None and all(one is None for one in generators)
+        check_calibration(calibration, categories, self.categories, precision, self.config, own_noise)
 
         anomaly_maps, anomaly_scores, reconstructions = [], [], []
         with self.progress_bar(total=math.ceil(len(images) / batch_size) * steps) as progress:
@@ -429,10 +432,10 @@ class DiADPipeline(DetectionPipeline):
         Args:
             pixel_values: (N, 3, H, W), normalised with `image_mean` and `image_std`; H and W multiples of the
                 autoencoder's factor f.
-            latents: the noise to start from, (N, latent channels, H / f, W / f); None draws it.
+            latents: the noise to start from, (N, latent channels, H / f, W / f); None draws it with `generator`.
             num_inference_steps: steps from noise; `strength` below 1 leaves the first ones out.
             strength: in (0, 1]; 1 starts from `latents` alone, less from the encoded images with `latents` for noise.
-            generator: one, or one for each image.
+            generator: one, or one for each image; None gives every image the model's own noise.
             callback_on_step_end, callback_on_step_end_tensor_inputs: as in a call.
             report_step: called after each step, for a bar.
 
@@ -447,15 +450,14 @@ class DiADPipeline(DetectionPipeline):
         count, device = pixel_values.shape[0], self._execution_device  # `len` would fix a graph's batch
         latents = check_latents(latents, self.vae, (count, height, width))
         skipped = skipped_steps(num_inference_steps, strength)
-        generators: list[torch.Generator | None] | None = None
-        if isinstance(generator, Sequence):
-            generators = list(generator)
-        elif generator is not None:
-            generators = [generator] * count
-        if generators is not None and len(generators) != count:
-            raise ValueError(
-                f"`generator` lists {len(generators)} generators for {count} images. Pass one, or one each."
-            )
+        generators: list[torch.Generator] = []
+        if not is_exporting():  # a graph has its noise, and its batch no number
+            given = generator if isinstance(generator, Sequence) else [generator] * count
+            if len(given) != count:
+                raise ValueError(
+                    f"`generator` lists {len(given)} generators for {count} images. Pass one, or one each."
+                )
+            generators = [one or model_noise() for one in given]
 
         # b. Timesteps, and x_T or the noised image: (N, C, h, w)
         timesteps = self._traced_timesteps if is_exporting() else self.set_timesteps(num_inference_steps, skipped)
@@ -463,9 +465,7 @@ class DiADPipeline(DetectionPipeline):
         if latents is None:
             factor = self.size_multiple
             latents = draw_noise(
-                (self.vae.config.latent_channels, height // factor, width // factor),
-                generators or [None] * count,
-                device,
+                (self.vae.config.latent_channels, height // factor, width // factor), generators, device
             )
         latents = latents.to(device, torch.float32)
         if skipped:
@@ -482,7 +482,7 @@ class DiADPipeline(DetectionPipeline):
         # d. Reverse process: x_{t-1} of x_t
         options = {}
         takes_generators = "generator" in inspect.signature(self.scheduler.step).parameters
-        if takes_generators and generators is not None and None not in generators:
+        if takes_generators and generators:
             options["generator"] = generators
         for step, timestep in enumerate(timesteps):
             if self.interrupt:
@@ -523,7 +523,8 @@ class DiADPipeline(DetectionPipeline):
     ) -> torch.Tensor:
         """The parts as they should be, both (N, 3, R, R) in [-1, 1]; the result is not clamped. Steps 3 and 4.
 
-        The noise to start from is drawn by `generators`, one for each image, or given: (N, *noise_shape).
+        The noise to start from is drawn by `generators`, one for each image, or given, (N, *noise_shape), or
+        the model's own.
         """
         statistics = (self.config.image_mean, self.config.image_std)
         latents = self.denoise(

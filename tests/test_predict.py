@@ -22,7 +22,6 @@ from diffad.decoding import decoded_batches
 from diffad.images import image_to_rgb
 from diffad.journal import distinct_inputs
 from diffad.predict import find_images, predict_files
-from diffad.seeding import image_generator
 
 
 def read_scores(folder: Path) -> list[dict[str, str]]:
@@ -69,7 +68,7 @@ def test_scores_are_those_of_the_pipeline_and_do_not_depend_on_the_batch(calibra
         predict_files(calibrated, paths, tmp_path / str(batch_size), batch_size=batch_size)
     one, three = (np.array([float(r["score"]) for r in read_scores(tmp_path / b)]) for b in ("1", "3"))
     np.testing.assert_allclose(one, three, rtol=1e-3)
-    direct = [calibrated(str(p), generator=image_generator(0, i)) for i, p in enumerate(paths)]
+    direct = [calibrated(str(path)) for path in paths]
     np.testing.assert_allclose(one, [out.anomaly_score[0] for out in direct], rtol=1e-3)
     row = read_scores(tmp_path / "1")[5]
     low, high = float(row["map_low"]), float(row["map_high"])
@@ -157,14 +156,12 @@ def test_two_inputs_never_share_their_pictures(calibrated, tmp_path):
         predict_files(calibrated, find_images([other]), tmp_path / "out")
 
 
-def test_results_of_another_calibration_or_seed_are_not_taken_for_these(calibrated, tmp_path):
+def test_results_of_another_calibration_are_not_taken_for_these(calibrated, tmp_path):
     paths = find_images([write_folder(tmp_path / "parts", 2)])
     predict_files(calibrated, paths, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"out holds results of another seed.*`output_dir`"):
-        predict_files(calibrated, paths, tmp_path / "out", seed=1)
     other = tiny_pipeline()
     other.calibrate(textures(12, first_seed=40), false_alarm_rate=0.25)
-    with pytest.raises(ValueError, match="another calibration"):
+    with pytest.raises(ValueError, match=r"out holds results of another calibration.*`output_dir`"):
         predict_files(other, paths, tmp_path / "out")
     assert predict_files(calibrated, paths, tmp_path / "out")["skipped"] == 2
     (tmp_path / "file").touch()
@@ -240,7 +237,7 @@ def test_a_large_image_has_maps_and_masks_of_its_own_size_and_a_smaller_overlay(
     grey.save(tmp_path / "parts" / "large.jpg", quality=85)
     paths = find_images([tmp_path / "parts"])
     predict_files(calibrated, paths, tmp_path / "out", num_workers=1)
-    output = calibrated(paths, generator=image_generator(0, 0))
+    output = calibrated(paths)
     (row,) = read_scores(tmp_path / "out")
     low, high = float(row["map_low"]), float(row["map_high"])
     stored = np.asarray(Image.open(tmp_path / "out" / "maps" / "large.jpg.png")) / 65535 * (high - low) + low

@@ -2,7 +2,7 @@
 
     accelerate launch training/evaluate.py --model runs/mine --data DIR --output report.json
 
-Numbers do not depend on the number of processes: each image draws its noise from its own seed, and metrics are sums.
+Numbers do not depend on the number of processes: noise is the model's, and metrics are sums.
 Beside the report stand its table (.csv, .md), a page to read (.html) and two contact sheets (.png).
 """
 
@@ -34,7 +34,7 @@ from diffad.evaluation.report import (
     with_mean,
 )
 from diffad.precision import PRECISIONS, resolve_precision
-from diffad.training.arguments import POSITIVE, SEED, SHARE, FlagParser, local_path, whole_number
+from diffad.training.arguments import POSITIVE, SHARE, FlagParser, local_path, whole_number
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -72,7 +72,6 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mixed_precision", choices=PRECISIONS, help="auto is bf16 where that is fast, else no (accelerate's setting)"
     )
-    parser.add_argument("--seed", type=SEED, default=0, help="of the noise (0)")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -122,7 +121,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "model": args.model,
         "model_files": fingerprint(args.model),
         "data": args.data,
-        "seed": args.seed,
         "resolution": args.resolution,
         "pro_fpr_limit": args.pro_fpr_limit,
         "mixed_precision": accelerator.mixed_precision,
@@ -139,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     accelerator.wait_for_everyone()  # nobody reads the report after it is written again
 
     # 3. Category by category
-    limits = (args.resolution, args.pro_fpr_limit, args.batch_size, args.seed)
+    limits = (args.resolution, args.pro_fpr_limit, args.batch_size)
     for category in [name for name in tests if name not in report["results"]]:
         images, good = tests[category], goods.get(category)
         with accelerator.autocast():

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
@@ -37,7 +36,6 @@ def finish(
     the held-out ones, which no network has seen. It calibrates in float32, as the saved weights are loaded, whatever
     the precision of training was. `record` goes into `training.json`.
     """
-    generator = torch.Generator().manual_seed(args.seed)
     for category in categories:
 
         def images_of(dataset: Dataset, category: str = category) -> Any:
@@ -51,7 +49,6 @@ def finish(
             statistics_images=statistics["image"],
             false_alarm_rate=args.false_alarm_rate,
             category=category if len(categories) > 1 else None,
-            generator=generator,
             accelerator=accelerator,
             roi=args.roi,
         )
@@ -72,7 +69,7 @@ def save_examples(pipeline: Any, held_out: Dataset, args: argparse.Namespace) ->
         image = held_out[i]["image"]
         picture = np.asarray(image_to_rgb(image, pipeline.value_range))
         category = held_out[i]["category"] if len(pipeline.categories) > 1 else None
-        output = pipeline(image, category=category, generator=torch.Generator().manual_seed(args.seed))
+        output = pipeline(image, category=category)
         threshold, mask = None, None
         if pipeline.has_thresholds:
             threshold = float(pipeline.calibration.pixel_threshold[pipeline.category_index(category)])

@@ -45,7 +45,7 @@ from diffad.precision import resolve_precision
 from diffad.process_share import process_share
 from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import draw_noise, image_generator
-from diffad.training.arguments import POSITIVE, FlagParser, local_path
+from diffad.training.arguments import POSITIVE, SEED, FlagParser, local_path
 from diffad.training.evaluate import add_evaluation_arguments
 
 TABLES = files("diffad.training") / "configs" / "tables"
@@ -86,6 +86,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_statistics_images", type=POSITIVE, default=512, help="good images of a calibration (512)"
     )
+    parser.add_argument("--seed", type=SEED, default=0, help="of each image's noise, and of training (0)")
     return parser
 
 
@@ -277,7 +278,7 @@ def evaluate_rows(
     """
     limits = (args.resolution, args.pro_fpr_limit, args.batch_size)
     if "baseline" in rows[0]:
-        result = evaluate_baseline(rows[0]["baseline"], model, good, images, category, accelerator, *limits, args.seed)
+        result = evaluate_baseline(rows[0]["baseline"], model, good, images, category, accelerator, *limits)
         return [result] * len(rows)
     pipelines = [row_pipeline(model, row, accelerator.device) for row in rows]
     index = category_index(model, category)

@@ -30,6 +30,7 @@ from diffad.warn_once import warn_once
 
 # what an earlier version did, which had no such setting to record
 BEFORE_RECORDED = {"position_trust": 1.0, "weights": None}
+OWN_NOISE = "own_noise"  # beside the settings: whether statistics were taken with the model's noise
 
 
 class ScoreCalibration(ModelMixin, ConfigMixin):
@@ -410,6 +411,15 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 f"This pipeline was calibrated in {self.config.precision} and runs in {precision}, which moves scores: "
                 "by about a tenth of their deviation between float32 and bfloat16. The stated false-alarm rate then "
                 f"holds no longer. Run it in {self.config.precision}, or calibrate it in {precision}."
+            )
+
+    def warn_of_noise(self, own_noise: bool) -> None:
+        """Warns, once, where images get noise that is not the model's, which the statistics know."""
+        if not own_noise and (self.config.settings or {}).get(OWN_NOISE):
+            warn_once(
+                "This pipeline was calibrated with its own noise, and the call has other noise: scores of good images "
+                "are higher, and more of them raise an alarm than stated. Leave out `generator` and `latents`, or "
+                "calibrate it with a `generator`."
             )
 
     @property

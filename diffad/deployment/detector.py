@@ -61,7 +61,7 @@ class Finding(NamedTuple):
 class Detector:
     """Runs a pipeline over images from any number of threads, in batches, and tests for drift on the way.
 
-    Equal images have equal results, whatever they are batched with: noise is that of one seed.
+    Equal images have equal results, whatever they are batched with: noise is the model's.
 
     Args:
         pipeline: an anomaly pipeline, or a `Runtime`.
@@ -98,7 +98,7 @@ class Detector:
                 )
             self.drift = DriftTest(scores, calibration.false_alarm_rate)
         self.resizing = resizing_of(pipeline, category)
-        self.detect = pipeline_detect(pipeline, category, batch_size, seed=0)
+        self.detect = pipeline_detect(pipeline, category, batch_size)
         self.running = threading.Lock()  # the networks
         self.decoding = threading.Semaphore(4)  # images in memory as they are decoded
         # tiles fill a batch by themselves; of several large images, those before one that fails would count twice
@@ -143,10 +143,8 @@ class Detector:
         """What the peak of an image's map is made of; None where the pipeline cannot tell."""
         if not hasattr(self.pipeline, "explain") or not self.pipeline.has_thresholds or self.pipeline.tile_size:
             return None
-        from diffad.seeding import image_generator  # torch's, which an exported model does without
-
         with self.running:
-            return self.pipeline.explain(sent.network_input, category=self.category, generator=image_generator(0, 0))
+            return self.pipeline.explain(sent.network_input, category=self.category)
 
     def map_at(self, finding: Finding, sent: Sent, size: tuple[int, int]) -> np.ndarray:
         """A finding's map at a size of the image's, (H, W) float32."""
@@ -169,7 +167,7 @@ class Detector:
 
     def _find(self, images: list[Any]) -> list[Finding]:
         with self.running:
-            output = self.detect(images, [0] * len(images))
+            output = self.detect(images)
         findings = []
         for i in range(len(images)):
             score = float(output.anomaly_score[i])

@@ -212,10 +212,10 @@ def watch_folder(
     check_output(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     index = pipeline.category_index(category)
-    settings, threshold = detection_settings(pipeline, category, 0)
-    settings["seed"] = "of each event"
+    settings, threshold = detection_settings(pipeline, category)
+    settings["watched"] = True
     smallest_area = settings.get("smallest_area") or 0.0
-    detect = pipeline_detect(pipeline, category, batch_size, 0)
+    detect = pipeline_detect(pipeline, category, batch_size)
     side, at_once = decoding_of(pipeline, batch_size)
     resizing = resizing_of(pipeline, category)
     with locked_folder(output_dir, LOCK_NAME):
@@ -286,9 +286,9 @@ def _score(
             files.note(one.path)
         elif isinstance(decoded, Decoded) or not files.wait_longer(one):
             kept.append((number, one, decoded))
-    good = [(number, decoded) for number, _, decoded in kept if isinstance(decoded, Decoded)]
+    good = [decoded for _, _, decoded in kept if isinstance(decoded, Decoded)]
     if good:
-        output = detect([decoded.network_input for _, decoded in good], [number for number, _ in good])
+        output = detect([decoded.network_input for decoded in good])
     rows: list[Any] = []
     j = 0
     for _, one, decoded in kept:

@@ -61,7 +61,6 @@ def evaluate_baseline(
     resolution: int = 256,
     pro_fpr_limit: float = 0.3,
     batch_size: int = 16,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Evaluates what users would take otherwise, on the same images.
 
@@ -69,8 +68,7 @@ def evaluate_baseline(
         name: "padim", or "ddpm": the plain DDPM of an AnomalyDenoise pipeline, noised to t = 250 and denoised in 50
             DDIM steps.
         good: training images of the category, for PaDiM.
-        pipeline, images, category, accelerator, resolution, pro_fpr_limit, batch_size, seed: as of
-            `evaluate_category`.
+        pipeline, images, category, accelerator, resolution, pro_fpr_limit, batch_size: as of `evaluate_category`.
 
     Returns:
         As of `Evaluation.result`; empty for PaDiM with fewer than two good images, as a covariance takes two.
@@ -90,7 +88,7 @@ def evaluate_baseline(
         ddpm.register_modules(scheduler=DDIMScheduler.from_config(pipeline.scheduler.config))
 
         def detect(pictures: list[Any], indices: list[int]) -> list[Any]:
-            return [ddpm(pictures, **call_arguments(pipeline, category, indices, seed))]
+            return [ddpm(pictures, **call_arguments(pipeline, category, len(pictures)))]
 
     title = f"{BASELINE_TITLES[name]}: {category}"
     return evaluate_detectors(detect, 1, images, title, accelerator, resolution, pro_fpr_limit, batch_size)[0].result

@@ -79,7 +79,6 @@ def draw_cases(
     images: Dataset,
     records: Sequence[dict[str, Any]],
     category: str,
-    seed: int,
 ) -> list[Case]:
     """The images with the highest and the lowest scores of either kind, beside their maps and the defects' outlines.
 
@@ -89,7 +88,7 @@ def draw_cases(
     cases = []
     for title, indices in choose_cases(records).items():
         rows = [images[i] for i in indices]
-        output = call_for(pipeline, [row["image"] for row in rows], category, indices, seed)
+        output = call_for(pipeline, [row["image"] for row in rows], category)
         for position, (i, row) in enumerate(zip(indices, rows, strict=True)):
             drawn = draw_case(row, output, position, threshold)
             columns = 2 if output.reconstruction is None else 3

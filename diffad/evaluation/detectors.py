@@ -29,7 +29,6 @@ from diffad.evaluation.metrics import AnomalyMetrics
 from diffad.files import bounded_name, write_whole
 from diffad.images import resize_images
 from diffad.journal import name_pictures
-from diffad.seeding import image_generator
 
 
 class Evaluation(NamedTuple):
@@ -53,39 +52,34 @@ def evaluate_category(
     resolution: int = 256,
     pro_fpr_limit: float = 0.3,
     batch_size: int = 16,
-    seed: int = 0,
     save_maps: str | Path | None = None,
 ) -> Evaluation:
-    """Evaluates a pipeline on one category's test images; the noise of each image follows from `seed` and its place."""
+    """Evaluates a pipeline on one category's test images."""
 
     def detect(pictures: list[Any], indices: list[int]) -> list[AnomalyOutput]:
-        return [call_for(pipeline, pictures, category, indices, seed)]
+        return [call_for(pipeline, pictures, category)]
 
     return evaluate_detectors(
         detect, 1, images, category, accelerator, resolution, pro_fpr_limit, batch_size, save_maps
     )[0]
 
 
-def call_for(pipeline: Any, pictures: list[Any], category: str, indices: Sequence[int], seed: int) -> AnomalyOutput:
-    """What a pipeline says of test images of one category, `call_arguments`; or a `Runtime`, whose noise is its own."""
+def call_for(pipeline: Any, pictures: list[Any], category: str) -> AnomalyOutput:
+    """What a pipeline says of test images of one category, `call_arguments`; or a `Runtime`."""
     if not isinstance(pipeline, Runtime):
-        return pipeline(pictures, **call_arguments(pipeline, category, indices, seed))
-    output = pipeline(pictures, category_index(pipeline, category), len(indices), match_input_resolution=False)
+        return pipeline(pictures, **call_arguments(pipeline, category, len(pictures)))
+    output = pipeline(pictures, category_index(pipeline, category), len(pictures), match_input_resolution=False)
     found = {name: getattr(output, name) for name in OUTPUTS}
     values: dict[str, Any] = {n: None if one is None else torch.from_numpy(one) for n, one in found.items()}
     return AnomalyOutput(**values)
 
 
-def call_arguments(pipeline: Any, category: str, indices: Sequence[int], seed: int) -> dict[str, Any]:
-    """What a pipeline is called with for test images of one category, `indices` being their places in it.
-
-    Maps come as tensors at the processing resolution, and noise follows from the seed and the place alone.
-    """
+def call_arguments(pipeline: Any, category: str, batch_size: int) -> dict[str, Any]:
+    """What a pipeline is called with for test images of one category: maps as tensors at the processing resolution."""
     return {
         "category": category_index(pipeline, category),
-        "batch_size": len(indices),
+        "batch_size": batch_size,
         "match_input_resolution": False,
-        "generator": [image_generator(seed, i) for i in indices],
         "output_type": "pt",
     }
 

@@ -25,7 +25,7 @@ from diffad.evaluation.page import render_report_page
 from diffad.files import write_text_whole
 
 # what a report must agree in with the one that it goes on with
-SETTINGS = ("model", "model_files", "data", "seed", "resolution", "pro_fpr_limit", "mixed_precision")
+SETTINGS = ("model", "model_files", "data", "resolution", "pro_fpr_limit", "mixed_precision")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -134,7 +134,7 @@ def take_up_report(report: dict[str, Any], path: Path, categories: Collection[st
 def save_page(report: dict[str, Any], pipeline: Any, images: dict[str, Dataset], path: Path) -> None:
     """Writes the page (.html), with pictures of the cases that tell most, and their contact sheets beside `path`."""
     cases = {
-        category: draw_cases(pipeline, images[category], records, category, report["seed"])
+        category: draw_cases(pipeline, images[category], records, category)
         for category, records in report["scores"].items()
     }
     write_files(path, {".html": render_report_page(report, report["curves"], cases)})

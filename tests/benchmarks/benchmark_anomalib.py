@@ -120,9 +120,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             calls[title] = lambda image, graph=graph: graph(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
     for file in args.files:
         runtime = Runtime(file)
-        detectors[file] = lambda pictures, indices, runtime=runtime: [
-            call_for(runtime, pictures, category, indices, args.seed)
-        ]
+        detectors[file] = lambda pictures, indices, runtime=runtime: [call_for(runtime, pictures, category)]
         calls[file] = runtime.run
 
     results: dict[str, dict[str, Any]] = {}

@@ -251,6 +251,7 @@ def parse_n_features(text: str) -> int | None:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_evaluation_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of channels and coreset (0)")
     size_flag: dict[str, Any] = {"type": POSITIVE, "nargs": "+", "action": OneSideOrTwo}
     parser.add_argument("--models", nargs="+", choices=TITLES, default=list(TITLES), help="(padim patchcore)")
     parser.add_argument(

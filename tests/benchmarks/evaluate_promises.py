@@ -23,7 +23,6 @@ def main() -> None:
     parser.add_argument("model", help="folder or Hub id of a calibrated pipeline")
     parser.add_argument("--data", required=True, help="data set's folder or Hub id, 'elpv' or 'elpv/mono'")
     parser.add_argument("--batch_size", type=int, default=16, help="images a batch (16)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     args = parser.parse_args()
     pipeline = load_pipeline(args.model)
     pipeline.set_progress_bar_config(disable=True)
@@ -32,7 +31,7 @@ def main() -> None:
         pixels, alarms, masks, above = MomentSums(), 0, 0, 0
         for start in range(0, len(good), args.batch_size):
             chosen = list(range(start, min(start + args.batch_size, len(good))))
-            arguments = call_arguments(pipeline, category, chosen, args.seed)
+            arguments = call_arguments(pipeline, category, len(chosen))
             output = pipeline([good[i]["image"] for i in chosen], **arguments)
             pixels.update(output.anomaly_map.flatten())
             threshold = pipeline.calibration.pixel_threshold[arguments["category"]].cpu()

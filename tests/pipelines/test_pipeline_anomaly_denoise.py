@@ -416,6 +416,29 @@ def test_a_generator_makes_a_call_repeatable_to_the_bit(calibrated):
     assert not np.array_equal(calibrated(images, generator=generator(4)).anomaly_map, first.anomaly_map)
 
 
+def test_a_call_without_a_generator_repeats_whatever_else_is_in_it(pipe):
+    pipe.calibrate(textures(12), false_alarm_rate=0.3)
+    together = pipe(textures(4))
+    turned, alone = pipe(textures(4)[::-1], batch_size=3), pipe(texture(2))
+    np.testing.assert_allclose(turned.anomaly_map[::-1], together.anomaly_map, atol=1e-3, rtol=1e-4)
+    np.testing.assert_allclose(alone.anomaly_map[0], together.anomaly_map[2], atol=1e-3, rtol=1e-4)
+
+
+def test_noise_that_the_statistics_do_not_know_warns_once(pipe, caplog):
+    warn_once.cache_clear()
+    pipe.calibrate(textures(12), false_alarm_rate=0.3)
+    pipe(texture(0))
+    assert "calibrated with its own noise" not in caplog.text
+    pipe(textures(2), generator=[generator(), None])
+    pipe(texture(0), generator=generator())
+    assert caplog.text.count("calibrated with its own noise") == 1
+    warn_once.cache_clear()
+    caplog.clear()
+    pipe.calibrate(textures(12), false_alarm_rate=0.3, generator=generator())
+    pipe(texture(0), generator=generator())
+    assert "calibrated with its own noise" not in caplog.text
+
+
 def test_a_generator_an_image_makes_images_independent(calibrated):
     images = textures(4)
     together = calibrated(images, generator=[generator(i) for i in range(4)])
@@ -673,9 +696,9 @@ def test_a_category_is_a_name_or_an_index_for_all_or_each(unified):
 
 
 def test_each_category_keeps_its_calibration(unified):
-    unified.calibrate(textures(9), false_alarm_rate=0.3, category="bottle", batch_size=1, generator=generator())
+    unified.calibrate(textures(9), false_alarm_rate=0.3, category="bottle", batch_size=1)
     bottle = {name: buffer[0].clone() for name, buffer in unified.calibration.named_buffers()}
-    before = unified(textures(2), category="bottle", generator=generator())
+    before = unified(textures(2), category="bottle")
     unified.calibrate([image[::-1] // 2 for image in textures(21)], false_alarm_rate=0.3, category=2, batch_size=1)
     assert unified.calibration.normal_scores.shape == (3, 11)
     for name, buffer in unified.calibration.named_buffers():
@@ -684,7 +707,7 @@ def test_each_category_keeps_its_calibration(unified):
         assert torch.equal(kept, bottle[name]), name
         if not of_images:
             assert not torch.equal(buffer[0], buffer[2]), name
-    assert_same(unified(textures(2), category="bottle", generator=generator()), before)
+    assert_same(unified(textures(2), category="bottle"), before)
     # fewer images than before leave nothing of the earlier ones
     unified.calibrate(textures(9), false_alarm_rate=0.3, category="screw")
     assert int((~unified.calibration.normal_scores[2].isnan()).sum()) == 5

@@ -34,6 +34,7 @@ from diffad.images import denormalize_images, images_to_tensors, normalize_image
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.scoring import cosine_distance_map, gaussian_smooth, max_score
 from diffad.seeding import image_generators
+from diffad.warn_once import warn_once
 
 PROMPT = (5, 12)  # length and width
 SIDE = 16  # pixels; latents are 8 x 8
@@ -278,6 +279,26 @@ def test_a_scheduler_that_draws_noise_takes_the_images_generators():
 
     np.testing.assert_allclose(scores(1), scores(3), rtol=1e-4)
     assert not np.allclose(scores(3), scores(3, first_seed=10), rtol=1e-3)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler])
+def test_thresholds_come_of_the_noise_that_calls_have(scheduler):
+    options = {"clip_sample": False} if scheduler is DDPMScheduler else {}
+    pipe, good = make_pipeline(scheduler=make_scheduler(scheduler, **options)), textures(20)
+    pipe.calibrate(good[12:], good[:12], false_alarm_rate=0.2)
+    scores = pipe(good[12:], batch_size=3).anomaly_score
+    np.testing.assert_allclose(np.sort(scores), pipe.calibration.good_scores(0), rtol=1e-3, atol=1e-3)
+    assert np.array_equal(pipe(good[12]).reconstruction[0], pipe(good[12]).reconstruction[0])
+
+
+def test_noise_that_the_statistics_do_not_know_warns_once(pipe, caplog):
+    warn_once.cache_clear()
+    pipe.calibrate(textures(12), false_alarm_rate=0.3)
+    pipe(texture(0))
+    assert "calibrated with its own noise" not in caplog.text
+    pipe(texture(0), latents=noise()[:1])
+    pipe(texture(0), generator=generator())
+    assert caplog.text.count("calibrated with its own noise") == 1
 
 
 def test_callback_sees_each_step_and_may_change_the_latents(pipe):
