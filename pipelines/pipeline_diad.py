@@ -373,7 +373,7 @@ class DiADPipeline(DetectionPipeline):
 
                 # 9. At the images' own size: (B, H, W) and (B, 3, H, W) in [0, 1]
                 anomaly_maps.append(self.at_size(anomaly_map, size, categories[batch]).cpu())
-                reconstructions.append(resize_images(reconstruction / 2.0 + 0.5, size).clamp(0.0, 1.0).cpu())
+                reconstructions.append(resize_images((reconstruction / 2.0 + 0.5).clamp(0.0, 1.0), size).cpu())
                 if self.interrupt:
                     break
         self.maybe_free_model_hooks()

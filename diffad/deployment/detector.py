@@ -48,7 +48,7 @@ class Finding(NamedTuple):
 
     anomaly_map: (R, R) float32, at the networks' size.
     score, p_value, is_anomalous: as of `AnomalyOutput`; the last two are None without a calibration.
-    reconstruction: (3, R, R) in [0, 1], or None.
+    reconstruction: (R, R, 3) in [0, 1], or None.
     """
 
     anomaly_map: np.ndarray
@@ -168,6 +168,9 @@ class Detector:
     def _find(self, images: list[Any]) -> list[Finding]:
         with self.running:
             output = self.detect(images)
+        pictures = output.reconstruction
+        if pictures is not None and not isinstance(pictures, np.ndarray):
+            pictures = pictures.permute(0, 2, 3, 1)  # (N, R, R, 3)
         findings = []
         for i in range(len(images)):
             score = float(output.anomaly_score[i])
@@ -179,7 +182,7 @@ class Detector:
                     score,
                     None if output.p_value is None else float(output.p_value[i]),
                     None if output.is_anomalous is None else bool(output.is_anomalous[i]),
-                    None if output.reconstruction is None else np.array(output.reconstruction[i]),
+                    None if pictures is None else np.array(pictures[i]),
                 )
             )
         return findings

@@ -46,10 +46,10 @@ def export_pipeline(
 ) -> Path:
     """Writes a pipeline as one file that runs without torch (`diffad.deployment.Runtime`).
 
-    The graph takes `image`, (N, R', R', 3) float32 in [0, 1] of any N, and gives `OUTPUTS`. A unified model's takes
-    `category` as well, an index () of all images. Thresholds are constants; the file's `Metadata` says them, and the
-    good images' scores, from which `Runtime` sets others. A model with a smallest area gives map and score alone, and
-    `Runtime` the rest.
+    The graph takes `image`, (N, R', R', 3) float32 in [0, 1] of any N, and gives `OUTPUTS`, and of DiAD the
+    `reconstruction`, (N, R, R, 3) in [0, 1]. A unified model's takes `category` as well, an index () of all images.
+    Thresholds are constants; the file's `Metadata` says them, and the good images' scores, from which `Runtime` sets
+    others. A model with a smallest area gives map and score alone, and `Runtime` the rest.
 
     Args:
         pipeline: of either method; DiAD's with one of `SCHEDULERS`.
@@ -165,6 +165,7 @@ def describe(pipeline: Any, precision: str, input_type: str = "float32") -> Meta
         score_fraction=pipeline.config.get("score_fraction", 0.0),
         quantization=None,
         contrast=pipeline.config.get("contrast", 0.0),
+        reconstruction=isinstance(pipeline, diffad.DiADPipeline),
         region=None if pipeline.region is None else run_lengths_of(pipeline.region[0].cpu().numpy()),
         **kept_scores(calibration),
     )
@@ -227,7 +228,7 @@ def traced_onnx(graph: InspectionGraph) -> Any:
             program,
             kwargs=inputs,
             input_names=list(inputs),
-            output_names=graph.measured if isinstance(graph, MeasurementGraph) else list(OUTPUTS[: len(outputs)]),
+            output_names=graph.measured if measures else graph.output_names(len(outputs)),
             opset_version=OPSET,
             verbose=False,
         )

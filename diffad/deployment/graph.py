@@ -13,6 +13,7 @@ from diffad.deployment.metadata import OUTPUTS
 from diffad.exporting import is_exporting
 from diffad.image_sizes import as_size
 from diffad.pipelines.output import AnomalyOutput, threshold_output
+from diffad.pipelines.pipeline_diad import DiADPipeline
 from diffad.region_of_interest import hide_outside, inside_region
 from diffad.scoring import Measurement
 from diffad.seeding import draw_noise, model_noise
@@ -70,13 +71,25 @@ class InspectionGraph(nn.Module):
         self.register_buffer("places", places)
         self.eval().requires_grad_(False)
 
-    def measure(self, image: torch.Tensor, category: torch.Tensor) -> Measurement:
-        """What the networks say of images (N, R', R', 3) of the input type, and of categories (N,)."""
+    def measure(self, image: torch.Tensor, category: torch.Tensor) -> tuple[Measurement, list[torch.Tensor]]:
+        """What the networks say of images (N, R', R', 3) of the input type, and of categories (N,).
+
+        And of DiAD the reconstruction, (N, R, R, 3) in [0, 1].
+        """
         if self.input_type == "uint8":
             image = image.float() / 255.0
         pixel_values = hide_outside(image.permute(0, 3, 1, 2) * 2.0 - 1.0, self.shown)  # (N, 3, R', R')
         noise = self.noise.expand(image.shape[0], *self.noise.shape)
-        return self.pipeline.measure(pixel_values, noise, category)
+        if not isinstance(self.pipeline, DiADPipeline):
+            return self.pipeline.measure(pixel_values, noise, category), []
+        reconstruction = self.pipeline.reconstruct(pixel_values, noise=noise)
+        measurement = self.pipeline.compare(pixel_values, reconstruction)
+        return measurement, [(reconstruction / 2.0 + 0.5).clamp(0.0, 1.0).permute(0, 2, 3, 1)]
+
+    def output_names(self, count: int) -> list[str]:
+        """Of the outputs, so many as there are."""
+        pictures = ["reconstruction"] * isinstance(self.pipeline, DiADPipeline)
+        return [*OUTPUTS[: count - len(pictures)], *pictures]
 
     def forward(
         self,
@@ -95,25 +108,26 @@ class InspectionGraph(nn.Module):
             category: a unified model's index (), of all images.
 
         Returns:
-            `OUTPUTS`, as of `AnomalyOutput`; without thresholds the first two.
+            `OUTPUTS`, as of `AnomalyOutput`; without thresholds the first two. Of DiAD, the reconstruction is the last.
         """
         pipeline, calibration = self.pipeline, self.calibration
         index: Any = 0 if category is None else category
         indices = torch.as_tensor(index).expand(image.shape[0])  # (N,)
-        maps = pipeline.score_maps(self.measure(image, indices), index, calibration)  # (N, S, R, R)
+        measurement, pictures = self.measure(image, indices)
+        maps = pipeline.score_maps(measurement, index, calibration)  # (N, S, R, R)
         anomaly_map = pipeline.join_maps(maps, index, calibration)  # (N, R, R)
         if calibration is not None and calibration.smallest_area and is_exporting():
-            return anomaly_map, pipeline.image_scores(anomaly_map)
+            return anomaly_map, pipeline.image_scores(anomaly_map), *pictures
         of_score = anomaly_map if self.inside is None else anomaly_map.flatten(1)[:, self.places][:, None]  # (N, 1, n)
         score = pipeline.image_scores(of_score)  # (N,)
         anomaly_map = pipeline.outline(anomaly_map, self.inside)
         if calibration is None or not calibration.has_thresholds:
-            return anomaly_map, score
+            return anomaly_map, score, *pictures
         thresholds: Any = calibration
         if image_threshold is not None and pixel_threshold is not None and normal_scores is not None:
             thresholds = GraphThresholds(calibration.map_mean, image_threshold, pixel_threshold, normal_scores)
         output = threshold_output(AnomalyOutput(anomaly_map, score), indices, thresholds)
-        return tuple(getattr(output, name) for name in OUTPUTS)
+        return *(getattr(output, name) for name in OUTPUTS), *pictures
 
 
 class MeasurementGraph(InspectionGraph):
@@ -121,7 +135,7 @@ class MeasurementGraph(InspectionGraph):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         """Images (N, R', R', 3) of a model of one category, as of `InspectionGraph`."""
-        measurement = self.measure(image, torch.as_tensor(0).expand(image.shape[0]))
+        measurement, _ = self.measure(image, torch.as_tensor(0).expand(image.shape[0]))
         return tuple(getattr(measurement, name) for name in self.measured)
 
     @property

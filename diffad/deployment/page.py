@@ -10,8 +10,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from diffad.deployment.batching import BusyError
 from diffad.deployment.detector import Detector, Finding, Sent, TooLargeError, found_regions
 from diffad.files import write_whole
@@ -130,7 +128,7 @@ def build_page(detector: Detector, max_bytes: int, collect: Path | None = None) 
         p_value = None if finding.p_value is None else round(finding.p_value, 4)
         history = [*history, [now, name, round(finding.score, 4), p_value, verdict, rate]]
         rebuilt = finding.reconstruction
-        rebuilt = None if rebuilt is None else to_uint8(np.moveaxis(rebuilt, 0, -1))
+        rebuilt = None if rebuilt is None else to_uint8(rebuilt)
         return seen, picture, words, because, rows, rebuilt, history, history, write_history(history)
 
     def move(seen: Seen | None, rate: float | None) -> tuple[Any, ...]:

@@ -37,7 +37,7 @@ class RuntimeOutput:
 
     anomaly_map: np.ndarray
     anomaly_score: np.ndarray
-    reconstruction: None = None
+    reconstruction: np.ndarray | None = None
     anomaly_mask: np.ndarray | None = None
     is_anomalous: np.ndarray | None = None
     p_value: np.ndarray | None = None
@@ -203,7 +203,7 @@ class Runtime:
         order = np.argsort(places)
         values: dict[str, Any] = {
             name: np.concatenate([getattr(one, name) for one in outputs])[order]
-            for name in OUTPUTS
+            for name in (*OUTPUTS, "reconstruction")
             if getattr(outputs[0], name) is not None
         }
         return RuntimeOutput(**values)
@@ -215,14 +215,16 @@ class Runtime:
         inputs = {"image": np.ascontiguousarray(pixels, dtype=self.metadata.input_type)}
         if self.categories:
             inputs["category"] = np.array(category, dtype=np.int64)
-        values: dict[str, Any] = dict(zip(OUTPUTS, self._run(inputs), strict=False))
+        found = self._run(inputs)
+        pictures = found.pop() if self.metadata.reconstruction else None
+        values: dict[str, Any] = dict(zip(OUTPUTS, found, strict=False))
         # no threshold could tell it from a good image's; not every runtime's maximum is NaN where a map's pixel is
         if any(np.isnan(values[name]).any() for name in OUTPUTS[:2]):
             raise ValueError(
                 "Scores are NaN, which is no verdict. Run the networks in float32 (`precision`); where they are, the "
                 "file's weights are damaged: export the model again."
             )
-        output = RuntimeOutput(**values)
+        output = RuntimeOutput(**values, reconstruction=pictures)
         return self._judged(output, category) if self._judges and self.has_thresholds else output
 
     def _judged(self, output: RuntimeOutput, category: int) -> RuntimeOutput:
@@ -245,7 +247,7 @@ class Runtime:
         return RuntimeOutput(
             maps,
             scores,
-            None,
+            output.reconstruction,
             self._masks(maps, is_anomalous, category),
             is_anomalous,
             ((1.0 + at_least) / (1.0 + len(normal))).astype(np.float32),
@@ -277,10 +279,13 @@ class Runtime:
             return output
         inside = self.inside_region(size)
         maps = np.stack([np.where(inside, resize_array(one, size), np.float32(0.0)) for one in output.anomaly_map])
+        pictures = output.reconstruction
+        if pictures is not None:
+            pictures = np.stack([resize_array(one, size) for one in pictures])
         if output.is_anomalous is None:
-            return RuntimeOutput(maps, output.anomaly_score)
+            return RuntimeOutput(maps, output.anomaly_score, pictures)
         mask = self._masks(maps, output.is_anomalous, category)
-        return RuntimeOutput(maps, output.anomaly_score, None, mask, output.is_anomalous, output.p_value)
+        return RuntimeOutput(maps, output.anomaly_score, pictures, mask, output.is_anomalous, output.p_value)
 
 
 def _singles(image: Any, name: str) -> list[Any]:

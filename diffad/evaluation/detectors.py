@@ -71,6 +71,8 @@ def call_for(pipeline: Any, pictures: list[Any], category: str) -> AnomalyOutput
     output = pipeline(pictures, category_index(pipeline, category), len(pictures), match_input_resolution=False)
     found = {name: getattr(output, name) for name in OUTPUTS}
     values: dict[str, Any] = {n: None if one is None else torch.from_numpy(one) for n, one in found.items()}
+    if output.reconstruction is not None:
+        values["reconstruction"] = torch.from_numpy(output.reconstruction).permute(0, 3, 1, 2)  # (N, 3, R, R)
     return AnomalyOutput(**values)
 
 
