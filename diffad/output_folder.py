@@ -58,8 +58,8 @@ def check_settings(settings: dict[str, Any], output_dir: Path) -> str | None:
         root = earlier["root"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of diffad's, and would be replaced. Give another `output_dir`.") from error
-    if earlier.get("seed") == "of each event":  # as version 0.1 said it
-        earlier["watched"] = True
+    # as an earlier version said it
+    earlier.setdefault("command", "watch" if earlier.get("seed") == "of each event" else "predict")
     changed = [name for name in settings if settings[name] != earlier.get(name)]
     if changed:
         values = ", ".join(f"{name} {earlier.get(name)} there and {settings[name]} now" for name in changed)

@@ -186,8 +186,9 @@ def same_threads(pipeline: Any, output_dir: Path, accelerator: Accelerator | Non
 
 def detection_settings(pipeline: Any, category: str | None) -> tuple[dict[str, Any], float | None]:
     """What results of a pipeline must agree in to stand in one folder, and its threshold of pixels, if it has one."""
-    settings: dict[str, Any] = {"category": category, "calibration": None, "watched": None}
+    settings: dict[str, Any] = {"category": category, "calibration": None, "command": "predict"}
     settings["value_range"] = pipeline.value_range
+    settings["noise"] = noise_of(pipeline)
     if not pipeline.has_thresholds:  # which would tell one model from another
         return settings | {"model": model_digest(pipeline)}, None
     index = pipeline.category_index(category)
@@ -195,6 +196,11 @@ def detection_settings(pipeline: Any, category: str | None) -> tuple[dict[str, A
     settings["calibration"] = [float(calibration.image_threshold[index]), float(calibration.pixel_threshold[index])]
     settings["smallest_area"] = calibration.smallest_area or None
     return settings, settings["calibration"][1]
+
+
+def noise_of(pipeline: Any) -> str | None:
+    """Whose noise images get, for records; None where none is drawn, and of a `Runtime`, whose graph has it."""
+    return None if getattr(pipeline, "scores_features", True) else "the model's"
 
 
 def resizing_of(pipeline: Any, category: str | None) -> Resizing:

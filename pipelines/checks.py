@@ -223,9 +223,11 @@ def check_calibration(
     names: Sequence[str],
     precision: str,
     settings: dict[str, Any],
-    own_noise: bool = True,
+    own_noise: bool | None = None,
 ) -> None:
     """Warns, once, where there is no calibration, or one of another precision, of other settings or of other noise.
+
+    `own_noise`: whether images have the model's noise; None where none is drawn.
 
     Raises:
         ValueError: a category of the images is not calibrated.
@@ -234,7 +236,8 @@ def check_calibration(
         calibration.check_category(category, names)
         calibration.warn_of_precision(precision)
         calibration.warn_of_settings(settings)
-        calibration.warn_of_noise(own_noise)
+        if own_noise is not None:
+            calibration.warn_of_noise(own_noise)
         return
     warn_once(
         "This pipeline is not calibrated: maps and scores are raw, and anomaly_mask, is_anomalous and p_value "

@@ -384,7 +384,8 @@ class DetectionPipeline(AnomalyPipeline):
         """
         names = set(setting_names(type(self))) - {"contrast"}  # which moves no score
         settings = {name: value for name, value in self.config.items() if name in names}
-        settings[OWN_NOISE] = own_noise or self.scores_features
+        if not self.scores_features:
+            settings[OWN_NOISE] = own_noise
         return CalibrationFit(
             ScoreFunctions(self.score_maps, self.join_maps, self.image_scores),
             category,

@@ -73,6 +73,9 @@ def explain(
         category = pipeline.recognise(images, 1)[0]
     index = pipeline.category_index(category)
 
+    if pipeline.runs_denoiser:
+        pipeline.calibration.warn_of_noise(own_noise=generator is None)
+
     # 1. The maps (1, S, H, W), the joined map and its peak
     of_category = torch.full((1,), index, device=pipeline._execution_device)
     measurement = pipeline.measure_images(images, of_category, [generator], pipeline.region)

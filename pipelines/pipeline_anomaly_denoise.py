@@ -287,7 +287,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             size = size if match_input_resolution else grid_of(self, images.sizes[0])[:2]
         seen = as_size(self.feature_extractor.input_resolution(resolution))
         precision = running_precision(self.measuring_networks, device)
-        own_noise = not self.runs_denoiser or all(one is None for one in generators)
+        own_noise = all(one is None for one in generators) if self.runs_denoiser else None
         check_calibration(calibration, categories, self.categories, precision, self.config, own_noise)
 
         anomaly_maps, anomaly_scores = [], []

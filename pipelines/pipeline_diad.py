@@ -287,8 +287,8 @@ class DiADPipeline(DetectionPipeline):
                 pixel for each 4 x 4 of what the networks see, all of the first image's size.
             generator: of the noise, one for all images or one each. The noise of an image depends neither on the batch
                 size nor on the images after it. None gives every image the model's own, as a calibration and an
-                exported graph do, so that calls repeat. (A scheduler that draws noise at each step takes
-                no single one.)
+                exported graph do, so that calls repeat. (A scheduler that draws noise at each step needs
+                a list, one for each image.)
             output_type: "np", "pt" or "pil".
             return_dict: False returns a tuple of the output's fields.
             callback_on_step_end: called after each step of each batch as `callback(pipeline, step, timestep, tensors)`.

@@ -25,7 +25,7 @@ from diffad.inputs import find_images, images_below, is_image_name, subfolders
 from diffad.predict import score_files
 
 
-def brightness(images: list[torch.Tensor], places: list[int]) -> SimpleNamespace:
+def brightness(images: list[torch.Tensor]) -> SimpleNamespace:
     """Detects what is bright."""
     maps = torch.from_numpy(np.stack(images)).mean(dim=3)  # (N, R, R)
     scores = maps.amax(dim=(1, 2))

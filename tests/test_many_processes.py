@@ -195,7 +195,7 @@ def test_a_row_for_each_line_of_a_manifest_in_its_order(pipeline, tmp_path, suff
     assert [row["file"] for row in rows] == lines
     assert [row["verdict"] == "unreadable" for row in rows] == [False, False, True, *[False] * 7]
     assert counts["unreadable"] == 1
-    assert rows[1]["score"] != rows[3]["score"]  # each line has noise of its own
+    assert float(rows[1]["score"]) == pytest.approx(float(rows[3]["score"]), rel=1e-4)  # one file has one score
     for row in rows:
         if row["score"]:
             assert Image.open(tmp_path / "out" / "maps" / row["picture"]).size == (16, 16)

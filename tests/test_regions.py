@@ -21,11 +21,11 @@ from diffad.scoring import cut_small_peaks
 
 @pytest.fixture(scope="module")
 def strict():
-    """A pipeline that every image alarms, and that outlines all above the mean of good images."""
+    """A pipeline that every image alarms, and that outlines all but what is far below the mean of good images."""
     pipeline = tiny_pipeline()
     pipeline.calibrate(textures(12), false_alarm_rate=0.25)
     pipeline.calibration.image_threshold.fill_(-1e9)
-    pipeline.calibration.pixel_threshold.fill_(0.0)
+    pipeline.calibration.pixel_threshold.fill_(-3.0)
     return pipeline
 
 

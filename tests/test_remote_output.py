@@ -15,7 +15,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from conftest import save_tiny_pipeline, write_folder
+from conftest import save_tiny_pipeline, textures, tiny_pipeline, write_folder
 from launching import launch
 from s3_store import s3_store
 from typer.testing import CliRunner
@@ -300,10 +300,11 @@ def test_what_another_program_has_written_is_refused(pipeline, parts, memory, na
     assert files.cat_file(before[0]) == content
 
 
-def test_results_of_another_seed_are_not_mixed(pipeline, parts, memory):
+def test_results_of_another_calibration_are_not_mixed(pipeline, parts, memory):
     predict_files(pipeline, find_images([parts])[:3], memory)
-    with pytest.raises(ValueError, match=f"{memory} holds results of another seed"):
-        predict_files(pipeline, find_images([parts])[:3], memory, seed=1)
+    other = tiny_pipeline().calibrate(textures(12, first_seed=40), false_alarm_rate=0.25)
+    with pytest.raises(ValueError, match=f"{memory} holds results of another calibration"):
+        predict_files(other, find_images([parts])[:3], memory)
 
 
 def failure(capsys, *arguments: object) -> str:

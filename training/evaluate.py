@@ -34,6 +34,7 @@ from diffad.evaluation.report import (
     with_mean,
 )
 from diffad.precision import PRECISIONS, resolve_precision
+from diffad.predict import noise_of
 from diffad.training.arguments import POSITIVE, SHARE, FlagParser, local_path, whole_number
 
 
@@ -121,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "model": args.model,
         "model_files": fingerprint(args.model),
         "data": args.data,
+        "noise": noise_of(pipeline),
         "resolution": args.resolution,
         "pro_fpr_limit": args.pro_fpr_limit,
         "mixed_precision": accelerator.mixed_precision,

@@ -5,8 +5,9 @@
 
 `training/configs/tables/` holds the tables. What rows share is done once: all rows of a model that look at the same
 noise levels or the same reconstructions share one pass of the networks, in the calibration as in the test. Every row is
-calibrated alike, on the good images of the training split. Rows that need a model of their own (`train`) are trained
-first, with `--train_config` and the row's changes to it; a model that is there already is taken as it is.
+calibrated alike, on the good images of the training split, with noise of each image's own, by --seed. Rows that need a
+model of their own (`train`) are trained first, with `--train_config` and the row's changes to it; a model that is there
+already is taken as it is.
 """
 
 from __future__ import annotations

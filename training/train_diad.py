@@ -369,8 +369,7 @@ def save_validation_pictures(pipeline: DiADPipeline, images: list[torch.Tensor],
     decoded = denormalize_images(
         pipeline.decode(pipeline.encode(normalize_images(originals, *statistics))), *statistics
     )
-    generators = [torch.Generator().manual_seed(i) for i in range(len(images))]
-    restored = pipeline.reconstruct(originals, generators)
+    restored = pipeline.reconstruct(originals)
     category = torch.zeros(len(images), dtype=torch.long, device=device)  # without a calibration, any
     maps = pipeline.score_maps(pipeline.compare(originals, restored), category, None)
     maps = pipeline.join_maps(maps, category, None)

@@ -33,7 +33,7 @@ from diffad.calibration.residual_gaussian import (
     residual_grid,
     residual_size,
 )
-from diffad.calibration.score_calibration import ScoreCalibration, changed_settings
+from diffad.calibration.score_calibration import OWN_NOISE, ScoreCalibration, changed_settings
 from diffad.moments import PRIOR_IMAGES, FeatureMoments, MomentSums
 from diffad.region_of_interest import inside_region, stand_ins, values_inside
 from diffad.scoring import Measurement
@@ -450,8 +450,9 @@ class CalibrationFit:
                 "or an earlier version's. Load the pipeline with `calibration=None` and calibrate every category."
             )
         if others.any() and (changed := changed_settings(config.settings, self.record.get("settings"))):
+            named = ["generator" if name == OWN_NOISE else name for name in changed]
             raise ValueError(
-                f"The other categories were calibrated with other settings ({', '.join(changed)}). Use the same, or "
+                f"The other categories were calibrated with other settings ({', '.join(named)}). Use the same, or "
                 "load the pipeline with `calibration=None` and calibrate every category."
             )
         for name in ("precision", "smallest_area") if others.any() else ():

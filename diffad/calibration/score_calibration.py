@@ -29,8 +29,8 @@ from diffad.scoring import Measurement, resize_maps
 from diffad.warn_once import warn_once
 
 # what an earlier version did, which had no such setting to record
-BEFORE_RECORDED = {"position_trust": 1.0, "weights": None}
-OWN_NOISE = "own_noise"  # beside the settings: whether statistics were taken with the model's noise
+OWN_NOISE = "own_noise"  # beside the settings: whether statistics were taken with the model's noise, where there is any
+BEFORE_RECORDED = {"position_trust": 1.0, "weights": None, OWN_NOISE: False}
 
 
 class ScoreCalibration(ModelMixin, ConfigMixin):
@@ -414,12 +414,18 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             )
 
     def warn_of_noise(self, own_noise: bool) -> None:
-        """Warns, once, where images get noise that is not the model's, which the statistics know."""
-        if not own_noise and (self.config.settings or {}).get(OWN_NOISE):
+        """Warns, once, where images get the model's noise and the statistics know other noise, or the reverse."""
+        known = bool((self.config.settings or {}).get(OWN_NOISE))
+        if known and not own_noise:
             warn_once(
                 "This pipeline was calibrated with its own noise, and the call has other noise: scores of good images "
                 "are higher, and more of them raise an alarm than stated. Leave out `generator` and `latents`, or "
                 "calibrate it with a `generator`."
+            )
+        if own_noise and not known:
+            warn_once(
+                "This pipeline was calibrated with other noise than its own, by a `generator` or an earlier version, "
+                "and the call has its own: fewer good images may raise an alarm than stated. Calibrate it again."
             )
 
     @property

@@ -34,7 +34,7 @@ class Metadata(NamedTuple):
         smallest_area: of a region that counts, as a share of the image's area. Where it is not 0, the graph gives map
             and score as they are, and `Runtime` takes off what is smaller, and heightens the contrast.
         contrast: of maps, as of the pipelines.
-        reconstruction: whether the graph's last output is `reconstruction`, (N, R, R', 3) in [0, 1], of the maps' size.
+        reconstruction: whether the graph's last output is `reconstruction`, (N, R, R, 3) in [0, 1], of the maps' size.
         score_fraction: of the map's pixels, whose mean is the score; 0 for the maximum.
         quantization: of int8, what became of the good `images` that set its thresholds: the `median_map_error` (the
             norm of the difference by that of the map in float32), and the shares that raise an alarm, `alarms_before`,

@@ -213,7 +213,7 @@ def watch_folder(
     output_dir.mkdir(parents=True, exist_ok=True)
     index = pipeline.category_index(category)
     settings, threshold = detection_settings(pipeline, category)
-    settings["watched"] = True
+    settings["command"] = "watch"
     smallest_area = settings.get("smallest_area") or 0.0
     detect = pipeline_detect(pipeline, category, batch_size)
     side, at_once = decoding_of(pipeline, batch_size)
@@ -281,17 +281,17 @@ def _score(
 ) -> list[dict[str, Any]]:
     """Rows of what was read, with their pictures written; what has changed meanwhile comes again."""
     kept = []
-    for number, one, decoded in batch:
+    for _, one, decoded in batch:
         if describe_input(one.path)[1:] != one[1:]:
             files.note(one.path)
         elif isinstance(decoded, Decoded) or not files.wait_longer(one):
-            kept.append((number, one, decoded))
-    good = [decoded for _, _, decoded in kept if isinstance(decoded, Decoded)]
+            kept.append((one, decoded))
+    good = [decoded for _, decoded in kept if isinstance(decoded, Decoded)]
     if good:
         output = detect([decoded.network_input for decoded in good])
     rows: list[Any] = []
     j = 0
-    for _, one, decoded in kept:
+    for one, decoded in kept:
         row = {"path": str(one.path), "file": one.file, "size": one.size, "modified": one.modified}
         if isinstance(decoded, Decoded):
             place = one.path.relative_to(folder)

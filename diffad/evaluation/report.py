@@ -25,7 +25,7 @@ from diffad.evaluation.page import render_report_page
 from diffad.files import write_text_whole
 
 # what a report must agree in with the one that it goes on with
-SETTINGS = ("model", "model_files", "data", "resolution", "pro_fpr_limit", "mixed_precision")
+SETTINGS = ("model", "model_files", "data", "noise", "resolution", "pro_fpr_limit", "mixed_precision")
 
 
 def describe_machine() -> dict[str, Any]:

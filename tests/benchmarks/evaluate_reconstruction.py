@@ -24,11 +24,10 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from diffad import AnomalyDenoisePipeline
+from diffad import AnomalyDenoisePipeline, GradientDenoisingPipeline
 from diffad.data import load_anomaly_dataset
 from diffad.images import images_to_tensors, resize_images
 from diffad.pipelines.checks import category_indices
-from diffad.seeding import image_generator
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 NUM_STEPS = 4  # of the trajectory, in the picture
@@ -73,9 +72,7 @@ def measure(
         return gaussian.squared_distance(pictures.to(device) * 2.0 - 1.0, index).mean(dim=(1, 2)).cpu()
 
     def own_score(pictures: torch.Tensor) -> torch.Tensor:
-        # of the same noise before and after
-        generators = [image_generator(0, i) for i in indices]
-        return pipeline(pictures, generator=generators, **common).anomaly_score
+        return pipeline(pictures, **common).anomaly_score
 
     enlarged = [resize_images(one[None], tuple(image.shape[-2:]))[0] for one, image in zip(result, images, strict=True)]
     before, after = mahalanobis(given), mahalanobis(result)
@@ -176,7 +173,7 @@ def main() -> None:
     parser.add_argument(
         "--output", default="runs/reconstruction", help="folder of the report and picture (%(default)s)"
     )
-    default = inspect.signature(AnomalyDenoisePipeline.reconstruct).parameters["num_iterations"].default
+    default = inspect.signature(GradientDenoisingPipeline.__call__).parameters["num_iterations"].default
     parser.add_argument("--num_iterations", type=int, default=default, help="gradient steps (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, help="images in one pass (16)")
     parser.add_argument("--limit", type=int, help="only so many defective images and so many good, evenly spaced")

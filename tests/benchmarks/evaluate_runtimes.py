@@ -25,7 +25,6 @@ from diffad.cli import load_pipeline
 from diffad.data import load_anomaly_dataset
 from diffad.deployment import Runtime, RuntimeOutput
 from diffad.deployment.export import InspectionGraph
-from diffad.deployment.metadata import OUTPUTS
 from diffad.image_arrays import resized_array
 from diffad.image_sizes import as_size
 
@@ -36,7 +35,8 @@ BATCH_SIZE = 16
 def in_torch(graph: InspectionGraph, pixels: np.ndarray) -> RuntimeOutput:
     with torch.no_grad():
         outputs = graph(torch.from_numpy(pixels))
-    return RuntimeOutput(**{name: value.numpy() for name, value in zip(OUTPUTS, outputs, strict=False)})
+    named = zip(graph.output_names(len(outputs)), outputs, strict=True)
+    return RuntimeOutput(**{name: value.numpy() for name, value in named})
 
 
 def compare(

@@ -341,12 +341,12 @@ def test_results_of_another_kind_are_not_taken_for_these(calibrated, tmp_path):
     stop = threading.Event()
     stop.set()
     watch_folder(calibrated, folder, out, stop)
-    with pytest.raises(ValueError, match="holds results of another watched"):
+    with pytest.raises(ValueError, match="holds results of another command"):
         predict_files(calibrated, sorted(folder.iterdir()), out)
     with pytest.raises(ValueError, match=r"holds results of images in .*in\. Give another"):
         watch_folder(calibrated, tmp_path, out, stop)
     predict_files(calibrated, sorted(folder.iterdir()), tmp_path / "predicted")
-    with pytest.raises(ValueError, match="holds results of another watched"):
+    with pytest.raises(ValueError, match="holds results of another command"):
         watch_folder(calibrated, folder, tmp_path / "predicted", stop)
     assert np.array_equal([row["path"] for row in rows_of(tmp_path / "predicted")], sorted(map(str, folder.iterdir())))
 

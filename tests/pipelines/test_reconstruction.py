@@ -298,6 +298,16 @@ def test_a_drawn_step_passes_every_timestep_once(pipe):
     assert [len(timesteps) for timesteps in passes[-1:]] == [2]
 
 
+def test_an_image_without_a_generator_among_others_has_the_models_noise(pipe):
+    options = {"num_iterations": 2, "denoise_every": 1}
+    first, second = (
+        pipe.reconstruct(textures(2), generator=[generator(), None], **options).reconstruction for _ in range(2)
+    )
+    alone = pipe.reconstruct(texture(1), generator=[torch.Generator().manual_seed(0)], **options).reconstruction
+    assert np.array_equal(first, second)
+    np.testing.assert_allclose(first[1], alone[0], atol=1e-4)
+
+
 def test_the_drawn_noise_of_an_image_does_not_depend_on_its_batch(pipe):
     images, step = defective(4), {"num_iterations": 1, "learning_rate": 0.05}
     together = pipe.reconstruct(images, generator=generator(5), **step).reconstruction
