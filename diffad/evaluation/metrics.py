@@ -211,7 +211,7 @@ class AnomalyMetrics(Metric):
             `pixel_aupimo`, `pixel_dice`; always these keys. Without at least one defective and one normal example there
             is nothing to rank, and a level's metrics are NaN: the pixel metrics, say, if no mask was ever given. AUPIMO
             takes an image without a defect, too. `pixel_spro`, up to a false-positive rate of 5%, where `defects` were
-            given, and `pixel_segf1` where predicted masks were.
+            given, and `pixel_segf1` where predicted masks were, and a defect in the masks.
             `pixel_dice` equals `pixel_f1max`: it is the DICE of all pixels together at the best threshold, as
             the medical literature gives it.
 
@@ -231,7 +231,7 @@ class AnomalyMetrics(Metric):
         if pixel.counts[SATURATED].any():
             result["pixel_spro"] = per_region_overlap(pixel, SPRO_FPR_LIMIT, SATURATED)
         found, outlined, defective = self.segmented_pixels.tolist()
-        if outlined + defective > 0:
+        if defective > 0:
             result["pixel_segf1"] = 2.0 * found / (outlined + defective)
         return result
 

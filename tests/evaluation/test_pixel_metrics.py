@@ -147,6 +147,9 @@ def test_segf1_is_that_of_all_pixels_together():
     alone = AnomalyMetrics()
     alone.update(anomaly_map=maps, mask=masks)
     assert not {"pixel_segf1", "pixel_spro"} & set(alone.compute())
+    alone.reset()
+    alone.update(anomaly_map=maps, mask=np.zeros_like(masks), predicted_mask=predicted)  # none had a chance to be found
+    assert "pixel_segf1" not in alone.compute()
     with pytest.raises(ValueError, match="`predicted_mask` has shape"):
         alone.update(anomaly_map=maps, mask=masks, predicted_mask=predicted[:, 1:])
     with pytest.raises(ValueError, match="come with `anomaly_map` and `mask`"):
