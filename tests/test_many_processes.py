@@ -112,14 +112,14 @@ def test_an_error_of_the_inputs_is_told_once(model, tmp_path):
     assert done.stdout.count("There is no file or folder at") == 1
 
 
-def assert_equal_calibrations(first: Path, second: Path) -> None:
-    """To 1e-6 of each buffer's norm."""
+def assert_equal_calibrations(first: Path, second: Path, tolerance: float = 1e-6) -> None:
+    """To a share of each buffer's norm."""
     one, two = (AnomalyDenoisePipeline.from_pretrained(folder).calibration for folder in (first, second))
     for (name, values), others in zip(one.named_buffers(), two.buffers(), strict=True):
         known = ~values.isnan()
         assert torch.equal(known, ~others.isnan()), name
         if (expected := values[known].double()).norm() > 0:
-            assert relative_error(others[known], expected) < 1e-6, name
+            assert relative_error(others[known], expected) < tolerance, name
 
 
 def test_calibrate_finds_what_one_process_does(model, tmp_path):
@@ -127,7 +127,8 @@ def test_calibrate_finds_what_one_process_does(model, tmp_path):
     for count in (1, 2):
         flags = ["--data", good, "--false-alarm-rate", 0.2, "--output", tmp_path / str(count)]
         launch("diffad.cli", "calibrate", model, *flags, processes=count, cwd=tmp_path)
-    assert_equal_calibrations(tmp_path / "1", tmp_path / "2")
+    # batches of other sizes have other last digits, and so have scores in good images' narrow deviations
+    assert_equal_calibrations(tmp_path / "1", tmp_path / "2", tolerance=1e-5)
 
 
 def test_fit_and_update_find_what_one_process_does(tmp_path):

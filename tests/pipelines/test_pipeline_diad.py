@@ -291,8 +291,9 @@ def test_thresholds_come_of_the_noise_that_calls_have(scheduler):
     assert np.array_equal(pipe(good[12]).reconstruction[0], pipe(good[12]).reconstruction[0])
 
 
-def test_noise_that_the_statistics_do_not_know_warns_once(pipe, caplog):
+def test_noise_that_the_statistics_do_not_know_warns_once(caplog):
     warn_once.cache_clear()
+    pipe = make_pipeline()
     pipe.calibrate(textures(12), false_alarm_rate=0.3)
     pipe(texture(0))
     assert "calibrated with its own noise" not in caplog.text
