@@ -228,7 +228,7 @@ def traced_onnx(graph: InspectionGraph) -> Any:
             program,
             kwargs=inputs,
             input_names=list(inputs),
-            output_names=graph.measured if measures else graph.output_names(len(outputs)),
+            output_names=graph.measured if isinstance(graph, MeasurementGraph) else graph.output_names(len(outputs)),
             opset_version=OPSET,
             verbose=False,
         )
