@@ -47,6 +47,11 @@ def image_generators(
     return [None] * num_images if generator is None else list(generator)
 
 
+def noise_generators(generators: Sequence[torch.Generator | None]) -> list[torch.Generator]:
+    """The generators, and `model_noise` for each None."""
+    return [one or model_noise() for one in generators]
+
+
 def draw_noise(
     shape: Sequence[int], generators: Sequence[torch.Generator | None], device: torch.device | str
 ) -> torch.Tensor:
@@ -55,5 +60,5 @@ def draw_noise(
     None is `model_noise`. Nothing but an image's generator decides its noise: neither the batch nor, where generators
     lie on the CPU, the device.
     """
-    drawing = [one or model_noise() for one in generators]
+    drawing = noise_generators(generators)
     return torch.stack([randn_tensor(tuple(shape), generator=g, device=torch.device(device)) for g in drawing])

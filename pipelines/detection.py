@@ -200,7 +200,7 @@ class DetectionPipeline(AnomalyPipeline):
                 "accelerator": accelerator,
                 "value_range": found,
             }
-            options |= {"region": region, "smallest_area": smallest_area, "own_noise": generator is None}
+            options |= {"region": region, "smallest_area": smallest_area}
             calibrate_large(self, shown, held_out, index, generators, batch_size, **options)
             self.maybe_free_model_hooks()
             self._keep_category_moments(index, moments)

@@ -171,7 +171,6 @@ def calibrate_large(
     value_range: float | None,
     region: torch.Tensor | None,
     smallest_area: float,
-    own_noise: bool,
 ) -> None:
     """Gives a pipeline the calibrations of whole images and of tiles, and thresholds of both together.
 
@@ -182,8 +181,8 @@ def calibrate_large(
         generators: of the noise of the statistics' images, then of the others.
         batch_size, false_alarm_rate, accelerator, value_range, region, smallest_area: as of
             `DetectionPipeline.calibrate`.
-        own_noise: whether the generators are None.
     """
+    own_noise = all(one is None for one in generators)
     options: dict[str, Any] = {"accelerator": accelerator, "value_range": value_range, "own_noise": own_noise}
     of_image: dict[str, Any] = {"smallest_area": smallest_area, "region": region}
     fit = pipeline.calibration_fit(category, len(held_out), false_alarm_rate, **of_image, **options)

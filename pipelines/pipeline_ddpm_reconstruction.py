@@ -19,7 +19,7 @@ from diffad.pipelines.base import AnomalyPipeline, register_categories
 from diffad.pipelines.checks import category_indices, check_call, check_callback_inputs, check_value_range
 from diffad.pipelines.output import AnomalyOutput, convert_output
 from diffad.scoring import difference_map, max_score, top_fraction_score
-from diffad.seeding import draw_noise, image_generators, model_noise
+from diffad.seeding import draw_noise, image_generators, noise_generators
 
 
 class DDPMReconstructionPipeline(AnomalyPipeline):
@@ -153,7 +153,7 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
                 f"`num_inference_steps` must be an integer in [1, {timestep}], the latter being `timestep`, but is "
                 f"{num_inference_steps!r}."
             )
-        generators = [one or model_noise() for one in image_generators(generator, len(images))]
+        generators = noise_generators(image_generators(generator, len(images)))
         resolution = as_size(resolution)
         size = images.sizes[0] if match_input_resolution else resolution
         seen = as_size(self.feature_extractor.input_resolution(resolution))

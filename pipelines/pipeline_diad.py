@@ -73,7 +73,7 @@ from diffad.scoring import (
     resize_maps,
     suppress_surroundings,
 )
-from diffad.seeding import draw_noise, model_noise
+from diffad.seeding import draw_noise, noise_generators
 from diffad.tiling import CELL, tile_height_and_width
 
 StepCallback = Callable[["DiADPipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
@@ -457,7 +457,7 @@ class DiADPipeline(DetectionPipeline):
                 raise ValueError(
                     f"`generator` lists {len(given)} generators for {count} images. Pass one, or one each."
                 )
-            generators = [one or model_noise() for one in given]
+            generators = noise_generators(given)
 
         # b. Timesteps, and x_T or the noised image: (N, C, h, w)
         timesteps = self._traced_timesteps if is_exporting() else self.set_timesteps(num_inference_steps, skipped)
@@ -588,10 +588,6 @@ class DiADPipeline(DetectionPipeline):
         """Of the noise from which an image's reverse process starts: (C, h, w) of its latents."""
         side = self.processing_resolution // self.size_multiple
         return self.vae.config.latent_channels, side, side
-
-    def measure(self, pixel_values: torch.Tensor, noise: torch.Tensor, category: torch.Tensor) -> Measurement:
-        """What the networks say of images (N, 3, R, R) in [-1, 1], from noise (N, *noise_shape): steps 3 to 5."""
-        return self.compare(pixel_values, self.reconstruct(pixel_values, noise=noise))
 
     def measure_pixels(
         self,

@@ -31,7 +31,7 @@ from diffad.pipelines.checks import category_indices, check_call, check_callback
 from diffad.pipelines.output import ReconstructionOutput, convert_output
 from diffad.process_share import process_share
 from diffad.scoring import difference_map, max_score, top_fraction_score
-from diffad.seeding import draw_noise, image_generators, image_seeds, model_noise
+from diffad.seeding import draw_noise, image_generators, image_seeds, noise_generators
 
 
 class GradientDenoisingPipeline(AnomalyPipeline):
@@ -172,7 +172,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         categories = category_indices(category, self.categories, len(images)).to(self._execution_device)
         generators = None
         if generator is not None:
-            generators = [one or model_noise() for one in image_generators(generator, len(images))]
+            generators = noise_generators(image_generators(generator, len(images)))
         resolution = as_size(resolution)
         size = images.sizes[0] if match_input_resolution else resolution
         self._num_timesteps, self._interrupt = num_iterations, False

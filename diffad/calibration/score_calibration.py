@@ -28,8 +28,8 @@ from diffad.moments import POSITIONS_AT_ONCE
 from diffad.scoring import Measurement, resize_maps
 from diffad.warn_once import warn_once
 
-# what an earlier version did, which had no such setting to record
 OWN_NOISE = "own_noise"  # beside the settings: whether statistics were taken with the model's noise, where there is any
+# what an earlier version did, which had no such setting to record
 BEFORE_RECORDED = {"position_trust": 1.0, "weights": None, OWN_NOISE: False}
 
 

@@ -544,7 +544,7 @@ def test_features_own_maps_join_the_reconstructions(distance):
     pipe = make_pipeline(distance=distance, weights=JOINED).calibrate(
         textures(6), textures(24, first_seed=50), false_alarm_rate=0.25, generator=generator()
     )
-    measurement = pipe.measure(pixel_values(), noise(), torch.zeros(2, dtype=torch.long))
+    measurement = pipe.compare(pixel_values(), pipe.reconstruct(pixel_values(), noise=noise()))
     category = torch.zeros(2, dtype=torch.long)
     maps = pipe.score_maps(measurement, category, pipe.calibration)
     rebuilt = 2 if distance == "cosine" else 1
