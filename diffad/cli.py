@@ -27,6 +27,7 @@ from diffad.command_options import (
     OnBadImage,
     PartPattern,
 )
+from diffad.explain_command import explain
 from diffad.line_commands import drift, serve, update, watch
 from diffad.model_commands import convert, export, push
 from diffad.model_folder import check_model_folder
@@ -34,7 +35,7 @@ from diffad.predict_command import predict
 from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
 
 app = typer.Typer(
-    help="Finds and outlines defects in images, having seen only good ones.",
+    help="Finds defects in images, having seen only good ones. --debug for tracebacks.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # boxes and blank lines would take a second screen
@@ -44,8 +45,7 @@ console = Console(stderr=True)  # standard output is for results
 
 
 @app.callback()
-def callback(debug: Annotated[bool, typer.Option("--debug", help="Show an error's traceback.")] = False) -> None:
-    """Finds and outlines defects in images, having seen only good ones."""
+def callback(debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False) -> None:
     # torch reads it at its first large tensor: a page of 2 MB is one fault where 512 were, which saves `fit` a second
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -216,6 +216,7 @@ def fit(
 
 
 app.command(short_help="Scores images, and outlines their defects.")(predict)
+app.command(short_help="Why images have their scores, and which good ones they are like.")(explain)
 app.command(short_help="Whether light, focus or parts have changed since calibration.")(drift)
 app.command(short_help="Learns new good images, without the old files.")(update)
 app.command(short_help="Scores images as they come into a folder.")(watch)

@@ -39,6 +39,19 @@ class Explanation(NamedTuple):
     levels: dict[str, float]
     nearest: list[tuple[int, float]]
 
+    def in_words(self) -> str:
+        """Which maps, layers and noise levels spoke."""
+
+        def in_percent(shares: dict[str, float]) -> str:
+            return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+
+        told = []
+        for name, height in sorted(self.maps.items(), key=lambda one: -one[1]):
+            of_layers = in_percent(self.layers.get(name, {}))
+            levels = "; noise " + in_percent(self.levels) if name == "feature_error" else ""
+            told.append(f"{name.replace('_', ' ')} {height:+.1f}" + (f" ({of_layers}{levels})" if of_layers else ""))
+        return "Where the map is highest, in standard deviations: " + "; ".join(told) + "."
+
 
 @torch.no_grad()
 def explain(
@@ -103,7 +116,7 @@ def explain(
     nearest: list[tuple[int, float]] = []
     if good_images is not None:
         others = ImageSequence.of_rows(good_images, range(len(good_images)), pipeline.value_range)
-        nearest = most_alike(pipeline, images, others, index, num_nearest, batch_size)
+        [nearest] = most_alike(pipeline, images, others, index, num_nearest, batch_size)
     size = images.sizes[0]
     return Explanation(
         float(scores[0]),
@@ -198,8 +211,11 @@ def most_alike(
     index: int,
     count: int,
     batch_size: int,
-) -> list[tuple[int, float]]:
-    """The good images whose standardised features are nearest to an image's, by the root mean square difference."""
+) -> list[list[tuple[int, float]]]:
+    """For each image the good images whose standardised features are nearest, by the root mean square difference.
+
+    Good images are looked at once, a batch at a time; the features of all `images` are kept meanwhile.
+    """
 
     def features_of(sequence: ImageSequence) -> torch.Tensor:  # (N, C, h, w)
         size, device = as_size(pipeline.input_resolution), pipeline._execution_device
@@ -209,8 +225,10 @@ def most_alike(
         extractor = pipeline.feature_extractor
         return extractor(pixel_values.to(extractor.dtype), pipeline.feature_resolution).float()
 
-    own, distances = features_of(images), []
+    own = features_of(images)
+    distances: list[list[float]] = [[] for _ in own]
     for start in range(0, len(good_images), batch_size):
         others = features_of(good_images[start : start + batch_size])
-        distances += (others - own).square().mean(dim=(1, 2, 3)).sqrt().tolist()
-    return heapq.nsmallest(count, enumerate(distances), key=lambda one: one[1])
+        for one, of_image in zip(own, distances, strict=True):
+            of_image += (others - one).square().mean(dim=(1, 2, 3)).sqrt().tolist()
+    return [heapq.nsmallest(count, enumerate(of_image), key=lambda one: one[1]) for of_image in distances]

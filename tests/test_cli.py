@@ -24,6 +24,7 @@ COMMANDS = (
     "train",
     "fit",
     "predict",
+    "explain",
     "drift",
     "update",
     "watch",

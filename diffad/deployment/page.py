@@ -8,7 +8,7 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffad.deployment.batching import BusyError
 from diffad.deployment.detector import Detector, Finding, Sent, TooLargeError, found_regions
@@ -23,9 +23,6 @@ with needs_extra("app"):
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing about a line leaves its machine
     import gradio as gr
     from fastapi import FastAPI
-
-if TYPE_CHECKING:
-    from diffad.pipelines.explaining import Explanation
 
 HISTORY = ["time", "image", "score", "p-value", "verdict", "false-alarm rate (%)"]
 REGIONS = ["x", "y", "width", "height", "area (px)", "peak", "mean"]
@@ -57,22 +54,6 @@ def show(detector: Detector, seen: Seen | None, rate: float | None) -> tuple[Any
         box = [round(scale * edge) for edge in region.box]
         rows.append([*box, round(scale**2 * region.area), round(region.peak, 3), round(region.mean, 3)])
     return overlay(sent.shown, anomaly_map, mask, pixel_threshold), words, rows, verdict
-
-
-def describe_peak(explanation: Explanation | None) -> str:
-    """Which maps, layers and noise levels spoke, in words."""
-    if explanation is None:
-        return ""
-
-    def in_percent(shares: dict[str, float]) -> str:
-        return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-
-    told = []
-    for name, height in sorted(explanation.maps.items(), key=lambda one: -one[1]):
-        of_layers = in_percent(explanation.layers.get(name, {}))
-        levels = "; noise " + in_percent(explanation.levels) if name == "feature_error" else ""
-        told.append(f"{name.replace('_', ' ')} {height:+.1f}" + (f" ({of_layers}{levels})" if of_layers else ""))
-    return "Where the map is highest, in standard deviations: " + "; ".join(told) + "."
 
 
 def write_history(history: list[list[Any]]) -> str:
@@ -118,7 +99,8 @@ def build_page(detector: Detector, max_bytes: int, collect: Path | None = None) 
                 raise TooLargeError(f"{name} has more than {max_bytes:,} bytes.")
             sent = detector.read(name, Path(path).read_bytes(), for_screen=True)
             finding = detector.submit([sent])[0].result()
-            because = describe_peak(detector.explain(sent))
+            explanation = detector.explain(sent)
+            because = "" if explanation is None else explanation.in_words()
         except (UnreadableImageError, TooLargeError, BusyError) as error:
             gr.Warning(str(error))
             return None, None, f"**No verdict.** {error}", "", [], None, history, history, None

@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from scipy.stats import spearmanr
 
 from diffad import AnomalyDenoisePipeline
 from diffad.data import load_anomaly_dataset
+from diffad.data.masks import mask_to_array
 from diffad.images import ImageSequence
 from diffad.pipelines.checks import FEATURE_WEIGHTS, MAP_NAMES
 from diffad.training.choice import (
@@ -51,7 +53,7 @@ def measure_test(pipeline: AnomalyDenoisePipeline, data: str, seed: int) -> Cate
     masks = []
     for good, row in zip(is_good, test, strict=True):
         if row["mask"] is not None:
-            masks.append(np.asarray(row["mask"].convert("L").resize(side, 0)) > 0)
+            masks.append(np.asarray(Image.fromarray(mask_to_array(row["mask"])).resize(side, 0)))
         elif good:
             masks.append(np.zeros(side, dtype=bool))
     of_all = np.stack(masks) if len(masks) == len(test) else None
@@ -116,13 +118,14 @@ def main() -> dict[str, Any]:
         values = [100 * found[metric] for found in row[1:] if found for metric in METRICS]
         numbers = "  ".join(f"{value:{len(title)}.1f}" for value, title in zip(values, titles, strict=True))
         print(f"{row[0]!s:50} {100 * row[1]['objective']:9.1f}  {numbers}{'  (the model)' if row[0] == chosen else ''}")
-    found = {}
+    found, tried = {}, [weights for weights, *_ in rows]
     for metric in METRICS if real else ():
         values = np.array([tested[metric] for *_, tested in rows])
         if np.isfinite(values).all():
             rank = spearmanr([synthetic["objective"] for _, synthetic, _ in rows], values).statistic
-            own = values[[weights for weights, *_ in rows].index(chosen)]
-            found[metric] = {"spearman": float(rank), "chosen": own, "best": values.max(), "mean": values.mean()}
+            found[metric] = {"spearman": float(rank), "best": values.max(), "mean": values.mean()}
+            if chosen in tried:  # weights of a --config may be no multiples of a quarter
+                found[metric]["chosen"] = values[tried.index(chosen)]
     print(json.dumps(found, indent=2))
     return found
 

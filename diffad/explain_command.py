@@ -1,0 +1,101 @@
+"""`diffad explain`; `diffad.cli` gives it its name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from diffad.command_options import BatchSize, Category, Device, Dtype, Model
+
+if TYPE_CHECKING:
+    from diffad.pipelines.explaining import Explanation
+
+console = Console(stderr=True)  # standard output is for results
+
+
+def explain(
+    model: Model,
+    images: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Images, or folders of them.")],
+    good_images: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="Images or folder, to compare with; may be repeated.")
+    ] = None,
+    num_nearest: Annotated[int, typer.Option(min=1, metavar="N", help="How many of these are told.")] = 3,
+    category: Category = None,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each image.")] = False,
+) -> None:
+    """Which map, layer and noise level spoke where an image's map is highest, and the good images most like it.
+
+    Of AnomalyDenoise models that look at whole images. Exits with 4 if no image could be read.
+    """
+    from diffad.cli import is_exported, load_pipeline
+    from diffad.inputs import find_images
+
+    paths = find_images(images)
+    good_paths = None if good_images is None else find_images(good_images)
+    if is_exported(model):
+        raise ValueError("`model` must be a saved pipeline here: an exported graph gives the joined map alone.")
+    pipeline = load_pipeline(model, device, dtype)
+    if not hasattr(pipeline, "explain"):
+        raise ValueError("`model` must be an AnomalyDenoise pipeline: DiAD shows its reconstruction (diffad serve).")
+    if good_paths is not None and category is None and len(pipeline.categories) > 1:
+        names = ", ".join(pipeline.categories)
+        raise ValueError(f"`good_images` are of one category: say which by `category`, of {names}.")
+    num_told = 0
+    for start in range(0, len(paths), batch_size):
+        batch = paths[start : start + batch_size]
+        for path, why, nearest in explain_batch(pipeline, batch, good_paths, num_nearest, category, batch_size):
+            num_told += 1
+            print(as_line(path, why, nearest) if as_json else as_text(path, why, nearest), flush=True)
+    if not num_told:
+        raise typer.Exit(4)
+
+
+def explain_batch(
+    pipeline: Any,
+    paths: Sequence[Path],
+    good_paths: Sequence[Path] | None,
+    num_nearest: int,
+    category: str | None,
+    batch_size: int,
+) -> Iterator[tuple[Path, Explanation, list[tuple[Path, float]]]]:
+    """Each image that can be read, its explanation, and the good images most like it, which are looked at once."""
+    from diffad.grey_depth import UnreadableImageError
+    from diffad.images import ImageSequence
+    from diffad.pipelines.explaining import most_alike
+
+    told: list[tuple[Path, Explanation]] = []
+    for path in paths:
+        try:
+            told.append((path, pipeline.explain(path, category=category)))
+        except UnreadableImageError as error:
+            console.print(f"[red]unreadable:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+    nearest: list[list[tuple[int, float]]] = [[] for _ in told]
+    if good_paths is not None and told:
+        own = ImageSequence([path for path, _ in told], pipeline.value_range)
+        good = ImageSequence.of_rows(good_paths, range(len(good_paths)), pipeline.value_range)
+        nearest = most_alike(pipeline, own, good, pipeline.category_index(category), num_nearest, batch_size)
+    for (path, why), places in zip(told, nearest, strict=True):
+        yield path, why, [(good_paths[i], distance) for i, distance in places] if good_paths else []
+
+
+def as_text(path: Path, why: Explanation, nearest: Sequence[tuple[Path, float]]) -> str:
+    """Two or three lines, for people."""
+    lines = [f"{path}: score {why.score:.4g}, highest at row {why.peak[0]}, column {why.peak[1]}", why.in_words()]
+    if nearest:
+        lines.append("Most like: " + ", ".join(f"{good} ({distance:.3g} away)" for good, distance in nearest))
+    return "\n  ".join(lines).encode("utf-8", "replace").decode()  # a name may be no UTF-8
+
+
+def as_line(path: Path, why: Explanation, nearest: Sequence[tuple[Path, float]]) -> str:
+    """One JSON object, for programs."""
+    of_good = [{"path": str(good), "distance": distance} for good, distance in nearest]
+    return json.dumps({"path": str(path), **why._asdict(), "nearest": of_good})
