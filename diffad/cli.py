@@ -60,9 +60,13 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None, dtype: st
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"`dtype` must be float32, bfloat16 or float16, but is {dtype!r}.")
+    if device is not None and not is_device(device):
+        raise ValueError(f"`device` must be cpu, cuda, cuda:1 or another of torch's, but is {device!r}.")
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`device` is {device}, but torch finds no GPU here. Leave it out to run on what there is.")
     folder = Path(model)
+    if is_exported(model):
+        raise ValueError(f"`model` must be a saved pipeline here, but {model} is an exported file.")
     if folder.is_dir():
         finish_saving(folder)
     is_local = folder.exists() or os.fspath(model).count("/") != 1 or folder.parent.is_dir()
@@ -82,12 +86,28 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None, dtype: st
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "bfloat16":
         warn_of_emulation(torch.device(device).type, "Give --dtype float32.")
-    pipeline = loading.load_pipeline(model, dtype=getattr(torch, dtype))
+    try:
+        pipeline = loading.load_pipeline(model, dtype=getattr(torch, dtype))
+    except OSError as error:
+        if not is_local:
+            raise
+        raise OSError(f"{model} is incomplete or damaged: copy it again, or train it anew. ({error})") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
-def is_exported(model: str) -> bool:
+def is_device(name: str) -> bool:
+    """Whether torch knows a device of this name, be it there or not."""
+    import torch
+
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return False
+    return True
+
+
+def is_exported(model: str | os.PathLike) -> bool:
     """Whether a model is one file, for `diffad.deployment.Runtime`."""
     return Path(model).suffix.lower() in (".onnx", ".xml")
 
@@ -131,7 +151,7 @@ Output = Annotated[Path, typer.Option(metavar="DIR", help="Gets the pipeline.")]
 Categories = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one; may be repeated.")]
 Layout = Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout: mvtec_ad, visa, ...")]
 FalseAlarmRate = Annotated[float, typer.Option(metavar="RATE", help="Of good parts that may alarm.")]
-DataSeed = Annotated[int, typer.Option(metavar="N", help="Of the images held out, and noise.")]
+DataSeed = Annotated[int, typer.Option(min=0, metavar="N", help="Of what is held out, and noise.")]
 
 
 def training_flags(
@@ -200,7 +220,7 @@ def fit(
     resolution: Resolution = None,
     tile_size: TileSize = None,
     roi: Roi = None,
-    kept_images: Annotated[int, typer.Option(metavar="K", help="In the model, for update (200).")] = 0,
+    kept_images: Annotated[int, typer.Option(min=0, metavar="K", help="In the model, for update (200).")] = 0,
 ) -> None:
     """Good images' features: their Gaussian and the nearest of them, calibrated.
 
@@ -254,7 +274,9 @@ def calibrate(
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout.")] = None,
     category: Category = None,
     part_pattern: PartPattern = None,
-    smallest_area: Annotated[float, typer.Option(metavar="SHARE", help="Of an image: less is no defect.")] = 0.0,
+    smallest_area: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Of an image: less is no defect (as MODEL has it).")
+    ] = None,
     on_bad_image: BadImages = OnBadImage.error,
     batch_size: BatchSize = 16,
     device: Device = None,
@@ -365,7 +387,7 @@ app.command()(push)
 
 
 def describe_error(error: Exception, arguments: list[str]) -> str:
-    """One line for the one who typed `arguments`: the library's `batch_size` is --batch-size here."""
+    """One line for the one who typed `arguments`: the library's `batch_size`, or batch_size=4, is --batch-size here."""
     message = " ".join(str(error).split())
     if not isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):  # nobody foresaw it
         message = f"{type(error).__name__}: {message} (--debug shows where)"
@@ -376,8 +398,12 @@ def describe_error(error: Exception, arguments: list[str]) -> str:
         option = next((name for name in parameter.opts if name.startswith("--")), None)
         typed[parameter.name] = option or parameter.metavar
     typed.setdefault("images", typed.get("data", "`images`"))
+    typed.setdefault("precision", typed.get("dtype", "`precision`"))
     typed["path_or_hub_id"] = typed.get("data", "`path_or_hub_id`")
-    return re.sub(r"`(\w+)`", lambda match: typed.get(match[1]) or match[0], message)
+    message = re.sub(r"`(\w+)`", lambda match: typed.get(match[1]) or match[0], message)
+    return re.sub(
+        r"\b(\w+)='(\w+)'", lambda match: f"{typed[match[1]]} {match[2]}" if match[1] in typed else match[0], message
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -36,13 +36,11 @@ def explain(
 
     Of AnomalyDenoise models that look at whole images. Exits with 4 if no image could be read.
     """
-    from diffad.cli import is_exported, load_pipeline
+    from diffad.cli import load_pipeline
     from diffad.inputs import find_images
 
     paths = find_images(images)
     good_paths = None if good_images is None else find_images(good_images)
-    if is_exported(model):
-        raise ValueError("`model` must be a saved pipeline here: an exported graph gives the joined map alone.")
     pipeline = load_pipeline(model, device, dtype)
     if not hasattr(pipeline, "explain"):
         raise ValueError("`model` must be an AnomalyDenoise pipeline: DiAD shows its reconstruction (diffad serve).")

@@ -11,6 +11,7 @@ from PIL import Image
 from diffad.warn_once import warn_once
 
 BAND_PIXELS = 2**22  # of larger images so many are looked at at once
+OVERSHOOT = 1.1  # up to which floats are taken to lie in [0, 1]
 
 
 class UnreadableImageError(ValueError):
@@ -21,15 +22,23 @@ class UnreadableImageError(ValueError):
         self.reason = message if reason is None else reason
 
 
+class TooManyPixelsError(UnreadableImageError):
+    """A file that says of itself that it has more pixels than any is decoded with."""
+
+
 def is_deep(mode: str) -> bool:
     """Whether images of a Pillow mode hold more than 8 bits: `I;16`, `I` and `F`."""
     return mode[0] in "IF"
 
 
 def smallest_range(largest: float, floating: bool = False) -> float:
-    """The end of the smallest range that holds a value: that of 8, 10, 12, 14, 16 or 31 bits, or 1 for floats."""
-    ends = [*([1.0] if floating else []), *(2.0**bits - 1.0 for bits in (8, 10, 12, 14, 16, 31))]
-    return next(end for end in ends if largest <= end)
+    """The end of the smallest range that holds a value: that of 8, 10, 12, 14, 16 or 31 bits, or 1 for floats.
+
+    Of floats in [0, 1] some lie a little above, as resizing and sharpening make them; such are cut off at 1.
+    """
+    if floating and largest <= OVERSHOOT:
+        return 1.0
+    return next(end for end in (2.0**bits - 1.0 for bits in (8, 10, 12, 14, 16, 31)) if largest <= end)
 
 
 def value_range_of(image: Any) -> float | None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
-from diffad.grey_depth import UnreadableImageError, check_values
+from diffad.grey_depth import TooManyPixelsError, UnreadableImageError, check_values
 from diffad.image_metadata import turn_upright, upright_size, without_metadata
 from diffad.warn_once import warn_once
 
@@ -105,9 +105,8 @@ def _read(read: Callable[[Any], Result], path: str | os.PathLike | None, content
         reason = str(error) or type(error).__name__
         if content is not None and isinstance(error, UnidentifiedImageError):
             reason = "cannot identify image file"  # Pillow tells where the bytes lie in memory
-        raise UnreadableImageError(
-            f"`image`: {shown} cannot be read as an image ({reason}). Replace or remove it.", reason
-        ) from error
+        kind = TooManyPixelsError if isinstance(error, TooManyPixelsError) else UnreadableImageError
+        raise kind(f"`image`: {shown} cannot be read as an image ({reason}). Replace or remove it.", reason) from error
 
 
 def _warn_of_others(image: Image.Image) -> None:
@@ -127,10 +126,13 @@ def _open(file: Any) -> Image.Image:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS
         try:
             image = Image.open(file)
+        except Image.DecompressionBombError:
+            reason = f"it has more than {2 * MAX_PIXELS:,} pixels, and {MAX_PIXELS:,} are the most: cut it into parts"
+            raise TooManyPixelsError(reason) from None
         finally:
             Image.MAX_IMAGE_PIXELS = limit
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width} x {image.height}"
         image.close()
-        raise UnreadableImageError(f"it has {size} pixels, and {MAX_PIXELS:,} are the most: cut it into parts")
+        raise TooManyPixelsError(f"it has {size} pixels, and {MAX_PIXELS:,} are the most: cut it into parts")
     return image

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from diffad.files import write_whole
 from diffad.inferno import INFERNO
@@ -123,7 +123,9 @@ def save_rows(
         if i < len(row_titles):
             draw.text((2, top + tile // 2 - 8), row_titles[i], fill="black", font=font)
         for j, picture in enumerate(row):
-            shown = ImageOps.contain(Image.fromarray(picture), (tile, tile), Image.Resampling.BILINEAR)
+            largest = max(picture.shape[:2])
+            height, width = (max(1, round(tile * length / largest)) for length in picture.shape[:2])
+            shown = Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)
             middle = (tile - shown.width) // 2, (tile - shown.height) // 2
             sheet.paste(shown, (side + j * (tile + gap) + middle[0], top + middle[1]))
         for j, caption in enumerate(captions[i] if captions else ()):

@@ -73,19 +73,23 @@ def check_batch_size(batch_size: int) -> None:
         raise ValueError(f"`batch_size` must be a positive integer, but is {batch_size!r}.")
 
 
+def check_good_images(name: str, images: Any) -> None:
+    """Raises a ValueError where an argument is no sequence of images, such as the path of a folder of them."""
+    is_path = isinstance(images, (str, os.PathLike))
+    if is_path or not hasattr(images, "__getitem__") or not hasattr(images, "__len__"):
+        raise ValueError(
+            f"`{name}` must be a sequence of good images, such as a list of paths, but is {images!r}. For a folder "
+            "pass `diffad.predict.find_images([folder])`."
+        )
+
+
 def check_calibration_call(
     images: Any, statistics_images: Any, false_alarm_rate: float, batch_size: int, generator: Any, smallest_area: float
 ) -> None:
     """Raises a ValueError where arguments of `calibrate` are of a wrong kind or out of their range."""
-    for name, value in (("images", images), ("statistics_images", statistics_images)):
-        is_path = isinstance(value, (str, os.PathLike))
-        if value is not None and (is_path or not hasattr(value, "__getitem__") or not hasattr(value, "__len__")):
-            raise ValueError(
-                f"`{name}` must be a sequence of good images, such as a list of paths, but is {value!r}. For a folder "
-                "pass `diffad.predict.find_images([folder])`."
-            )
-    if images is None:
-        raise ValueError("`images` must be a sequence of good images, such as a list of paths, but is None.")
+    check_good_images("images", images)
+    if statistics_images is not None:
+        check_good_images("statistics_images", statistics_images)
     if not isinstance(false_alarm_rate, Real) or not 0.0 < false_alarm_rate < 1.0:
         raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate!r}.")
     if not isinstance(smallest_area, Real) or not 0.0 <= smallest_area < 1.0:
@@ -182,6 +186,19 @@ def check_map_settings(
         )
     if not 0.0 <= position_trust <= 1.0:
         raise ValueError(f"`position_trust` must lie in [0, 1], but is {position_trust}.")
+
+
+def check_smoothing(**sigmas: float) -> None:
+    """Raises a ValueError where a sigma, given by its name, is no width of a Gaussian."""
+    for name, sigma in sigmas.items():
+        if not isinstance(sigma, Real) or not 0.0 <= sigma < math.inf:
+            raise ValueError(f"`{name}` must be a number of pixels, finite and not negative, but is {sigma!r}.")
+
+
+def check_share(name: str, share: float) -> None:
+    """Raises a ValueError where an argument is no number in [0, 1]."""
+    if not isinstance(share, Real) or not 0.0 <= share <= 1.0:
+        raise ValueError(f"`{name}` must lie in [0, 1], but is {share!r}.")
 
 
 def check_tiles(tile_size: Side | None, tile_overlap: float) -> None:

@@ -112,7 +112,7 @@ class DetectionPipeline(AnomalyPipeline):
         accelerator: Accelerator | None = None,
         leave_one_out: bool = False,
         value_range: float | None = None,
-        smallest_area: float = 0.0,
+        smallest_area: float | None = None,
         roi: Any = None,
     ) -> DetectionPipeline:
         """Learns what normal looks like from good images, in one pass over them and constant memory.
@@ -145,6 +145,7 @@ class DetectionPipeline(AnomalyPipeline):
                 images, where the first of either set has more than 8. It is saved with the calibration.
             smallest_area: of a region that counts, as a share of the image's area, in [0, 1). Each map's peaks that are
                 smaller are cut before thresholds are set, as in each call, so that the rate holds for what remains.
+                None keeps what an earlier calibration has; 0 drops nothing.
             roi: which pixels of this category's images count, as of `diffad.data.regions_of_interest.read_roi`: a mask
                 of any size, or a file of one. Those outside count in no statistic, threshold, map or score. It is saved
                 with the calibration; None keeps the one that an earlier calibration has.
@@ -155,6 +156,8 @@ class DetectionPipeline(AnomalyPipeline):
         Raises:
             ValueError: too few images, a wrong category, or a range that is not the other categories'.
         """
+        if smallest_area is None:
+            smallest_area = 0.0 if self.calibration is None else self.calibration.smallest_area
         check_calibration_call(images, statistics_images, false_alarm_rate, batch_size, generator, smallest_area)
         leave_one_out = leave_one_out and self.tile_size is None
         # indices, as a slice of a data set's column would decode all of it

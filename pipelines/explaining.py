@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from diffad.images import ImageInput, ImageSequence, as_size, images_to_pixel_values
+from diffad.pipelines.checks import check_good_images
 from diffad.region_of_interest import hide_outside, inside_region
 from diffad.scoring import outline_by_positions
 
@@ -75,8 +76,11 @@ def explain(
         batch_size: of them, in one pass.
 
     Raises:
-        ValueError: several images, a pipeline that is not calibrated, or one of tiles.
+        ValueError: several images, a pipeline that is not calibrated or one of tiles, or `good_images` that are no
+            sequence.
     """
+    if good_images is not None:
+        check_good_images("good_images", good_images)
     images = ImageSequence(image, pipeline.value_range)
     if len(images) != 1:
         raise ValueError(f"`image` must be one image, but holds {len(images)}. Call `explain` for each.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,8 @@ from diffad.pipelines.checks import (
     check_calibration,
     check_call,
     check_map_settings,
+    check_share,
+    check_smoothing,
     check_tiled_call,
     check_tiles,
     check_value_range,
@@ -169,8 +172,9 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         super().__init__()
         check_value_range(value_range)
         check_tiles(tile_size, tile_overlap)
-        if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"`alpha` must lie in [0, 1], but is {alpha}.")
+        check_share("alpha", alpha)
+        check_share("score_fraction", score_fraction)
+        check_smoothing(kl_sigma=kl_sigma, feature_sigma=feature_sigma)
         check_map_settings(suppression, position_prior_images, position_trust, contrast)
         map_weights(weights, alpha, unet is not None)
         if weights is not None and alpha != DEFAULT_ALPHA:
@@ -180,7 +184,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         timesteps = [5, 50, 100] if timesteps is None else list(timesteps)
         if scheduler is not None:
             last = scheduler.config.num_train_timesteps - 1
-            if not timesteps or any(not 0 <= t <= last for t in timesteps):
+            if not timesteps or any(not isinstance(t, Integral) or not 0 <= t <= last for t in timesteps):
                 raise ValueError(f"`timesteps` must list integers in [0, {last}], but is {timesteps}.")
         elif not feature_extractor.image_sizes and processing_resolution is None:
             raise ValueError(

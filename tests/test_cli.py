@@ -257,7 +257,11 @@ def damaged(model, tmp_path) -> Path:
         ("predict {model} parts --output out --category x", ["--category 'x' is unknown", "knows"]),
         ("predict {model} parts --output out --dtype int8", ["--dtype must be float32, bfloat16 or float16"]),
         ("predict {model} parts --output out --device cuda", ["--device is cuda", "no GPU", "Leave it out"]),
-        ("predict {damaged} parts --output out", ["damaged"]),
+        ("predict {damaged} parts --output out", ["damaged", "copy it again"]),
+        ("predict {model} parts --output out --device gpu", ["--device must be cpu, cuda", "'gpu'"]),
+        ("export parts.onnx other.onnx", ["MODEL must be a saved pipeline", "parts.onnx is an exported file"]),
+        ("fit nowhere --output out", ["DATA", "--dataset hub"]),
+        ("fit mean --output out", ["A category is named 'mean'", "Rename it"]),
         ("benchmark nowhere/at/all", ["holds no pipeline"]),
         ("drift missing.csv", ["no table at missing.csv", "Give the scores.csv"]),
         ("drift parts/000.png", ["holds no score"]),
@@ -301,6 +305,7 @@ def test_errors_are_one_line_that_says_what_to_do(
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "parts", 3)
     write_mvtec(tmp_path / "two", {"tile": 2, "wood": 2})
+    write_mvtec(tmp_path / "mean", {"mean": 2, "wood": 2})
     for folder in ("empty", "folder.json"):
         (tmp_path / folder).mkdir()
     for name, text in (
@@ -339,6 +344,14 @@ def test_messages_are_shown_as_they_are(monkeypatch, capsys):
     assert fail(monkeypatch, capsys, "benchmark", "m") == 'error: It needs timm: pip install "diffad[demo]"\n'
     error = KeyError("unet")
     assert fail(monkeypatch, capsys, "benchmark", "m") == "error: KeyError: 'unet' (--debug shows where)\n"
+
+
+def test_what_a_script_says_of_a_flag_is_one_line(tmp_path, capsys):
+    write_folder(tmp_path / "parts", 3)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fit", str(tmp_path / "parts"), "--output", str(tmp_path / "out"), "--false-alarm-rate", "nan"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: --false_alarm_rate must lie in (0, 1), but is nan\n"
 
 
 def test_a_part_pattern_may_begin_with_a_dash(tmp_path):

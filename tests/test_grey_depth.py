@@ -38,6 +38,8 @@ def write_deep(path, bits: int = 12, size: int = 32, kind: str = "I;16") -> None
 def test_the_smallest_range_that_holds_a_value(largest, end):
     assert smallest_range(largest) == end
     assert smallest_range(0.7, floating=True) == 1.0
+    assert smallest_range(1.002, floating=True) == 1.0  # as resizing overshoots
+    assert smallest_range(2.0, floating=True) == 255.0
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.png", "I;16"), ("a.tif", "I;16"), ("a.tif", "I"), ("a.tif", "F")])

@@ -127,12 +127,21 @@ def test_wrong_regions_are_named(tmp_path):
     (tmp_path / "none.json").write_text(json.dumps({**COCO, "annotations": []}))
     with pytest.raises(ValueError, match=r"none.json has no polygon\.$"):
         read_roi(tmp_path / "none.json")
+    screw = {"categories": [{"id": 3, "name": "screw"}]}
+    elsewhere = {"image_id": 9, "category_id": 3, "segmentation": [[0, 0, 4, 0, 4, 9]]}
+    two = [*COCO["images"], {"id": 2, "width": 30, "height": 30}]
+    (tmp_path / "elsewhere.json").write_text(json.dumps({**COCO, **screw, "images": two, "annotations": [elsewhere]}))
+    shares = {"image_id": 1, "category_id": 3, "segmentation": [[0.1, 0.1, 0.5, 0.1, 0.5, 0.9]]}
+    (tmp_path / "shares.json").write_text(json.dumps({**COCO, **screw, "annotations": [shares]}))
     exact = {**COCO, "images": [{"id": 1, "width": 20.0, "height": 10.0}]}
     (tmp_path / "exact.json").write_text(json.dumps(exact))
     assert read_roi(tmp_path / "exact.json").shape == (10, 20)
     for roi, error, words in (
         (tmp_path / "runs.json", ValueError, r"a mask in run lengths: draw a polygon, or give a PNG"),
         (tmp_path / "nan.json", ValueError, "one of the polygons has a corner that is no number"),
+        (tmp_path / "elsewhere.json", ValueError, "no image has the polygons' `image_id`, 9"),
+        (tmp_path / "shares.json", ValueError, "at most 1: give them in pixels"),
+        ("", ValueError, "`roi` is an empty path"),
         (tmp_path / "none.png", FileNotFoundError, "`roi`: no file at"),
         (tmp_path, FileNotFoundError, "screw.png"),
         (tmp_path / "empty.json", ValueError, "is no COCO JSON"),

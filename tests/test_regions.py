@@ -200,6 +200,9 @@ def test_a_smallest_area_is_dropped_before_thresholds_are_set(tmp_path):
     assert all(int(row["area"]) >= 26 for row in read_table(tmp_path / "out"))
     masks = [np.asarray(Image.open(path)) > 0 for path in sorted((tmp_path / "out" / "masks").iterdir())]
     assert all(region.area >= 26 for mask in masks for region in find_regions(mask.astype(float), mask))
+    loaded.calibrate(images, false_alarm_rate=0.1)  # which keeps it
+    assert loaded.calibration.smallest_area == share
+    assert loaded.calibrate(images, false_alarm_rate=0.1, smallest_area=0.0).calibration.smallest_area == 0.0
     with pytest.raises(ValueError, match="`smallest_area` is a share"):
         plain.calibrate(images, smallest_area=30)
 

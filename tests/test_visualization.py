@@ -97,6 +97,12 @@ def test_captions_stand_below_their_pictures_and_keep_their_ends(tmp_path):
     assert right < 164  # no letter below the next picture
 
 
+def test_a_picture_of_a_line_scan_has_a_place_on_a_sheet(tmp_path):
+    save_rows([[np.full((2, 900, 3), 7, dtype=np.uint8), np.full((900, 1, 3), 7, dtype=np.uint8)]], tmp_path / "s.png")
+    shown = (np.asarray(Image.open(tmp_path / "s.png")) == 7).all(axis=2)
+    assert shown.sum() == 160 + 160
+
+
 @pytest.mark.parametrize("titles", [False, True])
 def test_a_contact_sheet_has_a_place_for_every_picture(tmp_path, titles):
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]

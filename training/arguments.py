@@ -20,10 +20,13 @@ from diffad.precision import PRECISIONS
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Names a flag and what it must be in one sentence: `--seed must be at least 0, but is -1`."""
+    """Names a flag and what it must be in one sentence, `--seed must be at least 0, but is -1`, without all the others.
+
+    `diffad fit` and `train` pass their flags on to scripts that have many more.
+    """
 
     def error(self, message: str) -> NoReturn:
-        super().error(re.sub(r"^argument (--\w+): must", r"\1 must", message))
+        self.exit(2, "error: " + re.sub(r"^argument (--\w+)(?:/--\w+)*: must", r"\1 must", message) + "\n")
 
 
 def local_path(text: str) -> str:

@@ -24,6 +24,7 @@ from diffad.data.image_feature import ImageFile, stored_content
 from diffad.data.parts import part_index
 from diffad.data.records import FEATURES
 from diffad.data.regions_of_interest import read_roi
+from diffad.evaluation.metric_names import check_category_names
 from diffad.image_metadata import turn_upright
 from diffad.images import Side, as_side, as_size, images_to_tensors, resize_image
 from diffad.pipelines.detection import FEW_IMAGES
@@ -56,6 +57,7 @@ def read_good_images(args: argparse.Namespace) -> Dataset:
     )
     if args.streaming:
         good = keep_good_images(good)
+    check_category_names(good["category"])
     labels = np.asarray(good["label"])
     good = good.select(np.flatnonzero(labels == 0)) if labels.any() else good
     if args.value_range is None:

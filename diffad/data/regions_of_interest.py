@@ -28,9 +28,10 @@ def read_roi(
     """Where the pixels that count lie, as (H, W) bool; what matters is the place in the image, not the size.
 
     Args:
-        roi: an array or PIL image that is not 0 where pixels count; the path of such an image; a folder of these, one
-            a category, `CATEGORY.png`; or a COCO JSON file, whose polygons of one category of that name count, or all
-            polygons where `category` is None.
+        roi: an array that is not 0 where pixels count; a PIL image that is not 0 there, or has at least half of its
+            largest value where its edges are soft; the path of such an image; a folder of these, one a category,
+            `CATEGORY.png`; or a COCO JSON file, whose polygons of one category of that name count, or all polygons
+            where `category` is None.
         category: the category's name, in a model of several.
         image_size: height and width of one of the images. A region of another ratio covers them by stretching, and is
             warned of.
@@ -39,6 +40,8 @@ def read_roi(
         ValueError, FileNotFoundError: there is no such region, or no pixel in it.
     """
     if isinstance(roi, (str, os.PathLike)):
+        if not os.fspath(roi):  # `Path` would take it for the working folder
+            raise ValueError("`roi` is an empty path. Is a variable of the shell not set?")
         path = Path(roi)
         if path.is_dir():
             own = images_below(path) if category is None else []
@@ -88,7 +91,10 @@ def _draw_polygons(path: Path, category: str | None) -> np.ndarray:
         drawn_on = {one.get("image_id") for one in chosen}
         if len(drawn_on) > 1:
             raise ValueError(f"polygons on {len(drawn_on)} images: keep those of one")
-        image = next((one for one in images if one.get("id") in drawn_on), images[0])
+        own = [one for one in images if one.get("id") in drawn_on]
+        if chosen and not own and len(images) > 1:
+            raise ValueError(f"no image has the polygons' `image_id`, {', '.join(map(repr, drawn_on))}")
+        image = (own or images)[0]
         width, height = int(image["width"]), int(image["height"])
         if not 0 < width * height <= MAX_PIXELS:
             raise ValueError(f"an image of {width} x {height} pixels")
@@ -100,6 +106,8 @@ def _draw_polygons(path: Path, category: str | None) -> np.ndarray:
                 corners = [float(value) for value in polygon]
                 if not all(map(math.isfinite, corners)):
                     raise ValueError("one of the polygons has a corner that is no number")
+                if max(map(abs, corners), default=0.0) <= 1.0 < max(width, height):
+                    raise ValueError("a polygon's corners are at most 1: give them in pixels, not as shares")
                 ImageDraw.Draw(drawn).polygon(corners, fill=1, outline=1)
     except (AttributeError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         raise ValueError(

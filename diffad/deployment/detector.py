@@ -11,7 +11,7 @@ import numpy as np
 
 from diffad.calibration.drift import DriftTest
 from diffad.deployment.batching import Batcher
-from diffad.grey_depth import check_known_range
+from diffad.grey_depth import TooManyPixelsError, check_known_range
 from diffad.image_arrays import image_to_rgb
 from diffad.image_files import image_file_header, one_large_at_a_time, read_image
 from diffad.image_sizes import as_size
@@ -111,12 +111,14 @@ class Detector:
             UnreadableImageError: it is no image, or one of more than 8 bits whose range the model does not know.
             TooLargeError: it has too many pixels.
         """
-        (width, height), mode = image_file_header(name, content)
-        check_known_range(mode, self.pipeline.value_range)
+        at_most = f"and {self.max_pixels:,} are the most. Reduce it or cut it up."
+        try:
+            (width, height), mode = image_file_header(name, content)
+        except TooManyPixelsError as error:
+            raise TooLargeError(f"{name} has too many pixels, {at_most}") from error
         if width * height > self.max_pixels:
-            raise TooLargeError(
-                f"{name} has {width} x {height} pixels, and {self.max_pixels:,} are the most. Reduce it or cut it up."
-            )
+            raise TooLargeError(f"{name} has {width} x {height} pixels, {at_most}")
+        check_known_range(mode, self.pipeline.value_range)
         side = None if self.pipeline.tile_size else self.pipeline.input_resolution
         with self.decoding, one_large_at_a_time(width * height):
             image = read_image(name, content, reduce_large=side is not None)

@@ -230,8 +230,10 @@ class TokenCheck:
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE)
-        bearer = headers.get("authorization", "")
-        if self._is_token(bearer.removeprefix("Bearer ")) or (cookie is not None and self._is_token(cookie)):
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")  # a scheme's case does not count
+        if (scheme.lower() == "bearer" and self._is_token(bearer.strip())) or (
+            cookie is not None and self._is_token(cookie)
+        ):
             await self.app(scope, receive, send)
             return
         shown = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]

@@ -24,7 +24,7 @@ from diffad.data.masks import resize_image_and_mask
 from diffad.data.saturation import read_defects
 from diffad.deployment.metadata import OUTPUTS
 from diffad.deployment.runtime import Runtime
-from diffad.evaluation.metric_names import MEAN
+from diffad.evaluation.metric_names import check_category_names
 from diffad.evaluation.metrics import AnomalyMetrics
 from diffad.files import bounded_name, write_whole
 from diffad.images import resize_images
@@ -301,8 +301,5 @@ def split_by_category(dataset: Dataset | None) -> dict[str, Dataset]:
     if dataset is None:
         return {}
     of_image = np.asarray(dataset["category"])
-    if MEAN in of_image:
-        raise ValueError(
-            f"A category is named {MEAN!r}, as the mean over all is in reports. Rename it in the data set."
-        )
+    check_category_names(of_image)
     return {str(name): dataset.select(np.flatnonzero(of_image == name)) for name in np.unique(of_image)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 # report's name: (task on the Hub, metric on the Hub, title), in the order of the papers' tables
 METRICS = {
     "image_auroc": ("image-classification", "roc_auc", "image AUROC"),
@@ -22,8 +24,16 @@ METRICS = {
 # what users would take otherwise: a report's name, title in tables
 BASELINE_TITLES = {"padim": "PaDiM", "ddpm": "plain DDPM"}
 COUNTS = {"good_images": "good", "defective_images": "defective"}
-MEAN = "mean"
+MEAN = "mean"  # over the categories
 
 # the order of the papers' tables; DICE and the rates at the threshold are no columns there
 METRIC_TITLES = {name: METRICS[name][2] for name in METRICS if name.split("_")[0] in ("image", "pixel")}
 del METRIC_TITLES["pixel_dice"]
+
+
+def check_category_names(names: Iterable[str]) -> None:
+    """Raises a ValueError where a category has the name that the mean over all has in reports."""
+    if MEAN in names:
+        raise ValueError(
+            f"A category is named {MEAN!r}, as the mean over all is in reports. Rename it in the data set."
+        )

@@ -6,8 +6,10 @@ import base64
 import io
 import runpy
 import socket
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -65,6 +67,13 @@ def url(pipeline) -> Iterator[str]:
         yield address
 
 
+def png_that_says(width: int, height: int) -> bytes:
+    """A PNG file whose header names a size that its pixels do not have."""
+    file = png(texture(0))
+    header = b"IHDR" + struct.pack(">II", width, height) + file[24:29]
+    return file[:12] + header + struct.pack(">I", zlib.crc32(header)) + file[33:]
+
+
 def png(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
@@ -109,6 +118,7 @@ def test_the_answer_is_what_a_call_gives(pipeline, url):
         ([png(texture(0)), png(texture(0))[:200]], 422, "Image 1 of the request"),
         ([b""], 422, "empty"),
         ([png(np.zeros((101, 100, 3), np.uint8))], 413, "100 x 101 pixels, and 10,000 are the most"),
+        ([png_that_says(60_000, 60_000)], 413, "too many pixels, and 10,000 are the most"),
         ([bytes(200_000)], 413, "more than 100,000 bytes"),
         ([png(texture(0))] * 65, 413, "64 are the most"),
     ],

@@ -121,6 +121,8 @@ def test_outside_of_the_region_nothing_is_the_peak():
 def test_what_cannot_be_explained_is_refused(of_features):
     with pytest.raises(ValueError, match="`image` must be one image, but holds 2"):
         of_features.explain(textures(2, 32))
+    with pytest.raises(ValueError, match=r"`good_images` must be a sequence.*find_images"):
+        of_features.explain(texture(0), good_images="good_parts")
     with pytest.raises(ValueError, match="calibrated"):
         tiny_pipeline().explain(texture(0))
     assert isinstance(of_features.explain(torch.zeros(3, 32, 32)).score, float)

@@ -598,6 +598,22 @@ def test_wrong_arguments_of_a_calibration_are_named(pipe, arguments):
     assert pipe.calibration is None
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"score_fraction": 2.0},
+        {"score_fraction": -0.5},
+        {"kl_sigma": -1.0},
+        {"feature_sigma": float("nan")},
+        {"timesteps": [5.5]},
+        {"alpha": "x"},
+    ],
+)
+def test_wrong_settings_are_named_before_any_work(setting):
+    with pytest.raises(ValueError, match=f"`{next(iter(setting))}` must"):
+        tiny_pipeline(**setting)
+
+
 def test_a_rate_that_the_images_cannot_vouch_for_is_told(pipe):
     with pytest.warns(UserWarning, match="at least 99 held-out good images") as caught:
         pipe.calibrate(textures(6), false_alarm_rate=0.01)
