@@ -24,6 +24,7 @@ from diffad.remote_files import RemoteReader, describe_remote, is_url, list_parq
 from diffad.warn_once import warn_once
 
 SUFFIXES = (".csv", ".parquet")
+OTHER_LISTS = (".txt", ".json", ".jsonl")
 COLUMN_NAMES = ("path", "image", "url", "file_name")
 IN_A_FOLDER = 1000  # pictures
 LOOKED_AT, FAR_LOOKED_AT = 100, 5  # images that tell the range of values, where the model says nothing of it
@@ -38,7 +39,8 @@ def find_inputs(images: Sequence[str | Path], output_dir: str | Path | None = No
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: there are no images, a tar is compressed, or a manifest or a tar stands among others.
+        ValueError: there are no images, a tar is compressed, a manifest or a tar stands among others, or a list is
+            no CSV or parquet file.
     """
     for one in images:
         if COMPRESSED_TAR.search(os.fspath(one)) and (is_url(one) or os.path.isfile(one)):
@@ -50,6 +52,12 @@ def find_inputs(images: Sequence[str | Path], output_dir: str | Path | None = No
         raise ValueError(f"`images`: {tars[0]} is a tar, which goes with tars alone. Give the rest a run of its own.")
     if parquet := parquet_images(images):
         return parquet
+    is_list = len(images) == 1 and os.path.splitext(images[0])[1].lower() in OTHER_LISTS
+    if is_list and (is_url(images[0]) or os.path.isfile(images[0])):
+        raise ValueError(
+            f"`images`: {images[0]} is no image. If it lists images: a manifest is a CSV or parquet file, with a "
+            f"column {', '.join(COLUMN_NAMES)}."
+        )
     manifests = [one for one in images if os.path.splitext(one)[1].lower() in SUFFIXES and not os.path.isdir(one)]
     if not manifests:
         local = [one for one in images if not is_url(one)]
@@ -152,7 +160,13 @@ class Manifest:
 
     def entries(self) -> Iterator[str]:
         """Paths and URLs, as they stand in the manifest; "" where a line names no image."""
-        return self._of_parquet() if self.path.lower().endswith(".parquet") else self._of_csv()
+        return map(self._trimmed, self._of_parquet() if self.path.lower().endswith(".parquet") else self._of_csv())
+
+    def _trimmed(self, entry: str) -> str:
+        """Without spaces behind it, unless they are of the file's name."""
+        trimmed = entry.rstrip()
+        is_name = trimmed != entry and not is_url(entry) and os.path.isfile(os.path.join(self.folder, entry))
+        return entry if is_name else trimmed
 
     def _open(self, mode: str) -> Any:
         if is_url(self.path):
@@ -161,7 +175,7 @@ class Manifest:
 
     def _of_csv(self) -> Iterator[str]:
         with self._open("r") as file:
-            reader = csv.reader(file)
+            reader = csv.reader(file, skipinitialspace=True)
             rows = (row for row in reader if row)
             try:
                 first = next(rows, [])
@@ -177,7 +191,7 @@ class Manifest:
 
     def _check_first(self, row: list[str]) -> None:
         """Raises where the first line of a CSV is neither a header that is known nor an image's."""
-        entry = row[0]
+        entry = self._trimmed(row[0])
         if is_url(entry) or is_image_name(os.path.basename(entry)) or os.path.isfile(os.path.join(self.folder, entry)):
             return
         shown = os.fsencode(",".join(row)).decode("utf-8", "backslashreplace")[:200]
@@ -190,10 +204,11 @@ class Manifest:
         with needs_extra("remote", "train"):
             from pyarrow import parquet
         with self._open("rb") as opened, parquet.ParquetFile(opened) as file:
-            names = file.schema_arrow.names
-            column = next((name for name in COLUMN_NAMES if name in names), None)
+            names = {name.strip().lower(): name for name in reversed(file.schema_arrow.names)}
+            column = next((names[name] for name in COLUMN_NAMES if name in names), None)
             if column is None:
-                raise ValueError(f"{self.path} must have a column {', '.join(COLUMN_NAMES)}, but has {names}.")
+                has = file.schema_arrow.names
+                raise ValueError(f"{self.path} must have a column {', '.join(COLUMN_NAMES)}, but has {has}.")
             kind = file.schema_arrow.field(column).type
             if "string" not in str(kind):
                 raise ValueError(f"`images`: column {column} of {self.path} must hold paths or URLs, but holds {kind}.")

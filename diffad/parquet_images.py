@@ -27,7 +27,7 @@ class ParquetImages(ImageContainers):
     A group of rows is read when its first image is needed, and two of them stay in memory.
 
     Raises:
-        ValueError: a file has no column of images.
+        ValueError: a file has no column of images, or several of which none is called `image`.
     """
 
     def _begin(self, path: str | os.PathLike) -> None:
@@ -61,12 +61,18 @@ def open_parquet(path: str) -> Iterator[Any]:
 
 @lru_cache(maxsize=1000)
 def image_column(path: str) -> str | None:
-    """The first column whose values have `bytes` and a `path`."""
+    """The column whose values have `bytes` and a `path`; of several, as with masks, the one that is called `image`.
+
+    Raises:
+        ValueError: there are several, and none is called so.
+    """
     with open_parquet(path) as file:
-        for field in file.schema_arrow:
-            if {"bytes", "path"} <= {inner.name for inner in getattr(field.type, "fields", ())}:
-                return field.name
-    return None
+        fields = [(field.name, getattr(field.type, "fields", ())) for field in file.schema_arrow]
+    found = [name for name, inner in fields if {"bytes", "path"} <= {one.name for one in inner}]
+    found.sort(key=lambda name: (name.strip().lower() != "image", name != "image"))
+    if len(found) > 1 and found[0].strip().lower() != "image":
+        raise ValueError(f"`images`: {path} has several columns of images, {found}. Name the one to take 'image'.")
+    return found[0] if found else None
 
 
 def is_row(url: str) -> bool:

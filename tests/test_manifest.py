@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tarfile
 from pathlib import Path
 
@@ -42,6 +43,57 @@ def test_a_table_without_a_header_begins_with_an_image_whatever_its_name(parts, 
     (tmp_path / "manifest.csv").write_text(content)
     found = find_inputs([tmp_path / "manifest.csv"])
     assert [one.path.is_file() for one in found.first(9)] == [True, True]
+
+
+@pytest.mark.parametrize("content", ["id, path\n0, in/000.png\n1, in/001.png \n", "in/000.png \nin/001.png\n"])
+def test_spaces_around_the_fields_of_a_table_are_not_of_the_names(parts, tmp_path, content):
+    (tmp_path / "manifest.csv").write_text(content)
+    found = find_inputs([tmp_path / "manifest.csv"])
+    assert list(found.entries()) == ["in/000.png", "in/001.png"]
+    assert [one.path for one in found.first(9)] == [parts / "000.png", parts / "001.png"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names there do not end in spaces")
+def test_a_space_that_is_of_a_name_stays(parts, tmp_path):
+    (parts / "000.png").rename(parts / "000.png ")
+    (tmp_path / "manifest.csv").write_text("path\nin/000.png \n")
+    assert list(find_inputs([tmp_path / "manifest.csv"]).entries()) == ["in/000.png "]
+
+
+def test_a_parquet_manifest_names_its_column_in_any_case(parts, tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("fsspec")
+    parquet.write_table(pa.table({"id": [0], "Path": ["in/000.png"]}), tmp_path / "parts.parquet")
+    assert list(find_inputs([tmp_path / "parts.parquet"]).entries()) == ["in/000.png"]
+
+
+@pytest.mark.parametrize("name", ["parts.txt", "parts.JSON", "parts.jsonl"])
+def test_a_list_of_another_format_is_told_what_a_manifest_is(parts, tmp_path, name):
+    (tmp_path / name).write_text("in/000.png\n")
+    with pytest.raises(ValueError, match=f"`images`: .*{name} is no image.* a manifest is a CSV or parquet file"):
+        find_inputs([tmp_path / name])
+    with pytest.raises(FileNotFoundError):
+        find_inputs([tmp_path / "missing.txt"])
+
+
+@pytest.mark.parametrize(("columns", "taken"), [(("mask", "Image"), 1), (("IMAGE", "image"), 1), (("picture",), 0)])
+def test_of_several_columns_of_images_the_one_called_image_is_taken(parts, tmp_path, columns, taken):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("fsspec")
+    contents = [(parts / f"{i:03}.png").read_bytes() for i in range(len(columns))]
+    images = {name: [{"bytes": content, "path": name}] for name, content in zip(columns, contents, strict=True)}
+    parquet.write_table(pa.table(images), tmp_path / "parts.parquet")
+    (one,) = find_inputs([tmp_path / "parts.parquet"]).first(9)
+    assert RemoteReader()(one) == contents[taken]
+
+
+def test_several_columns_of_images_of_which_none_is_called_so_are_listed(parts, tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("fsspec")
+    image = {"bytes": (parts / "000.png").read_bytes(), "path": "0.png"}
+    parquet.write_table(pa.table({"mask": [image], "photo": [image]}), tmp_path / "parts.parquet")
+    with pytest.raises(ValueError, match=r"`images`: .*several columns of images, \['mask', 'photo'\].* 'image'"):
+        find_inputs([tmp_path / "parts.parquet"])
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1, cut off"])

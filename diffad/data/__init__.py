@@ -7,6 +7,7 @@ file, "" where there is none). An image is a file until its row is read: memory 
 Layouts, by the name that forces one:
 
     mvtec_ad     CATEGORY/{train,test}/{good,DEFECT}/*, masks CATEGORY/ground_truth/DEFECT/*_mask.png
+                 (or groundtruth, masks, mask, gt, annotations instead of ground_truth)
     mvtec_3d     CATEGORY/{train,validation,test}/{good,DEFECT}/rgb/*, masks in `gt` beside `rgb`
     btad         CATEGORY/{train,test}/{ok,ko}/*, masks CATEGORY/ground_truth/ko/*
     visa         CATEGORY/Data/Images/*; split_csv/1cls.csv lists the splits and masks

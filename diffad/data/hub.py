@@ -133,16 +133,16 @@ def _describe(row: dict, features: Features, path: str) -> dict[str, Any]:
         feature, value = features.get(column), row.get(column)
         if value is None:
             return None
-        return feature.int2str(value) if isinstance(feature, ClassLabel) else str(value)
+        return (feature.int2str(value) if isinstance(feature, ClassLabel) else str(value)).strip()
 
     label, defect, mask = text("label"), text("defect"), row.get("mask")
     if label is not None:
         classes = getattr(features["label"], "names", None) or ["good"]
-        if not any(name.lower() in GOOD_NAMES for name in classes):
+        if not any(name.strip().casefold() in GOOD_NAMES for name in classes):
             raise ValueError(f"{path}: a class of `label` must be named 'good', but they are {classes}.")
-        good = label.lower() in GOOD_NAMES
+        good = label.casefold() in GOOD_NAMES
     elif defect is not None:
-        good = defect.lower() in GOOD_NAMES
+        good = defect.casefold() in GOOD_NAMES
     else:
         good = mask is None or not mask_to_array(ImageFile().decode_example(mask)).any()
     named = isinstance(features.get("label"), ClassLabel) or isinstance(row.get("label"), str)

@@ -23,7 +23,9 @@ from datasets import Dataset
 from diffad.data.kolektor import find_kolektor, find_kolektor_2, read_kolektor, read_kolektor_2
 from diffad.data.real_iad import find_real_iad
 from diffad.data.records import GOOD_NAMES, SPLITS, check_split, is_good_name, make_record, read_listed
-from diffad.inputs import describe_suffixes, images_below, subfolders
+from diffad.inputs import describe_suffixes, images_below, list_folder, subfolders
+
+MASK_FOLDERS = ("ground_truth", "groundtruth", "masks", "mask", "gt", "annotations")  # in any case; the first counts
 
 
 def _child(folder: Path, *names: str) -> Path:
@@ -79,6 +81,44 @@ def _split_folder(folder: Path, split: str) -> Path:
     return _child(folder, split) if available else folder
 
 
+def _is_mask_folder(folder: Path) -> bool:
+    return folder.name.casefold() in MASK_FOLDERS
+
+
+def _find_masks(*folders: Path) -> Path | None:
+    """The folder of masks in the first of some folders that has one.
+
+    One by another name than `ground_truth` must hold images: annotations are often of another kind.
+    """
+    for folder in folders:
+        for name in MASK_FOLDERS:
+            masks = _child(folder, name)
+            if masks.is_dir() and (name == MASK_FOLDERS[0] or images_below(masks)):
+                return masks
+    return None
+
+
+def _warn_of_unused_masks(base: Path, used: Path | None) -> None:
+    """A folder with the name of masks is no kind of defect; where its images are not the masks, either, say so."""
+    for folder in subfolders(base):
+        if _is_mask_folder(folder) and folder != used and images_below(folder):
+            warnings.warn(
+                f"{folder} is left out: its name is one of masks, and the masks are those in {used}. If it is a kind "
+                "of defect, rename it.",
+                stacklevel=3,
+            )
+
+
+def _warn_of_loose_images(base: Path) -> None:
+    loose = list_folder(base).files if base.is_dir() else []
+    if loose:
+        warnings.warn(
+            f"{len(loose)} images right in {base} are left out, {loose[0].name} first: they lie beside the folders "
+            "of classes. Move each into the folder of its class.",
+            stacklevel=3,
+        )
+
+
 def _find_categories(root: Path, markers: Sequence[str]) -> dict[str, Path]:
     """`root`, if one of the folders `markers` is in it; otherwise those of its subfolders that have one."""
     for candidates in ([root], subfolders(root)):
@@ -86,6 +126,27 @@ def _find_categories(root: Path, markers: Sequence[str]) -> dict[str, Path]:
         if found:
             return found
     return {}
+
+
+def has_plain_category(root: Path, found: dict[str, Any]) -> bool:
+    """Whether an MVTec-AD tree has categories beside those that another layout found in its folders."""
+    in_folders = all(isinstance(source, Path) for source in found.values())
+    return in_folders and not _find_categories(root, MVTEC_AD_MARKERS).keys() <= found.keys()
+
+
+def warn_of_other_folders(root: Path, found: dict[str, Any]) -> None:
+    """Names the folders beside those of the categories that hold images, too."""
+    categories = [source for source in found.values() if isinstance(source, Path)]
+    if not categories or root in categories:
+        return
+    others = [one for one in subfolders(root) if one not in categories and images_below(one)]
+    if others:
+        names = ", ".join(one.name for one in others)
+        warnings.warn(
+            f"{root}: {names} hold images but are left out, as they lack the folders of a category. Give them those "
+            f"that {categories[0].name} has, or load them on their own.",
+            stacklevel=3,
+        )
 
 
 def _masks_by_name(images: list[Path], image_folder: Path, mask_folder: Path) -> list[Path]:
@@ -144,16 +205,19 @@ def _read_class(
 
 def _read_tree(category: str, folder: Path, split: str, pair: Callable = _masks_by_name) -> Iterator[dict]:
     """A folder for each class, in a folder for each split; masks in `ground_truth`: MVTec-AD and the like."""
-    base, ground_truth = _split_folder(folder, split), _child(folder, "ground_truth")
+    base = _split_folder(folder, split)
     good = [f for f in subfolders(base) if is_good_name(f.name)]
-    defects = [f for f in subfolders(base) if f not in good and f.name.casefold() != "ground_truth"]
+    defects = [f for f in subfolders(base) if f not in good and not _is_mask_folder(f)]
     for one in good:
         yield from _read_class(category, "good", one, None)
     if not good and (split != "test" or base == folder or not defects):
         yield from _read_unsorted(category, base, split, defects)
         return
+    _warn_of_loose_images(base)
     if split != "test":
         return
+    ground_truth = _find_masks(folder, base)
+    _warn_of_unused_masks(base, ground_truth)
     if base == folder:
         warnings.warn(
             f"{folder} has no train/ and test/ in it, so its good images are the same in both splits: a "
@@ -161,14 +225,15 @@ def _read_tree(category: str, folder: Path, split: str, pair: Callable = _masks_
             stacklevel=2,
         )
     for defect in defects:
-        masks = _child(ground_truth, defect.name, defect.name.casefold()) if ground_truth.is_dir() else None
+        masks = _child(ground_truth, defect.name, defect.name.casefold()) if ground_truth else None
         yield from _read_class(category, defect.name, defect, masks, pair)
 
 
 def _read_unsorted(category: str, base: Path, split: str, defects: list[Path]) -> Iterator[dict]:
     """Images right in a folder, with no folder of good ones beside them: all good."""
-    if any(images_below(f) for f in defects):  # they may be defects, so nothing here is known to be good
-        others = ", ".join(f.name for f in defects)
+    classes = [*defects, *(f for f in subfolders(base) if _is_mask_folder(f))]  # what has a mask is defective
+    if any(images_below(f) for f in classes):  # they may be defects, so nothing here is known to be good
+        others = ", ".join(f.name for f in classes)
         raise ValueError(f"{base} has no good images: expected {base / 'good'}, but there are only {others}.")
     images = [image for image in images_below(base) if image.parent == base]
     if not images:
@@ -191,6 +256,7 @@ def _read_mvtec_3d(category: str, folder: Path, split: str) -> Iterator[dict]:
     good = [f for f in subfolders(base) if is_good_name(f.name)]
     classes = subfolders(base) if split == "test" else good or [base / "good"]
     has_ground_truth = any(_child(f, "gt").is_dir() for f in classes)
+    _warn_of_loose_images(base)
     for f in classes:
         defect = "good" if f in good else f.name
         yield from _read_class(category, defect, _child(f, "rgb"), _child(f, "gt") if has_ground_truth else None)
@@ -207,7 +273,8 @@ def _find_visa(root: Path) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {}
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        rows = csv.DictReader(file)
+        rows = csv.DictReader(file, skipinitialspace=True)
+        rows.fieldnames = [name.strip().casefold() for name in rows.fieldnames or ()]
         missing = {"object", "split", "label", "image", "mask"} - set(rows.fieldnames or ())
         if missing:
             raise ValueError(f"{path} lacks the columns {sorted(missing)}.")
@@ -215,9 +282,10 @@ def _find_visa(root: Path) -> dict[str, Any]:
             if None in row.values():
                 raise ValueError(f"Line {rows.line_num} of {path} has too few columns: it takes {rows.fieldnames}.")
             defect = "good" if is_good_name(row["label"]) else "anomaly"
-            mask = root / row["mask"] if row["mask"] else None
-            record = make_record(root / row["image"], row["object"], defect, mask)
-            found.setdefault(row["object"], {}).setdefault(row["split"], []).append(record)
+            mask = root / row["mask"].strip() if row["mask"] else None
+            category, split = row["object"].strip(), row["split"].strip().casefold()
+            record = make_record(root / row["image"].strip(), category, defect, mask)
+            found.setdefault(category, {}).setdefault(split, []).append(record)
     return found
 
 
@@ -225,12 +293,15 @@ def _read_mvtec_ad_2(category: str, folder: Path, split: str) -> Iterator[dict]:
     """The test is the public one: the labels of the private ones are not published."""
     if split != "test":
         check_split(split, [name for name in ("train", "validation") if _child(folder, name).is_dir()], folder)
+        _warn_of_loose_images(_child(folder, split))
         yield from _read_class(category, "good", _child(_child(folder, split), *GOOD_NAMES), None)
         return
     base = _child(folder, "test_public")
-    ground_truth = _child(base, "ground_truth")
+    ground_truth = _find_masks(base) or base / "ground_truth"
+    _warn_of_loose_images(base)
+    _warn_of_unused_masks(base, ground_truth)
     for one in subfolders(base):
-        if one.name.casefold() != "ground_truth":
+        if not _is_mask_folder(one):
             defect = "good" if is_good_name(one.name) else one.name
             yield from _read_class(category, defect, one, _child(ground_truth, one.name, one.name.casefold()))
 
@@ -247,7 +318,7 @@ def _find_uni_medical(root: Path) -> dict[str, Any]:
                     defect = row["specie_name"] if row["anomaly"] else "good"
                     mask = root / row["mask_path"] if row["mask_path"] else None
                     record = make_record(root / row["img_path"], category, defect, mask)
-                    found.setdefault(category, {}).setdefault(split, []).append(record)
+                    found.setdefault(category, {}).setdefault(split.strip().casefold(), []).append(record)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not as expected ({error!r}): `train` and `test`, in each a list for every category, "
@@ -294,9 +365,10 @@ class Layout(NamedTuple):
     find: Callable[[Path], dict[str, Any]]
     read: Callable[[str, Any, str], Iterator[dict]]
     expected: str  # what `find` looks for, below the root
+    is_told_by_class: bool = False  # the name of a class tells it, which a category of MVTec-AD's layout may have, too
 
 
-MVTEC_AD_MARKERS = ("train/good", "test/good", "train/normal", "test/normal")
+MVTEC_AD_MARKERS = tuple(f"{split}/{good}" for split in ("train", "test") for good in GOOD_NAMES)
 MVTEC_3D_MARKERS = ("train/good/rgb", "test/good/rgb")
 BTAD_MARKERS = ("train/ok", "test/ok")
 MVTEC_AD_2_MARKERS = ("test_public/good", "test_public/bad")
@@ -311,6 +383,7 @@ LAYOUTS = {  # in the order in which they are tried
         partial(_find_categories, markers=BTAD_MARKERS),
         _read_tree,
         "[CATEGORY/]train/ok/",
+        is_told_by_class=True,
     ),
     "mvtec_ad_2": Layout(
         partial(_find_categories, markers=MVTEC_AD_2_MARKERS), _read_mvtec_ad_2, "[CATEGORY/]test_public/good/"
@@ -319,11 +392,14 @@ LAYOUTS = {  # in the order in which they are tried
         partial(_find_categories, markers=MVTEC_LOCO_MARKERS),
         partial(_read_tree, pair=_mask_folders),
         "[CATEGORY/]test/logical_anomalies/",
+        is_told_by_class=True,
     ),
     "real_iad": Layout(find_real_iad, read_listed, "realiad_jsons/CATEGORY.json beside realiad_1024/ (or 512, 256)"),
     "kolektor_sdd": Layout(find_kolektor, read_kolektor, "kos01/Part0_label.bmp"),
     "kolektor_sdd_2": Layout(find_kolektor_2, read_kolektor_2, "train/10000_GT.png"),
-    "uni_medical": Layout(_find_uni_medical, _read_uni_medical, "[CATEGORY/]test/Ungood/, or meta.json"),
+    "uni_medical": Layout(
+        _find_uni_medical, _read_uni_medical, "[CATEGORY/]test/Ungood/, or meta.json", is_told_by_class=True
+    ),
     "mvtec_ad": Layout(partial(_find_categories, markers=MVTEC_AD_MARKERS), _read_tree, "[CATEGORY/]train/good/"),
     "elpv": Layout(_find_elpv, read_listed, "labels.csv (or pass just 'elpv', for the installed package)"),
     "folder": Layout(_find_folder, _read_tree, "an image"),

@@ -12,7 +12,15 @@ from datasets import Dataset, IterableDataset
 
 from diffad.data.checks import check_images, check_names
 from diffad.data.hub import is_loadable, load_hub_dataset
-from diffad.data.layouts import LAYOUTS, choose_categories, installed_elpv, no_images, require_good_images
+from diffad.data.layouts import (
+    LAYOUTS,
+    choose_categories,
+    has_plain_category,
+    installed_elpv,
+    no_images,
+    require_good_images,
+    warn_of_other_folders,
+)
 from diffad.data.records import FEATURES, SPLITS
 
 
@@ -82,6 +90,8 @@ def load_anomaly_dataset(
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {list(SPLITS)}, but is {split!r}.")
     chosen = choose_categories(category, found, root)
+    if category is None:
+        warn_of_other_folders(root, found)
     records = [record for name in chosen for record in LAYOUTS[dataset].read(name, found[name], split)]
     records.sort(key=lambda record: record["path"])
     if on_bad_image in ("error", "skip"):
@@ -98,6 +108,6 @@ def _find_layout(root: Path) -> tuple[str, dict[str, Any]]:
         if name == "folder" and is_loadable(root):
             return "hub", {}
         found = layout.find(root)
-        if found:
+        if found and not (layout.is_told_by_class and has_plain_category(root, found)):
             return name, found
     raise no_images(root)

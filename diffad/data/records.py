@@ -26,7 +26,7 @@ GOOD_NAMES = ("good", "ok", "normal")  # of folders, in any case, in every layou
 
 
 def is_good_name(name: str) -> bool:
-    return name.casefold() in GOOD_NAMES
+    return name.strip().casefold() in GOOD_NAMES  # tables that people write have spaces behind names
 
 
 def make_record(image: Path, category: str, defect: str, mask: Path | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.deployment.graph import NETWORKS, InspectionGraph, MeasurementGraph
 from diffad.deployment.metadata import FORMAT, KEY, OUTPUTS, Metadata
 from diffad.deployment.quantization import FEWEST_IMAGES, HELD_OUT, MOST_IMAGES, quantize_networks
-from diffad.deployment.runtime import Run, load_onnx, load_openvino
+from diffad.deployment.runtime import WEIGHTS_KEY, Run, graph_files, load_onnx, load_openvino, sha256_of
 from diffad.files import write_whole
 from diffad.image_arrays import common_value_range, resized_array
 from diffad.image_files import read_image
@@ -76,6 +76,8 @@ def export_pipeline(
         raise ValueError(
             f"`path` must end in .onnx, with `format` onnx, or in .xml, with openvino, but is {path} and {format}."
         )
+    if folder := next(filter(Path.is_dir, graph_files(path)), None):  # before all the work
+        raise ValueError(f"`path` must name a file, but {folder} is a folder. Give another name, or take it away.")
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be fp32, fp16 or int8, but is {precision!r}.")
     if input_type not in ("float32", "uint8"):
@@ -362,6 +364,8 @@ def write_graph(model: Any, metadata: Metadata, path: Path) -> None:
         converted = openvino.Core().read_model(Path(folder) / "graph.onnx")
         converted.set_rt_info(metadata.dumps(), KEY)
         openvino.save_model(converted, Path(folder) / path.name, compress_to_fp16=False)
+        converted.set_rt_info(sha256_of(Path(folder) / path.with_suffix(".bin").name), WEIGHTS_KEY)
+        openvino.save_model(converted, Path(folder) / path.name, compress_to_fp16=False)  # the same .bin once more
         path.unlink(missing_ok=True)  # so that a kill between the two leaves no graph with another one's numbers
         (Path(folder) / path.with_suffix(".bin").name).replace(path.with_suffix(".bin"))
         (Path(folder) / path.name).replace(path)

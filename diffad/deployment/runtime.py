@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +29,7 @@ from diffad.resizing import region_at, resize_array
 # ONNX Runtime's names of what it computes on
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 OPENVINO_PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+WEIGHTS_KEY = "diffad_weights"  # of an .xml's runtime information: the SHA-256 of its .bin; older files lack it
 
 Run: TypeAlias = Callable[[dict[str, np.ndarray]], list[np.ndarray]]  # inputs by name -> outputs in order
 
@@ -72,7 +75,8 @@ class Runtime:
 
     Raises:
         FileNotFoundError: no file stands there.
-        ValueError: it is no graph of diffad's, or of another version's; or the device is not there.
+        ValueError: it is no graph of diffad's, or of another version's; it is damaged; an .xml stands beside another's
+            .bin; or an argument is wrong, or the device not there.
         ImportError: the runtime is not installed; the message names the extra that brings it.
     """
 
@@ -88,6 +92,10 @@ class Runtime:
         path = Path(path)
         if path.suffix.lower() not in (".onnx", ".xml"):
             raise ValueError(f"`path` must be an .onnx or an .xml file, but is {path}.")
+        if not isinstance(device, str):
+            raise ValueError(f'`device` must be a name such as "cpu", but is {device!r}.')
+        if false_alarm_rate is not None and not (isinstance(false_alarm_rate, Real) and 0.0 < false_alarm_rate < 1.0):
+            raise ValueError(f"`false_alarm_rate` must be a number in (0, 1), or None, but is {false_alarm_rate!r}.")
         for file in graph_files(path):
             if not file.is_file():
                 raise FileNotFoundError(f"`path`: no file at {file}.")
@@ -139,14 +147,21 @@ class Runtime:
         names = self.categories or ["default"]
         if category is None and len(names) > 1:
             raise ValueError(f"`category` is needed: this model knows {', '.join(names)}. Pass one of them.")
-        index = 0 if category is None else category
-        if isinstance(index, str):
-            index = names.index(index) if index in names else -1
+        index = -1
+        if category is None:
+            index = 0
+        elif isinstance(category, str):
+            index = names.index(category) if category in names else -1
+        elif isinstance(category, (int, np.integer)) and not isinstance(category, bool):
+            index = int(category)
         if index not in range(len(names)):
-            raise ValueError(f"`category` {category!r} is unknown: this model knows {', '.join(names)}.")
+            raise ValueError(
+                f"`category` {category!r} is unknown: this model knows {', '.join(names)}. Pass one of them, or its "
+                "index, an integer."
+            )
         if self.has_thresholds and not np.isfinite(self.metadata.image_threshold[index]):
             raise ValueError(f"Category {names[index]!r} is not calibrated. Calibrate it and export the model again.")
-        return int(index)
+        return index
 
     def __call__(
         self,
@@ -168,8 +183,9 @@ class Runtime:
             ValueError, FileNotFoundError: an argument is wrong; the message names it and what to do.
         """
         items = [(one, place) for item, place in flatten(image, "image") for one in _singles(item, place)]
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive integer, but is {batch_size!r}.")
+        batch_size = int(batch_size)  # a NumPy integer of few bits would overflow
         sizes = sorted({image_size(one, place) for one, place in items})
         if match_input_resolution and len(sizes) > 1:
             raise ValueError(
@@ -179,7 +195,10 @@ class Runtime:
         value_range = self.value_range
         if value_range is None and (value_range := smallest_common_range(items)) is not None:
             warn_of_found_range(value_range)
-        given = [category] * len(items) if category is None or isinstance(category, (str, int)) else list(category)
+        each: Any = category
+        if hasattr(each, "tolist"):  # NumPy's and torch's
+            each = each.tolist()
+        given = [each] * len(items) if isinstance(each, str) or not hasattr(each, "__iter__") else list(each)
         if len(given) != len(items):
             raise ValueError(f"`category` lists {len(given)} names for {len(items)} images. Pass one, or one each.")
         indices = np.array([self.category_index(name) for name in given])
@@ -314,6 +333,15 @@ def graph_files(path: Path) -> tuple[Path, ...]:
     return path, weights.with_suffix(".BIN") if path.suffix.isupper() and not weights.is_file() else weights
 
 
+def sha256_of(path: Path) -> str:
+    """Tells a file's content from all others."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):  # a .bin may be larger than the memory that is left
+            found.update(piece)
+    return found.hexdigest()
+
+
 def load_onnx(path: Path, device: str, precision: str) -> tuple[Run, str | None]:
     """An .onnx file at work in ONNX Runtime, and its metadata; arguments as of `Runtime`."""
     with needs_extra("onnx"):
@@ -326,10 +354,19 @@ def load_onnx(path: Path, device: str, precision: str) -> tuple[Run, str | None]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = available_cores()
     options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(path, options, providers=[PROVIDERS[device]])
+    states = onnxruntime.capi.onnxruntime_pybind11_state
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=[PROVIDERS[device]])
+    except (states.InvalidProtobuf, states.InvalidArgument, states.InvalidGraph) as error:  # others are the device's
+        raise ValueError(f"{path} is damaged, or no graph: export the model again. {last_line(error)}") from error
     if PROVIDERS[device] not in session.get_providers():  # it goes on with another
         raise ValueError(f"`device` {device!r} is not there: its libraries cannot be loaded.")
     return lambda inputs: session.run(None, inputs), session.get_modelmeta().custom_metadata_map.get(KEY)
+
+
+def last_line(error: Exception) -> str:
+    """What a runtime says of a file, without where in its code."""
+    return str(error).strip().rpartition("\n")[2]
 
 
 def load_openvino(path: Path, device: str, precision: str) -> tuple[Run, str | None]:
@@ -341,7 +378,18 @@ def load_openvino(path: Path, device: str, precision: str) -> tuple[Run, str | N
     core = openvino.Core()
     if device.upper().split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
         raise ValueError(f"`device` {device!r} is not there: OpenVINO finds {', '.join(core.available_devices)}.")
-    model = core.read_model(*graph_files(path))
+    path, weights = graph_files(path)
+    try:
+        model = core.read_model(path, weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} or {weights} is damaged, or they are no graph: export the model again. {last_line(error)}"
+        ) from error
+    if model.has_rt_info(WEIGHTS_KEY) and str(model.get_rt_info(WEIGHTS_KEY).value) != sha256_of(weights):
+        raise ValueError(
+            f"{weights} is damaged, or not the one that {path} was exported with: put that one beside it, or export "
+            "the model again."
+        )
     options = {"INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[precision]}
     if device == "cpu":
         options["INFERENCE_NUM_THREADS"] = str(available_cores())

@@ -8,6 +8,7 @@ waits for a receiver (`outbox`). So a process that is killed anywhere does an ev
 from __future__ import annotations
 
 import csv
+import io
 import os
 import threading
 import time
@@ -97,10 +98,19 @@ class SettlingFiles:
 def coming_files(
     folder: Path, output_dir: Path, files: SettlingFiles, poll: bool, stop: threading.Event
 ) -> Iterator[list[Input]]:
-    """Files below a folder, once they are whole; an empty list now and then, so that the caller gets a turn."""
+    """Files below a folder, once they are whole; an empty list now and then, so that the caller gets a turn.
+
+    Raises:
+        FileNotFoundError: the folder is no longer there.
+    """
     tick = min(max(files.settle / 2.0, 0.05), 1.0)
     next_scan = 0.0
     for changed in _changes(folder, poll, tick, stop):
+        if not folder.is_dir():  # what is reported of a renamed one is of its old name
+            raise FileNotFoundError(
+                f"The watched folder {folder} is no longer there: it was renamed or removed. Put it back and start "
+                "again: what has a row in scores.csv stays done."
+            )
         started = time.monotonic()
         if started >= next_scan:
             changed = [folder]
@@ -139,7 +149,7 @@ def _changes(folder: Path, poll: bool, tick: float, stop: threading.Event) -> It
 
 
 def _is_input(path: Path, folder: Path, output_dir: Path) -> bool:
-    if not path.is_relative_to(folder) or path.is_relative_to(output_dir):
+    if path == folder or not path.is_relative_to(folder) or path.is_relative_to(output_dir):
         return False
     *folders, name = path.relative_to(folder).parts
     return is_image_name(name) and all(map(is_input_folder, folders))
@@ -163,6 +173,26 @@ def take_up_table(output_dir: Path) -> tuple[set[str], list[float]]:
     return done, scores
 
 
+def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Adds rows to `scores.csv`, on disk when it returns.
+
+    It is opened anew each time: an editor that saves it puts another file in its place. One that is new gets a header.
+    """
+    with open(path, "ab+") as file:
+        is_new = not file.tell()
+        if not is_new:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) not in b"\r\n":
+                file.write(b"\r\n")  # editors may leave out the last one, and two rows would become one
+        table = io.TextIOWrapper(file, **ENCODING)
+        writer = csv.DictWriter(table, COLUMNS)
+        if is_new:
+            writer.writeheader()
+        writer.writerows({column: row.get(column) for column in COLUMNS} for row in rows)
+        table.flush()
+        os.fsync(file.fileno())
+
+
 def watch_folder(
     pipeline: Any,
     folder: str | Path,
@@ -183,7 +213,8 @@ def watch_folder(
         folder: with its subfolders. What `diffad.inputs` takes for an image counts; hidden files, as programs make
             while they write, do not.
         output_dir: as `predict_files` writes it, without the sheet and the regions' files. `scores.csv` grows by a row
-            an event; a picture's name holds the event's number, so that a rewritten file's pictures replace none.
+            an event, and may be edited or taken away meanwhile: what lacks a row then, the next start does again. A
+            picture's name holds the event's number, so that a rewritten file's pictures replace none.
         stop: set by another thread or a signal. What has been begun is finished.
         settle: a file is whole once it has not changed for so many seconds; one that cannot be read then is given ten
             times as long.
@@ -200,6 +231,7 @@ def watch_folder(
 
     Raises:
         ValueError: the folder does not exist, or `output_dir` holds results of another calibration or folder.
+        FileNotFoundError: either folder was renamed or removed meanwhile. Started again, it goes on.
         RuntimeError: another process writes to `output_dir`.
     """
     folder, output_dir = Path(os.path.realpath(folder)), Path(os.path.realpath(output_dir))
@@ -234,11 +266,7 @@ def watch_folder(
         files, count = SettlingFiles(settle, done), 0
         receivers = outboxes(output_dir / "outbox")
         try:
-            with (
-                open(output_dir / SCORES_NAME, "a", **ENCODING) as table,
-                ThreadPoolExecutor(num_workers) as pool,
-            ):
-                writer = csv.DictWriter(table, COLUMNS)
+            with ThreadPoolExecutor(num_workers) as pool:
                 for found in coming_files(folder, output_dir, files, poll, stop):
                     todo = [(int(event_number(*one[1:]), 16), one) for one in found]
                     for batch in decoded_batches(
@@ -246,6 +274,11 @@ def watch_folder(
                     ):
                         if stop.is_set():
                             break
+                        if not output_dir.is_dir():
+                            raise FileNotFoundError(
+                                f"{output_dir / SCORES_NAME} cannot be written: its folder was renamed or removed. Put "
+                                "it back and start again."
+                            )
                         rows = _score(
                             batch, files, detect, folder, output_dir, threshold, smallest_area, pool, resizing
                         )
@@ -255,9 +288,7 @@ def watch_folder(
                             for name, outbox in receivers.items():
                                 if name == "all" or event["verdict"] in ("anomalous", "drift"):
                                     outbox.put(event)
-                        writer.writerows({column: row.get(column) for column in COLUMNS} for row in rows)
-                        table.flush()
-                        os.fsync(table.fileno())
+                        append_rows(output_dir / SCORES_NAME, rows)
                         files.done.update(event["event"] for event in events)
                         count += len(rows)
                         for event in events:

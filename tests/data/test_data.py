@@ -172,6 +172,24 @@ def test_visa(tmp_path: Path):
         load_anomaly_dataset(tmp_path)
 
 
+def test_visa_listed_with_spaces_and_capitals(tmp_path: Path):
+    for i in range(3):
+        write_image(tmp_path / f"candle/{i}.JPG")
+    write_mask(tmp_path / "candle/2.png")
+    (tmp_path / "split_csv").mkdir()
+    (tmp_path / "split_csv/1cls.csv").write_text(
+        "Object, split, label, image, mask\n"
+        " candle, Train , Normal,candle/0.JPG,\n"
+        "candle ,TEST,normal , candle/1.JPG , \n"
+        "candle,test,Anomaly,candle/2.JPG, candle/2.png\n"
+    )
+    assert load_anomaly_dataset(tmp_path)["category"] == ["candle"]
+    test = load_anomaly_dataset(tmp_path, "test")
+    assert test["category"] == ["candle"] * 2
+    assert defects(test) == ["good", "anomaly"]
+    assert_masks_mark_the_left(test)
+
+
 def test_mvtec_3d(tmp_path: Path):
     for name in ("bagel", "peach"):
         for place in ("train/good", "validation/good", "test/good", "test/hole"):
@@ -366,6 +384,83 @@ def test_defects_are_not_taken_for_good_images(tmp_path: Path):
             if name == "dent/1.png":
                 with pytest.raises(ValueError, match=r"no good images: expected .*good, but there are only dent"):
                     load_anomaly_dataset(tmp_path, split)
+
+
+def test_categories_whose_good_images_have_other_names_are_all_read(tmp_path: Path):
+    write_mvtec_category(tmp_path / "bottle")
+    for name, good, bad in (
+        ("cable", "ok", "ko"),
+        ("screw", "Normal", "ungood"),
+        ("tile", "good", "logical_anomalies"),
+    ):
+        for place in (f"train/{good}", f"test/{good}", f"test/{bad}"):
+            write_image(tmp_path / name / place / "0.png")
+        write_mask(tmp_path / name / "ground_truth" / bad / "0_mask.png")
+    assert sorted(load_anomaly_dataset(tmp_path)["category"]) == ["bottle"] * 3 + ["cable", "screw", "tile"]
+    test = load_anomaly_dataset(tmp_path, "test")
+    assert set(test["defect"]) == {"good", "crack", "hole", "ko", "ungood", "logical_anomalies"}
+    assert_masks_mark_the_left(test)
+    forced = load_anomaly_dataset(tmp_path, dataset="btad", category="cable")
+    assert relative(forced, tmp_path) == ["cable/train/ok/0.png"]
+
+
+def test_folders_that_are_no_category_are_named(mvtec: Path):
+    write_image(mvtec / "plain" / "0.png")
+    write_image(mvtec / "sorted" / "good" / "0.png")
+    (mvtec / "notes").mkdir()
+    with pytest.warns(
+        UserWarning, match=r"mvtec: plain, sorted hold images but are left out.* that bottle has"
+    ) as caught:
+        assert set(load_anomaly_dataset(mvtec)["category"]) == {"bottle", "cable"}
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (
+            len(load_anomaly_dataset(mvtec, category=["bottle", "cable"])) == 6
+        )  # nothing that was asked for is missing
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_images_beside_folders_of_classes_are_told(mvtec: Path, split: str):
+    for name in ("b.png", "a.png"):
+        write_image(mvtec / "cable" / split / name)
+    with pytest.warns(UserWarning, match=rf"2 images right in {mvtec}/cable/{split} are left out, a\.png first"):
+        assert len(load_anomaly_dataset(mvtec, split)) == {"train": 6, "test": 10}[split]
+
+
+@pytest.mark.parametrize("name", ["Masks", "mask", "GT", "groundtruth", "annotations"])
+@pytest.mark.parametrize("place", ["test", "."])
+def test_a_folder_of_masks_is_known_by_any_usual_name(tmp_path: Path, name: str, place: str):
+    for image in ("train/good/0.png", "test/good/1.png", "test/dent/2.png"):
+        write_image(tmp_path / image)
+    write_mask(tmp_path / place / name / "dent" / "2.png")
+    test = load_anomaly_dataset(tmp_path, "test")
+    assert defects(test) == ["dent", "good"]
+    assert_masks_mark_the_left(test)
+    (tmp_path / place / name / "dent").rename(tmp_path / place / name / "bent")
+    with pytest.raises(FileNotFoundError, match=rf"no mask for .*test/dent/2\.png: expected .*{name}/dent/2_mask\.png"):
+        load_anomaly_dataset(tmp_path, "test")
+
+
+def test_a_folder_named_as_masks_is_no_kind_of_defect(tmp_path: Path):
+    for image in ("train/good/0.png", "test/good/1.png", "test/dent/2.png"):
+        write_image(tmp_path / image)
+    (tmp_path / "test/annotations").mkdir()
+    (tmp_path / "test/annotations/2.json").write_text("{}")
+    assert defects(load_anomaly_dataset(tmp_path, "test")) == ["dent", "good"]
+    write_mask(tmp_path / "ground_truth/dent/2.png")
+    write_image(tmp_path / "test/mask/3.png")
+    with pytest.warns(UserWarning, match=r"test/mask is left out: .* those in .*ground_truth\. .* rename it"):
+        test = load_anomaly_dataset(tmp_path, "test")
+    assert defects(test) == ["dent", "good"]
+    assert_masks_mark_the_left(test)
+
+
+def test_loose_images_that_have_masks_are_not_known_to_be_good(tmp_path: Path):
+    write_image(tmp_path / "0.png")
+    write_mask(tmp_path / "masks" / "0.png")
+    with pytest.raises(ValueError, match=r"no good images: .* there are only masks"):
+        load_anomaly_dataset(tmp_path)
 
 
 # Choice of the layout, errors of trees
@@ -616,6 +711,8 @@ def test_hub_all_columns(tmp_path: Path, streaming: bool):
         ([0.0, 1.0], datasets.Value("float32"), "defective"),
         ([0, 1], datasets.ClassLabel(names=["0", "1"]), "defective"),
         (["Normal", "bent"], datasets.Value("string"), "bent"),
+        ([" OK ", "bent "], datasets.Value("string"), "bent"),
+        ([1, 0], datasets.ClassLabel(names=["bent ", " Good"]), "bent"),
         ([1, 0], datasets.ClassLabel(names=["bent", "good"]), "bent"),
     ],
 )
@@ -830,6 +927,28 @@ def test_kinds_of_defect_with_values_far_apart_are_all_marked(values: tuple[int,
     for i, value in enumerate(values):
         mask[5 + 15 * i : 15 + 15 * i, 10:40] = value
     assert np.array_equal(mask_to_array(PIL.Image.fromarray(mask)), mask > 0)
+
+
+@pytest.mark.parametrize("count", [20, 64, 99, 250])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32])
+def test_a_mask_that_numbers_many_defects_marks_all_of_them(count: int, dtype: type):
+    labels = np.zeros((16 * 8, 16 * 8), dtype)
+    for i in range(count):
+        top, left = 8 * (i // 16), 8 * (i % 16)
+        labels[top : top + 6, left : left + 1 + i % 6] = i + 1
+    assert np.array_equal(mask_to_array(PIL.Image.fromarray(labels)), labels > 0)
+
+
+def test_defects_in_many_colours_are_all_marked():
+    colours = np.zeros((64, 64, 3), np.uint8)
+    for i, colour in enumerate(np.random.default_rng(0).integers(1, 256, (36, 3))):
+        colours[10 * (i // 6) + 2 : 10 * (i // 6) + 10, 10 * (i % 6) + 2 : 10 * (i % 6) + 10] = colour
+    assert np.array_equal(mask_to_array(PIL.Image.fromarray(colours)), colours.max(axis=2) > 0)
+
+
+def test_a_slope_so_long_that_it_has_steps_is_a_soft_edge():
+    slope = np.repeat(np.linspace(0, 255, 3000).astype(np.uint8)[None], 40, axis=0)
+    assert np.array_equal(mask_to_array(PIL.Image.fromarray(slope)), slope >= 128)
 
 
 def test_a_palette_of_dark_colours_marks_all_but_black():

@@ -294,6 +294,14 @@ def test_wrong_arguments_are_named(models, tmp_path, name, options, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("name", "folder"), [("m.onnx", "m.onnx"), ("m.xml", "m.xml"), ("m.xml", "m.bin")])
+def test_a_folder_in_the_files_place_is_named_before_any_work(models, tmp_path, name, folder):
+    (tmp_path / folder).mkdir()
+    with pytest.raises(ValueError, match=rf"`path` must name a file, but .*{folder} is a folder. Give another name"):
+        models("features")[0].export(tmp_path / name)
+    assert [one.name for one in tmp_path.rglob("*")] == [folder]
+
+
 def test_a_file_of_another_format_is_refused_and_one_of_another_version_read(models, tmp_path, caplog):
     model = onnx.load(models("features")[1])
     text = model.metadata_props[0].value

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +124,9 @@ def test_the_output_has_the_fields_of_a_pipelines_output():
         (textures(1)[0], {"batch_size": 0}, "`batch_size` must be a positive integer"),
         (textures(2), {"category": ["default"]}, "`category` lists 1 names for 2 images"),
         (textures(1)[0], {"category": "cable"}, "`category` 'cable' is unknown"),
+        (textures(1)[0], {"category": False}, "`category` False is unknown"),
+        (textures(1)[0], {"category": 0.0}, r"`category` 0\.0 is unknown.*or its index, an integer"),
+        (textures(2), {"category": [0, 0.0]}, r"`category` 0\.0 is unknown"),
     ],
 )
 def test_wrong_arguments_are_named(model, image, options, message):
@@ -129,9 +134,30 @@ def test_wrong_arguments_are_named(model, image, options, message):
         Runtime(model[1])(image, **options)
 
 
-def test_devices_that_are_not_there_are_named(model):
-    with pytest.raises(ValueError, match="`device` 'tpu' is not there"):
-        Runtime(model[1], device="tpu")
+def test_numpys_integers_are_integers(model):
+    images = textures(3)
+    expected = Runtime(model[1])(images).anomaly_score
+    for options in (
+        {"category": np.int64(0)},
+        {"category": np.zeros(3, np.uint8)},
+        {"batch_size": np.int64(2)},
+        {"batch_size": np.int8(1)},
+    ):
+        np.testing.assert_allclose(Runtime(model[1])(images, **options).anomaly_score, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, "`device` 'tpu' is not there"),
+        ({"device": 0}, "`device` must be a name such as .*, but is 0"),
+        ({"false_alarm_rate": "0.1"}, r"`false_alarm_rate` must be a number in \(0, 1\), or None, but is '0.1'"),
+        ({"false_alarm_rate": 1.0}, "`false_alarm_rate` must be"),
+    ],
+)
+def test_wrong_arguments_of_loading_are_named(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        Runtime(model[1], **options)
 
 
 def test_importing_it_needs_no_torch():
@@ -266,3 +292,61 @@ def test_a_score_that_is_no_number_is_no_verdict(model, tmp_path):
     onnx.save(damaged, tmp_path / "damaged.onnx")
     with pytest.raises(ValueError, match=r"Scores are NaN.*float32"):
         Runtime(tmp_path / "damaged.onnx")(textures(1)[0])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_file_that_was_cut_off_is_named(model, tmp_path, share):
+    content, path = model[1].read_bytes(), tmp_path / "cut.onnx"
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"cut\.onnx is damaged.*export the model again"):
+        Runtime(path)
+
+
+@pytest.fixture(scope="module")
+def openvino_files(model, tmp_path_factory) -> Path:
+    """A folder with two models of the same networks, whose statistics differ."""
+    pytest.importorskip("openvino")
+    folder = tmp_path_factory.mktemp("openvino")
+    other = AnomalyDenoisePipeline(**model[0].components, weights={"gaussian": 1.0, "nearest": 1.0}, feature_sigma=1.0)
+    other.set_progress_bar_config(disable=True)
+    other.calibrate(textures(12, first_seed=50), false_alarm_rate=0.2)
+    model[0].export(folder / "one.xml")
+    other.export(folder / "other.xml")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ending", "content"),
+    [
+        (".bin", lambda whole: b""),
+        (".bin", lambda whole: whole[: len(whole) // 2]),
+        (".xml", lambda whole: b""),
+        (".xml", lambda whole: whole[: len(whole) // 2]),
+        (".xml", lambda whole: b"<?xml version='1.0'?><html><body/></html>"),
+    ],
+)
+def test_files_of_openvino_that_are_damaged_are_named(openvino_files, tmp_path, ending, content):
+    for name in ("one.xml", "one.bin"):
+        shutil.copy(openvino_files / name, tmp_path / name)
+    damaged = tmp_path / f"one{ending}"
+    damaged.write_bytes(content(damaged.read_bytes()))
+    with pytest.raises(ValueError, match=r"one\.xml or .*one\.bin is damaged.*export the model again"):
+        Runtime(tmp_path / "one.xml")
+
+
+def test_weights_of_another_model_are_refused(openvino_files, tmp_path):
+    """They fit, and would give wrong verdicts."""
+    assert (openvino_files / "one.bin").stat().st_size == (openvino_files / "other.bin").stat().st_size
+    shutil.copy(openvino_files / "one.xml", tmp_path / "one.xml")
+    shutil.copy(openvino_files / "other.bin", tmp_path / "one.bin")
+    with pytest.raises(ValueError, match=r"one\.bin is damaged, or not the one that .*one\.xml was exported with: put"):
+        Runtime(tmp_path / "one.xml")
+    shutil.copy(openvino_files / "one.bin", tmp_path / "one.bin")
+    expected = Runtime(openvino_files / "one.xml")(textures(2)).anomaly_score
+    np.testing.assert_array_equal(Runtime(tmp_path / "one.xml")(textures(2)).anomaly_score, expected)
+
+    text = (tmp_path / "one.xml").read_text()
+    without = re.sub(r"<diffad_weights [^>]*>", "", text)  # as versions before it wrote files
+    assert without != text
+    (tmp_path / "one.xml").write_text(without)
+    np.testing.assert_array_equal(Runtime(tmp_path / "one.xml")(textures(2)).anomaly_score, expected)

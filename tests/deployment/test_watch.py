@@ -189,6 +189,65 @@ def test_a_row_that_was_cut_off_in_its_last_number_is_no_row(tmp_path):
     assert [row["path"] for row in rows_of(tmp_path)] == ["a.png"]
 
 
+def test_a_table_that_is_saved_or_removed_meanwhile_gets_the_rows_that_follow(calibrated, tmp_path):
+    folder, out = write_folder(tmp_path / "in", 2), tmp_path / "out"
+    table = out / "scores.csv"
+    with Watching(calibrated, folder, out):
+        wait_for(lambda: len(rows_of(out)) == 2)
+        first = rows_of(out)
+        (out / "saved").write_bytes(table.read_bytes().rstrip())  # an editor that leaves out the last line's end
+        (out / "saved").replace(table)
+        write_png(folder / "after.png", texture(7))
+        wait_for(lambda: len(rows_of(out)) == 3)
+        assert rows_of(out)[:2] == first
+        table.unlink()
+        write_png(folder / "later.png", texture(8))
+        wait_for(lambda: len(rows_of(out)) == 1)
+    assert [Path(row["path"]).name for row in rows_of(out)] == ["later.png"]
+    with Watching(calibrated, folder, out):  # what has no row is done again, the rest is not
+        wait_for(lambda: len(rows_of(out)) == 4)
+    assert sorted(Path(row["path"]).name for row in rows_of(out)) == ["000.png", "001.png", "after.png", "later.png"]
+
+
+def watch_until_it_fails(pipeline, folder: Path, out: Path, report, **options) -> None:
+    stop = threading.Event()
+    timer = threading.Timer(60.0, stop.set)  # of a test that would else wait for ever
+    timer.start()
+    try:
+        watch_folder(pipeline, folder, out, stop, settle=0.2, report=report, **options)
+    finally:
+        timer.cancel()
+
+
+@pytest.mark.parametrize("poll", [False, True])
+@pytest.mark.parametrize("leave", [shutil.rmtree, lambda folder: folder.rename(folder.with_name("renamed"))])
+def test_a_watched_folder_that_goes_away_ends_it(calibrated, tmp_path, poll, leave):
+    folder, out = write_folder(tmp_path / "in", 2), tmp_path / "out"
+
+    def report(event: dict) -> None:
+        if len(rows_of(out)) == 2 and folder.is_dir():
+            leave(folder)
+
+    with pytest.raises(FileNotFoundError, match=r"watched folder .*in is no longer there.*start again"):
+        watch_until_it_fails(calibrated, folder, out, report, poll=poll)
+    assert len(rows_of(out)) == 2
+
+
+def test_an_output_folder_that_goes_away_ends_it(calibrated, tmp_path):
+    folder, out = write_folder(tmp_path / "in", 1), tmp_path / "out"
+
+    def report(event: dict) -> None:
+        out.rename(tmp_path / "moved")
+        write_png(folder / "later.png", texture(7))
+
+    with pytest.raises(
+        FileNotFoundError, match=r"out.scores\.csv cannot be written: its folder was renamed or removed"
+    ):
+        watch_until_it_fails(calibrated, folder, out, report)
+    assert not out.exists()
+    assert [Path(row["path"]).name for row in rows_of(tmp_path / "moved")] == ["000.png"]
+
+
 class Receiver:
     """Answers the first posts with an error of its own, as a service does that is being started."""
 
