@@ -89,7 +89,7 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None, dtype: st
     try:
         pipeline = loading.load_pipeline(model, dtype=getattr(torch, dtype))
     except OSError as error:
-        if not is_local:
+        if not is_local or isinstance(error, PermissionError):
             raise
         raise OSError(f"{model} is incomplete or damaged: copy it again, or train it anew. ({error})") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -387,7 +387,10 @@ app.command()(push)
 
 
 def describe_error(error: Exception, arguments: list[str]) -> str:
-    """One line for the one who typed `arguments`: the library's `batch_size`, or batch_size=4, is --batch-size here."""
+    """One line for the one who typed `arguments`.
+
+    The library's `batch_size` is --batch-size here, and its dataset='hub' is --dataset hub.
+    """
     message = " ".join(str(error).split())
     if not isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):  # nobody foresaw it
         message = f"{type(error).__name__}: {message} (--debug shows where)"

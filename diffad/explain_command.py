@@ -65,7 +65,7 @@ def explain_batch(
     category: str | None,
     batch_size: int,
 ) -> Iterator[tuple[Path, Explanation, list[tuple[Path, float]]]]:
-    """Each image that can be read, its explanation, and the good images most like it, which are looked at once."""
+    """Each image that can be read, its explanation, and the good images most like it; one look at these for all."""
     from diffad.grey_depth import UnreadableImageError
     from diffad.images import ImageSequence
     from diffad.pipelines.explaining import most_alike
@@ -80,7 +80,10 @@ def explain_batch(
     if good_paths is not None and told:
         own = ImageSequence([path for path, _ in told], pipeline.value_range)
         good = ImageSequence.of_rows(good_paths, range(len(good_paths)), pipeline.value_range)
-        nearest = most_alike(pipeline, own, good, pipeline.category_index(category), num_nearest, batch_size)
+        try:
+            nearest = most_alike(pipeline, own, good, pipeline.category_index(category), num_nearest, batch_size)
+        except UnreadableImageError as error:
+            console.print(f"[red]nothing compared:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
     for (path, why), places in zip(told, nearest, strict=True):
         yield path, why, [(good_paths[i], distance) for i, distance in places] if good_paths else []
 

@@ -102,7 +102,8 @@ def check_values(image: Image.Image) -> float:
 
 def scale_values(values: np.ndarray, value_range: float) -> np.ndarray:
     """Values of a range as float32 in [0, 1]; those beyond it, which no training image had, are its end."""
-    if values.max(initial=0) > value_range:
+    largest = values.max(initial=0)
+    if largest > value_range and not value_range == 1.0 < largest <= OVERSHOOT:
         warnings.warn(
             f"An image has values above {value_range:g}, the `value_range` of the model: they count as that. If the "
             "camera has changed, train a model for it.",

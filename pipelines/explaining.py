@@ -84,8 +84,12 @@ def explain(
     images = ImageSequence(image, pipeline.value_range)
     if len(images) != 1:
         raise ValueError(f"`image` must be one image, but holds {len(images)}. Call `explain` for each.")
-    if pipeline.calibration is None or pipeline.tile_size is not None:
-        raise ValueError("`explain` takes a calibrated pipeline that looks at whole images, not at tiles.")
+    if pipeline.calibration is None:
+        raise ValueError(
+            "`explain` needs a calibrated pipeline: call `pipe.calibrate(good_images)`, or diffad calibrate."
+        )
+    if pipeline.tile_size is not None:
+        raise ValueError("`explain` looks at whole images, and this pipeline at tiles: fit one with --tile_size none.")
     if category is None and len(pipeline.categories) > 1:
         category = pipeline.recognise(images, 1)[0]
     index = pipeline.category_index(category)

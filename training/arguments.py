@@ -26,7 +26,9 @@ class FlagParser(argparse.ArgumentParser):
     """
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, "error: " + re.sub(r"^argument (--\w+)(?:/--\w+)*: must", r"\1 must", message) + "\n")
+        message = re.sub(r"^argument (--\w+)(?:/--\w+)*: must", r"\1 must", message)
+        hint = " (--help lists them)" if "arguments" in message else ""
+        self.exit(2, f"error: {message}{hint}\n")
 
 
 def local_path(text: str) -> str:

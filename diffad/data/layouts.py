@@ -85,15 +85,17 @@ def _is_mask_folder(folder: Path) -> bool:
     return folder.name.casefold() in MASK_FOLDERS
 
 
-def _find_masks(*folders: Path) -> Path | None:
-    """The folder of masks in the first of some folders that has one.
+def _find_masks(folder: Path, base: Path, defects: Sequence[Path]) -> Path | None:
+    """The folder of masks in a category's folder, or in `base`, in which those of its classes stand.
 
-    One by another name than `ground_truth` must hold images: annotations are often of another kind.
+    One by another name than `ground_truth` must hold images, as annotations are often of another kind, and in `base`
+    those of one of the `defects`, as a kind of defect may be called "mask".
     """
-    for folder in folders:
+    for place in (folder, base):
         for name in MASK_FOLDERS:
-            masks = _child(folder, name)
-            if masks.is_dir() and (name == MASK_FOLDERS[0] or images_below(masks)):
+            masks = _child(place, name)
+            inside = [_child(masks, one.name, one.name.casefold()) for one in defects] if place == base else [masks]
+            if masks.is_dir() and (name == MASK_FOLDERS[0] or any(map(images_below, inside))):
                 return masks
     return None
 
@@ -102,9 +104,10 @@ def _warn_of_unused_masks(base: Path, used: Path | None) -> None:
     """A folder with the name of masks is no kind of defect; where its images are not the masks, either, say so."""
     for folder in subfolders(base):
         if _is_mask_folder(folder) and folder != used and images_below(folder):
+            where = "it has none of a defect's" if used is None else f"the masks are those in {used}"
             warnings.warn(
-                f"{folder} is left out: its name is one of masks, and the masks are those in {used}. If it is a kind "
-                "of defect, rename it.",
+                f"{folder} is left out: its name is one of masks, and {where}. If it is a kind of defect, rename it. "
+                "Masks go into a folder for each kind of defect, ground_truth/DEFECT.",
                 stacklevel=3,
             )
 
@@ -159,6 +162,8 @@ def _masks_by_name(images: list[Path], image_folder: Path, mask_folder: Path) ->
         names = (f"{stem}_mask", stem)
         mask = next((masks[name] for name in names if name in masks), None)
         mask = mask or next((composed[_composed(name)] for name in names if _composed(name) in composed), None)
+        if mask is None and images_below(mask_folder / stem):  # a mask for each defect, as MVTec LOCO has them
+            mask = mask_folder / stem
         if mask is None:
             raise FileNotFoundError(
                 f"There is no mask for {image}: expected {mask_folder / names[0]}.png (or .../{stem}.png)"
@@ -216,7 +221,7 @@ def _read_tree(category: str, folder: Path, split: str, pair: Callable = _masks_
     _warn_of_loose_images(base)
     if split != "test":
         return
-    ground_truth = _find_masks(folder, base)
+    ground_truth = _find_masks(folder, base, defects)
     _warn_of_unused_masks(base, ground_truth)
     if base == folder:
         warnings.warn(
@@ -297,7 +302,8 @@ def _read_mvtec_ad_2(category: str, folder: Path, split: str) -> Iterator[dict]:
         yield from _read_class(category, "good", _child(_child(folder, split), *GOOD_NAMES), None)
         return
     base = _child(folder, "test_public")
-    ground_truth = _find_masks(base) or base / "ground_truth"
+    classes = [one for one in subfolders(base) if not _is_mask_folder(one)]
+    ground_truth = _find_masks(base, base, classes) or base / "ground_truth"
     _warn_of_loose_images(base)
     _warn_of_unused_masks(base, ground_truth)
     for one in subfolders(base):

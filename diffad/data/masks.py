@@ -26,8 +26,8 @@ def mask_to_array(mask: PIL.Image.Image) -> np.ndarray:
     - Two values, or numbers of kinds or of single defects (all values whole and at most 63, or at most 16 values that
       are far apart, an eighth of the largest below the first and a sixteenth between any two, or any number that fill
       areas: half of the pixels between 0 and the largest have equal neighbours): what is above 0 is a defect. Of more
-      than 16 values those near 0 and the largest, which JPEG makes, tell nothing, somewhere they must jump, and an
-      eighth of the pixels is enough.
+      than 16 values those near 0 and the largest tell nothing, as JPEG makes such; somewhere they must jump; more than
+      a quarter of them must fill areas, and an eighth of the pixels is enough.
     - Others have soft edges, as JPEG and resizing make them: from half of the largest value on it is a defect, so that
       the mask does not grow.
 
@@ -99,7 +99,8 @@ def _has_soft_edges(values: np.ndarray, levels: np.ndarray) -> bool:
         if (highest - values).max() < largest / 16:  # a slope so long that it looks flat
             return True
         between = (values > largest / 16) & (values < largest - largest / 16)
-        if not between.any():
+        flat_levels = np.unique(values[between & (lowest == highest)])
+        if 4 * len(flat_levels) <= len(np.unique(values[between])):  # of labels most fill areas, of JPEG's noise none
             return True
         least_flat = 1 / 8  # many defects are small ones, of few pixels without another value around them
     else:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from diffad.calibration.drift import DriftTest
 from diffad.decoding import Decoded, decoded_batches, decoding_of
@@ -29,6 +29,7 @@ from diffad.output_folder import begin_settings, check_output, check_settings
 from diffad.picture_files import write_outputs
 from diffad.predict import detection_settings, pipeline_detect, resizing_of
 from diffad.resizing import Resizing
+from diffad.warn_once import warn_once
 
 RESCAN_SECONDS = 60.0  # how often the folder is listed beside what the system reports, which may lose some
 PATIENCE = 10.0  # times `settle` that a file which cannot be read is waited for before it is said to be broken
@@ -100,17 +101,24 @@ def coming_files(
 ) -> Iterator[list[Input]]:
     """Files below a folder, once they are whole; an empty list now and then, so that the caller gets a turn.
 
+    With `poll` it waits where the folder goes away, as a network drive may for a while.
+
     Raises:
-        FileNotFoundError: the folder is no longer there.
+        FileNotFoundError: the folder is no longer there, and is not polled.
     """
     tick = min(max(files.settle / 2.0, 0.05), 1.0)
     next_scan = 0.0
     for changed in _changes(folder, poll, tick, stop):
         if not folder.is_dir():  # what is reported of a renamed one is of its old name
-            raise FileNotFoundError(
-                f"The watched folder {folder} is no longer there: it was renamed or removed. Put it back and start "
-                "again: what has a row in scores.csv stays done."
-            )
+            gone = f"The watched folder {folder} is no longer there."
+            if not poll:
+                raise FileNotFoundError(
+                    f"{gone} It was renamed or removed: put it back and start again. What has a row in "
+                    "scores.csv stays done."
+                )
+            warn_once(f"{gone} It is looked for until it is back.")
+            yield []
+            continue
         started = time.monotonic()
         if started >= next_scan:
             changed = [folder]
@@ -173,12 +181,27 @@ def take_up_table(output_dir: Path) -> tuple[set[str], list[float]]:
     return done, scores
 
 
+def opened_when_free(path: Path) -> BinaryIO:
+    """A file for appending and reading. On Windows a program that shows it may hold it, and is given a minute."""
+    for _ in range(60):
+        try:
+            return open(path, "ab+")
+        except PermissionError:
+            time.sleep(1.0)
+    try:
+        return open(path, "ab+")
+    except PermissionError as error:
+        raise PermissionError(
+            f"{path} cannot be written: close the program that has it open, and start again."
+        ) from error
+
+
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Adds rows to `scores.csv`, on disk when it returns.
 
     It is opened anew each time: an editor that saves it puts another file in its place. One that is new gets a header.
     """
-    with open(path, "ab+") as file:
+    with opened_when_free(path) as file:
         is_new = not file.tell()
         if not is_new:
             file.seek(-1, os.SEEK_END)
@@ -213,8 +236,8 @@ def watch_folder(
         folder: with its subfolders. What `diffad.inputs` takes for an image counts; hidden files, as programs make
             while they write, do not.
         output_dir: as `predict_files` writes it, without the sheet and the regions' files. `scores.csv` grows by a row
-            an event, and may be edited or taken away meanwhile: what lacks a row then, the next start does again. A
-            picture's name holds the event's number, so that a rewritten file's pictures replace none.
+            an event, and rows may be edited or taken away meanwhile: what lacks a row then, the next start does again.
+            A picture's name holds the event's number, so that a rewritten file's pictures replace none.
         stop: set by another thread or a signal. What has been begun is finished.
         settle: a file is whole once it has not changed for so many seconds; one that cannot be read then is given ten
             times as long.
@@ -231,7 +254,8 @@ def watch_folder(
 
     Raises:
         ValueError: the folder does not exist, or `output_dir` holds results of another calibration or folder.
-        FileNotFoundError: either folder was renamed or removed meanwhile. Started again, it goes on.
+        FileNotFoundError: either folder was renamed or removed meanwhile (the watched one where it is not polled).
+            Started again, it goes on.
         RuntimeError: another process writes to `output_dir`.
     """
     folder, output_dir = Path(os.path.realpath(folder)), Path(os.path.realpath(output_dir))

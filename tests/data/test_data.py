@@ -400,6 +400,11 @@ def test_categories_whose_good_images_have_other_names_are_all_read(tmp_path: Pa
     test = load_anomaly_dataset(tmp_path, "test")
     assert set(test["defect"]) == {"good", "crack", "hole", "ko", "ungood", "logical_anomalies"}
     assert_masks_mark_the_left(test)
+    write_image(tmp_path / "box" / "train/good/0.png")
+    write_image(tmp_path / "box" / "test/good/0.png")
+    write_image(tmp_path / "box" / "test/logical_anomalies/0.png")
+    write_mask(tmp_path / "box" / "ground_truth/logical_anomalies/0/0.png")  # as MVTec LOCO has them
+    assert_masks_mark_the_left(load_anomaly_dataset(tmp_path, "test", category="box"))
     forced = load_anomaly_dataset(tmp_path, dataset="btad", category="cable")
     assert relative(forced, tmp_path) == ["cable/train/ok/0.png"]
 
@@ -438,8 +443,20 @@ def test_a_folder_of_masks_is_known_by_any_usual_name(tmp_path: Path, name: str,
     assert defects(test) == ["dent", "good"]
     assert_masks_mark_the_left(test)
     (tmp_path / place / name / "dent").rename(tmp_path / place / name / "bent")
+    if place == "test":  # where it may be a kind of defect as well
+        with pytest.warns(UserWarning, match=rf"test/{name} is left out: .* none of a defect's"):
+            assert defects(load_anomaly_dataset(tmp_path, "test")) == ["dent", "good"]
+        return
     with pytest.raises(FileNotFoundError, match=rf"no mask for .*test/dent/2\.png: expected .*{name}/dent/2_mask\.png"):
         load_anomaly_dataset(tmp_path, "test")
+
+
+def test_a_kind_of_defect_that_is_named_as_masks_is_told(tmp_path: Path):
+    for place in ("train/good", "test/good", "test/mask", "test/dent"):
+        write_image(tmp_path / place / "0.png")
+    write_mask(tmp_path / "ground_truth" / "dent" / "0_mask.png")
+    with pytest.warns(UserWarning, match="mask is left out.*If it is a kind of defect, rename it"):
+        assert set(load_anomaly_dataset(tmp_path, "test")["defect"]) == {"good", "dent"}
 
 
 def test_a_folder_named_as_masks_is_no_kind_of_defect(tmp_path: Path):
@@ -899,6 +916,16 @@ def test_a_mask_saved_as_jpeg_does_not_grow(tmp_path: Path, quality: int, mode: 
         marked = mask_to_array(mask)
     assert abs(int(marked.sum()) / int((disc() > 0).sum()) - 1.0) < 0.02
     assert (marked != (disc() > 0)).mean() < 0.005
+
+
+@pytest.mark.parametrize(("value", "quality"), [(64, 75), (128, 75), (200, 30), (255, 95)])
+def test_a_grey_mask_saved_as_jpeg_does_not_grow(tmp_path: Path, value: int, quality: int):
+    """Ringing makes some pixels brighter than the defect, which then is not the largest value."""
+    rows, columns = np.mgrid[:200, :200]
+    disk = (rows - 100) ** 2 + (columns - 100) ** 2 < 45**2
+    PIL.Image.fromarray((disk * value).astype(np.uint8)).save(tmp_path / "mask.jpg", quality=quality)
+    found = mask_to_array(PIL.Image.open(tmp_path / "mask.jpg"))
+    assert (found != disk).sum() < 0.02 * disk.sum()
 
 
 def test_a_mask_with_soft_edges_is_cut_at_half_of_its_largest_value():

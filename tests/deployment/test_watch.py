@@ -219,9 +219,8 @@ def watch_until_it_fails(pipeline, folder: Path, out: Path, report, **options) -
         timer.cancel()
 
 
-@pytest.mark.parametrize("poll", [False, True])
 @pytest.mark.parametrize("leave", [shutil.rmtree, lambda folder: folder.rename(folder.with_name("renamed"))])
-def test_a_watched_folder_that_goes_away_ends_it(calibrated, tmp_path, poll, leave):
+def test_a_watched_folder_that_goes_away_ends_it(calibrated, tmp_path, leave):
     folder, out = write_folder(tmp_path / "in", 2), tmp_path / "out"
 
     def report(event: dict) -> None:
@@ -229,8 +228,21 @@ def test_a_watched_folder_that_goes_away_ends_it(calibrated, tmp_path, poll, lea
             leave(folder)
 
     with pytest.raises(FileNotFoundError, match=r"watched folder .*in is no longer there.*start again"):
-        watch_until_it_fails(calibrated, folder, out, report, poll=poll)
+        watch_until_it_fails(calibrated, folder, out, report)
     assert len(rows_of(out)) == 2
+
+
+def test_a_polled_folder_is_waited_for(calibrated, tmp_path):
+    """As a network drive is away for a while."""
+    folder, out = write_folder(tmp_path / "in", 2), tmp_path / "out"
+    with Watching(calibrated, folder, out, poll=True):
+        wait_for(lambda: len(rows_of(out)) == 2)
+        folder.rename(tmp_path / "away")
+        time.sleep(0.5)
+        write_png(tmp_path / "away" / "later.png", texture(7))
+        (tmp_path / "away").rename(folder)
+        wait_for(lambda: len(rows_of(out)) == 3)
+    assert Path(rows_of(out)[-1]["path"]).name == "later.png"
 
 
 def test_an_output_folder_that_goes_away_ends_it(calibrated, tmp_path):
