@@ -184,8 +184,7 @@ def check_map_settings(
             f"`position_prior_images` must be finite and not negative, but is {position_prior_images}. "
             f"{PRIOR_IMAGES:g} is what all other maps have."
         )
-    if not 0.0 <= position_trust <= 1.0:
-        raise ValueError(f"`position_trust` must lie in [0, 1], but is {position_trust}.")
+    check_share("position_trust", position_trust)
 
 
 def check_smoothing(**sigmas: float) -> None:

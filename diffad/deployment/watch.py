@@ -183,17 +183,16 @@ def take_up_table(output_dir: Path) -> tuple[set[str], list[float]]:
 
 def opened_when_free(path: Path) -> BinaryIO:
     """A file for appending and reading. On Windows a program that shows it may hold it, and is given a minute."""
-    for _ in range(60):
+    given_up = time.monotonic() + 60.0
+    while True:
         try:
             return open(path, "ab+")
-        except PermissionError:
-            time.sleep(1.0)
-    try:
-        return open(path, "ab+")
-    except PermissionError as error:
-        raise PermissionError(
-            f"{path} cannot be written: close the program that has it open, and start again."
-        ) from error
+        except PermissionError as error:
+            if time.monotonic() > given_up:
+                raise PermissionError(
+                    f"{path} cannot be written: close the program that has it open, and start again."
+                ) from error
+        time.sleep(1.0)
 
 
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from scipy.stats import spearmanr
 
 from diffad import AnomalyDenoisePipeline
 from diffad.data import load_anomaly_dataset
-from diffad.data.masks import mask_to_array
+from diffad.data.masks import resize_image_and_mask
 from diffad.images import ImageSequence
 from diffad.pipelines.checks import FEATURE_WEIGHTS, MAP_NAMES
 from diffad.training.choice import (
@@ -52,10 +51,8 @@ def measure_test(pipeline: AnomalyDenoisePipeline, data: str, seed: int) -> Cate
     is_good = np.asarray(test["label"]) == 0
     masks = []
     for good, row in zip(is_good, test, strict=True):
-        if row["mask"] is not None:
-            masks.append(np.asarray(Image.fromarray(mask_to_array(row["mask"])).resize(side, 0)))
-        elif good:
-            masks.append(np.zeros(side, dtype=bool))
+        if good or row["mask"] is not None:
+            masks.append(resize_image_and_mask(row["image"], row["mask"], side)[1])
     of_all = np.stack(masks) if len(masks) == len(test) else None
     kind = np.where(is_good, "", "real")
     return measure_maps(pipeline, images, of_all, is_good, np.arange(len(test)), kind, 0, seed)
