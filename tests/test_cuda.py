@@ -99,7 +99,7 @@ def test_fit(tmp_path: Path, monkeypatch, fresh_accelerate):
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     data = write_folder(tmp_path / "part", 20, size=64)
     flags = ["--train_data_dir", data, "--output_dir", tmp_path / "run", "--backbone", "test_resnet"]
-    flags += ["--backbone_weights", "random", "--feature_strides", 2, 4, "--feature_image_size", 64]
+    flags += ["--backbone_weights", "random", "--feature_strides", 2, 4, "--resolution", 64]
     fit.main([str(flag) for flag in flags])
     pipeline = AnomalyDenoisePipeline.from_pretrained(tmp_path / "run")
     expected = pipeline(textures(3, 64)).anomaly_score

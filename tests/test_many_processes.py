@@ -137,7 +137,7 @@ def test_fit_and_update_find_what_one_process_does(tmp_path):
     write_png(second / "again.png", textures(1, 32, first_seed=201)[0])
     write_png(tmp_path / "third" / "one.png", textures(1, 32, first_seed=300)[0])
     flags = ["--backbone", BACKBONE, "--backbone_weights", "random", "--feature_strides", 2, 4]
-    flags += ["--feature_image_size", 32, "--false_alarm_rate", 0.2, "--kept_images", 8]
+    flags += ["--resolution", 32, "--false_alarm_rate", 0.2, "--kept_images", 8]
     said = {}
     for count in (1, 2):
         model = tmp_path / f"model-{count}"

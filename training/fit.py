@@ -24,7 +24,7 @@ from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
 from diffad.calibration.feature_gaussian import feature_grid
 from diffad.calibration.good_images import FEWEST_KEPT, GoodImages
 from diffad.data.checks import dataset_sizes
-from diffad.images import ImageSequence, as_side, as_size, images_to_pixel_values, size_of_ratio
+from diffad.images import ImageSequence, Side, as_side, as_size, images_to_pixel_values, size_of_ratio
 from diffad.model_card import remove_reports
 from diffad.models.feature_extractor import LITE0_BACKBONE
 from diffad.models.gaussian_feature_model import one_size
@@ -54,9 +54,15 @@ from diffad.training.data import (
     load_region,
     read_good_images,
 )
+from diffad.training.feature_sizes import (
+    COARSEST_STRIDE,
+    ONE_SIZE,
+    add_feature_image_size,
+    extractor_image_size,
+    set_feature_image_size,
+)
 from diffad.training.finish import save_examples, save_record
 
-IMAGE_SIZE, COARSEST_STRIDE = 224, 16  # pixels a side that the backbone sees, and of what they are a multiple
 STANDARDIZATION_IMAGES = 32  # some 80,000 positions, which tell a channel's mean and deviation
 
 
@@ -96,9 +102,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     features.add_argument(
         "--feature_layers", type=COUNT, nargs="+", help="the backbone's layers by timm's index, instead of strides"
     )
-    add_resolution(
-        features, "as many pixels as 224 x 224, at the ratio of the images where they share one", "--feature_image_size"
-    )
+    add_resolution(features, "as many pixels as 224 x 224, at the ratio of the images where they share one")
+    add_feature_image_size(features)
     features.add_argument(
         "--feature_resolution",
         type=POSITIVE,
@@ -124,16 +129,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def create_extractor(
-    good: Dataset, args: argparse.Namespace, categories: list[str], device: torch.device
+    good: Dataset,
+    args: argparse.Namespace,
+    image_size: int | list[Side],
+    categories: list[str],
+    device: torch.device,
 ) -> TimmFeatureExtractor:
     """The backbone, its channels standardised by good images spread over all of them, or later (`--kept_images`)."""
     extractor = TimmFeatureExtractor.from_backbone(
-        args.backbone, args.feature_strides, one_size(args.resolution), args.backbone_weights, args.feature_layers
+        args.backbone, args.feature_strides, image_size, args.backbone_weights, args.feature_layers
     ).to(device)
     if args.kept_images:
         return extractor
     chosen = np.linspace(0, len(good) - 1, min(len(good), STANDARDIZATION_IMAGES)).astype(int).tolist()
-    size, region = as_size(args.resolution), load_region(args, categories)
+    size, region = as_size(extractor.input_resolution(args.resolution)), load_region(args, categories)
     grid = args.feature_resolution or feature_grid((size[0] // 4, size[1] // 4), extractor.num_channels)
 
     def batches() -> Iterator[torch.Tensor]:
@@ -204,16 +213,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     categories = sorted(set(of_image.tolist()))
     sizes = dataset_sizes(good)
     if args.resolution is None:
-        args.resolution = as_side(size_of_ratio(IMAGE_SIZE, common_ratio(sizes), COARSEST_STRIDE))
+        args.resolution = as_side(size_of_ratio(ONE_SIZE, common_ratio(sizes), COARSEST_STRIDE))
+    height, width = as_size(args.resolution)
+    set_feature_image_size(args, sizes, height / width, good["category"])
+    image_size = one_size(args.resolution)
+    if args.feature_image_size is not None:
+        image_size = extractor_image_size(args.feature_image_size, args.resolution)
+    if args.tile_size not in (None, "auto"):
+        check_tile_size(args.tile_size, sizes)
+    extractor = create_extractor(good, args, image_size, categories, accelerator.device)
     if args.tile_size == "auto":
-        args.tile_size = choose_tile_size(sizes, args.resolution, good["category"])
+        args.tile_size = choose_tile_size(sizes, extractor.input_resolution(args.resolution), good["category"])
         if args.tile_size is not None:
             accelerator.print(
                 f"The images are large: tiles of {' x '.join(map(str, as_size(args.tile_size)))} px, and the whole."
             )
-    elif args.tile_size is not None:
-        check_tile_size(args.tile_size, sizes)
-    extractor = create_extractor(good, args, categories, accelerator.device)
 
     # 2. A pipeline without a denoiser; its Gaussian and thresholds, category by category
     pipeline = AnomalyDenoisePipeline(
@@ -223,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         position_trust=0.0,
         weights=FEATURE_WEIGHTS,
         contrast=chosen_contrast(args.tile_size),
+        processing_resolution=args.resolution,
         feature_resolution=args.feature_resolution,
         categories=categories if len(categories) > 1 else None,
         value_range=args.value_range,

@@ -44,7 +44,6 @@ from diffad.training.arguments import (
     add_tiles,
     number,
     parse_arguments,
-    whole_number,
 )
 from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
 from diffad.training.choice import choose_settings, describe_choice
@@ -63,12 +62,12 @@ from diffad.training.data import (
 )
 from diffad.training.duration import steps_in
 from diffad.training.early_stopping import same_loss
+from diffad.training.feature_sizes import add_feature_image_size, extractor_image_size, set_feature_image_size
 from diffad.training.finish import finish
 from diffad.training.loop import create_accelerator, held_output_dir, train
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 HELD_OUT_IMAGES = 32  # with one noise each: on the same every time, few show a trend
-FEATURE_MULTIPLE = 16  # of the sides that the backbone sees: its coarsest stride
 AUTOMATIC = Path(__file__).parent / "configs" / "automatic.yaml"
 
 
@@ -88,12 +87,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument(
         "--feature_layers", type=COUNT, nargs="+", help="the backbone's layers by timm's index, instead of strides"
     )
-    model.add_argument(
-        "--feature_image_size",
-        type=whole_number(8),
-        nargs="+",
-        help="pixels the backbone sees; several, increasing, for its features of each (default: the resolution)",
-    )
+    add_feature_image_size(model)
     model.add_argument(
         "--cache_features",
         action=argparse.BooleanOptionalAction,
@@ -192,12 +186,10 @@ def create_components(
         raise ValueError(
             f"--resolution must be a multiple of {multiple} for --preset {args.preset}, but is {args.resolution}."
         )
-    height, width = as_size(args.resolution)
-    sizes = [as_side(size_of_ratio(side, height / width, FEATURE_MULTIPLE)) for side in args.feature_image_size or ()]
     extractor = TimmFeatureExtractor.from_backbone(
         args.backbone,
         args.feature_strides,
-        sizes[0] if len(sizes) == 1 and isinstance(sizes[0], int) else sizes or None,
+        extractor_image_size(args.feature_image_size, args.resolution) if args.feature_image_size else None,
         args.backbone_weights,
         args.feature_layers,
     )
@@ -331,7 +323,9 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if args.choose and unseen is None:
         accelerator.print("Too few good images or parts to hold out any for a choice: `weights` stay as they are.")
     sizes = dataset_sizes(training)
-    ratio = common_ratio(sizes) if args.resolution is None else 1.0
+    height, width = as_size(args.resolution or 1)
+    ratio = common_ratio(sizes) if args.resolution is None else height / width
+    set_feature_image_size(args, sizes, ratio, training["category"])
     unet, scheduler, extractor = create_components(args, len(categories), ratio)
     size = as_size(args.resolution)
     stride = unet.config.sample_size // unet.config.feature_resolution

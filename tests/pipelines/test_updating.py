@@ -23,7 +23,7 @@ from diffad.training import fit as fit_script
 
 pytestmark = [pytest.mark.usefixtures("fresh_accelerate"), pytest.mark.filterwarnings("ignore:.*cannot vouch")]
 
-SMALL = ("--backbone", BACKBONE, "--backbone_weights", "random", "--feature_strides", 2, 4, "--feature_image_size", 32)
+SMALL = ("--backbone", BACKBONE, "--backbone_weights", "random", "--feature_strides", 2, 4, "--resolution", 32)
 NEW = [texture(500, 32, defect=True), *textures(5, 32, first_seed=501)]
 
 

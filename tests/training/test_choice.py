@@ -202,6 +202,7 @@ def test_a_weight_of_no_map_is_an_error():
 def test_without_a_preset_the_automatic_configuration_holds(tmp_path):
     args = train_ddpm.parse_args(["--train_data_dir", "parts", "--output_dir", str(tmp_path)])
     assert (args.preset, args.minutes, args.choose) == ("cpu-64", 20.0, True)
+    assert args.feature_image_size == "auto"
     args = train_ddpm.parse_args(["--train_data_dir", "parts", "--output_dir", "x", "--max_train_steps", "7"])
     assert (args.minutes, args.max_train_steps) == (None, 7)
     args = train_ddpm.parse_args(["--train_data_dir", "parts", "--output_dir", "x", "--preset", "cpu-128"])

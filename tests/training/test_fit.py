@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import warnings
@@ -41,10 +42,11 @@ from diffad.models.gaussian_feature_model import GaussianFeatureModel
 from diffad.moments import FeatureMoments
 from diffad.predict import find_images, predict_files
 from diffad.training import fit as fit_script
+from diffad.training.feature_sizes import set_feature_image_size
 
 pytestmark = [pytest.mark.usefixtures("fresh_accelerate"), pytest.mark.filterwarnings("ignore:.*cannot vouch")]
 
-SMALL = ("--backbone", BACKBONE, "--backbone_weights", "random", "--feature_strides", 2, 4, "--feature_image_size", 32)
+SMALL = ("--backbone", BACKBONE, "--backbone_weights", "random", "--feature_strides", 2, 4, "--resolution", 32)
 
 
 def fit(data: Path, output: Path, *more: object) -> AnomalyDenoisePipeline:
@@ -297,7 +299,7 @@ def write_long(folder: Path, count: int, size: tuple[int, int] = (64, 24)) -> Pa
 
 
 def fit_as_they_are(data: Path, output: Path, *more: object) -> AnomalyDenoisePipeline:
-    without_size = SMALL[: SMALL.index("--feature_image_size")]
+    without_size = SMALL[: SMALL.index("--resolution")]
     arguments = ("--train_data_dir", data, "--output_dir", output, *without_size, *more)
     fit_script.main([str(argument) for argument in arguments])
     return AnomalyDenoisePipeline.from_pretrained(output)
@@ -321,6 +323,49 @@ def test_a_resolution_is_a_side_or_height_and_width(tmp_path, given, side):
     data = write_folder(tmp_path / "good", 3)
     pipeline = fit_as_they_are(data, tmp_path / "model", "--resolution", *given)
     assert pipeline.processing_resolution == pipeline.input_resolution == side
+
+
+def test_the_backbone_may_look_twice(tmp_path):
+    data = write_long(tmp_path / "good", 5)
+    sizes = ("--resolution", 48, 16, "--feature_image_size", 16, 48)
+    pipeline = fit_as_they_are(data, tmp_path / "model", *sizes)
+    assert pipeline.processing_resolution == (48, 16)
+    assert pipeline.feature_extractor.image_sizes == [(32, 16), (80, 32)]  # as many pixels as squares have
+    assert pipeline.input_resolution == (80, 32)
+    assert pipeline.calibration.config.feature_shape[0] == 128  # the channels of both
+    good, bad = texture(90, (64, 24)), texture(90, (64, 24), defect=True)
+    assert pipeline(bad).anomaly_score > pipeline(good).anomaly_score
+    assert pipeline(bad, match_input_resolution=False).anomaly_map.shape == (1, 48, 16)
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "tile_size", "expected"),
+    [
+        ((700, 500), 30, "auto", [128, 448]),
+        ((700, 700), 30, "auto", [224]),  # more than three times 224 a side
+        ((700, 700), 5, "auto", [128, 448]),  # too few for tiles
+        ((700, 700), 30, None, [128, 448]),
+        ((300, 300), 30, (100, 100), [224]),
+    ],
+)
+def test_the_sizes_of_the_features_follow_from_the_images(size, count, tile_size, expected):
+    args = argparse.Namespace(feature_image_size="auto", tile_size=tile_size)
+    set_feature_image_size(args, [size] * count, size[0] / size[1], ["part"] * count)
+    assert args.feature_image_size == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["448", "128"], "must increase, but is 448 128"),
+        (["auto", "64"], "must be a whole number"),
+        (["4"], "must be at least 8"),
+    ],
+)
+def test_wrong_sizes_of_the_features_are_an_error(given, said, capsys):
+    with pytest.raises(SystemExit):
+        fit_script.parse_args(["--train_data_dir", "parts", "--feature_image_size", *given])
+    assert f"--feature_image_size {said}" in capsys.readouterr().err
 
 
 def test_images_of_several_ratios_become_squares(tmp_path):
