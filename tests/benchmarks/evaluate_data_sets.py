@@ -50,7 +50,7 @@ def evaluate(
     if not timed.exists():
         flags = ["--minutes", str(minutes)] if command == "train" else []
         started = time.time()
-        run("diffad.cli", command, data, "--output", str(model), "--seed", str(seed), *flags)
+        run("diffad.cli", *command.split(), data, "--output", str(model), "--seed", str(seed), *flags)
         write_text_whole(timed, f"{time.time() - started:.1f}\n")
     found = folder / "found.json"
     run(
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("data", nargs="+", help="data sets, as `diffad fit` takes them")
     parser.add_argument("--output", type=Path, required=True, help="gets the models, reports and table.json")
-    parser.add_argument("--command", choices=["fit", "train"], default="fit")
+    parser.add_argument("--command", choices=["fit", "fit --multi-scale", "train"], default="fit")
     parser.add_argument("--minutes", type=float, default=20.0, help="of each training (20)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--against", type=Path, nargs="+", metavar="REPORT", help="of another detector, one a seed")
