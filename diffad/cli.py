@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from diffad import __version__
 from diffad.command_options import (
     BadImages,
     BatchSize,
@@ -35,7 +36,7 @@ from diffad.predict_command import predict
 from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
 
 app = typer.Typer(
-    help="Finds defects in images, having seen only good ones. --debug for tracebacks.",
+    help="Finds defects, having seen only good parts. Also: --version and --debug.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # boxes and blank lines would take a second screen
@@ -44,8 +45,17 @@ app = typer.Typer(
 console = Console(stderr=True)  # standard output is for results
 
 
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"diffad {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def callback(debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False) -> None:
+def callback(
+    debug: Annotated[bool, typer.Option("--debug", hidden=True)] = False,
+    version: Annotated[bool, typer.Option("--version", hidden=True, is_eager=True, callback=show_version)] = False,
+) -> None:
     # torch reads it at its first large tensor: a page of 2 MB is one fault where 512 were, which saves `fit` a second
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 

@@ -16,7 +16,7 @@ from conftest import save_tiny_pipeline, textures, tiny_pipeline, write_folder, 
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffad import cli
+from diffad import __version__, cli
 from diffad.cli import app
 
 COMMANDS = (
@@ -324,6 +324,11 @@ def test_errors_are_one_line_that_says_what_to_do(
     for word in words:
         assert word in errors[0]
     assert "Traceback" not in message
+
+
+def test_the_version_can_be_asked_for():
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"diffad {__version__}\n")
 
 
 def test_debug_shows_the_traceback_wherever_it_stands(tmp_path, monkeypatch, capsys):
