@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from diffad.latents import latent_factor
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
-from diffad.pipelines.checks import named_weights
+from diffad.pipelines.checks import check_smoothing, named_weights
 
 RECONSTRUCTION_MAPS = ("reconstruction", "gaussian", "nearest")  # what DiAD joins
 
@@ -65,8 +65,7 @@ def check_settings(distance: str, sigma: float, pooling_size: int, pooling_round
     """Raises a ValueError where a setting is out of its range."""
     if distance not in ("cosine", "mahalanobis"):
         raise ValueError(f'`distance` must be "cosine" or "mahalanobis", but is {distance!r}.')
-    if sigma < 0:
-        raise ValueError(f"`sigma` must not be negative, but is {sigma}.")
+    check_smoothing(sigma=sigma)
     if pooling_size < 1 or pooling_rounds < 0:
         raise ValueError(
             "`pooling_size` must be at least 1 and `pooling_rounds` at least 0, but they are "

@@ -10,7 +10,6 @@ Without a --preset, a --config or a pipeline to start from, the flags of configs
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -126,17 +125,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="choose weights of the maps and their smoothing by synthetic defects on good images held out for it",
     )
     score.add_argument("--position_trust", type=SHARE, default=1.0, help="of statistics at a position (1)")
-    score.add_argument("--alpha", type=number(), default=0.5, help="weight of the KL in eq. 11 (0.5)")
+    score.add_argument("--alpha", type=SHARE, default=0.5, help="weight of the KL in eq. 11 (0.5)")
     score.add_argument("--kl_sigma", type=NOT_NEGATIVE, default=2.0, help="smoothing of the KL maps, pixels (2)")
     score.add_argument("--feature_sigma", type=NOT_NEGATIVE, default=4.0, help="of the feature error, pixels (4)")
     score.add_argument("--score_strides", type=POSITIVE, nargs="+", help="strides whose feature error counts (all)")
     score.add_argument(
-        "--score_fraction", type=number(), default=0.0, help="share of top pixels averaged (0: the maximum)"
+        "--score_fraction", type=SHARE, default=0.0, help="share of top pixels averaged (0: the maximum)"
     )
     score.add_argument("--suppression", type=number(), default=0.0, help="share of peak less mean taken off a map (0)")
     score.add_argument(
         "--position_prior_images",
-        type=number(),
+        type=NOT_NEGATIVE,
         default=PRIOR_IMAGES,
         help=f"images that the average deviation counts for where positions share a cell ({PRIOR_IMAGES:g})",
     )
@@ -149,12 +148,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.minutes is not None and any(one.startswith(("--max_t", "--num_t")) for one in argv):
         args.minutes = None
     # what else only the end of the run would find
-    if not 0.0 <= args.alpha <= 1.0:
-        parser.error("--alpha must lie in [0, 1]")
     if not 0.0 <= args.suppression < 1.0:
         parser.error("--suppression must lie in [0, 1)")
-    if not 0.0 <= args.position_prior_images < math.inf:
-        parser.error("--position_prior_images must be finite and not negative")
     if any(not 0 <= t < 1000 for t in args.timesteps):
         parser.error("--timesteps must lie in [0, 999]")
     if args.cache_features and args.rotation_degrees:

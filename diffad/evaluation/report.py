@@ -63,6 +63,7 @@ def markdown_table(rows: dict[str, dict[str, Any]], head: str = "category") -> s
         "|---" * (len(names) + 1) + "|",
     ]
     for title, result in rows.items():
+        title = title.replace("|", "\\|")  # of a category, which would end its cell
         cells = ["" if result.get(name) is None else f"{100.0 * result[name]:.1f}" for name in names]
         lines.append(f"| {' | '.join([title, *cells])} |")
     return "\n".join(lines) + "\n"

@@ -23,6 +23,7 @@ from scipy import integrate, ndimage, stats
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from diffad.evaluation.metrics import AnomalyMetrics
+from diffad.evaluation.report import markdown_table
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 KEYS = [
@@ -563,3 +564,8 @@ def test_wrong_settings(arguments: dict, name: str):
 def test_merging_different_settings_is_an_error():
     with pytest.raises(ValueError, match="`num_bins` 512, but this metric has 262144"):
         AnomalyMetrics().merge_state(AnomalyMetrics(num_bins=512))
+
+
+def test_a_tables_category_keeps_to_its_cell():
+    table = markdown_table({"left|right": {"image_auroc": 0.5}})
+    assert table.splitlines()[-1] == r"| left\|right | 50.0 |"

@@ -448,6 +448,7 @@ def test_components_that_do_not_belong_together():
         ),
         ({"strength": 0.0}, "`strength`"),
         ({"sigma": -1.0}, "`sigma`"),
+        ({"sigma": float("nan")}, "`sigma`"),
         ({"pooling_size": 0}, "`pooling_size`"),
     ):
         with pytest.raises(ValueError, match=words):

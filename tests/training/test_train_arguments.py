@@ -67,7 +67,7 @@ def test_the_shipped_configurations_are_valid(name, data):
         ((*DATA, "--calibration_fraction", "0"), None, r"--calibration_fraction must lie in \(0, 1\)"),
         ((*DATA, "--calibration_fraction", "1"), None, r"--calibration_fraction must lie in \(0, 1\)"),
         ((*DATA, "--suppression", "1"), None, r"--suppression must lie in \[0, 1\)"),
-        ((*DATA, "--position_prior_images", "-1"), None, "--position_prior_images must be finite and not negative"),
+        ((*DATA, "--position_prior_images", "-1"), None, r"--position_prior_images must lie in \[0, inf\]"),
         ((*DATA, "--part_pattern", ""), None, "--part_pattern must not match the empty text"),
         ((*DATA, "--part_pattern", "(a"), None, "--part_pattern is no regular expression: missing"),
         ((*DATA, "--false_alarm_rate", "0"), None, r"--false_alarm_rate must lie in \(0, 1\)"),
