@@ -109,7 +109,7 @@ def render_model_card(
         repo_id=repo_id,
         categories=categories,
         pictures=list(pictures),
-        processing_resolution=" x ".join(map(str, as_size(pipeline.processing_resolution))),
+        input_resolution=" x ".join(map(str, as_size(pipeline.input_resolution))),
         tile_size=" x ".join(map(str, pipeline.tile_size)) if pipeline.tile_size else None,
         training=_training_table(pipeline, training) if training else None,
         results=results,

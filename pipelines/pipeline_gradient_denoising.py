@@ -339,7 +339,9 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         """The Gaussian to fit one category of: this pipeline's, if it is of `config` and has others, or a new one."""
         num_categories = max(1, len(self.categories))
         config.setdefault("image_size", self.feature_extractor.input_resolution(self.processing_resolution))
-        config.setdefault("feature_size", as_side([max(1, side // 4) for side in as_size(config["image_size"])]))
+        sides = as_size(config["image_size"])
+        stride = max(4, max(sides) // 64)  # covariances of more positions would take hundreds of MB
+        config.setdefault("feature_size", as_side([max(1, side // stride) for side in sides]))
         config.setdefault("num_channels", 100)  # all of them would make the file three times as large
         changed = [name for name, value in config.items() if self.gaussian and self.gaussian.config[name] != value]
         if self.gaussian is None or num_categories == 1 or changed:

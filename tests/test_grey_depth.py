@@ -220,7 +220,7 @@ def test_training_on_8_bits_is_as_it_was(tmp_path):
 def test_a_range_that_is_none_is_refused_at_once(value, capsys):
     with pytest.raises(SystemExit):
         parse_args(["--train_data_dir", "x", "--value_range", value])
-    assert "--value_range must lie in (0, inf)" in capsys.readouterr().err
+    assert "--value_range must be finite and above 0" in capsys.readouterr().err
 
 
 def test_deep_images_of_a_data_set_are_deep_in_its_rows(tmp_path):

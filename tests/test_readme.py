@@ -288,7 +288,7 @@ def test_the_readmes_table_says_what_the_records_say():
 
 def test_the_readme_has_the_figures_of_the_other_parts_from_the_results():
     [_, [head, *shown]] = tables(README, "What it reaches")
-    assert head == ["part", "measured", "`diffad fit`", "`diffad train`", "DiAD", "PatchCore"]
+    assert head == ["part", "measured", "`diffad fit`", "`fit --multi-scale`", "DiAD", "PatchCore"]
     overview, bottle, _ = tables(RESULTS, "Parts for which no setting was chosen")
     expected: dict[tuple[str, str], list[str]] = {}
     part = ""
@@ -304,13 +304,20 @@ def test_the_readme_has_the_figures_of_the_other_parts_from_the_results():
     assert [row[0].split(" ")[0] for row in shown] == [p for p in ("bottle", "transistor", "capsule") for _ in range(2)]
     for row, column in zip(shown, [0, 1] * 3, strict=True):  # image AUROC, then pixel metrics
         part = row[0].split(" ")[0]
-        methods = ("`diffad fit`", "`diffad train`, seed 0", "DiAD", "PatchCore, anomalib's, 1%")
+        methods = ("`diffad fit`", "`diffad fit --multi-scale`", "DiAD", "PatchCore, anomalib's, 1%")
         assert row[2:] == [expected.get((part, method), ["", ""])[column] for method in methods]
     assert [row[1] for row in shown] == ["image AUROC", "pixel AUROC / AP / F1-max / PRO"] * 3
     assert any("12 of its 23 good test images" in row[0] for row in shown)
 
 
-@pytest.mark.parametrize(("name", "method"), [("fit.json", "`diffad fit`"), ("train.json", "`diffad train`, seed 0")])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("fit.json", "`diffad fit`"),
+        ("fit-multi-scale.json", "`diffad fit --multi-scale`"),
+        ("train.json", "`diffad train`, seed 0"),
+    ],
+)
 def test_what_fit_and_train_reach_is_what_their_records_say(name, method):
     record = json.loads((ROOT / "model_cards" / name).read_text())["results"]
     overview, *_ = tables(RESULTS, "Parts for which no setting was chosen")

@@ -66,6 +66,9 @@ def number(
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be a number, but is {text!r}") from None
         outside = value <= smallest or value >= largest if without_ends else value < smallest or value > largest
+        if (outside or not math.isfinite(value)) and largest == math.inf:
+            least = "" if smallest == -math.inf else f" and {'above' if without_ends else 'at least'} {smallest:g}"
+            raise argparse.ArgumentTypeError(f"must be finite{least}, but is {text}")
         if outside or not math.isfinite(value):
             ends = f"({smallest:g}, {largest:g})" if without_ends else f"[{smallest:g}, {largest:g}]"
             raise argparse.ArgumentTypeError(f"must lie in {ends}, but is {text}")

@@ -55,11 +55,12 @@ from diffad.training.data import (
     read_good_images,
 )
 from diffad.training.feature_sizes import (
-    COARSEST_STRIDE,
-    ONE_SIZE,
+    DEFAULT_SIDE,
     add_feature_image_size,
+    choose_feature_sizes,
+    describe_sizes,
     extractor_image_size,
-    set_feature_image_size,
+    side_multiple,
 )
 from diffad.training.finish import save_examples, save_record
 
@@ -212,22 +213,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     of_image = np.asarray(good["category"])
     categories = sorted(set(of_image.tolist()))
     sizes = dataset_sizes(good)
+    large, multi_scale = args.tile_size == "auto", args.feature_image_size == "auto"
+    multiple = side_multiple(args.backbone, args.feature_strides, args.feature_layers)
     if args.resolution is None:
-        args.resolution = as_side(size_of_ratio(ONE_SIZE, common_ratio(sizes), COARSEST_STRIDE))
-    height, width = as_size(args.resolution)
-    set_feature_image_size(args, sizes, height / width, good["category"])
-    image_size = one_size(args.resolution)
-    if args.feature_image_size is not None:
-        image_size = extractor_image_size(args.feature_image_size, args.resolution)
+        given = [] if args.feature_image_size in (None, "auto") else args.feature_image_size
+        side = min([DEFAULT_SIDE, *given[-1:]])  # maps need no more pixels than the backbone sees
+        args.resolution = as_side(size_of_ratio(side, common_ratio(sizes), multiple))
     if args.tile_size not in (None, "auto"):
         check_tile_size(args.tile_size, sizes)
+    if args.feature_image_size == "auto":
+        args.feature_image_size = choose_feature_sizes(args, sizes, args.resolution, good["category"], multiple)
+    image_size = one_size(args.resolution)
+    if args.feature_image_size is not None:
+        image_size = extractor_image_size(args.feature_image_size, args.resolution, multiple)
     extractor = create_extractor(good, args, image_size, categories, accelerator.device)
     if args.tile_size == "auto":
         args.tile_size = choose_tile_size(sizes, extractor.input_resolution(args.resolution), good["category"])
-        if args.tile_size is not None:
-            accelerator.print(
-                f"The images are large: tiles of {' x '.join(map(str, as_size(args.tile_size)))} px, and the whole."
-            )
+    if len(extractor.image_sizes) > 1:
+        accelerator.print(describe_sizes(extractor))
+    if large and args.tile_size is not None:
+        accelerator.print(
+            f"The images are large: tiles of {' x '.join(map(str, as_size(args.tile_size)))} px, and the whole"
+            f"{', at one size' if multi_scale else ''}."
+        )
 
     # 2. A pipeline without a denoiser; its Gaussian and thresholds, category by category
     pipeline = AnomalyDenoisePipeline(

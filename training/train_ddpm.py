@@ -61,7 +61,14 @@ from diffad.training.data import (
 )
 from diffad.training.duration import steps_in
 from diffad.training.early_stopping import same_loss
-from diffad.training.feature_sizes import add_feature_image_size, extractor_image_size, set_feature_image_size
+from diffad.training.feature_sizes import (
+    DEFAULT_SIDE,
+    add_feature_image_size,
+    choose_feature_sizes,
+    describe_sizes,
+    extractor_image_size,
+    side_multiple,
+)
 from diffad.training.finish import finish
 from diffad.training.loop import create_accelerator, held_output_dir, train
 from diffad.visualization import heat_map, save_rows, to_uint8
@@ -181,10 +188,14 @@ def create_components(
         raise ValueError(
             f"--resolution must be a multiple of {multiple} for --preset {args.preset}, but is {args.resolution}."
         )
+    image_size = None
+    if args.feature_image_size:
+        multiple = side_multiple(args.backbone, args.feature_strides, args.feature_layers)
+        image_size = extractor_image_size(args.feature_image_size, args.resolution, multiple)
     extractor = TimmFeatureExtractor.from_backbone(
         args.backbone,
         args.feature_strides,
-        extractor_image_size(args.feature_image_size, args.resolution) if args.feature_image_size else None,
+        image_size,
         args.backbone_weights,
         args.feature_layers,
     )
@@ -320,7 +331,11 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     sizes = dataset_sizes(training)
     height, width = as_size(args.resolution or 1)
     ratio = common_ratio(sizes) if args.resolution is None else height / width
-    set_feature_image_size(args, sizes, ratio, training["category"])
+    if args.feature_image_size == "auto":
+        multiple = side_multiple(args.backbone, args.feature_strides, args.feature_layers)
+        one_size = as_side(size_of_ratio(DEFAULT_SIDE, ratio, multiple))
+        chosen = choose_feature_sizes(args, sizes, one_size, training["category"], multiple)
+        args.feature_image_size = chosen or [DEFAULT_SIDE]
     unet, scheduler, extractor = create_components(args, len(categories), ratio)
     size = as_size(args.resolution)
     stride = unet.config.sample_size // unet.config.feature_resolution
@@ -337,6 +352,8 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters, {size[0]} x {size[1]} px"
         + ("" if tiles is None else f", of the whole and of tiles of {tiles[0]} x {tiles[1]}")
     )
+    if len(extractor.image_sizes) > 1:
+        accelerator.print(describe_sizes(extractor))
 
     # 2. Features, standardised so that a few channels of large activations do not make up the loss
     extractor.to(accelerator.device)

@@ -92,12 +92,11 @@ def measure(command: list[str], requests: list[tuple[bytes, tuple[int, int] | No
             assert (found["name"], found["size"]) == (f"{i}.jpg", list(size)), "mixed up"
             scores[i] = found["score"]
     p50, p99 = np.quantile(seconds, [0.5, 0.99])
-    quarter = len(memory) // 4
+    quarters = ", ".join(f"{np.median(part):.0f}" for part in np.array_split(memory, 4))
     print(
         f"{len(requests)} requests from {clients} clients, {len(scores)} scored, {len(requests) - len(scores)} broken "
         f"and answered with 4xx: p50 {1000 * p50:.0f} ms, p99 {1000 * p99:.0f} ms, "
-        f"{len(requests) / took:.1f} images/s; resident memory: median {np.median(memory[:quarter]):.0f} MiB in "
-        f"the first quarter, {np.median(memory[-quarter:]):.0f} in the last",
+        f"{len(requests) / took:.1f} images/s; resident memory, median of each quarter: {quarters} MiB",
         flush=True,
     )
     return scores
@@ -109,17 +108,20 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder of images to send, again and again")
     parser.add_argument("--count", type=int, default=2000, help="requests (2000)")
     parser.add_argument("--clients", type=int, default=32, help="at once (32)")
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[16, 1], help="at most, in turn (16 1)")
     args = parser.parse_args()
     pictures = [Image.open(path).convert("RGB") for path in find_images([args.images])[:40]]
     requests = contents(pictures, args.count)
     print(f"{os.cpu_count()} cores; images of {SIDES[0]} to {SIDES[-1]} px a side")
     by_size = {}
-    for batch_size in (16, 1):
+    for batch_size in args.batch_size:
         print(f"at most {batch_size} a batch: ", end="")
         command = [sys.executable, "-m", "diffad.cli", "serve", args.model, "--batch-size", str(batch_size)]
         by_size[batch_size] = measure(command, requests, args.clients)
-    both = np.array([[by_size[16][i], by_size[1][i]] for i in by_size[1]])
-    print(f"between both, no score differs by more than {np.abs(both[:, 0] / both[:, 1] - 1.0).max():.1e} of itself")
+    if len(by_size) > 1:
+        scores = np.array([[of_size[i] for i in sorted(of_size)] for of_size in by_size.values()])
+        apart = np.abs(scores / scores[-1] - 1.0).max()
+        print(f"between batches of these sizes, no score differs by more than {apart:.1e} of itself")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,16 @@ def test_what_is_installed_are_extras():
     assert set(extras.split(",")) == {"app", "watch"}
 
 
+def test_what_is_installed_is_copied():
+    copied = set(re.findall(r"^COPY (\w+) /source/\1$", DOCKERFILE, flags=re.MULTILINE))
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    folders = {line.split(" = ")[1] for line in setup["options"]["package_dir"].strip().splitlines()}
+    assert copied == folders
+    [files] = re.findall(r"^COPY (.*) /source/$", DOCKERFILE, flags=re.MULTILINE)
+    assert {"setup.cfg", "pyproject.toml", "README.md", "LICENSE"} == set(files.split())
+
+
 def test_each_part_finds_the_others():
     command = SERVICES["watch"]["command"]
     broker, topic = re.fullmatch(r"mqtt://(\w+)/(.+)", command[command.index("--mqtt") + 1]).groups()

@@ -42,7 +42,7 @@ from diffad.models.gaussian_feature_model import GaussianFeatureModel
 from diffad.moments import FeatureMoments
 from diffad.predict import find_images, predict_files
 from diffad.training import fit as fit_script
-from diffad.training.feature_sizes import set_feature_image_size
+from diffad.training.feature_sizes import choose_feature_sizes, extractor_image_size, side_multiple
 
 pytestmark = [pytest.mark.usefixtures("fresh_accelerate"), pytest.mark.filterwarnings("ignore:.*cannot vouch")]
 
@@ -339,19 +339,69 @@ def test_the_backbone_may_look_twice(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "count", "tile_size", "expected"),
+    ("size", "count", "tile_size", "resolution", "expected"),
     [
-        ((700, 500), 30, "auto", [128, 448]),
-        ((700, 700), 30, "auto", [224]),  # more than three times 224 a side
-        ((700, 700), 5, "auto", [128, 448]),  # too few for tiles
-        ((700, 700), 30, None, [128, 448]),
-        ((300, 300), 30, (100, 100), [224]),
+        ((700, 500), 30, "auto", 224, [128, 448]),
+        ((700, 700), 30, "auto", 224, None),  # more than three times 224 a side
+        ((700, 700), 5, "auto", 224, [128, 448]),  # too few for tiles
+        ((700, 700), 30, None, 224, [128, 448]),
+        ((300, 300), 30, (100, 100), 224, None),
+        ((700, 700), 30, "auto", 448, [256, 896]),  # no fewer pixels than without them
     ],
 )
-def test_the_sizes_of_the_features_follow_from_the_images(size, count, tile_size, expected):
-    args = argparse.Namespace(feature_image_size="auto", tile_size=tile_size)
-    set_feature_image_size(args, [size] * count, size[0] / size[1], ["part"] * count)
-    assert args.feature_image_size == expected
+def test_the_sizes_of_the_features_follow_from_the_images(size, count, tile_size, resolution, expected):
+    args = argparse.Namespace(tile_size=tile_size)
+    assert choose_feature_sizes(args, [size] * count, resolution, ["part"] * count, 16) == expected
+    assert (args.tile_size is None) == (expected is not None)
+
+
+def test_a_transformers_sizes_are_multiples_of_its_patch():
+    multiple = side_multiple("vit_tiny_patch16_224.augreg_in21k_ft_in1k", (16,), (3, 7))
+    assert multiple == 16
+    assert side_multiple(BACKBONE, (2, 4), None) == 16
+    args = argparse.Namespace(tile_size=None)
+    assert choose_feature_sizes(args, [(64, 64)], 224, ["part"], 14) == [126, 448]
+    assert extractor_image_size([126, 448], (196, 252), 14) == [(112, 140), (392, 504)]
+
+
+def test_sizes_that_become_one_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"--feature_image_size 100 104: .* two of them are the same"):
+        extractor_image_size([100, 104], (352, 144), 16)
+
+
+def test_the_command_takes_two_sizes(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(fit_script, "main", given.append)
+    result = CliRunner().invoke(app, ["fit", "parts", "--output", str(tmp_path), "--multi-scale"])
+    assert result.exit_code == 0, result.output
+    args = fit_script.parse_args(given[0])
+    assert args.feature_image_size == "auto"
+
+
+def test_two_sizes_are_updated_and_exported(tmp_path, capsys):
+    first, second, every = (tmp_path / name for name in ("first", "second", "every"))
+    for i, pixels in enumerate(textures(24, 32)):
+        for folder in (every, first if i < 16 else second):
+            write_png(folder / f"{i}.png", pixels)
+    more = ("--feature_image_size", "auto", "--kept_images", 8, "--false_alarm_rate", 0.25)
+    fit_as_they_are(first, tmp_path / "updated", "--resolution", 28, *more)
+    assert "The backbone sees images at 16 x 16 and 64 x 64 px." in capsys.readouterr().out
+    whole = fit_as_they_are(every, tmp_path / "whole", "--resolution", 28, *more)
+    assert (whole.feature_extractor.image_sizes, whole.processing_resolution) == ([16, 64], 28)
+    result = CliRunner().invoke(app, ["update", str(tmp_path / "updated"), "--data", str(second)])
+    assert result.exit_code == 0, result.output
+    updated = AnomalyDenoisePipeline.from_pretrained(tmp_path / "updated")
+    images = [texture(90), texture(91, defect=True)]
+    expected = whole(images)
+    np.testing.assert_allclose(updated(images).anomaly_score, expected.anomaly_score, rtol=1e-4)
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from diffad.deployment import Runtime
+
+    whole.export(tmp_path / "model.onnx")
+    np.testing.assert_allclose(
+        Runtime(tmp_path / "model.onnx")(images).anomaly_score, expected.anomaly_score, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize(

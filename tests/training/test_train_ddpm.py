@@ -138,6 +138,14 @@ def test_the_extractor_may_look_closer(good, tmp_path):
     assert tuple(pipeline.calibration.config.residual_shape) == (64, 8, 8)
 
 
+def test_the_sizes_of_the_features_follow_from_the_images(good, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_ddpm, "DEFAULT_SIDE", 28)
+    train(good, tmp_path / "two", "--feature_image_size", "auto")
+    assert load(tmp_path / "two").feature_extractor.image_sizes == [16, 64]
+    train(good, tmp_path / "tiles", "--feature_image_size", "auto", "--tile_size", 12)
+    assert load(tmp_path / "tiles").feature_extractor.image_sizes == [28]
+
+
 def test_long_images_keep_their_ratio(tmp_path):
     for i, pixels in enumerate(textures(8, (48, 24))):
         write_png(tmp_path / "good" / f"{i}.png", pixels)
