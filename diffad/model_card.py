@@ -109,7 +109,9 @@ def render_model_card(
         repo_id=repo_id,
         categories=categories,
         pictures=list(pictures),
-        input_resolution=" x ".join(map(str, as_size(pipeline.input_resolution))),
+        input_resolution=" x ".join(
+            map(str, as_size(getattr(pipeline, "input_resolution", pipeline.processing_resolution)))
+        ),
         tile_size=" x ".join(map(str, pipeline.tile_size)) if pipeline.tile_size else None,
         training=_training_table(pipeline, training) if training else None,
         results=results,
