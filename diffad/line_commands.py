@@ -184,6 +184,10 @@ def serve(
 
     With a token: `Authorization: Bearer T`, and the page at /?token=T.
     """
+    from diffad.deployment.allocator import limit_arenas
+
+    limit_arenas()  # before there are threads
+
     from diffad.cli import load_model
     from diffad.deployment.service import create_app
     from diffad.installation import needs_extra
