@@ -54,7 +54,7 @@ def set_rate(tab, value: float) -> None:
 def test_an_image_is_shown_with_its_map_and_the_slider_moves_the_mask(tmp_path):
     pipeline = tiny_pipeline().calibrate(textures(60), false_alarm_rate=0.05)
     scores = pipeline.calibration.normal_scores[0]  # (30,)
-    large = [texture(seed).repeat(4, axis=0).repeat(4, axis=1) for seed in range(500, 540)]
+    large = [texture(seed).repeat(4, axis=0).repeat(4, axis=1) for seed in range(500, 700)]
     # a good one, and one that alarms, with a mask, once half of the good ones may
     often = pipeline.calibration.thresholds_at(0, 0.5)
     found = {i: expected(pipeline, pixels) for i, pixels in enumerate(large)}
