@@ -74,7 +74,7 @@ def choose_feature_sizes(
     return [multiple * max(1, round(scale * side / multiple)) for scale in SCALES]
 
 
-def extractor_image_size(sides: Sequence[int], resolution: Side, multiple: int) -> int | list[Side]:
+def extractor_image_size(sides: Sequence[int], resolution: Side, multiple: int) -> int | Sequence[Side]:
     """The extractor's `image_size`: as many pixels as squares of `sides`, at the ratio of `resolution`.
 
     448 at 352 x 144 is 704 x 288; squares stay as they are.

@@ -132,7 +132,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def create_extractor(
     good: Dataset,
     args: argparse.Namespace,
-    image_size: int | list[Side],
+    image_size: int | Sequence[Side],
     categories: list[str],
     device: torch.device,
 ) -> TimmFeatureExtractor:
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_tile_size(args.tile_size, sizes)
     if args.feature_image_size == "auto":
         args.feature_image_size = choose_feature_sizes(args, sizes, args.resolution, good["category"], multiple)
-    image_size = one_size(args.resolution)
+    image_size: int | Sequence[Side] = one_size(args.resolution)
     if args.feature_image_size is not None:
         image_size = extractor_image_size(args.feature_image_size, args.resolution, multiple)
     extractor = create_extractor(good, args, image_size, categories, accelerator.device)

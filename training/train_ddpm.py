@@ -334,8 +334,8 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if args.feature_image_size == "auto":
         multiple = side_multiple(args.backbone, args.feature_strides, args.feature_layers)
         one_size = as_side(size_of_ratio(DEFAULT_SIDE, ratio, multiple))
-        chosen = choose_feature_sizes(args, sizes, one_size, training["category"], multiple)
-        args.feature_image_size = chosen or [DEFAULT_SIDE]
+        sides = choose_feature_sizes(args, sizes, one_size, training["category"], multiple)
+        args.feature_image_size = sides or [DEFAULT_SIDE]
     unet, scheduler, extractor = create_components(args, len(categories), ratio)
     size = as_size(args.resolution)
     stride = unet.config.sample_size // unet.config.feature_resolution
