@@ -93,10 +93,9 @@ class OneSideOrTwo(argparse.Action):
         setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
-def add_resolution(group: argparse._ArgumentGroup, default: str, *other_names: str) -> None:
+def add_resolution(group: argparse._ArgumentGroup, default: str) -> None:
     group.add_argument(
         "--resolution",
-        *other_names,
         type=PIXELS,
         nargs="+",
         metavar=("SIDE", "WIDTH"),
