@@ -161,7 +161,7 @@ Output = Annotated[Path, typer.Option(metavar="DIR", help="Gets the pipeline.")]
 Categories = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one; may be repeated.")]
 Layout = Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout: mvtec_ad, visa, ...")]
 FalseAlarmRate = Annotated[float, typer.Option(metavar="RATE", help="Of good parts that may alarm.")]
-DataSeed = Annotated[int, typer.Option(min=0, metavar="N", help="Of what is held out, and noise.")]
+DataSeed = Annotated[int, typer.Option(min=0, metavar="N", help="Of what is held out, noise.")]
 
 
 def training_flags(
@@ -231,11 +231,13 @@ def fit(
     tile_size: TileSize = None,
     roi: Roi = None,
     multi_scale: Annotated[bool, typer.Option("--multi-scale", help="Two sizes: finds more, 4x as slow.")] = False,
-    kept_images: Annotated[int, typer.Option(min=0, metavar="K", help="In the model, for update (200).")] = 0,
+    calibration_fraction: Annotated[
+        float | None, typer.Option(metavar="F", help="Share held out (none: left out in turn).")
+    ] = None,
+    kept_images: Annotated[int, typer.Option(min=0, metavar="K", help="For update to go on (200).")] = 0,
 ) -> None:
     """Good images' features: their Gaussian and the nearest of them, calibrated.
-
-    A fifth sets the thresholds. More: accelerate launch training/fit.py.
+    More settings, several processes: accelerate launch training/fit.py.
     """
     from diffad.training.fit import main as run
 
@@ -243,6 +245,7 @@ def fit(
         data, output, category, dataset, false_alarm_rate, part_pattern, on_bad_image, seed, resolution, tile_size, roi
     )
     flags += ["--feature_image_size", "auto"] if multi_scale else []
+    flags += [] if calibration_fraction is None else ["--calibration_fraction", str(calibration_fraction)]
     run([*flags, "--kept_images", str(kept_images)])
     console.print(f"Next: diffad predict {escape(str(output))} NEW_PARTS --output RESULTS", highlight=False)
 
@@ -303,7 +306,6 @@ def calibrate(
     from diffad.data import check_part_pattern, halve_parts, load_anomaly_dataset, part_index
     from diffad.data.checks import dataset_value_range, good_of_one_category
     from diffad.model_card import REPORT_NAME, remove_reports
-    from diffad.pipelines.detection import FEW_IMAGES
     from diffad.process_share import launched_processes, on_main
 
     if output is None and not Path(model).is_dir():
@@ -327,6 +329,7 @@ def calibrate(
         )
     accelerator = launched_processes()
     pipeline = load_pipeline(model, device or (str(accelerator.device) if accelerator else None))
+    leave_one_out = part_pattern is None and pipeline.leaves_each_out(len(good))
     pipeline.calibrate(
         images,
         statistics_images,
@@ -335,7 +338,7 @@ def calibrate(
         batch_size=batch_size,
         value_range=None if pipeline.config.value_range is not None else dataset_value_range(good),
         roi=roi,
-        leave_one_out=pipeline.scores_features and len(good) < FEW_IMAGES and part_pattern is None,
+        leave_one_out=leave_one_out,
         smallest_area=smallest_area,
         accelerator=accelerator,
     )
@@ -350,12 +353,13 @@ def calibrate(
     if not pipeline.has_thresholds:
         console.print(f"Saved to {escape(str(folder))}. One or two images give maps and scores, and no thresholds.")
         return
+    how_close = "about" if leave_one_out else "at most"
     index = pipeline.category_index(category if len(pipeline.categories) > 1 else None)
     calibration, count = pipeline.calibration, pipeline.calibration.num_good_images(index)
     console.print(
         f"Calibrated on {len(good)} good images and saved to {escape(str(folder))}.\n"
-        f"On average over such sets of images, at most {calibration.stated_false_alarm_rate(index):.2%} of new good "
-        f"parts raise an alarm. With 95% confidence, the {count} images that set this threshold keep it below "
+        f"On average over such sets of images, {how_close} {calibration.stated_false_alarm_rate(index):.2%} of new "
+        f"good parts raise an alarm. With 95% confidence, the {count} images that set this threshold keep it below "
         f"{calibration.false_alarm_bound(index):.2%}.",
         highlight=False,
         soft_wrap=True,

@@ -30,7 +30,8 @@ from diffad.scoring import Measurement, empty_measurement, heighten_contrast
 from diffad.seeding import image_generators
 
 FEWEST_IMAGES = 3  # whose covariance says something of each without it
-FEW_IMAGES = 20  # of fewer, `diffad fit` and `diffad calibrate` hold none out, and leave each out in turn
+FEW_IMAGES = 20  # of which none can be spared for anything but statistics and thresholds
+MOST_LEFT_OUT = 1000  # of a category: their measurements wait in a temporary file of 2 to 3 GB
 MAX_STATISTICS_IMAGES = 512  # of a category: more hardly change the statistics, and the temporary file grows with them
 
 
@@ -137,10 +138,12 @@ class DetectionPipeline(AnomalyPipeline):
             generator: of noise of each image's own, whatever the batch. None measures all with the model's noise, as
                 calls do that name none.
             accelerator: shares the images among its processes; each ends with the same calibration.
-            leave_one_out: for few images and a pipeline without a denoiser. All of `images` serve statistics and
-                thresholds: each is scored by the Gaussian of the others, which is a little further from it than that of
-                all is from a new image, so alarms are rarer than stated. One or two images have statistics and no
-                thresholds: masks, alarms and p-values stay None. Where the pipeline looks at tiles, it has no effect.
+            leave_one_out: for a pipeline without a denoiser. All of `images` serve statistics and thresholds: each is
+                scored by the Gaussian of the others and by their patches, which are a little further from it than those
+                of all are from a new image. So the stated rate is close to the true one and no exact promise (Barber et
+                al., "Predictive inference with the jackknife+", 2021); docs/method.md says how close it was found. One
+                or two images have statistics and no thresholds: masks, alarms and p-values stay None. Where the
+                pipeline looks at tiles, it has no effect.
             value_range: of images of more than 8 bits, where the pipeline has none; None finds that which holds all
                 images, where the first of either set has more than 8. It is saved with the calibration.
             smallest_area: of a region that counts, as a share of the image's area, in [0, 1). Each map's peaks that are
@@ -340,6 +343,13 @@ class DetectionPipeline(AnomalyPipeline):
         """Maps (N, H, W) at another size, 0 where nothing counts; of the images' own, `cell` as of `Resizing`."""
         resized = resize_images(anomaly_map[:, None], map_reach(size, size, cell))[:, 0, : size[0], : size[1]]
         return clear_outside(resized, inside_region(self.region, category, size))
+
+    def leaves_each_out(self, num_images: int) -> bool:
+        """Whether so many good images of a category need not be divided: all serve statistics and thresholds.
+
+        Of a method with a denoiser, or with statistics of tiles, no image can be left out without a fit anew.
+        """
+        return self.scores_features and self.tile_size is None and num_images <= MOST_LEFT_OUT
 
     def _found_value_range(self, category: int, value_range: float | None, *sets: Sequence[Any]) -> float | None:
         """The range that a calibration of these images holds for, and saves; None where the pipeline has its own.

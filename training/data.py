@@ -66,6 +66,7 @@ def read_good_images(args: argparse.Namespace) -> Dataset:
 
 
 MAX_TRAINING_TILES = 4096  # of all images together: 0.6 GB on disk for 224 x 224 pixels
+HELD_OUT_FRACTION = 0.2  # of good images, for the thresholds, where `diffad fit` holds some out
 SAME_RATIO = 1.05  # as far apart sides' ratios may be, and still count as one
 
 
@@ -131,7 +132,7 @@ def hold_out(good: Dataset, args: argparse.Namespace) -> tuple[Dataset, Dataset,
     for number, category in enumerate(categories):
         images = np.flatnonzero(of_image == category)
         parts, num_photographs = np.unique(part[images], return_counts=True)
-        left = max(1, round(args.calibration_fraction * len(images)))
+        left = max(1, round((args.calibration_fraction or HELD_OUT_FRACTION) * len(images)))
         chosen: list[int] = []
         for one in np.random.default_rng([args.seed, number]).permutation(len(parts)):
             if num_photographs[one] <= left:

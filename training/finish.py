@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from PIL import Image
 
 from diffad.files import write_text_whole, write_whole
@@ -33,23 +33,28 @@ def finish(
 
     Every process calls this: all share the calibration's images, and the main one saves what came of them. Per-position
     statistics come from up to `max_statistics_images` images of training, which are many; thresholds and p-values from
-    the held-out ones, which no network has seen. It calibrates in float32, as the saved weights are loaded, whatever
-    the precision of training was. `record` goes into `training.json`.
+    the held-out ones, which no network has seen. Where no denoiser runs, all serve both, as in `diffad fit`. It
+    calibrates in float32, as the saved weights are loaded, whatever the precision of training was. `record` goes into
+    `training.json`.
     """
     for category in categories:
 
         def images_of(dataset: Dataset, category: str = category) -> Any:
             return dataset.select(np.flatnonzero(np.asarray(dataset["category"]) == category))
 
-        statistics = images_of(training)
-        if len(statistics) > max_statistics_images:
+        statistics, for_thresholds = images_of(training), images_of(held_out)
+        leave_one_out = args.part_pattern is None and pipeline.leaves_each_out(len(statistics) + len(for_thresholds))
+        if leave_one_out:
+            for_thresholds, statistics = concatenate_datasets([statistics, for_thresholds]), None
+        elif len(statistics) > max_statistics_images:
             statistics = statistics.shuffle(seed=args.seed).select(range(max_statistics_images))
         pipeline.calibrate(
-            images_of(held_out)["image"],
-            statistics_images=statistics["image"],
+            for_thresholds["image"],
+            statistics_images=None if statistics is None else statistics["image"],
             false_alarm_rate=args.false_alarm_rate,
             category=category if len(categories) > 1 else None,
             accelerator=accelerator,
+            leave_one_out=leave_one_out,
             roi=args.roi,
         )
     if accelerator.is_main_process:

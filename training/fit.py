@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from diffad.model_card import remove_reports
 from diffad.models.feature_extractor import LITE0_BACKBONE
 from diffad.models.gaussian_feature_model import one_size
 from diffad.pipelines.checks import FEATURE_WEIGHTS, chosen_contrast
-from diffad.pipelines.detection import FEW_IMAGES
+from diffad.pipelines.detection import FEW_IMAGES, MOST_LEFT_OUT
 from diffad.pipelines.updating import learn_good_images, save_updatable
 from diffad.region_of_interest import hide_outside, inside_region
 from diffad.training.arguments import (
@@ -47,6 +48,7 @@ from diffad.training.arguments import (
     local_path,
 )
 from diffad.training.data import (
+    HELD_OUT_FRACTION,
     check_tile_size,
     choose_tile_size,
     common_ratio,
@@ -81,8 +83,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--calibration_fraction",
         type=RATE,
-        default=0.2,
-        help=f"share of good images held out for thresholds, from {FEW_IMAGES} of a category on (0.2)",
+        help=f"share of good images held out for thresholds (default: each of up to {MOST_LEFT_OUT} of a category is "
+        f"left out in turn; {HELD_OUT_FRACTION} of more, of tiles, with --part_pattern or --kept_images)",
     )
     data.add_argument("--part_pattern", metavar="REGEX", help="finds the part in an image's path, see train_ddpm.py")
     data.add_argument(
@@ -164,24 +166,31 @@ def calibrate_category(
     args: argparse.Namespace,
     accelerator: Accelerator,
 ) -> str:
-    """Fits one category's Gaussian and thresholds; says from which images."""
-    options = {"false_alarm_rate": args.false_alarm_rate, "category": name, "batch_size": args.batch_size}
-    options["roi"] = args.roi
-    if (
-        len(good) < FEW_IMAGES and args.part_pattern is None and pipeline.tile_size is None
-    ):  # which has no photograph of the same part elsewhere
+    """Fits one category's Gaussian and thresholds; says from which images, and what the thresholds vouch for."""
+    options: dict[str, Any] = {
+        "false_alarm_rate": args.false_alarm_rate,
+        "category": name,
+        "batch_size": args.batch_size,
+        "accelerator": accelerator,
+        "roi": args.roi,
+    }
+    one_photograph_a_part = args.part_pattern is None
+    wants_all = args.calibration_fraction is None or len(good) < FEW_IMAGES
+    if one_photograph_a_part and wants_all and pipeline.leaves_each_out(len(good)):
         pipeline.calibrate(good["image"], leave_one_out=True, **options)
-        return f"{len(good)} good images, each left out in turn for the thresholds"
+        how = f"{len(good)} good images, each left out in turn for the thresholds"
+        return f"{how}; {describe_rate(pipeline, name, 'about')}"
     training, held_out, _ = hold_out(good, args)
-    pipeline.calibrate(held_out["image"], training["image"], accelerator=accelerator, **options)
-    return f"{len(training)} good images, and {len(held_out)} held out for the thresholds"
+    pipeline.calibrate(held_out["image"], training["image"], **options)
+    how = f"{len(training)} good images, and {len(held_out)} held out for the thresholds"
+    return f"{how}; {describe_rate(pipeline, name)}"
 
 
 def calibrate_updatable(
     pipeline: AnomalyDenoisePipeline, good: Dataset, args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[GoodImages, str]:
     """Fits Gaussian and thresholds so that `diffad update` can go on; says from which images."""
-    good_images = GoodImages(args.kept_images, args.calibration_fraction)
+    good_images = GoodImages(args.kept_images, args.calibration_fraction or HELD_OUT_FRACTION)
     region = load_region(args, good["category"][:1])
     settings = (args.false_alarm_rate, args.batch_size, region)
     learn_good_images(pipeline, good["image"], good_images, *settings, accelerator=accelerator)
@@ -190,13 +199,13 @@ def calibrate_updatable(
     return good_images, how
 
 
-def describe_rate(pipeline: AnomalyDenoisePipeline, name: str | None) -> str:
+def describe_rate(pipeline: AnomalyDenoisePipeline, name: str | None, how_close: str = "at most") -> str:
     """What the thresholds vouch for."""
     if not pipeline.has_thresholds:
         return "so few vouch for no false-alarm rate: masks, alarms and p-values stay None"
     index = pipeline.category_index(name)
     return (
-        f"at most {pipeline.calibration.stated_false_alarm_rate(index):.1%} of new good parts raise an alarm on "
+        f"{how_close} {pipeline.calibration.stated_false_alarm_rate(index):.1%} of new good parts raise an alarm on "
         f"average over such sets of images; with 95% confidence, these keep it below "
         f"{pipeline.calibration.false_alarm_bound(index):.1%}"
     )
@@ -259,9 +268,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         images = good.select(np.flatnonzero(of_image == category))
         if args.kept_images:
             good_images, how = calibrate_updatable(pipeline, images, args, accelerator)
+            how = f"{how}; {describe_rate(pipeline, name)}"
         else:
             how = calibrate_category(pipeline, images, name, args, accelerator)
-        accelerator.print(f"{category}: {how}; {describe_rate(pipeline, name)}.")
+        accelerator.print(f"{category}: {how}.")
 
     # 3. Save
     if accelerator.is_main_process:

@@ -334,12 +334,12 @@ class CalibrationFit:
         thresholds' images, of which alone there are often too few: 62 solar cells tell it within 6%, all 411 within 2%.
         Scores grow with the maps, those of good images and of bad ones alike, so thresholds stay as valid as they are.
         """
+        if not self.waiting.closed:
+            self.set_statistics()  # which scores the images that are left out in turn
         scores, maxima = self.scores, self.maxima
         self.held_out_moments.reduce(self.accelerator)
         if self.accelerator is not None and self.accelerator.num_processes > 1:
             scores, maxima = gather_object(scores), gather_object(maxima)
-        if not self.waiting.closed:
-            self.set_statistics()
         if not scores and self.num_scores:
             raise ValueError("There are no scores to set thresholds by. Call `add_scores` with measurements first.")
         if not scores:

@@ -167,6 +167,8 @@ def test_the_choice_is_saved_and_recorded(tmp_path):
     output = pipeline(textures(2, 64))
     assert np.isfinite(output.anomaly_map).all()
     assert output.p_value is not None
+    num_for_thresholds = 6 if pipeline.runs_denoiser else 30  # each left out in turn, where no denoiser runs
+    assert pipeline.calibration.num_good_images(0) == num_for_thresholds
 
 
 def test_a_denoiser_without_weight_does_not_run(tmp_path, monkeypatch):

@@ -74,7 +74,7 @@ def test_a_defect_is_found_and_outlined(tmp_path, capsys):
     is_black = (defective == 0).all(axis=2)
     assert output.anomaly_map[0][is_black].mean() > output.anomaly_map[0][~is_black].mean()
     said = capsys.readouterr().out
-    assert "good: 24 good images, and 6 held out for the thresholds; at most 20.0% of new good parts" in said
+    assert "good: 30 good images, each left out in turn for the thresholds; about 20.0% of new good parts" in said
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     assert record["arguments"]["backbone"] == BACKBONE
     assert (tmp_path / "model" / "good-1.png").exists()
@@ -105,10 +105,19 @@ def test_few_images_are_left_out_in_turn(tmp_path, capsys, count):
     pipeline = fit(write_folder(tmp_path / "good", count, size=32), tmp_path / "model")
     assert pipeline.calibration.num_good_images(0) == count
     said = capsys.readouterr().out
-    assert f"{count} good images, each left out in turn for the thresholds; at most {1 / (count + 1):.1%} of" in said
+    assert f"{count} good images, each left out in turn for the thresholds; about {1 / (count + 1):.1%} of" in said
     output = pipeline([texture(500, 32, defect=True), texture(501, 32)])
     assert output.anomaly_score[0] > output.anomaly_score[1]
     assert ((output.p_value >= 1 / (count + 1) - 1e-6) & (output.p_value <= 1.0)).all()
+
+
+def test_a_share_is_held_out_where_asked_and_of_very_many_images(tmp_path, capsys, monkeypatch):
+    folder = write_folder(tmp_path / "good", 30, size=32)
+    fit(folder, tmp_path / "asked", "--calibration_fraction", 0.2)
+    monkeypatch.setattr("diffad.pipelines.detection.MOST_LEFT_OUT", 29)
+    fit(folder, tmp_path / "many", "--seed", 1)
+    said = capsys.readouterr().out
+    assert said.count("good: 24 good images, and 6 held out for the thresholds; at most 14.3% of new good parts") == 2
 
 
 def test_leaving_an_image_out_is_a_gaussian_of_the_others():
@@ -205,7 +214,7 @@ def test_categories_of_one_model(tmp_path):
     data = write_mvtec(tmp_path / "data", {"tile": 24, "cable": 5}, size=32)
     pipeline = fit(data, tmp_path / "model")
     assert pipeline.categories == ["cable", "tile"]
-    assert [pipeline.calibration.num_good_images(i) for i in range(2)] == [5, 5]
+    assert [pipeline.calibration.num_good_images(i) for i in range(2)] == [5, 24]
     assert pipeline(texture(0, 32), category="tile").p_value is not None
     few = write_mvtec(tmp_path / "few", {"tile": 24, "cable": 2}, size=32)
     with pytest.raises(ValueError, match="2 good images of 'cable': in a model of several categories each takes at"):
