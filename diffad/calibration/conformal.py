@@ -28,7 +28,7 @@ def conformal_threshold(sorted_scores: Sequence[float], false_alarm_rate: float)
         warnings.warn(
             f"{count} good images cannot vouch for a false-alarm rate of {false_alarm_rate:g}: the threshold is their "
             f"largest score, which holds {1.0 / (count + 1):.2g}. Calibrate with at least "
-            f"{math.ceil(1.0 / false_alarm_rate) - 1} held-out good images.",
+            f"{math.ceil(1.0 / false_alarm_rate) - 1} such images.",
             stacklevel=2,
         )
     rank = min(threshold_rank(count, false_alarm_rate), count)

@@ -615,9 +615,9 @@ def test_wrong_settings_are_named_before_any_work(setting):
 
 
 def test_a_rate_that_the_images_cannot_vouch_for_is_told(pipe):
-    with pytest.warns(UserWarning, match="at least 99 held-out good images") as caught:
+    with pytest.warns(UserWarning, match="at least 99 such images") as caught:
         pipe.calibrate(textures(6), false_alarm_rate=0.01)
-    assert len([w for w in caught if "held-out" in str(w.message)]) == 1
+    assert len([w for w in caught if "such images" in str(w.message)]) == 1
 
 
 def test_constant_images_give_no_nan(pipe):
