@@ -46,6 +46,22 @@ class Block(nn.Module):
         return F.relu(self.conv(hidden) + hidden)
 
 
+class UpsampleConvolution(nn.Conv2d):
+    """Twice as many rows and columns by nearest neighbours, then a 3 x 3 convolution, as one transposed convolution.
+
+    Each pixel of the larger map sees 2 x 2 different ones of the smaller, so 4 products do the work of 9.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, width, 3, padding=1, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, C, h, w) to (N, C, 2h, 2w)."""
+        flipped = self.weight.transpose(0, 1).flip(2, 3)
+        kernel = 4.0 * F.avg_pool2d(F.pad(flipped, (1, 1, 1, 1)), 2, stride=1)  # (C, C, 4, 4), sums of 2 x 2 weights
+        return F.conv_transpose2d(hidden, kernel, stride=2, padding=1)
+
+
 class AutoencoderTAEF2(ModelMixin, ConfigMixin):
     r"""Between images and latents of 32 channels, 8 times smaller, by 1.3 million parameters each way.
 
@@ -92,7 +108,7 @@ class AutoencoderTAEF2(ModelMixin, ConfigMixin):
         decoder: list[nn.Module] = [nn.Conv2d(latent_channels, width, 3, padding=1), nn.ReLU()]
         for level in reversed(range(1, num_levels)):
             decoder += [Block(width, level == num_levels - 1) for _ in range(layers_per_block)]
-            decoder += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1, bias=False)]
+            decoder += [nn.Identity(), UpsampleConvolution(width)]  # the published weights count an upsampling
         self.decoder = nn.Sequential(*decoder, Block(width), nn.Conv2d(width, in_channels, 3, padding=1))
 
     @apply_forward_hook
