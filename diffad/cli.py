@@ -299,7 +299,7 @@ def calibrate(
 ) -> None:
     """Statistics and thresholds from good images that training has not seen.
 
-    Of a data set, its train split. Half of the parts set thresholds.
+    Of a data set, its train split. Half of the parts set thresholds, or all where no denoiser runs.
     """
     import numpy as np
 
@@ -360,7 +360,7 @@ def calibrate(
         f"Calibrated on {len(good)} good images and saved to {escape(str(folder))}.\n"
         f"On average over such sets of images, {how_close} {calibration.stated_false_alarm_rate(index):.2%} of new "
         f"good parts raise an alarm. With 95% confidence, the {count} images that set this threshold keep it below "
-        f"{calibration.false_alarm_bound(index):.2%}.",
+        f"{'about ' if leave_one_out else ''}{calibration.false_alarm_bound(index):.2%}.",
         highlight=False,
         soft_wrap=True,
     )

@@ -141,7 +141,8 @@ class DetectionPipeline(AnomalyPipeline):
             leave_one_out: for a pipeline without a denoiser. All of `images` serve statistics and thresholds: each is
                 scored by the Gaussian of the others and by their patches, which are a little further from it than those
                 of all are from a new image. So the stated rate is close to the true one and no exact promise (Barber et
-                al., "Predictive inference with the jackknife+", 2021); docs/method.md says how close it was found. One
+                al., "Predictive inference with the jackknife+", 2021); docs/method.md says how close it was found, with
+                `position_trust` 0. Deviations at each position know the image's own outliers, and alarms are more. One
                 or two images have statistics and no thresholds: masks, alarms and p-values stay None. Where the
                 pipeline looks at tiles, it has no effect.
             value_range: of images of more than 8 bits, where the pipeline has none; None finds that which holds all
@@ -347,9 +348,12 @@ class DetectionPipeline(AnomalyPipeline):
     def leaves_each_out(self, num_images: int) -> bool:
         """Whether so many good images of a category need not be divided: all serve statistics and thresholds.
 
-        Of a method with a denoiser, or with statistics of tiles, no image can be left out without a fit anew.
+        Of a method with a denoiser, or with statistics of tiles, no image can be left out without a fit anew. Nor can
+        it from deviations at each position (`position_trust`), which its own outliers raise; few images have no choice.
         """
-        return self.scores_features and self.tile_size is None and num_images <= MOST_LEFT_OUT
+        can_leave_out = self.scores_features and self.tile_size is None
+        most = MOST_LEFT_OUT if self.config.get("position_trust", 1.0) == 0.0 else FEW_IMAGES - 1
+        return can_leave_out and num_images <= most
 
     def _found_value_range(self, category: int, value_range: float | None, *sets: Sequence[Any]) -> float | None:
         """The range that a calibration of these images holds for, and saves; None where the pipeline has its own.

@@ -138,10 +138,12 @@ def learn_good_images(
     # 2. The channels' scale, by all images of the statistics, to which their moments are brought
     moments = copy.deepcopy(good_images.moments)
     assert moments is not None
-    # to three digits: sums in another order then give the same scale to the bit, and so the same patches, whose
-    # rounding to half precision would tip over otherwise
-    scale = (values.bfloat16().float().to(device) for values in moments.over_positions())
-    extractor.set_standardization(*scale)
+    # coarsely: sums in another order then give the same scale to the bit, and so the same patches, whose rounding to
+    # half precision would tip over otherwise
+    extractor.set_standardization(*(values.to(device) for values in moments.over_positions()))
+    extractor.channel_std.copy_(extractor.channel_std.bfloat16())
+    steps = (extractor.channel_mean / extractor.channel_std * 128.0).round()
+    extractor.channel_mean.copy_(steps / 128.0 * extractor.channel_std)
     mean, std = (values.flatten().double() for values in (extractor.channel_mean, extractor.channel_std))
     moments.rescale(1.0 / std, -mean / std)
 

@@ -226,7 +226,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser, any_ratio: bool = Fals
     run.add_argument("--report_to", default=None, help="tracker: tensorboard, wandb, ... (none)")
     run.add_argument("--push_to_hub", **switch, help="upload the pipeline, its card and pictures at the end")
     run.add_argument(
-        "--num_example_images", type=COUNT, default=2, help="held-out good images saved as pictures, and pushed (2)"
+        "--num_example_images", type=COUNT, default=2, help="good images saved as pictures, and pushed (2)"
     )
     run.add_argument("--hub_model_id", help="repository to push to (default: the name of --output_dir)")
     run.add_argument("--hub_token", help="Hub token (default: the one you logged in with)")

@@ -45,6 +45,7 @@ def finish(
         statistics, for_thresholds = images_of(training), images_of(held_out)
         leave_one_out = args.part_pattern is None and pipeline.leaves_each_out(len(statistics) + len(for_thresholds))
         if leave_one_out:
+            accelerator.print("No denoiser runs: each good image is left out in turn for the thresholds.")
             for_thresholds, statistics = concatenate_datasets([statistics, for_thresholds]), None
         elif len(statistics) > max_statistics_images:
             statistics = statistics.shuffle(seed=args.seed).select(range(max_statistics_images))
@@ -69,7 +70,9 @@ def finish(
 
 
 def save_examples(pipeline: Any, held_out: Dataset, args: argparse.Namespace) -> None:
-    """Held-out images beside their overlays, for the model's card: on good ones nothing should light up."""
+    """Good images beside their overlays, for the model's card: nothing should light up, least of all where the
+    statistics know them (no denoiser runs).
+    """
     for i in range(min(args.num_example_images, len(held_out))):
         image = held_out[i]["image"]
         picture = np.asarray(image_to_rgb(image, pipeline.value_range))

@@ -30,7 +30,7 @@ from diffad.model_card import remove_reports
 from diffad.models.feature_extractor import LITE0_BACKBONE
 from diffad.models.gaussian_feature_model import one_size
 from diffad.pipelines.checks import FEATURE_WEIGHTS, chosen_contrast
-from diffad.pipelines.detection import FEW_IMAGES, MOST_LEFT_OUT
+from diffad.pipelines.detection import MOST_LEFT_OUT
 from diffad.pipelines.updating import learn_good_images, save_updatable
 from diffad.region_of_interest import hide_outside, inside_region
 from diffad.training.arguments import (
@@ -174,9 +174,8 @@ def calibrate_category(
         "accelerator": accelerator,
         "roi": args.roi,
     }
-    one_photograph_a_part = args.part_pattern is None
-    wants_all = args.calibration_fraction is None or len(good) < FEW_IMAGES
-    if one_photograph_a_part and wants_all and pipeline.leaves_each_out(len(good)):
+    may_leave_out = args.part_pattern is None and args.calibration_fraction is None
+    if may_leave_out and pipeline.leaves_each_out(len(good)):
         pipeline.calibrate(good["image"], leave_one_out=True, **options)
         how = f"{len(good)} good images, each left out in turn for the thresholds"
         return f"{how}; {describe_rate(pipeline, name, 'about')}"
@@ -207,7 +206,7 @@ def describe_rate(pipeline: AnomalyDenoisePipeline, name: str | None, how_close:
     return (
         f"{how_close} {pipeline.calibration.stated_false_alarm_rate(index):.1%} of new good parts raise an alarm on "
         f"average over such sets of images; with 95% confidence, these keep it below "
-        f"{pipeline.calibration.false_alarm_bound(index):.1%}"
+        f"{'about ' if how_close == 'about' else ''}{pipeline.calibration.false_alarm_bound(index):.1%}"
     )
 
 

@@ -49,6 +49,8 @@ def main() -> None:
     args = argparse.Namespace(**json.loads((options.model / "training.json").read_text())["arguments"])
     if options.output.exists():
         parser.error(f"--output: {options.output} is there already. Give a new folder, so that no older image is left.")
+    if args.calibration_fraction is None:
+        parser.error("the model has seen all good images. Fit it with `--calibration_fraction 0.2`.")
     training, held_out, categories = hold_out(read_good_images(args), args)
     for category in categories:
         folder = options.output / category

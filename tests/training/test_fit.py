@@ -120,6 +120,17 @@ def test_a_share_is_held_out_where_asked_and_of_very_many_images(tmp_path, capsy
     assert said.count("good: 24 good images, and 6 held out for the thresholds; at most 14.3% of new good parts") == 2
 
 
+def test_deviations_at_a_position_let_many_images_be_left_out_no_more():
+    """They know the image's own outliers: of 100 such images, a stated 2% were 8%."""
+    assert without_denoiser().leaves_each_out(1000)
+    assert not without_denoiser().leaves_each_out(1001)
+    pipeline = AnomalyDenoisePipeline(None, None, tiny_extractor(image_size=32))
+    assert pipeline.config.position_trust == 1.0
+    assert pipeline.leaves_each_out(19)
+    assert not pipeline.leaves_each_out(20)
+    assert not tiny_pipeline().leaves_each_out(3)
+
+
 def test_leaving_an_image_out_is_a_gaussian_of_the_others():
     """By the formula as by fitting the others anew; the ridge is that of all."""
     count, channels = 7, 12
