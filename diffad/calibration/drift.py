@@ -27,6 +27,9 @@ from diffad.calibration.conformal import threshold_rank
 JUMPING_RATE = 0.01  # J: the share of the capital that is spread anew over the bets, as in the paper
 RANK_BETS = np.array([-1.0, 0.0, 1.0])  # epsilon: on scores that rise, on none, on scores that fall
 ALARM_BETS = np.array([1.0])  # on more alarms than other parts
+# By so much, over the number of scores that a part is ranked among, the mean p-value of good parts may exceed 1/2:
+# where the calibration's images were each left out in turn, they score a little higher than new ones (docs/method.md).
+LEFT_OUT_ALLOWANCE = 5.0
 LARGEST_CAPITAL = 1e100  # far above what any alarm takes; without an end it would overflow
 
 
@@ -40,7 +43,18 @@ def paid_after(count: int) -> float:
     return reserve_after(count) - reserve_after(count + 1)
 
 
-def bet(capital: np.ndarray, bets: np.ndarray, value: np.ndarray | float, paid: np.ndarray | float) -> np.ndarray:
+def allowance_among(count: np.ndarray | int) -> np.ndarray:
+    """What a part's p-value among `count` scores may be above 1/2 in the mean while nothing has changed."""
+    return np.minimum(0.5, LEFT_OUT_ALLOWANCE / (np.asarray(count) + 1.0))
+
+
+def bet(
+    capital: np.ndarray,
+    bets: np.ndarray,
+    value: np.ndarray | float,
+    paid: np.ndarray | float,
+    allowance: np.ndarray | float = 0.0,
+) -> np.ndarray:
     """One round of the jumpers.
 
     Args:
@@ -48,12 +62,15 @@ def bet(capital: np.ndarray, bets: np.ndarray, value: np.ndarray | float, paid: 
         bets: (E,), epsilon in [-1, 1].
         value: (...) in [0, 1]; uniform, or of mean 1/2, as long as nothing has changed.
         paid: (...), to the jumper that starts now.
+        allowance: (...), what bets on larger values pay for in any case.
 
     Returns:
-        (..., E): each is multiplied by 1 + epsilon (value - 1/2).
+        (..., E): each is multiplied by 1 + epsilon (value - 1/2), less epsilon times the allowance where epsilon is
+        above 0.
     """
     spread = (JUMPING_RATE * capital.sum(axis=-1, keepdims=True) + np.asarray(paid)[..., None]) / len(bets)
     factor = 1.0 + bets * (np.asarray(value)[..., None] - 0.5)
+    factor = factor - np.maximum(bets, 0.0) * np.asarray(allowance)[..., None]
     return np.minimum(((1.0 - JUMPING_RATE) * capital + spread) * factor, LARGEST_CAPITAL)
 
 
@@ -138,7 +155,7 @@ class DriftTest:
         else:
             p_value = self._p_value(score)
             paid = paid_after(self.num_parts - self.num_left_out)
-            self.of_ranks = bet(self.of_ranks, RANK_BETS, p_value, paid)
+            self.of_ranks = bet(self.of_ranks, RANK_BETS, p_value, paid, allowance_among(len(self.ranked)))
             insort(self.ranked, score)
         self.num_parts += 1
         evidence = self._evidence(p_value)

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
 from diffad.calibration.conformal import threshold_rank
-from diffad.calibration.drift import ALARM_BETS, RANK_BETS, DriftTest, bet, paid_after
+from diffad.calibration.drift import ALARM_BETS, RANK_BETS, DriftTest, allowance_among, bet, paid_after
 from diffad.inputs import find_images
 
 RATE, CHANCE = 0.01, 0.01
@@ -34,10 +34,11 @@ def draw_scores(rng: np.random.Generator, shape: tuple[int, ...], defects: float
     return np.where(is_bad, scores + 3.0 * np.pi / np.sqrt(6.0), scores)
 
 
-def simulate(calibration: int, parts: int, streams: int, defects: float, seed: int) -> np.ndarray:
+def simulate(calibration: int, parts: int, streams: int, defects: float, seed: int, shift: float = 0.0) -> np.ndarray:
     """Whether each stream ever alarmed, (streams,): `DriftTest` over all streams at once, with a Fenwick tree each."""
     rng = np.random.default_rng(seed)
-    normal = np.sort(draw_scores(rng, (streams, calibration), 0.0), axis=1)
+    higher = shift * 100.0 / calibration * np.pi / np.sqrt(6.0)
+    normal = np.sort(draw_scores(rng, (streams, calibration), 0.0) + higher, axis=1)
     threshold = normal[:, min(threshold_rank(calibration, RATE), calibration) - 1]
     scores = np.concatenate([normal, draw_scores(rng, (streams, parts), defects)], axis=1)
     order = scores.argsort(axis=1).argsort(axis=1).astype(np.int32) + 1  # ranks from 1 on: places in the tree
@@ -58,7 +59,8 @@ def simulate(calibration: int, parts: int, streams: int, defects: float, seed: i
             p_value = (num_ranked - not_above + ties[rows, kept_so_far.clip(max=parts - 1)]) / (num_ranked + 1)
             of_alarms = bet(of_alarms, ALARM_BETS, (~kept).astype(float), paid_after(t - calibration))
             paid = reserve[kept_so_far] - reserve[kept_so_far + 1]
-            of_ranks = np.where(kept[:, None], bet(of_ranks, RANK_BETS, p_value, paid), of_ranks)
+            after = bet(of_ranks, RANK_BETS, p_value, paid, allowance_among(num_ranked))
+            of_ranks = np.where(kept[:, None], after, of_ranks)
             kept_so_far += kept
             evidence = of_ranks.sum(axis=1) + of_alarms[:, 0] + reserve[kept_so_far] + reserve[t - calibration + 1]
             alarmed |= evidence / 2.0 >= 1.0 / CHANCE
@@ -76,13 +78,15 @@ def simulate(calibration: int, parts: int, streams: int, defects: float, seed: i
     return alarmed
 
 
-def print_promise(parts: int, streams: int) -> None:
+def print_promise(parts: int, streams: int, shift: float) -> None:
     print(f"Streams of {parts} parts that ever alarm, at a stated chance of {CHANCE:.0%}; {streams} streams each\n")
     print("| calibration images | 0% defects | 1% defects | 5% defects |\n|---|---|---|---|")
     for calibration in (62, 200, 1000):
         shares = []
         for defects in (0.0, 0.01, 0.05):
-            chunks = [simulate(calibration, parts, min(500, streams), defects, s) for s in range(-(-streams // 500))]
+            chunks = [
+                simulate(calibration, parts, min(500, streams), defects, s, shift) for s in range(-(-streams // 500))
+            ]
             shares.append(f"{np.concatenate(chunks).mean():.2%}")
         print(f"| {calibration} | {' | '.join(shares)} |", flush=True)
 
@@ -150,13 +154,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=int, default=10_000, help="in a simulated stream (10000)")
     parser.add_argument("--streams", type=int, default=2000, help="simulated (2000)")
+    parser.add_argument(
+        "--shift",
+        type=float,
+        default=0.0,
+        help="of 100 calibration images' scores, in deviations: each left out in turn, they are higher, the less the "
+        "more images there are (0)",
+    )
     parser.add_argument("--model", help="folder of a calibrated pipeline; then real images instead")
     parser.add_argument("--images", type=Path, help="folder of good images that it has not seen")
     parser.add_argument("--calibration", type=int, default=62, help="of them calibrate a stream (62)")
     parser.add_argument("--before", type=int, default=30, help="parts before the change (30)")
     args = parser.parse_args()
     if args.model is None:
-        print_promise(args.parts, args.streams)
+        print_promise(args.parts, args.streams, args.shift)
     else:
         print_power(args.model, args.images, args.calibration, args.before, 200)
 
