@@ -405,7 +405,7 @@ def test_the_table_of_float32_says_what_the_records_say():
 
 def test_the_rates_that_hold_with_confidence_are_beta_quantiles():
     text = (ROOT / "docs" / "method.md").read_text()
-    [[_, *rows]] = tables(text, "3. What the thresholds promise")
+    (_, *rows), (_, *left_out) = tables(text, "3. What the thresholds promise")
     assert len(rows) == 6
     for images, stated, *shown in rows:
         count, rate = int(images), float(stated.rstrip("%")) / 100
@@ -414,8 +414,7 @@ def test_the_rates_that_hold_with_confidence_are_beta_quantiles():
         mean, low, high, bound = (f"{100 * x:.1f}%" for x in (true_rate.mean(), *true_rate.ppf([0.025, 0.975, 0.95])))
         assert shown == [mean, f"{low} and {high}", bound]
     promises = {
-        README: "with 62 calibration images at 5%, "
-        "the rate of your one model lies between 1.0% and 11.2% in 95 of 100 cases",
+        README: "with 62 at 5%, the rate of your one model lies between 1.0% and 11.2% in 95 of 100 cases",
         text: "With 62 images at a stated 5%, 95% of models lie between 1.0% and 11.2%",
     }
     for page, promise in promises.items():  # in words
@@ -423,6 +422,11 @@ def test_the_rates_that_hold_with_confidence_are_beta_quantiles():
         assert "holds on average over calibration sets" in words
         assert promise in words
         assert "9.8%" in words
+    record = json.loads((ROOT / "model_cards" / "leave-one-out.json").read_text())["results"]
+    assert [row[0] for row in left_out] == list(record)
+    for part, *shown in left_out:
+        ways = [record[part][name]["alarms"].values() for name in ("left out in turn", "a fifth held out")]
+        assert shown == [f"{100 * share:.1f}" for shares in ways for share in shares]
 
 
 def test_what_is_said_of_large_images_is_what_the_record_says():

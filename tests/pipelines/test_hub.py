@@ -111,6 +111,7 @@ def finish_training(folder: Path) -> None:
     (model / "report.json").write_text('{"data": "parts", "results": {"tile": {"image_auroc": 0.5}}}')
     arguments = Namespace(
         roi=None,
+        part_pattern=None,
         train_data_dir=str(data),
         output_dir=str(model),
         seed=0,
