@@ -95,7 +95,7 @@ def test_drift_is_told_from_a_table_and_drawn(model, tmp_path):
     lowest = min(calibration["normal_scores"])
     row = scores.read_text().splitlines()[1].split(",")
     with open(scores, "a") as file:
-        for i in range(200):
+        for i in range(300):
             file.write(",".join([f"later{i}.png", f"{lowest - 1:.6g}", *row[2:]]) + "\n")
     said = run("drift", scores, "--output", tmp_path / "plot.png", "--fail-on-drift", code=3)
     assert said.startswith("DRIFT: at part")
