@@ -178,7 +178,7 @@ def calibrate_category(
     if may_leave_out and pipeline.leaves_each_out(len(good)):
         pipeline.calibrate(good["image"], leave_one_out=True, **options)
         how = f"{len(good)} good images, each left out in turn for the thresholds"
-        return f"{how}; {describe_rate(pipeline, name, 'about')}"
+        return f"{how}; {describe_rate(pipeline, name, is_exact=False)}"
     training, held_out, _ = hold_out(good, args)
     pipeline.calibrate(held_out["image"], training["image"], **options)
     how = f"{len(training)} good images, and {len(held_out)} held out for the thresholds"
@@ -198,15 +198,16 @@ def calibrate_updatable(
     return good_images, how
 
 
-def describe_rate(pipeline: AnomalyDenoisePipeline, name: str | None, how_close: str = "at most") -> str:
-    """What the thresholds vouch for."""
+def describe_rate(pipeline: AnomalyDenoisePipeline, name: str | None, is_exact: bool = True) -> str:
+    """What the thresholds vouch for; of images that are left out in turn it is not exact."""
     if not pipeline.has_thresholds:
         return "so few vouch for no false-alarm rate: masks, alarms and p-values stay None"
     index = pipeline.category_index(name)
+    rate, bound = ("at most", "below") if is_exact else ("about", "below about")
     return (
-        f"{how_close} {pipeline.calibration.stated_false_alarm_rate(index):.1%} of new good parts raise an alarm on "
-        f"average over such sets of images; with 95% confidence, these keep it below "
-        f"{'about ' if how_close == 'about' else ''}{pipeline.calibration.false_alarm_bound(index):.1%}"
+        f"{rate} {pipeline.calibration.stated_false_alarm_rate(index):.1%} of new good parts raise an alarm on "
+        f"average over such sets of images; with 95% confidence, these keep it "
+        f"{bound} {pipeline.calibration.false_alarm_bound(index):.1%}"
     )
 
 

@@ -10,6 +10,10 @@ The bets are the Simple Jumper's (Vovk, Petej, Nouretdinov, Ahlberg, Carlsson an
 conformal test martingales for change-point detection", 2021, algorithm 1). Over many good parts its capital melts away,
 and a late change would find none to bet with. So a new jumper starts with every part, paid from a reserve: a mixture
 over the starting points, and a martingale as each of them is.
+
+Bets on falling scores pay a little with every part beside that, so the capital is a supermartingale, for which the
+inequality holds as well. Scores of images that were each left out in turn are a little above a new part's; that pays
+for it.
 """
 
 from __future__ import annotations
