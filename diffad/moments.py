@@ -74,7 +74,8 @@ def shrink(variance: torch.Tensor, count: int, prior_images: float) -> torch.Ten
     return shrunk.clamp(min=1e-12)
 
 
-POSITIONS_AT_ONCE = 196  # factorised, exchanged and measured in parts: copies of a part, not of everything
+POSITIONS_AT_ONCE = 196  # exchanged and measured in parts: copies of a part, not of everything
+FACTORED_BYTES = 2**24  # of covariances; pages of arrays over 32 MiB, which glibc maps anew, cost twice the arithmetic
 
 
 class FeatureMoments:
@@ -153,8 +154,9 @@ class FeatureMoments:
     def whitening_parts(self, ridge: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Inverse Cholesky factors (P', C, C) float64 of the covariances + ridge * I, and their positions, in parts."""
         identity = torch.eye(self.total.shape[1], dtype=torch.float64, device=self.total.device)
-        for start in range(0, len(self.total), POSITIONS_AT_ONCE):
-            positions = slice(start, start + POSITIONS_AT_ONCE)
+        step = max(1, FACTORED_BYTES // (8 * identity.numel()))
+        for start in range(0, len(self.total), step):
+            positions = slice(start, start + step)
             factor = torch.linalg.cholesky(self.covariance(positions) + ridge * identity)
             yield positions, torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
 

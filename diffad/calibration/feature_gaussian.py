@@ -83,18 +83,14 @@ def feature_grid(size: tuple[int, int], num_channels: int) -> tuple[int, int]:
     )
 
 
-def leave_one_out_epsilon(count: int, epsilon: float = EPSILON) -> float:
-    """The `epsilon` of the `feature_gaussian` of n images that `leave_one_out_of_features` takes."""
-    return epsilon * (count - 2) / (count - 1)
-
-
 def leave_one_out_of_features(distance: torch.Tensor, num_channels: int, count: int) -> torch.Tensor:
     """What images' distances would be, had `feature_gaussian` not seen them.
 
-    With S the scatter of n images about their mean and x an image's offset from it, the others' covariance is
-    (S - n / (n - 1) x x^T) / (n - 2), and x is n / (n - 1) times as far from their mean. By the Sherman-Morrison
-    formula the distance follows from x's own, where that has been whitened by S / (n - 1) and the ridge of
-    `leave_one_out_epsilon`. The ridge's scale, the features' average variance, stays that of all n.
+    With S the scatter of n images about their mean and x an image's offset from it, the others' scatter is
+    S - n / (n - 1) x x^T, and x is n / (n - 1) times as far from their mean. By the Sherman-Morrison formula the
+    distance follows from x's own, by S / (n - 1) and a ridge. The others' scatter is divided by n - 1 as well, so that
+    their ridge is the same: by n - 2, their own, distances would be up to (n - 1) / (n - 2) times smaller. So
+    thresholds err upwards, if at all.
 
     Args:
         distance: |Wx|^2 / C of images among those seen; any shape.
@@ -104,5 +100,4 @@ def leave_one_out_of_features(distance: torch.Tensor, num_channels: int, count: 
     if count < 3:
         return distance
     leverage = count / (count - 1) ** 2 * num_channels * distance  # below 1
-    scale = (count / (count - 1)) ** 2 * (count - 2) / (count - 1)
-    return scale * distance / (1.0 - leverage).clamp(min=1e-6)
+    return (count / (count - 1)) ** 2 * distance / (1.0 - leverage).clamp(min=1e-6)

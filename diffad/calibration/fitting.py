@@ -23,16 +23,8 @@ from diffad.calibration.coreset import (
     principal_directions,
     sample_patches,
 )
-from diffad.calibration.feature_gaussian import (
-    feature_gaussian,
-    leave_one_out_epsilon,
-    shared_feature_gaussian,
-)
-from diffad.calibration.residual_gaussian import (
-    residual_gaussian,
-    residual_grid,
-    residual_size,
-)
+from diffad.calibration.feature_gaussian import feature_gaussian, shared_feature_gaussian
+from diffad.calibration.residual_gaussian import residual_gaussian, residual_grid, residual_size
 from diffad.calibration.score_calibration import OWN_NOISE, ScoreCalibration, changed_settings
 from diffad.moments import PRIOR_IMAGES, FeatureMoments, MomentSums
 from diffad.region_of_interest import inside_region, stand_ins, values_inside
@@ -190,15 +182,12 @@ class CalibrationFit:
                 self.feature_moments.reduce(self.accelerator)
             self._replace_outside(self.feature_moments, tuple(calibration.config.feature_shape[1:]))
             num_seen = self.feature_moments.count
-            mean, whitening = gaussian = feature_gaussian(self.feature_moments)
-            calibration.set_feature_gaussian(self.category, *gaussian)
-            if self.leave_one_out:
-                epsilon = leave_one_out_epsilon(max(num_seen, 3))
-                mean, whitening = feature_gaussian(self.feature_moments, epsilon)
+            gaussian = feature_gaussian(self.feature_moments)
             self.feature_moments = None
-            for_seen = copy.deepcopy(calibration)
+            calibration.set_feature_gaussian(self.category, *gaussian)
+            for_seen = copy.deepcopy(calibration)  # in full precision: leaving an image out magnifies its rounding
             for_seen.feature_whitening = for_seen.feature_whitening.float()
-            for_seen.set_feature_gaussian(self.category, mean, whitening)
+            for_seen.set_feature_gaussian(self.category, *gaussian)
         if calibration.coreset is not None:
             num_images = self._set_coreset(calibration, for_seen)
             num_seen = num_seen if self.knows_features else num_images

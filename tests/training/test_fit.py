@@ -32,7 +32,6 @@ from diffad.calibration.feature_gaussian import (
     EPSILON,
     feature_gaussian,
     feature_grid,
-    leave_one_out_epsilon,
     leave_one_out_of_features,
 )
 from diffad.cli import app
@@ -132,7 +131,7 @@ def test_deviations_at_a_position_let_many_images_be_left_out_no_more():
 
 
 def test_leaving_an_image_out_is_a_gaussian_of_the_others():
-    """By the formula as by fitting the others anew; the ridge is that of all."""
+    """By the formula as by fitting the others anew, their scatter divided, and their ridge weighted, as that of all."""
     count, channels = 7, 12
     features = torch.randn(count, channels, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -148,13 +147,12 @@ def test_leaving_an_image_out_is_a_gaussian_of_the_others():
         return (dense @ offset).square().mean(dim=1).mT  # (N, P)
 
     everyone = moments_of(features)
-    found = leave_one_out_of_features(
-        distances(features, *feature_gaussian(everyone, leave_one_out_epsilon(count))), channels, count
-    )
+    found = leave_one_out_of_features(distances(features, *feature_gaussian(everyone)), channels, count)
     for i in range(count):
         others = moments_of(torch.cat([features[:i], features[i + 1 :]]))
         epsilon = EPSILON * float(everyone.variance().mean() / others.variance().mean())
-        expected = distances(features[i : i + 1], *feature_gaussian(others, epsilon))
+        epsilon, divisor = epsilon * (count - 1) / (count - 2), (count - 1) / (count - 2)
+        expected = divisor * distances(features[i : i + 1], *feature_gaussian(others, epsilon))
         torch.testing.assert_close(found[i : i + 1], expected, rtol=1e-9, atol=0.0)
 
 
