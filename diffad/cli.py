@@ -353,14 +353,11 @@ def calibrate(
     if not pipeline.has_thresholds:
         console.print(f"Saved to {escape(str(folder))}. One or two images give maps and scores, and no thresholds.")
         return
-    rate, bound = ("about", "below about") if leave_one_out else ("at most", "below")
     index = pipeline.category_index(category if len(pipeline.categories) > 1 else None)
-    calibration, count = pipeline.calibration, pipeline.calibration.num_good_images(index)
+    calibration = pipeline.calibration
     console.print(
-        f"Calibrated on {len(good)} good images and saved to {escape(str(folder))}.\n"
-        f"On average over such sets of images, {rate} {calibration.stated_false_alarm_rate(index):.2%} of new "
-        f"good parts raise an alarm. With 95% confidence, the {count} images that set this threshold keep it "
-        f"{bound} {calibration.false_alarm_bound(index):.2%}.",
+        f"Calibrated on {len(good)} good images, of which {calibration.num_good_images(index)} set the thresholds, and "
+        f"saved to {escape(str(folder))}: {calibration.describe_rate(index)}.",
         highlight=False,
         soft_wrap=True,
     )

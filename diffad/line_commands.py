@@ -95,7 +95,6 @@ def update(
         if not accelerator.is_main_process:
             return
     remove_reports(folder)  # they speak of the calibration that was here before
-    calibration = pipeline.calibration
     if alarms:
         console.print(
             f"{len(alarms)} of the {len(good)} new images raised an alarm before. Look at them: a defect among them is "
@@ -106,9 +105,8 @@ def update(
         )
     console.print(
         f"Learned {len(good)} good images, and saved to {escape(str(folder))}: {good_images.num_seen} are in the "
-        f"statistics ({len(good_images.for_statistics)} kept), {len(good_images.for_thresholds)} set the thresholds.\n"
-        f"On average over such sets of images, at most {calibration.stated_false_alarm_rate(0):.2%} of new good parts "
-        f"raise an alarm; with 95% confidence, these keep it below {calibration.false_alarm_bound(0):.2%}.",
+        f"statistics ({len(good_images.for_statistics)} kept), {len(good_images.for_thresholds)} set the thresholds: "
+        f"{pipeline.calibration.describe_rate(0)}.",
         highlight=False,
         soft_wrap=True,
     )

@@ -178,7 +178,7 @@ def calibrate_category(
     if may_leave_out and pipeline.leaves_each_out(len(good)):
         pipeline.calibrate(good["image"], leave_one_out=True, **options)
         how = f"{len(good)} good images, each left out in turn for the thresholds"
-        return f"{how}; {describe_rate(pipeline, name, is_exact=False)}"
+        return f"{how}; {describe_rate(pipeline, name)}"
     training, held_out, _ = hold_out(good, args)
     pipeline.calibrate(held_out["image"], training["image"], **options)
     how = f"{len(training)} good images, and {len(held_out)} held out for the thresholds"
@@ -198,17 +198,11 @@ def calibrate_updatable(
     return good_images, how
 
 
-def describe_rate(pipeline: AnomalyDenoisePipeline, name: str | None, is_exact: bool = True) -> str:
-    """What the thresholds vouch for; of images that are left out in turn it is not exact."""
+def describe_rate(pipeline: AnomalyDenoisePipeline, name: str | None) -> str:
+    """What the thresholds vouch for."""
     if not pipeline.has_thresholds:
         return "so few vouch for no false-alarm rate: masks, alarms and p-values stay None"
-    index = pipeline.category_index(name)
-    rate, bound = ("at most", "below") if is_exact else ("about", "below about")
-    return (
-        f"{rate} {pipeline.calibration.stated_false_alarm_rate(index):.1%} of new good parts raise an alarm on "
-        f"average over such sets of images; with 95% confidence, these keep it "
-        f"{bound} {pipeline.calibration.false_alarm_bound(index):.1%}"
-    )
+    return pipeline.calibration.describe_rate(pipeline.category_index(name))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

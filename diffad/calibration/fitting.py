@@ -408,6 +408,8 @@ class CalibrationFit:
             false_alarm_rate=self.false_alarm_rate,
             region_shape=None if self.region is None else tuple(self.region.shape[1:]),
             keeps_maxima=True,
+            leave_one_out=self.leave_one_out
+            or (previous is not None and bool(previous.config.get("leave_one_out")) and self._knows_others(previous)),
             **self.record,
         ).to(measurement.maps.device)
         if previous is not None:
@@ -419,6 +421,11 @@ class CalibrationFit:
             calibration.region.copy_(self.region)
         return calibration
 
+    def _knows_others(self, previous: ScoreCalibration) -> bool:
+        others = previous.image_threshold.isfinite()
+        others[self.category] = False
+        return bool(others.any())
+
     def _check_previous(
         self,
         previous: ScoreCalibration,
@@ -428,8 +435,7 @@ class CalibrationFit:
         coreset_shape: tuple[int, ...] | None,
     ) -> None:
         config = previous.config
-        others = previous.image_threshold.isfinite()
-        others[self.category] = False
+        knows_others = self._knows_others(previous)
         shapes = (residual_shape, feature_shape, coreset_shape)
         found = (num_maps, *(shape and list(shape) for shape in shapes))
         known = (config.residual_shape, config.feature_shape, config.coreset_shape)
@@ -438,20 +444,20 @@ class CalibrationFit:
                 "`calibration` holds other categories' statistics of other scores than this pipeline's settings give, "
                 "or an earlier version's. Load the pipeline with `calibration=None` and calibrate every category."
             )
-        if others.any() and (changed := changed_settings(config.settings, self.record.get("settings"))):
+        if knows_others and (changed := changed_settings(config.settings, self.record.get("settings"))):
             named = ["generator" if name == OWN_NOISE else name for name in changed]
             raise ValueError(
                 f"The other categories were calibrated with other settings ({', '.join(named)}). Use the same, or "
                 "load the pipeline with `calibration=None` and calibrate every category."
             )
-        for name in ("precision", "smallest_area") if others.any() else ():
+        for name in ("precision", "smallest_area") if knows_others else ():
             if config.get(name) not in (None, self.record.get(name)):
                 raise ValueError(
                     f"The other categories were calibrated with {name} {config[name]}, and this is "
                     f"{self.record.get(name)}. Use the same, or load the pipeline with `calibration=None` and "
                     "calibrate every category."
                 )
-        if others.any() and config.false_alarm_rate != self.false_alarm_rate:
+        if knows_others and config.false_alarm_rate != self.false_alarm_rate:
             raise ValueError(
                 f"`false_alarm_rate` is {self.false_alarm_rate:g}, but the other categories' thresholds are for "
                 f"{config.false_alarm_rate:g}. Pass that, or load the pipeline with `calibration=None` and calibrate "

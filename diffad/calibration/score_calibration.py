@@ -62,7 +62,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             None.
         category_channels: C of the features by which a model of several categories tells them apart
             (`diffad.calibration.category_features`), or None.
-        keeps_maxima: whether the maxima of held-out good images' maps are kept; an earlier version did not.
+        keeps_maxima: whether the maxima of good images' maps are kept; an earlier version did not.
+        leave_one_out: whether the good images of any category's thresholds were each left out in turn, so that its
+            false-alarm rate is not exact, and not held out; an earlier version did not say.
 
     Attributes:
         map_mean, map_std: (K, S, H, W), of the smoothed maps over good images; the latter times one constant for each
@@ -78,7 +80,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         category_mean, category_covariance: (K, C) and (K, C, C), of good images' features, by which categories are
             told apart; NaN where nothing is known.
         region: (K, h, w) bool, which pixels of an image count (`diffad.region_of_interest`).
-        normal_scores: (K, n), held-out good images' scores, ascending, padded with NaN.
+        normal_scores: (K, n), scores of good images that were held out or left out, ascending, padded with NaN.
         normal_maxima: the maxima of their maps, likewise, or None.
         image_threshold: (K,): scores above it are anomalous.
         pixel_threshold: (K,): pixels of the map above it are. At most `false_alarm_rate` of good images show any.
@@ -142,6 +144,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         category_channels: int | None = None,
         place_shape: tuple[int, int] | None = None,
         patch_channels: int | None = None,
+        leave_one_out: bool | None = None,
     ):
         super().__init__()
         self.register_buffer("map_mean", torch.zeros(num_categories, *map_shape))
@@ -467,6 +470,19 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             ValueError: the category is not calibrated.
         """
         return false_alarm_bound(self._num_scores(category), self.config.false_alarm_rate, confidence)
+
+    def describe_rate(self, category: int) -> str:
+        """What one category's thresholds vouch for, in words.
+
+        Raises:
+            ValueError: the category is not calibrated.
+        """
+        about, below = ("about", "below about") if self.config.leave_one_out else ("at most", "below")
+        rate, bound = self.stated_false_alarm_rate(category), self.false_alarm_bound(category)
+        return (
+            f"{about} {100.0 * rate:.3g}% of new good parts raise an alarm on average over such sets of images; with "
+            f"95% confidence, these keep it {below} {100.0 * bound:.3g}%"
+        )
 
     def _num_scores(self, category: int) -> int:
         count = self.num_good_images(category)

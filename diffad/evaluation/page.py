@@ -110,10 +110,9 @@ def _category_facts(result: Mapping[str, Any], records: Sequence[Mapping[str, An
             of_all = f" ({sum(alarms)} of {len(alarms)})" if alarms and None not in alarms else ""
             facts.append((title, f"{percent(result[name])}%{of_all}"))
     if result.get("allowed_false_alarms") is not None:
-        bound = percent(result.get("allowed_false_alarms_95"))
-        facts.append(
-            ("allowed", f"{percent(result['allowed_false_alarms'])}% on average, {bound}% at most with 95% confidence")
-        )
+        rate, bound = (percent(result.get(f"allowed_false_alarms{of}")) for of in ("", "_95"))
+        about = "" if result.get("allowed_is_exact", True) else "about "
+        facts.append(("allowed", f"{about}{rate}% on average, {about}{bound}% at most with 95% confidence"))
     if "false_alarms" not in result:
         facts.append(("alarms", "none, as the model is not calibrated"))
     if result.get("images_per_second") is not None:

@@ -36,6 +36,7 @@ from diffad.calibration.feature_gaussian import (
 )
 from diffad.cli import app
 from diffad.cli import main as diffad
+from diffad.evaluation.detectors import promise
 from diffad.model_card import render_model_card
 from diffad.models.gaussian_feature_model import GaussianFeatureModel
 from diffad.moments import FeatureMoments
@@ -73,7 +74,7 @@ def test_a_defect_is_found_and_outlined(tmp_path, capsys):
     is_black = (defective == 0).all(axis=2)
     assert output.anomaly_map[0][is_black].mean() > output.anomaly_map[0][~is_black].mean()
     said = capsys.readouterr().out
-    assert "good: 30 good images, each left out in turn for the thresholds; about 20.0% of new good parts" in said
+    assert "good: 30 good images, each left out in turn for the thresholds; about 20% of new good parts" in said
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     assert record["arguments"]["backbone"] == BACKBONE
     assert (tmp_path / "model" / "good-1.png").exists()
@@ -104,7 +105,7 @@ def test_few_images_are_left_out_in_turn(tmp_path, capsys, count):
     pipeline = fit(write_folder(tmp_path / "good", count, size=32), tmp_path / "model")
     assert pipeline.calibration.num_good_images(0) == count
     said = capsys.readouterr().out
-    assert f"{count} good images, each left out in turn for the thresholds; about {1 / (count + 1):.1%} of" in said
+    assert f"{count} good images, each left out in turn for the thresholds; about {100 / (count + 1):.3g}% of" in said
     output = pipeline([texture(500, 32, defect=True), texture(501, 32)])
     assert output.anomaly_score[0] > output.anomaly_score[1]
     assert ((output.p_value >= 1 / (count + 1) - 1e-6) & (output.p_value <= 1.0)).all()
@@ -117,6 +118,26 @@ def test_a_share_is_held_out_where_asked_and_of_very_many_images(tmp_path, capsy
     fit(folder, tmp_path / "many", "--seed", 1)
     said = capsys.readouterr().out
     assert said.count("good: 24 good images, and 6 held out for the thresholds; at most 14.3% of new good parts") == 2
+
+
+def test_a_model_says_whether_its_images_were_left_out(tmp_path):
+    """In its card and the report, whose rates are then near the true ones only."""
+    left_out = without_denoiser().calibrate(textures(6, 32), leave_one_out=True, false_alarm_rate=0.2)
+    held_out = without_denoiser().calibrate(textures(6, 32), false_alarm_rate=0.3)
+    for pipeline, is_exact in ((left_out, False), (held_out, True)):
+        pipeline.save_pretrained(tmp_path)
+        loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path)
+        assert promise(loaded, "part")["allowed_is_exact"] == is_exact
+        assert ("each scored by the statistics of the others" in str(render_model_card(loaded))) != is_exact
+        assert loaded.calibration.describe_rate(0).startswith("at most" if is_exact else "about")
+
+
+def test_a_unified_model_whose_images_were_left_out_of_one_category_promises_nothing_exact():
+    pipeline = without_denoiser(categories=["a", "b"])
+    for number, (category, leave_one_out) in enumerate((("a", True), ("b", False))):
+        images = textures(6, 32, first_seed=10 * number)
+        pipeline.calibrate(images, leave_one_out=leave_one_out, category=category, false_alarm_rate=0.3)
+    assert pipeline.calibration.config.leave_one_out
 
 
 def test_deviations_at_a_position_let_many_images_be_left_out_no_more():
