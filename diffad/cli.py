@@ -22,7 +22,7 @@ from diffad.command_options import (
     BatchSize,
     Category,
     Device,
-    Dtype,
+    DtypeOrOwn,
     Model,
     ModelOrFile,
     OnBadImage,
@@ -64,6 +64,7 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None, dtype: st
     """A saved pipeline of either method, on its device, without a progress bar of its own."""
     import torch
 
+    from diffad.cores import limit_threads
     from diffad.pipelines import loading
     from diffad.pipelines.saving import finish_saving
     from diffad.precision import warn_of_emulation
@@ -93,6 +94,7 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None, dtype: st
             f"{model} holds no pipeline (no model_index.json there). Give the folder that training or `diffad demo` "
             "has saved one in, or its id on the Hub, org/name."
         )
+    limit_threads()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "bfloat16":
         warn_of_emulation(torch.device(device).type, "Give --dtype float32.")
@@ -122,13 +124,16 @@ def is_exported(model: str | os.PathLike) -> bool:
     return Path(model).suffix.lower() in (".onnx", ".xml")
 
 
-def load_model(model: str, device: str | None = None, dtype: str = "float32") -> Any:
-    """A saved pipeline, or an exported one, for which torch need not be there."""
+def load_model(model: str, device: str | None = None, dtype: str | None = None) -> Any:
+    """A saved pipeline, or an exported one, for which torch need not be there.
+
+    Of no `dtype`, a pipeline is in float32, and an exported file in its calibration's precision.
+    """
     if is_exported(model):
         from diffad.deployment import Runtime
 
         return Runtime(model, device or "cpu", dtype)
-    return load_pipeline(model, device, dtype)
+    return load_pipeline(model, device, dtype or "float32")
 
 
 @app.command(short_help="The whole story on real solar cells, in minutes.")
@@ -369,7 +374,7 @@ def benchmark(
     batch_size: BatchSize = 16,
     repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Timed calls, after a first.")] = 5,
     device: Device = None,
-    dtype: Dtype = "float32",
+    dtype: DtypeOrOwn = None,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="On the CPU: torch, ONNX Runtime, OpenVINO.")] = False,
 ) -> None:
@@ -382,7 +387,9 @@ def benchmark(
         return
     from diffad.evaluation.speed import benchmark_pipeline
 
-    result = benchmark_pipeline(load_model(model, device, dtype), batch_size, repeats)
+    loaded = load_model(model, device, dtype)
+    dtype = loaded.precision if is_exported(model) else dtype or "float32"
+    result = benchmark_pipeline(loaded, batch_size, repeats)
     if as_json:
         print(json.dumps({"model": model, "dtype": dtype, **result}))
         return
@@ -413,6 +420,11 @@ def describe_error(error: Exception, arguments: list[str]) -> str:
     for parameter in command.params if command else ():
         option = next((name for name in parameter.opts if name.startswith("--")), None)
         typed[parameter.name] = option or parameter.metavar
+    if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "accelerate", "datasets", "diffusers"):
+        message = (
+            f"This needs the package {error.name}: pip install diffad brings it. Without, predict, watch and serve run "
+            "what `diffad export` has written."
+        )
     typed.setdefault("images", typed.get("data", "`images`"))
     typed.setdefault("precision", typed.get("dtype", "`precision`"))
     typed["path_or_hub_id"] = typed.get("data", "`path_or_hub_id`")

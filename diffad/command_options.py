@@ -13,6 +13,9 @@ ModelOrFile = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, ... (the fastest there is)")]
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")]
+DtypeOrOwn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="float32 (a file: as calibrated), bfloat16, float16.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Images in one pass.")]
 PartPattern = Annotated[
     str | None, typer.Option(metavar="REGEX", help="Finds the part in a path (several photographs).")

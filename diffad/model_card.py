@@ -337,7 +337,7 @@ def _thresholds(calibration: Any, categories: Sequence[str]) -> dict[str, Any]:
                     f"{calibration.false_alarm_bound(index):.3f}",
                 ]
             )
-    return {"calibrated": True, "thresholds": rows, "leave_one_out": bool(calibration.config.leave_one_out)}
+    return {"calibrated": True, "thresholds": rows, "leave_one_out": calibration.leave_one_out}
 
 
 def _license_note(license: str | None, bound: tuple[str, str, str] | None) -> str:

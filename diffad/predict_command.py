@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from diffad.command_options import BatchSize, Category, Device, Dtype, ModelOrFile
+from diffad.command_options import BatchSize, Category, Device, DtypeOrOwn, ModelOrFile
 from diffad.model_folder import check_folder
 
 console = Console(stderr=True)  # standard output is for results
@@ -24,7 +24,7 @@ def predict(
     category: Category = None,
     batch_size: BatchSize = 16,
     device: Device = None,
-    dtype: Dtype = "float32",
+    dtype: DtypeOrOwn = None,
     parts: Annotated[Path | None, typer.Option(metavar="CSV", help="image,part: one verdict a part.")] = None,
     max_pictures: Annotated[int, typer.Option(min=0, metavar="N", help="Of more images, scores alone.")] = 100_000,
     fail_on_anomaly: Annotated[bool, typer.Option("--fail-on-anomaly", help="Exit with 3 if there is one.")] = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -180,6 +181,20 @@ def test_results_of_another_model_without_thresholds_are_not_taken_for_these(tmp
     assert predict_files(again, paths, tmp_path / "out")["skipped"] == 2
     with pytest.raises(ValueError, match=r"out holds results of another model.*`output_dir`"):
         predict_files(second, paths, tmp_path / "out")
+
+
+def test_results_of_another_precision_are_not_taken_for_these(tmp_path):
+    paths = find_images([write_folder(tmp_path / "parts", 2)])
+    pipeline = tiny_pipeline().to("cpu")
+    predict_files(pipeline, paths, tmp_path / "out")
+    settings = tmp_path / "out" / "settings.json"
+    said = json.loads(settings.read_text())
+    assert said.pop("precision") == "float32"
+    settings.write_text(json.dumps(said))  # as versions before it wrote
+    assert predict_files(pipeline, paths, tmp_path / "out")["skipped"] == 2
+    message = r"results of another precision.*precision float32 there and bfloat16 now.*`output_dir`"
+    with pytest.raises(ValueError, match=message):
+        predict_files(pipeline.to(torch.bfloat16), paths, tmp_path / "out")
 
 
 def test_a_unified_model_marks_pixels_by_its_categorys_own_threshold(tmp_path):

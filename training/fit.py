@@ -24,6 +24,7 @@ from datasets import Dataset
 from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
 from diffad.calibration.feature_gaussian import feature_grid
 from diffad.calibration.good_images import FEWEST_KEPT, GoodImages
+from diffad.cores import limit_threads
 from diffad.data.checks import dataset_sizes
 from diffad.images import ImageSequence, Side, as_side, as_size, images_to_pixel_values, size_of_ratio
 from diffad.model_card import remove_reports
@@ -207,6 +208,7 @@ def describe_rate(pipeline: AnomalyDenoisePipeline, name: str | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    limit_threads()
     accelerator = Accelerator(mixed_precision="no")
     set_seed(args.seed)  # of random weights
     started = time.time()

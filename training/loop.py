@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from diffad.cores import limit_threads
 from diffad.files import locked_folder
 from diffad.model_card import SECRETS
 from diffad.model_folder import LOCK_NAME
@@ -43,6 +44,7 @@ def create_accelerator(args: argparse.Namespace, can_shard: bool = False) -> Acc
     Raises:
         ValueError: weights are to be sharded, and `can_shard` or a flag says that they cannot be.
     """
+    limit_threads()
     accelerator = Accelerator(
         # Every step takes as many batches, also where an epoch ends: a step's batches follow from its number alone.
         gradient_accumulation_plugin=GradientAccumulationPlugin(

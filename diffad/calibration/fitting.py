@@ -409,7 +409,7 @@ class CalibrationFit:
             region_shape=None if self.region is None else tuple(self.region.shape[1:]),
             keeps_maxima=True,
             leave_one_out=self.leave_one_out
-            or (previous is not None and bool(previous.config.get("leave_one_out")) and self._knows_others(previous)),
+            or (previous is not None and previous.leave_one_out and self._knows_others(previous)),
             **self.record,
         ).to(measurement.maps.device)
         if previous is not None:

@@ -455,6 +455,11 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         """At which the thresholds were set."""
         return self.config.false_alarm_rate
 
+    @property
+    def leave_one_out(self) -> bool:
+        """Whether good images were each left out in turn for the thresholds, whose rate is then not exact."""
+        return bool(self.config.leave_one_out)
+
     def stated_false_alarm_rate(self, category: int) -> float:
         """The rate that holds on average over sets of good images; n vouch for no less than 1 / (n + 1).
 
@@ -477,7 +482,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         Raises:
             ValueError: the category is not calibrated.
         """
-        about, below = ("about", "below about") if self.config.leave_one_out else ("at most", "below")
+        about, below = ("about", "below about") if self.leave_one_out else ("at most", "below")
         rate, bound = self.stated_false_alarm_rate(category), self.false_alarm_bound(category)
         return (
             f"{about} {100.0 * rate:.3g}% of new good parts raise an alarm on average over such sets of images; with "

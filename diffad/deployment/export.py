@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import mmap
 import os
 import warnings
 from collections.abc import Sequence
@@ -19,7 +20,17 @@ from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.deployment.graph import NETWORKS, InspectionGraph, MeasurementGraph
 from diffad.deployment.metadata import FORMAT, KEY, OUTPUTS, Metadata
 from diffad.deployment.quantization import FEWEST_IMAGES, HELD_OUT, MOST_IMAGES, quantize_networks
-from diffad.deployment.runtime import WEIGHTS_KEY, Run, graph_files, load_onnx, load_openvino, sha256_of
+from diffad.deployment.runtime import (
+    FILE_KEY,
+    NO_DIGEST,
+    WEIGHTS_KEY,
+    Run,
+    digest_of_onnx,
+    graph_files,
+    load_onnx,
+    load_openvino,
+    sha256_of,
+)
 from diffad.files import write_whole
 from diffad.image_arrays import common_value_range, resized_array
 from diffad.image_files import read_image
@@ -86,7 +97,9 @@ def export_pipeline(
     if precision == "int8" and isinstance(pipeline, diffad.DiADPipeline):
         raise ValueError("`precision` int8 takes an AnomalyDenoisePipeline: DiAD's graph is fp32 or fp16.")
     if (precision == "int8") != (images is not None):
-        raise ValueError("`images` go with int8: good images, from which it takes its 8 bits and its thresholds.")
+        raise ValueError(
+            "int8 takes `images`, good ones, for its 8 bits and its thresholds, and no other precision does."
+        )
     if precision == "int8" and (len(pipeline.categories) > 1 or not pipeline.has_thresholds):
         raise ValueError("`precision` int8 takes a calibrated model of one category.")
     if precision == "int8" and pipeline.calibration.smallest_area:
@@ -101,6 +114,8 @@ def export_pipeline(
     if precision == "fp16":
         halve_weights(model)
     metadata = describe(pipeline, precision, input_type)._replace(quantization=found)
+    if metadata.calibrated_in is not None and format == "onnx":
+        pipeline.calibration.warn_of_precision("float32")  # in which ONNX Runtime computes
     write_graph(model, metadata, path)
     return path
 
@@ -168,6 +183,8 @@ def describe(pipeline: Any, precision: str, input_type: str = "float32") -> Meta
         quantization=None,
         contrast=pipeline.config.get("contrast", 0.0),
         reconstruction=isinstance(pipeline, diffad.DiADPipeline),
+        calibrated_in=None if calibration is None else calibration.config.precision,
+        leave_one_out=calibration is not None and calibration.leave_one_out,
         region=None if pipeline.region is None else run_lengths_of(pipeline.region[0].cpu().numpy()),
         **kept_scores(calibration),
     )
@@ -353,9 +370,10 @@ def write_graph(model: Any, metadata: Metadata, path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".onnx":
-        onnx.helper.set_model_props(model, {KEY: metadata.dumps()})
+        onnx.helper.set_model_props(model, {KEY: metadata.dumps(), FILE_KEY: NO_DIGEST})
         with write_whole(path) as unfinished:
             onnx.save(model, unfinished)
+            write_digest(Path(unfinished))
         return
     with needs_extra("openvino"):
         openvino = importlib.import_module("openvino")
@@ -369,3 +387,13 @@ def write_graph(model: Any, metadata: Metadata, path: Path) -> None:
         path.unlink(missing_ok=True)  # so that a kill between the two leaves no graph with another one's numbers
         (Path(folder) / path.with_suffix(".bin").name).replace(path.with_suffix(".bin"))
         (Path(folder) / path.name).replace(path)
+
+
+def write_digest(path: Path) -> None:
+    """Puts an .onnx file's SHA-256 where `NO_DIGEST` stands."""
+    digest = digest_of_onnx(path, NO_DIGEST)
+    with open(path, "r+b") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            place = content.rfind(NO_DIGEST.encode())
+        file.seek(place)
+        file.write(digest.encode())

@@ -34,6 +34,8 @@ class Metadata(NamedTuple):
         smallest_area: of a region that counts, as a share of the image's area. Where it is not 0, the graph gives map
             and score as they are, and `Runtime` takes off what is smaller, and heightens the contrast.
         contrast: of maps, as of the pipelines.
+        calibrated_in: in which precision the statistics were taken, "float32" or another; None where nobody knows.
+        leave_one_out: whether the good images were each left out in turn, so that the false-alarm rate is not exact.
         reconstruction: whether the graph's last output is `reconstruction`, (N, R, R, 3) in [0, 1], of the maps' size.
         score_fraction: of the map's pixels, whose mean is the score; 0 for the maximum.
         quantization: of int8, what became of the good `images` that set its thresholds: the `median_map_error` (the
@@ -62,6 +64,8 @@ class Metadata(NamedTuple):
     quantization: dict[str, float] | None
     contrast: float = 0.0
     reconstruction: bool = False
+    calibrated_in: str | None = None
+    leave_one_out: bool = False
 
     def good_scores(self, category: int) -> list[float]:
         """Held-out good images' scores."""
@@ -111,16 +115,24 @@ class Metadata(NamedTuple):
         """What a file says; `version` is that of this diffad.
 
         Raises:
-            ValueError: the file is no graph of diffad's, or one of another format.
+            ValueError: the file is no graph of diffad's, one of another format, or what it says is damaged.
         """
+        damaged = f"{path} is damaged, as nobody can read what it says of itself: export the model again."
         if not text:
             raise ValueError(f"{path} is no graph of diffad's: make one with `diffad export MODEL {path}`.")
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(damaged) from error
+        if not isinstance(values, dict):
+            raise ValueError(damaged)
         if values.get("format") != FORMAT:
             raise ValueError(
                 f"{path} was exported by diffad {values.get('version')} in format {values.get('format')}, and this is "
                 f"diffad {version}, which reads format {FORMAT}. Export the model again."
             )
+        if missing := set(cls._fields) - cls._field_defaults.keys() - values.keys():
+            raise ValueError(f"{damaged} ({', '.join(sorted(missing))} missing)")
         if values["version"] != version:
             warn_once(f"{path} was exported by diffad {values['version']}, and this is {version}: the format is one.")
         return cls(**{name: values[name] for name in cls._fields if name in values or name not in cls._field_defaults})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import math
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 
 import diffad
 from diffad.calibration.conformal import ROUNDING
+from diffad.cores import available_cores
 from diffad.deployment.metadata import KEY, OUTPUTS, Metadata
 from diffad.grey_depth import warn_of_found_range
 from diffad.image_arrays import flatten, image_size, resized_array, smallest_common_range
@@ -25,11 +27,17 @@ from diffad.image_sizes import as_side, as_size
 from diffad.installation import needs_extra
 from diffad.regions import Region, find_regions, level_of_area, num_smallest, without_small_regions
 from diffad.resizing import region_at, resize_array
+from diffad.warn_once import warn_once
 
 # ONNX Runtime's names of what it computes on
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+# In float32 as the calibration, not in TF32, which CUDA's would take; what TensorRT cannot run goes to CUDA
+CUDA = (PROVIDERS["cuda"], {"use_tf32": "0"})
+PROVIDER_OPTIONS = {"cuda": [CUDA], "tensorrt": [PROVIDERS["tensorrt"], CUDA]}
 OPENVINO_PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 WEIGHTS_KEY = "diffad_weights"  # of an .xml's runtime information: the SHA-256 of its .bin; older files lack it
+FILE_KEY = "diffad_file"  # of an .onnx's metadata: the SHA-256 of the file with `NO_DIGEST` in its place
+NO_DIGEST = "0" * 64
 
 Run: TypeAlias = Callable[[dict[str, np.ndarray]], list[np.ndarray]]  # inputs by name -> outputs in order
 
@@ -66,17 +74,19 @@ class Runtime:
         path: an .onnx file, or OpenVINO's .xml with its .bin beside it.
         device: "cpu"; for an .onnx also "cuda" or "tensorrt", for an .xml whatever OpenVINO names so, such as "gpu".
         precision: in which networks of float32 weights compute, "float32"; for an .xml also "bfloat16" or "float16",
-            which move scores. OpenVINO would take bfloat16 by itself where a machine has it.
+            where the device has it. None takes that of the calibration, or float32 where the runtime or the device
+            lacks it. Another than the calibration's moves scores, and warns.
         false_alarm_rate: sets both thresholds anew, by the good images' scores that the file keeps; None leaves them as
             they were calibrated. n good images can vouch for no less than 1 / (n + 1).
 
     Attributes:
         metadata: what the file says of itself (`Metadata`).
+        precision: in which the networks compute.
 
     Raises:
         FileNotFoundError: no file stands there.
         ValueError: it is no graph of diffad's, or of another version's; it is damaged; an .xml stands beside another's
-            .bin; or an argument is wrong, or the device not there.
+            .bin; or an argument is wrong, or the device or its precision not there.
         ImportError: the runtime is not installed; the message names the extra that brings it.
     """
 
@@ -86,7 +96,7 @@ class Runtime:
         self,
         path: str | os.PathLike,
         device: str = "cpu",
-        precision: str = "float32",
+        precision: str | None = None,
         false_alarm_rate: float | None = None,
     ):
         path = Path(path)
@@ -100,8 +110,13 @@ class Runtime:
             if not file.is_file():
                 raise FileNotFoundError(f"`path`: no file at {file}.")
         load = load_onnx if path.suffix.lower() == ".onnx" else load_openvino
-        self._run, text = load(path, device.lower(), precision)
-        self.metadata = Metadata.loads(text, path, diffad.__version__)
+        self._run, self.metadata, self.precision = load(path, device.lower(), precision)
+        if self.metadata.calibrated_in not in (None, self.precision):
+            warn_once(
+                f"{path} was calibrated in {self.metadata.calibrated_in} and runs in {self.precision}, which moves "
+                "scores: the stated false-alarm rate then holds no longer. Run it in the former, or calibrate the "
+                "model in the latter and export it again."
+            )
         # else the graph has judged with its own thresholds
         self._judges = bool(self.metadata.smallest_area) or false_alarm_rate is not None
         if false_alarm_rate is not None:
@@ -228,7 +243,15 @@ class Runtime:
         return RuntimeOutput(**values)
 
     def run(self, pixels: np.ndarray, category: int = 0) -> RuntimeOutput:
-        """The graph alone: a batch (N, *input_size, 3) float32 in [0, 1], all of one category, by its index."""
+        """The graph alone: a batch (N, *input_size, 3) float32 in [0, 1], all of one category, by its index.
+
+        Raises:
+            ValueError: the shape or the category is another.
+        """
+        shape = (*self.metadata.input_size, 3)
+        if pixels.shape[1:] != shape or not len(pixels):
+            raise ValueError(f"`pixels` must be (N, {', '.join(map(str, shape))}), but its shape is {pixels.shape}.")
+        category = self.category_index(category)
         if self.metadata.input_type == "uint8":
             pixels = np.rint(np.clip(pixels, 0.0, 1.0) * 255.0)
         inputs = {"image": np.ascontiguousarray(pixels, dtype=self.metadata.input_type)}
@@ -315,16 +338,6 @@ def _singles(image: Any, name: str) -> list[Any]:
     return list(image) if is_batch else [image]
 
 
-def available_cores() -> int:
-    """Cores that this process may use: of the machine, of its affinity, of its container's share."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no container, or one without a bound
-        return cores
-
-
 def graph_files(path: Path) -> tuple[Path, ...]:
     """The files that an exported model consists of: an .xml has its weights beside it."""
     if path.suffix.lower() != ".xml":
@@ -342,11 +355,21 @@ def sha256_of(path: Path) -> str:
     return found.hexdigest()
 
 
-def load_onnx(path: Path, device: str, precision: str) -> tuple[Run, str | None]:
-    """An .onnx file at work in ONNX Runtime, and its metadata; arguments as of `Runtime`."""
+def digest_of_onnx(path: Path, digest: str) -> str:
+    """The SHA-256 of a file in which `digest`, its own, stands as `NO_DIGEST`."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        place = content.rfind(digest.encode())
+        found = hashlib.sha256(memoryview(content)[:place])
+        found.update(NO_DIGEST.encode())
+        found.update(memoryview(content)[place + len(digest) :])
+    return found.hexdigest()
+
+
+def load_onnx(path: Path, device: str, precision: str | None) -> tuple[Run, Metadata, str]:
+    """An .onnx file at work in ONNX Runtime, its metadata and precision; arguments as of `Runtime`."""
     with needs_extra("onnx"):
         onnxruntime = importlib.import_module("onnxruntime")
-    if precision != "float32":
+    if precision not in (None, "float32"):
         raise ValueError(f"`precision` of an .onnx file is float32, and not {precision!r}: export it to OpenVINO.")
     if PROVIDERS.get(device) not in onnxruntime.get_available_providers():
         there = [name for name, provider in PROVIDERS.items() if provider in onnxruntime.get_available_providers()]
@@ -356,12 +379,19 @@ def load_onnx(path: Path, device: str, precision: str) -> tuple[Run, str | None]
     options.log_severity_level = 3  # errors
     states = onnxruntime.capi.onnxruntime_pybind11_state
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[PROVIDERS[device]])
+        session = onnxruntime.InferenceSession(path, options, PROVIDER_OPTIONS.get(device, [PROVIDERS[device]]))
     except (states.InvalidProtobuf, states.InvalidArgument, states.InvalidGraph) as error:  # others are the device's
         raise ValueError(f"{path} is damaged, or no graph: export the model again. {last_line(error)}") from error
     if PROVIDERS[device] not in session.get_providers():  # it goes on with another
         raise ValueError(f"`device` {device!r} is not there: its libraries cannot be loaded.")
-    return lambda inputs: session.run(None, inputs), session.get_modelmeta().custom_metadata_map.get(KEY)
+    said = session.get_modelmeta().custom_metadata_map
+    metadata = Metadata.loads(said.get(KEY), path, diffad.__version__)
+    if FILE_KEY in said and digest_of_onnx(path, said[FILE_KEY]) != said[FILE_KEY]:
+        warn_once(
+            f"{path} is not as it was exported: another program has changed it, or it is damaged. If you know of none, "
+            "export the model again."
+        )
+    return lambda inputs: session.run(None, inputs), metadata, "float32"
 
 
 def last_line(error: Exception) -> str:
@@ -369,15 +399,13 @@ def last_line(error: Exception) -> str:
     return str(error).strip().rpartition("\n")[2]
 
 
-def load_openvino(path: Path, device: str, precision: str) -> tuple[Run, str | None]:
-    """An .xml file at work in OpenVINO, and its metadata; arguments as of `Runtime`."""
+def load_openvino(path: Path, device: str, precision: str | None) -> tuple[Run, Metadata, str]:
+    """An .xml file at work in OpenVINO, its metadata and precision; arguments as of `Runtime`."""
     with needs_extra("openvino"):
         openvino = importlib.import_module("openvino")
-    if precision not in OPENVINO_PRECISIONS:
+    if precision is not None and precision not in OPENVINO_PRECISIONS:
         raise ValueError(f"`precision` must be float32, bfloat16 or float16, but is {precision!r}.")
     core = openvino.Core()
-    if device.upper().split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
-        raise ValueError(f"`device` {device!r} is not there: OpenVINO finds {', '.join(core.available_devices)}.")
     path, weights = graph_files(path)
     try:
         model = core.read_model(path, weights)
@@ -390,13 +418,31 @@ def load_openvino(path: Path, device: str, precision: str) -> tuple[Run, str | N
             f"{weights} is damaged, or not the one that {path} was exported with: put that one beside it, or export "
             "the model again."
         )
-    options = {"INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[precision]}
-    if device == "cpu":
-        options["INFERENCE_NUM_THREADS"] = str(available_cores())
-    compiled = core.compile_model(model, device.upper(), options)
     text = str(model.get_rt_info(KEY).value) if model.has_rt_info(KEY) else None
+    metadata = Metadata.loads(text, path, diffad.__version__)
+
+    def compiled_in(precision: str) -> Any:
+        options = {"INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[precision]}
+        if device == "cpu":
+            options["INFERENCE_NUM_THREADS"] = str(available_cores())
+        try:
+            compiled = core.compile_model(model, device.upper(), options)
+            taken = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()  # another where it lacks this one
+        except RuntimeError as error:
+            there = ", ".join(core.available_devices)
+            raise ValueError(
+                f"`device` {device!r} is not there, or cannot run this file: OpenVINO finds {there}. {last_line(error)}"
+            ) from error
+        return compiled, {name: key for key, name in OPENVINO_PRECISIONS.items()}.get(taken, taken)
+
+    wanted = precision or metadata.calibrated_in
+    compiled, taken = compiled_in(wanted if wanted in OPENVINO_PRECISIONS else "float32")
+    if precision is None and taken != wanted and taken != "float32":
+        compiled, taken = compiled_in("float32")
+    if precision not in (None, taken):
+        raise ValueError(f"`precision` {precision} is not there: OpenVINO's {device} takes {taken} instead. Pass that.")
 
     def run(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         return [np.array(value) for value in compiled(inputs).values()]
 
-    return run, text
+    return run, metadata, taken

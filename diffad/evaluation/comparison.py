@@ -17,10 +17,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffad
+from diffad.cores import available_cores
 from diffad.deployment.export import WEIGHTS, check_graph, describe, traced_onnx, write_graph
 from diffad.deployment.graph import InspectionGraph
 from diffad.deployment.quantization import quantize_networks
-from diffad.deployment.runtime import Runtime, available_cores
+from diffad.deployment.runtime import Runtime
 from diffad.image_sizes import as_size
 
 BATCH_SIZES = (1, 16)

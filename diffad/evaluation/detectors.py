@@ -124,7 +124,7 @@ def promise(pipeline: Any, category: str) -> dict[str, float]:
         "image_threshold": float(threshold),
         "allowed_false_alarms": pipeline.calibration.stated_false_alarm_rate(index),
         "allowed_false_alarms_95": round(pipeline.calibration.false_alarm_bound(index), 6),
-        "allowed_is_exact": not pipeline.calibration.config.leave_one_out,
+        "allowed_is_exact": not pipeline.calibration.leave_one_out,
     }
 
 

@@ -33,9 +33,9 @@ from evaluate_anomalib import STRIDES, TITLES, fit_model
 from torchvision.transforms.v2 import Normalize
 
 from diffad import AnomalyOutput, TimmFeatureExtractor
+from diffad.cores import available_cores
 from diffad.data import load_anomaly_dataset
 from diffad.deployment import Runtime
-from diffad.deployment.runtime import available_cores
 from diffad.evaluation.baselines import load_training_images
 from diffad.evaluation.detectors import call_for, evaluate_detectors
 from diffad.evaluation.report import describe_machine

@@ -283,8 +283,8 @@ def test_tiles_are_refused_with_what_to_do(tmp_path):
         ("model.onnx", {"format": "openvino"}, "`path` must end in .onnx"),
         ("model.onnx", {"precision": "int4"}, "`precision` must be fp32, fp16 or int8"),
         ("model.onnx", {"input_type": "int16"}, "`input_type` must be float32 or uint8"),
-        ("model.onnx", {"precision": "int8"}, "`images` go with int8"),
-        ("model.onnx", {"images": textures(8)}, "`images` go with int8"),
+        ("model.onnx", {"precision": "int8"}, "int8 takes `images`, good ones"),
+        ("model.onnx", {"images": textures(8)}, "int8 takes `images`, good ones"),
         ("model.onnx", {"precision": "int8", "images": textures(3)}, "holds 3 good images"),
     ],
 )
@@ -304,7 +304,7 @@ def test_a_folder_in_the_files_place_is_named_before_any_work(models, tmp_path, 
 
 def test_a_file_of_another_format_is_refused_and_one_of_another_version_read(models, tmp_path, caplog):
     model = onnx.load(models("features")[1])
-    text = model.metadata_props[0].value
+    text = {one.key: one.value for one in model.metadata_props}["diffad"]
 
     def with_text(text: str | None, name: str) -> Path:
         del model.metadata_props[:]
@@ -325,6 +325,69 @@ def test_a_file_of_another_format_is_refused_and_one_of_another_version_read(mod
         Runtime(tmp_path / "nowhere.onnx")
 
 
+@pytest.mark.parametrize("said", ["{", "[]", '{"format": 2}', '{"format": 2, "version": "0.1.0"}'])
+def test_a_file_whose_metadata_are_damaged_is_named(models, tmp_path, said):
+    model = onnx.load(models("features")[1])
+    onnx.helper.set_model_props(model, {"diffad": said})
+    onnx.save(model, tmp_path / "damaged.onnx")
+    with pytest.raises(
+        ValueError, match=r"damaged\.onnx is damaged, as nobody can read what it says of itself: export"
+    ):
+        Runtime(tmp_path / "damaged.onnx")
+
+
+def test_a_file_that_has_changed_since_it_was_exported_warns(models, tmp_path, caplog):
+    _, path = models("features")
+    Runtime(path)
+    assert "not as it was exported" not in caplog.text
+    content = bytearray(path.read_bytes())
+    weight = max(onnx.load(path).graph.initializer, key=lambda one: len(one.raw_data)).raw_data
+    content[content.index(weight) + len(weight) // 2] ^= 1  # the last bits of a number
+    (tmp_path / "changed.onnx").write_bytes(content)
+    Runtime(tmp_path / "changed.onnx")
+    assert "changed.onnx is not as it was exported: another program has changed it, or it is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_a_file_runs_in_its_calibration_s_precision_or_warns(tmp_path, caplog, suffix):
+    if suffix == ".xml":
+        pytest.importorskip("openvino")
+    pipeline = without_denoiser().to(torch.bfloat16)
+    pipeline.calibrate(textures(12), false_alarm_rate=0.2)
+    path = pipeline.to(torch.float32).export(tmp_path / f"model{suffix}")
+    assert ("calibrated in bfloat16 and runs in float32" in caplog.text) == (suffix == ".onnx")
+    caplog.clear()
+    runtime = Runtime(path)
+    assert runtime.metadata.calibrated_in == "bfloat16"
+    assert (f"{path} was calibrated in bfloat16 and runs in float32" in caplog.text) == (runtime.precision == "float32")
+    assert runtime.precision == "float32" or suffix == ".xml"
+    if suffix == ".xml":
+        assert Runtime(path, precision="float32").precision == "float32"
+        assert f"{path} was calibrated in bfloat16 and runs in float32" in caplog.text
+
+
+def test_a_precision_that_the_device_lacks_is_refused(models, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    _, path = models("features")
+    write_graph(onnx.load(path), Runtime(path).metadata, tmp_path / "model.xml")
+    has = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    for precision, name in (("bfloat16", "BF16"), ("float16", "FP16")):
+        if name in has:
+            assert Runtime(tmp_path / "model.xml", precision=precision).precision == precision
+        else:
+            with pytest.raises(ValueError, match=f"`precision` {precision} is not there: OpenVINO's cpu takes"):
+                Runtime(tmp_path / "model.xml", precision=precision)
+
+
+def test_a_graph_alone_takes_what_fits(models):
+    runtime = Runtime(models("features")[1])
+    for shape in ((1, 20, 24, 3), (24, 24, 3), (0, 24, 24, 3)):
+        with pytest.raises(ValueError, match=r"`pixels` must be \(N, 24, 24, 3\), but its shape is"):
+            runtime.run(np.zeros(shape, np.float32))
+    with pytest.raises(ValueError, match=r"`category` 3 is unknown"):
+        runtime.run(np.zeros((1, 24, 24, 3), np.float32), 3)
+
+
 def test_the_runtimes_agree_on_images_that_were_not_calibrated_on(models, tmp_path):
     pytest.importorskip("openvino")
     for name in ("denoiser", "features"):
@@ -340,25 +403,64 @@ def test_the_runtimes_agree_on_images_that_were_not_calibrated_on(models, tmp_pa
             assert found["image_auroc"] == pytest.approx(results["torch"]["image_auroc"], abs=1e-3)
 
 
-def test_the_program_of_the_docs_inspects_an_image(models, tmp_path):
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    """docs/inspect.cpp, built against the libraries that OpenVINO's wheel brings."""
     openvino = pytest.importorskip("openvino")
     if shutil.which("g++") is None:
         pytest.skip("g++ is not here")
-    _, path = models("features")
-    write_graph(onnx.load(path), Runtime(path).metadata, tmp_path / "model.xml")
+    built = tmp_path_factory.mktemp("program") / "inspect"
     package = Path(openvino.__file__).parent
     library = next(package.glob("libs/libopenvino.so*"))
     source = Path(__file__).parents[2] / "docs" / "inspect.cpp"
     command = ["g++", "-std=c++17", source, f"-I{package / 'include'}", library, f"-Wl,-rpath,{library.parent}"]
-    subprocess.run([*command, "-o", tmp_path / "inspect"], check=True)
+    subprocess.run([*command, "-o", built], check=True)
+    return built
+
+
+def test_the_program_of_the_docs_inspects_an_image(models, program, tmp_path):
+    _, path = models("features")
+    write_graph(onnx.load(path), Runtime(path).metadata, tmp_path / "model.xml")
     for image in (IMAGES[0], IMAGES[-1]):
         picture = Image.fromarray(image).resize((24, 24))
         picture.save(tmp_path / "part.ppm")
         expected = Runtime(path)(picture)
-        command = [tmp_path / "inspect", tmp_path / "model.xml", tmp_path / "part.ppm"]
+        command = [program, tmp_path / "model.xml", tmp_path / "part.ppm"]
         done = subprocess.run(command, capture_output=True)
         assert done.returncode == (3 if expected.is_anomalous[0] else 0)
         found = dict(line.split(" ", 1) for line in done.stdout.decode().splitlines())
         assert float(found["score"]) == pytest.approx(float(expected.anomaly_score[0]), rel=1e-4)
         assert float(found["p_value"]) == pytest.approx(float(expected.p_value[0]), rel=1e-4)
-        assert '"input_size": [24, 24]' in found["model"]
+    refused = {"size": (IMAGES[0], r"must have the size that the model takes, 24 x 24"), "file": (None, "is no PPM")}
+    for image, message in refused.values():
+        if image is None:
+            (tmp_path / "part.ppm").write_bytes(b"P6 24 24 255\n")
+        else:
+            Image.fromarray(image).resize((20, 24)).save(tmp_path / "part.ppm")
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert message in done.stderr
+    done = subprocess.run([command[0], tmp_path / "nowhere.xml", command[2]], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "nowhere.xml" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["unified", "uint8", "uncalibrated"])
+def test_the_program_of_the_docs_takes_every_kind_of_file(models, program, tmp_path, kind):
+    pipeline, path = models("features" if kind == "uint8" else kind)
+    file, part = tmp_path / "model.xml", tmp_path / "part.ppm"
+    if kind == "uint8":
+        pipeline.export(file, input_type="uint8")
+    else:
+        write_graph(onnx.load(path), Runtime(path).metadata, file)
+    picture = Image.fromarray(IMAGES[-1]).resize((pipeline.input_resolution,) * 2)
+    picture.save(part)
+    expected = Runtime(file)(picture, "b" if kind == "unified" else None)
+    done = subprocess.run([program, file, part, *(["1"] if kind == "unified" else [])], capture_output=True, text=True)
+    found = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert float(found["score"]) == pytest.approx(float(expected.anomaly_score[0]), rel=1e-4)
+    assert [*found] == (["score"] if kind == "uncalibrated" else ["score", "p_value", "alarm"])
+    if kind == "unified":
+        done = subprocess.run([program, file, part], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "give the index of one" in done.stderr
