@@ -406,6 +406,10 @@ app.command()(convert)
 app.command()(push)
 
 
+# Where an exported file is all there is, `diffad` was installed without what it needs
+BROUGHT_BY = {"torch": "diffad", "accelerate": "diffad", "diffusers": "diffad", "datasets": "'diffad[train]'"}
+
+
 def describe_error(error: Exception, arguments: list[str]) -> str:
     """One line for the one who typed `arguments`.
 
@@ -420,10 +424,10 @@ def describe_error(error: Exception, arguments: list[str]) -> str:
     for parameter in command.params if command else ():
         option = next((name for name in parameter.opts if name.startswith("--")), None)
         typed[parameter.name] = option or parameter.metavar
-    if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "accelerate", "datasets", "diffusers"):
+    if isinstance(error, ModuleNotFoundError) and error.name in BROUGHT_BY:
         message = (
-            f"This needs the package {error.name}: pip install diffad brings it. Without, predict, watch and serve run "
-            "what `diffad export` has written."
+            f"This needs the package {error.name}: pip install {BROUGHT_BY[error.name]} brings it. Without torch, "
+            "predict, watch and serve run what `diffad export` has written."
         )
     typed.setdefault("images", typed.get("data", "`images`"))
     typed.setdefault("precision", typed.get("dtype", "`precision`"))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of a period of so many, or "max"
 
-def available_cores() -> int:
+
+def available_cores(cpu_max: Path = CPU_MAX) -> int:
     """Cores that this process may use: of the machine, of its affinity, of its container's share."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = cpu_max.read_text().split()
         return max(1, min(cores, round(int(quota) / int(period))))
     except (OSError, ValueError):  # no container, or one without a bound
         return cores

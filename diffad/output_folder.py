@@ -60,7 +60,7 @@ def check_settings(settings: dict[str, Any], output_dir: Path) -> str | None:
         raise ValueError(f"{path} is no file of diffad's, and would be replaced. Give another `output_dir`.") from error
     # as an earlier version said it
     earlier.setdefault("command", "watch" if earlier.get("seed") == "of each event" else "predict")
-    earlier.setdefault("precision", "float32")
+    earlier.setdefault("precision", settings.get("precision"))  # of which it said nothing
     changed = [name for name in settings if settings[name] != earlier.get(name)]
     if changed:
         values = ", ".join(f"{name} {earlier.get(name)} there and {settings[name]} now" for name in changed)

@@ -2,10 +2,10 @@
 //
 //   inspect model.xml part.ppm [category]
 //
-// The image is a binary PPM of the size that the model takes: resize it with antialiasing. A model of several categories
-// takes the index of one. Prints the score and, of a calibrated model, the p-value and whether there is an alarm. Exits
-// with 3 where there is one, with 0 where there is none, and with 1 after an error. A model with a smallest area gives
-// the score alone: what is smaller, `diffad.deployment.Runtime` takes off.
+// The image is a binary PPM of the size that the model takes: resize it with antialiasing. A model of several
+// categories takes the index of one. Prints the score and, of a calibrated model, the p-value and whether there is an
+// alarm. Exits with 3 where there is one, with 0 where there is none, and with 1 after an error. A model with a
+// smallest area gives the score alone: what is smaller, `diffad.deployment.Runtime` takes off.
 #include <fstream>
 #include <iostream>
 #include <iterator>
@@ -39,18 +39,29 @@ ov::Tensor read_ppm(const std::string& path, const ov::Output<ov::Node>& input) 
     return image;
 }
 
+// The index of one of the model's categories.
+int64_t read_category(const char* word, int64_t count) {
+    const std::string digits = word ? word : "";
+    if (!digits.empty() && digits.size() < 10 && digits.find_first_not_of("0123456789") == std::string::npos)
+        if (const int64_t index = std::stoll(digits); index < count) return index;
+    throw std::runtime_error("CATEGORY must be an index below " + std::to_string(count) + ": this model knows " +
+                             std::to_string(count) + " categories");
+}
+
 int inspect(const std::string& model_path, const std::string& image_path, const char* category) {
     ov::Core core;
     auto model = core.read_model(model_path);
-    // float32, in which models are calibrated: by itself, OpenVINO would take bfloat16 where a processor has it
+    // float32, the precision of most calibrations: by itself, OpenVINO would take bfloat16 where a processor has it
     auto compiled = core.compile_model(model, "CPU", ov::hint::inference_precision(ov::element::f32));
     auto request = compiled.create_infer_request();
     request.set_tensor("image", read_ppm(image_path, model->input("image")));
     if (model->inputs().size() > 1) {
-        if (!category) throw std::runtime_error("this model knows several categories: give the index of one");
         ov::Tensor index(ov::element::i64, ov::Shape{});
-        index.data<int64_t>()[0] = std::stoll(category);
+        const int64_t count = std::stoll(model->get_rt_info<std::string>("diffad_categories"));
+        index.data<int64_t>()[0] = read_category(category, count);
         request.set_tensor("category", index);
+    } else if (category) {
+        throw std::runtime_error("this model knows one category: leave CATEGORY out");
     }
     request.infer();
     std::cout << "score " << request.get_tensor("anomaly_score").data<float>()[0] << "\n";

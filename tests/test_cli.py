@@ -134,6 +134,15 @@ def test_evaluate_writes_the_report_and_its_tables(model, tmp_path):
     assert (tmp_path / "r.csv").read_text().splitlines()[1].split(",")[:2] == ["", "tile"]
 
 
+@pytest.mark.parametrize(("package", "brought"), [("torch", "diffad"), ("datasets", "'diffad[train]'")])
+def test_a_command_that_lacks_its_packages_says_what_brings_them(package, brought):
+    program = f"import sys; sys.modules[{package!r}] = None; from diffad.cli import main; main()"
+    command = [sys.executable, "-c", program, "fit", "good", "--output", "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"error: This needs the package {package}: pip install {brought} brings it." in done.stderr
+
+
 def test_calibrate_changes_thresholds_in_place(model, tmp_path):
     good = write_folder(tmp_path / "good", 9, first_seed=50)
     run("calibrate", model, "--data", good, "--output", tmp_path / "new", "--false-alarm-rate", 0.4)

@@ -35,6 +35,13 @@ def test_who_says_how_many_threads_gets_them(two_threads, monkeypatch):
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.parametrize(("said", "cores"), [("100000 100000", 1), ("50000 100000", 1), ("max 100000", None)])
+def test_a_container_s_share_counts(tmp_path, said, cores):
+    (tmp_path / "cpu.max").write_text(said + "\n")
+    of_process = available_cores(tmp_path / "nowhere")
+    assert available_cores(tmp_path / "cpu.max") == (cores or of_process)
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
 def test_the_cores_are_those_of_the_process():
     allowed = os.sched_getaffinity(0)

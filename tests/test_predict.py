@@ -192,6 +192,7 @@ def test_results_of_another_precision_are_not_taken_for_these(tmp_path):
     assert said.pop("precision") == "float32"
     settings.write_text(json.dumps(said))  # as versions before it wrote
     assert predict_files(pipeline, paths, tmp_path / "out")["skipped"] == 2
+    settings.write_text(json.dumps({**said, "precision": "float32"}))
     message = r"results of another precision.*precision float32 there and bfloat16 now.*`output_dir`"
     with pytest.raises(ValueError, match=message):
         predict_files(pipeline.to(torch.bfloat16), paths, tmp_path / "out")

@@ -37,6 +37,9 @@ from diffad.precision import PRECISIONS, resolve_precision
 from diffad.predict import noise_of
 from diffad.training.arguments import POSITIVE, SHARE, FlagParser, local_path, whole_number
 
+# Of an exported file, by its `Runtime.precision`, as accelerate names them
+MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+
 
 def create_parser() -> argparse.ArgumentParser:
     parser = FlagParser(description="Evaluates a saved pipeline.")
@@ -87,14 +90,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     # 1. Data and detectors
     dataset = load_anomaly_dataset(args.data, "test", args.category, args.dataset, args.on_bad_image)
-    pipeline = load_model(args.model, accelerator.device.type if is_exported(args.model) else None)
-    if not is_exported(args.model):
+    is_file = is_exported(args.model)
+    pipeline = load_model(args.model, accelerator.device.type if is_file else None)
+    if not is_file:
         pipeline.to(accelerator.device)
         pipeline.set_progress_bar_config(disable=True)
         check_categories(pipeline, sorted(set(dataset["category"])))
     if pipeline.value_range is None and (value_range := dataset_value_range(dataset)) is not None:
         accelerator.print(f"Images are taken to lie in [0, {value_range:g}], the smallest range that holds them all.")
-        if is_exported(args.model):
+        if is_file:
             pipeline.metadata = pipeline.metadata._replace(value_range=value_range)
         else:
             pipeline.register_to_config(value_range=value_range)
@@ -125,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "noise": noise_of(pipeline),
         "resolution": args.resolution,
         "pro_fpr_limit": args.pro_fpr_limit,
-        "mixed_precision": accelerator.mixed_precision,
+        "mixed_precision": MIXED_PRECISION[pipeline.precision] if is_file else accelerator.mixed_precision,
         "command": command_line("diffad.training.evaluate", args, parser),
         "processes": accelerator.num_processes,
         "machine": describe_machine(),

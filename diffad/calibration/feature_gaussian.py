@@ -89,8 +89,8 @@ def leave_one_out_of_features(distance: torch.Tensor, num_channels: int, count: 
     With S the scatter of n images about their mean and x an image's offset from it, the others' scatter is
     S - n / (n - 1) x x^T, and x is n / (n - 1) times as far from their mean. By the Sherman-Morrison formula the
     distance follows from x's own, by S / (n - 1) and a ridge. The others' scatter is divided by n - 1 as well, so that
-    their ridge is the same: by n - 2, their own, distances would be up to (n - 1) / (n - 2) times smaller. So
-    thresholds err upwards, if at all.
+    their ridge is the same: by n - 2, their own, distances would be up to (n - 1) / (n - 2) times smaller. The ridge's
+    scale, the features' average variance, stays that of all n.
 
     Args:
         distance: |Wx|^2 / C of images among those seen; any shape.

@@ -457,8 +457,12 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
 
     @property
     def leave_one_out(self) -> bool:
-        """Whether good images were each left out in turn for the thresholds, whose rate is then not exact."""
-        return bool(self.config.leave_one_out)
+        """Whether good images were each left out in turn for the thresholds, whose rate is then not exact.
+
+        Of a model that does not say it, whether they may have been: where features alone are measured.
+        """
+        known = self.config.leave_one_out
+        return self.num_feature_maps == self.config.map_shape[0] if known is None else known
 
     def stated_false_alarm_rate(self, category: int) -> float:
         """The rate that holds on average over sets of good images; n vouch for no less than 1 / (n + 1).

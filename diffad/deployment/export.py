@@ -23,6 +23,7 @@ from diffad.deployment.quantization import FEWEST_IMAGES, HELD_OUT, MOST_IMAGES,
 from diffad.deployment.runtime import (
     FILE_KEY,
     NO_DIGEST,
+    OPENVINO_PRECISIONS,
     WEIGHTS_KEY,
     Run,
     digest_of_onnx,
@@ -37,9 +38,11 @@ from diffad.image_files import read_image
 from diffad.image_sizes import as_size
 from diffad.installation import needs_extra
 from diffad.scoring import Measurement
+from diffad.warn_once import warn_once
 
 FORMATS = {".onnx": "onnx", ".xml": "openvino"}
 PRECISIONS = ("fp32", "fp16", "int8")
+CATEGORIES_KEY = "diffad_categories"  # of an .xml's runtime information: how many there are
 OPSET = 20
 THRESHOLDS = ("image_threshold", "pixel_threshold", "normal_scores")  # constants of these names
 WEIGHTS = tuple(f"networks.{name}." for name in NETWORKS)  # how the names of the networks' weights begin
@@ -114,10 +117,20 @@ def export_pipeline(
     if precision == "fp16":
         halve_weights(model)
     metadata = describe(pipeline, precision, input_type)._replace(quantization=found)
-    if metadata.calibrated_in is not None and format == "onnx":
-        pipeline.calibration.warn_of_precision("float32")  # in which ONNX Runtime computes
+    warn_of_precision(metadata, format)
     write_graph(model, metadata, path)
     return path
+
+
+def warn_of_precision(metadata: Metadata, format: str | None) -> None:
+    """Warns where no runtime computes in the calibration's precision."""
+    known, of_openvino = metadata.calibrated_in, metadata.calibrated_in in OPENVINO_PRECISIONS
+    if known not in (None, "float32") and not (of_openvino and format == "openvino"):
+        warn_once(
+            f"`pipeline` was calibrated in {known}, and this file computes in float32, which moves scores: the stated "
+            "false-alarm rate then holds no longer. Calibrate it in float32 and export it again"
+            + (", or export it to OpenVINO." if of_openvino else ".")
+        )
 
 
 def check_graph(pipeline: Any) -> None:
@@ -381,6 +394,7 @@ def write_graph(model: Any, metadata: Metadata, path: Path) -> None:
         onnx.save(model, Path(folder) / "graph.onnx")
         converted = openvino.Core().read_model(Path(folder) / "graph.onnx")
         converted.set_rt_info(metadata.dumps(), KEY)
+        converted.set_rt_info(str(max(1, len(metadata.categories))), CATEGORIES_KEY)  # for programs that read no JSON
         openvino.save_model(converted, Path(folder) / path.name, compress_to_fp16=False)
         converted.set_rt_info(sha256_of(Path(folder) / path.with_suffix(".bin").name), WEIGHTS_KEY)
         openvino.save_model(converted, Path(folder) / path.name, compress_to_fp16=False)  # the same .bin once more

@@ -35,7 +35,8 @@ class Metadata(NamedTuple):
             and score as they are, and `Runtime` takes off what is smaller, and heightens the contrast.
         contrast: of maps, as of the pipelines.
         calibrated_in: in which precision the statistics were taken, "float32" or another; None where nobody knows.
-        leave_one_out: whether the good images were each left out in turn, so that the false-alarm rate is not exact.
+        leave_one_out: whether the good images were each left out in turn, so that the false-alarm rate is not exact;
+            None in files that do not say it.
         reconstruction: whether the graph's last output is `reconstruction`, (N, R, R, 3) in [0, 1], of the maps' size.
         score_fraction: of the map's pixels, whose mean is the score; 0 for the maximum.
         quantization: of int8, what became of the good `images` that set its thresholds: the `median_map_error` (the
@@ -65,7 +66,7 @@ class Metadata(NamedTuple):
     contrast: float = 0.0
     reconstruction: bool = False
     calibrated_in: str | None = None
-    leave_one_out: bool = False
+    leave_one_out: bool | None = None
 
     def good_scores(self, category: int) -> list[float]:
         """Held-out good images' scores."""

@@ -72,7 +72,7 @@ class Runtime:
 
     Args:
         path: an .onnx file, or OpenVINO's .xml with its .bin beside it.
-        device: "cpu"; for an .onnx also "cuda" or "tensorrt", for an .xml whatever OpenVINO names so, such as "gpu".
+        device: "cpu"; for an .onnx also "cuda" or "tensorrt", for an .xml one that OpenVINO finds, such as "gpu".
         precision: in which networks of float32 weights compute, "float32"; for an .xml also "bfloat16" or "float16",
             where the device has it. None takes that of the calibration, or float32 where the runtime or the device
             lacks it. Another than the calibration's moves scores, and warns.
@@ -112,10 +112,12 @@ class Runtime:
         load = load_onnx if path.suffix.lower() == ".onnx" else load_openvino
         self._run, self.metadata, self.precision = load(path, device.lower(), precision)
         if self.metadata.calibrated_in not in (None, self.precision):
+            known = self.metadata.calibrated_in
+            can_be_had = path.suffix.lower() == ".xml" and known in OPENVINO_PRECISIONS
             warn_once(
-                f"{path} was calibrated in {self.metadata.calibrated_in} and runs in {self.precision}, which moves "
-                "scores: the stated false-alarm rate then holds no longer. Run it in the former, or calibrate the "
-                "model in the latter and export it again."
+                f"{path} was calibrated in {known} and runs in {self.precision}, which moves scores: the stated "
+                f"false-alarm rate then holds no longer. Calibrate the model in {self.precision} and export it again"
+                + (f", or run it in {known}, where the device has it (`precision`)." if can_be_had else ".")
             )
         # else the graph has judged with its own thresholds
         self._judges = bool(self.metadata.smallest_area) or false_alarm_rate is not None
@@ -246,9 +248,9 @@ class Runtime:
         """The graph alone: a batch (N, *input_size, 3) float32 in [0, 1], all of one category, by its index.
 
         Raises:
-            ValueError: the shape or the category is another.
+            ValueError: the shape is another, or the category unknown or not calibrated.
         """
-        shape = (*self.metadata.input_size, 3)
+        pixels, shape = np.asarray(pixels), (*self.metadata.input_size, 3)
         if pixels.shape[1:] != shape or not len(pixels):
             raise ValueError(f"`pixels` must be (N, {', '.join(map(str, shape))}), but its shape is {pixels.shape}.")
         category = self.category_index(category)
@@ -384,13 +386,16 @@ def load_onnx(path: Path, device: str, precision: str | None) -> tuple[Run, Meta
         raise ValueError(f"{path} is damaged, or no graph: export the model again. {last_line(error)}") from error
     if PROVIDERS[device] not in session.get_providers():  # it goes on with another
         raise ValueError(f"`device` {device!r} is not there: its libraries cannot be loaded.")
-    said = session.get_modelmeta().custom_metadata_map
-    metadata = Metadata.loads(said.get(KEY), path, diffad.__version__)
+    try:
+        said = session.get_modelmeta().custom_metadata_map
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: export the model again.") from error
     if FILE_KEY in said and digest_of_onnx(path, said[FILE_KEY]) != said[FILE_KEY]:
         warn_once(
             f"{path} is not as it was exported: another program has changed it, or it is damaged. If you know of none, "
             "export the model again."
         )
+    metadata = Metadata.loads(said.get(KEY), path, diffad.__version__)
     return lambda inputs: session.run(None, inputs), metadata, "float32"
 
 

@@ -112,7 +112,7 @@ def promise(pipeline: Any, category: str) -> dict[str, float]:
 
     `image_threshold`; `allowed_false_alarms`, the rate that holds on average over sets of good images; and
     `allowed_false_alarms_95`, the rate that this calibration keeps with 95% confidence. `allowed_is_exact` is
-    False where images were left out in turn, and both rates are near the true ones only.
+    False where images were, or may have been, left out in turn: both rates are then near the true ones only.
     """
     if not pipeline.has_thresholds:
         return {}
@@ -124,7 +124,7 @@ def promise(pipeline: Any, category: str) -> dict[str, float]:
         "image_threshold": float(threshold),
         "allowed_false_alarms": pipeline.calibration.stated_false_alarm_rate(index),
         "allowed_false_alarms_95": round(pipeline.calibration.false_alarm_bound(index), 6),
-        "allowed_is_exact": not pipeline.calibration.leave_one_out,
+        "allowed_is_exact": pipeline.calibration.leave_one_out is False,
     }
 
 

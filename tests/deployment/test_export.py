@@ -355,7 +355,7 @@ def test_a_file_runs_in_its_calibration_s_precision_or_warns(tmp_path, caplog, s
     pipeline = without_denoiser().to(torch.bfloat16)
     pipeline.calibrate(textures(12), false_alarm_rate=0.2)
     path = pipeline.to(torch.float32).export(tmp_path / f"model{suffix}")
-    assert ("calibrated in bfloat16 and runs in float32" in caplog.text) == (suffix == ".onnx")
+    assert ("in bfloat16, and this file computes in float32" in caplog.text) == (suffix == ".onnx")
     caplog.clear()
     runtime = Runtime(path)
     assert runtime.metadata.calibrated_in == "bfloat16"
@@ -384,6 +384,8 @@ def test_a_graph_alone_takes_what_fits(models):
     for shape in ((1, 20, 24, 3), (24, 24, 3), (0, 24, 24, 3)):
         with pytest.raises(ValueError, match=r"`pixels` must be \(N, 24, 24, 3\), but its shape is"):
             runtime.run(np.zeros(shape, np.float32))
+    pixels = np.zeros((1, 24, 24, 3), np.float32)
+    assert runtime.run(pixels.tolist()).anomaly_score == runtime.run(pixels).anomaly_score
     with pytest.raises(ValueError, match=r"`category` 3 is unknown"):
         runtime.run(np.zeros((1, 24, 24, 3), np.float32), 3)
 
@@ -461,6 +463,7 @@ def test_the_program_of_the_docs_takes_every_kind_of_file(models, program, tmp_p
     assert float(found["score"]) == pytest.approx(float(expected.anomaly_score[0]), rel=1e-4)
     assert [*found] == (["score"] if kind == "uncalibrated" else ["score", "p_value", "alarm"])
     if kind == "unified":
-        done = subprocess.run([program, file, part], capture_output=True, text=True)
-        assert done.returncode == 1
-        assert "give the index of one" in done.stderr
+        for given in ([], ["2"], ["-1"], ["1x"]):
+            done = subprocess.run([program, file, part, *given], capture_output=True, text=True)
+            assert done.returncode == 1
+            assert "CATEGORY must be an index below 2" in done.stderr
