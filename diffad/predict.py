@@ -189,7 +189,7 @@ def detection_settings(pipeline: Any, category: str | None) -> tuple[dict[str, A
     settings: dict[str, Any] = {"category": category, "calibration": None, "command": "predict"}
     settings["value_range"] = pipeline.value_range
     settings["noise"] = noise_of(pipeline)
-    settings["precision"] = precision_of(pipeline)
+    settings["precision"] = pipeline.precision
     if not pipeline.has_thresholds:  # which would tell one model from another
         return settings | {"model": model_digest(pipeline)}, None
     index = pipeline.category_index(category)
@@ -197,15 +197,6 @@ def detection_settings(pipeline: Any, category: str | None) -> tuple[dict[str, A
     settings["calibration"] = [float(calibration.image_threshold[index]), float(calibration.pixel_threshold[index])]
     settings["smallest_area"] = calibration.smallest_area or None
     return settings, settings["calibration"][1]
-
-
-def precision_of(pipeline: Any) -> str:
-    """In which the networks of a pipeline, or of a `Runtime`, compute."""
-    if isinstance(pipeline, Runtime):
-        return pipeline.precision
-    from diffad.precision import running_precision
-
-    return running_precision(pipeline.measuring_networks, pipeline._execution_device)
 
 
 def noise_of(pipeline: Any) -> str | None:

@@ -55,6 +55,11 @@ class DetectionPipeline(AnomalyPipeline):
         """The networks that `measure_images` runs, None where an optional one is missing."""
         raise NotImplementedError
 
+    @property
+    def precision(self) -> str:
+        """In which these networks run, see `running_precision`."""
+        return running_precision(self.measuring_networks, self._execution_device)
+
     def measure_images(
         self,
         images: Sequence[torch.Tensor] | ImageSequence,
@@ -417,7 +422,7 @@ class DetectionPipeline(AnomalyPipeline):
             shared=of_tiles,
             region=region,
             feature_moments=feature_moments,
-            precision=running_precision(self.measuring_networks, self._execution_device),
+            precision=self.precision,
             settings=settings,
             value_range=value_range,
             smallest_area=smallest_area,

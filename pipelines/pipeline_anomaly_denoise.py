@@ -46,7 +46,6 @@ from diffad.pipelines.large_images import detect_large, grid_of
 from diffad.pipelines.output import AnomalyOutput, ReconstructionOutput, convert_output, threshold_output
 from diffad.pipelines.pipeline_ddpm_reconstruction import DDPMReconstructionPipeline
 from diffad.pipelines.pipeline_gradient_denoising import GradientDenoisingPipeline
-from diffad.precision import running_precision
 from diffad.region_of_interest import hide_outside, inside_region, values_inside
 from diffad.scoring import (
     Measurement,
@@ -290,9 +289,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             check_tiled_call(self, resolution)
             size = size if match_input_resolution else grid_of(self, images.sizes[0])[:2]
         seen = as_size(self.feature_extractor.input_resolution(resolution))
-        precision = running_precision(self.measuring_networks, device)
         own_noise = all(one is None for one in generators) if self.runs_denoiser else None
-        check_calibration(calibration, categories, self.categories, precision, self.config, own_noise)
+        check_calibration(calibration, categories, self.categories, self.precision, self.config, own_noise)
 
         anomaly_maps, anomaly_scores = [], []
         starts: Any = range(0, len(images), batch_size)

@@ -60,7 +60,6 @@ from diffad.pipelines.diad_checks import (
 from diffad.pipelines.feature_maps import add_feature_maps, feature_maps, measure_features
 from diffad.pipelines.large_images import detect_large, grid_of
 from diffad.pipelines.output import AnomalyOutput, convert_output, threshold_output
-from diffad.precision import running_precision
 from diffad.region_of_interest import hide_outside, inside_region
 from diffad.scoring import (
     Measurement,
@@ -323,9 +322,8 @@ class DiADPipeline(DetectionPipeline):
             check_tiled_reverse_process(self.config, num_inference_steps, strength, latents, callback_on_step_end)
             size = size if match_input_resolution else grid_of(self, images.sizes[0])[:2]
         statistics = (self.config.image_mean, self.config.image_std)
-        precision = running_precision(self.measuring_networks, device)
         own_noise = latents is None and all(one is None for one in generators)
-        check_calibration(calibration, categories, self.categories, precision, self.config, own_noise)
+        check_calibration(calibration, categories, self.categories, self.precision, self.config, own_noise)
 
         anomaly_maps, anomaly_scores, reconstructions = [], [], []
         with self.progress_bar(total=math.ceil(len(images) / batch_size) * steps) as progress:

@@ -27,7 +27,6 @@ from diffad.calibration.good_images import (
 from diffad.images import ImageSequence, as_size, images_to_pixel_values
 from diffad.moments import FeatureMoments
 from diffad.pipelines.checks import check_calibration
-from diffad.precision import running_precision
 from diffad.process_share import of_all_processes, process_share
 from diffad.region_of_interest import hide_outside, inside_region
 from diffad.scoring import Measurement, empty_measurement
@@ -181,9 +180,8 @@ def update_calibration(
 ) -> list[int]:
     """As `AnomalyDenoisePipeline.update`."""
     check_updatable(pipeline)
-    precision = running_precision(pipeline.measuring_networks, pipeline._execution_device)
     of_one = torch.zeros(1, dtype=torch.long)
-    check_calibration(pipeline.calibration, of_one, pipeline.categories, precision, pipeline.config)
+    check_calibration(pipeline.calibration, of_one, pipeline.categories, pipeline.precision, pipeline.config)
     config = pipeline.calibration.config
     settings = (config.false_alarm_rate, batch_size, pipeline.region, config.smallest_area)
     return learn_good_images(pipeline, images, good_images, *settings, accelerator)

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from diffad import AnomalyDenoisePipeline
+from diffad.cores import limit_threads
 from diffad.data import load_anomaly_dataset
 from diffad.pipelines.saving import save_whole
 from diffad.training.arguments import (
@@ -69,6 +70,7 @@ def save(pipeline: AnomalyDenoisePipeline, args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    limit_threads()
     accelerator = Accelerator(mixed_precision="no")
     started = time.time()
 

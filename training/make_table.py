@@ -34,6 +34,7 @@ from datasets import Dataset
 from diffad import AnomalyDenoisePipeline, DiADPipeline, TimmFeatureExtractor
 from diffad.calibration.fitting import CalibrationFit
 from diffad.cli import load_pipeline
+from diffad.cores import limit_threads
 from diffad.data import load_anomaly_dataset
 from diffad.data.checks import dataset_value_range
 from diffad.evaluation.baselines import evaluate_baseline, load_training_images
@@ -407,6 +408,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     value_range = dataset_value_range(images)
     tests = split_by_category(images)
     folders = [row_folders(table, row, list(tests), args) for row in table["rows"]]
+    limit_threads()
     accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision))
     args.mixed_precision = accelerator.mixed_precision  # also where accelerate's own settings say so
     goods = split_by_category(

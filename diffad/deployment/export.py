@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib
-import mmap
 import os
 import warnings
 from collections.abc import Sequence
@@ -26,7 +26,6 @@ from diffad.deployment.runtime import (
     OPENVINO_PRECISIONS,
     WEIGHTS_KEY,
     Run,
-    digest_of_onnx,
     graph_files,
     load_onnx,
     load_openvino,
@@ -384,9 +383,10 @@ def write_graph(model: Any, metadata: Metadata, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".onnx":
         onnx.helper.set_model_props(model, {KEY: metadata.dumps(), FILE_KEY: NO_DIGEST})
-        with write_whole(path) as unfinished:
-            onnx.save(model, unfinished)
-            write_digest(Path(unfinished))
+        content = model.SerializeToString()
+        before, _, behind = content.rpartition(NO_DIGEST.encode())
+        with write_whole(path) as unfinished, open(unfinished, "wb") as file:
+            file.writelines([before, hashlib.sha256(content).hexdigest().encode(), behind])
         return
     with needs_extra("openvino"):
         openvino = importlib.import_module("openvino")
@@ -401,13 +401,3 @@ def write_graph(model: Any, metadata: Metadata, path: Path) -> None:
         path.unlink(missing_ok=True)  # so that a kill between the two leaves no graph with another one's numbers
         (Path(folder) / path.with_suffix(".bin").name).replace(path.with_suffix(".bin"))
         (Path(folder) / path.name).replace(path)
-
-
-def write_digest(path: Path) -> None:
-    """Puts an .onnx file's SHA-256 where `NO_DIGEST` stands."""
-    digest = digest_of_onnx(path, NO_DIGEST)
-    with open(path, "r+b") as file:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            place = content.rfind(NO_DIGEST.encode())
-        file.seek(place)
-        file.write(digest.encode())
