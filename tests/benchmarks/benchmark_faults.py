@@ -197,9 +197,10 @@ def run_kills(
     for number in range(10 * kills):
         output = folder / f"killed-{number}"
         prepare(output)
-        process = start(output)
-        process.join(rng.uniform(0.5 * first, last))
-        if not process.is_alive():  # it was faster this time
+        process, started = start(output), time.perf_counter()
+        process.join(rng.uniform(0.5 * min(first, last), last))
+        if not process.is_alive():  # it was faster than on a machine that was busy: so are the next
+            last = min(last, time.perf_counter() - started)
             shutil.rmtree(output)
             continue
         process.kill()
