@@ -131,24 +131,6 @@ def outline_by_positions(of_cells: torch.Tensor, of_positions: torch.Tensor) -> 
     return of_positions + (peak - own_peak)
 
 
-def suppress_surroundings(maps: torch.Tensor, suppression: float) -> torch.Tensor:
-    """Lowers each map by a share of how far its peak stands above its mean.
-
-    Where good parts differ, the surroundings of one image's defect outshine the fainter defect of another. What stands
-    out most accounts for much of the rest of its image. An image that is unusual all over, whose peak stands hardly
-    above its mean, keeps its map: be it a defect of the whole part, or a good part unlike all before. A map's maximum
-    becomes (1 - suppression) times itself plus suppression times the mean.
-
-    Args:
-        maps: (N, H, W).
-        suppression: in [0, 1); 0 returns the maps as they are.
-    """
-    if not suppression:
-        return maps
-    prominence = maps.amax(dim=(1, 2), keepdim=True) - maps.mean(dim=(1, 2), keepdim=True)
-    return maps - suppression * prominence
-
-
 def heighten_contrast(maps: torch.Tensor, contrast: float, inside: torch.Tensor | None = None) -> torch.Tensor:
     """Lowers each map away from its peak, which stays: what lies around one image's defect outshines no other's.
 

@@ -15,7 +15,6 @@ from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.grey_depth import warn_of_found_range
 from diffad.images import ImageSequence, Side, as_size
 from diffad.models.feature_extractor import TimmFeatureExtractor
-from diffad.moments import PRIOR_IMAGES
 from diffad.pipelines.output import OUTPUT_TYPES
 from diffad.warn_once import warn_once
 
@@ -171,19 +170,10 @@ def chosen_contrast(tile_size: Any) -> float:
     return 0.0 if tile_size else CONTRAST
 
 
-def check_map_settings(
-    suppression: float, position_prior_images: float, position_trust: float, contrast: float
-) -> None:
+def check_map_settings(position_trust: float, contrast: float) -> None:
     """Raises a ValueError where one is out of its range."""
-    if not 0.0 <= suppression < 1.0:
-        raise ValueError(f"`suppression` must lie in [0, 1), but is {suppression}.")
     if not 0.0 <= contrast < math.inf:
         raise ValueError(f"`contrast` must be finite and not negative, but is {contrast}.")
-    if not 0.0 <= position_prior_images < math.inf:
-        raise ValueError(
-            f"`position_prior_images` must be finite and not negative, but is {position_prior_images}. "
-            f"{PRIOR_IMAGES:g} is what all other maps have."
-        )
     check_share("position_trust", position_trust)
 
 

@@ -415,7 +415,6 @@ class DetectionPipeline(AnomalyPipeline):
             false_alarm_rate,
             previous=self.tile_calibration if of_tiles else self.calibration,
             num_categories=max(1, len(self.categories)),
-            position_prior_images=self.config.position_prior_images,
             position_trust=self.config.get("position_trust", 1.0),
             accelerator=accelerator,
             leave_one_out=leave_one_out,

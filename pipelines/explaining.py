@@ -24,8 +24,7 @@ class Explanation(NamedTuple):
     score: the image's.
     peak: row and column of the highest pixel, in the image's own pixels.
     maps: what each map adds to the joined map there, in standard deviations of good images: `kl at 5` for each noise
-        level, `feature_error`, `gaussian`, `nearest`. Their sum is the map's height before `suppression` and
-        `smallest_area`.
+        level, `feature_error`, `gaussian`, `nearest`. Their sum is the map's height before `smallest_area`.
     layers: of each map of features, the shares that the layers have in its squared distance, such as `stride 8`. They
         sum to 1. Some may be below 0: channels that vary together make up for each other.
     levels: the shares of the noise levels in the feature error's, likewise; empty without one.

@@ -222,7 +222,7 @@ def calibrate_large(
         moments.reduce(accelerator)
         if inside_places is not None:
             moments.replace_positions(stand_ins(inside_places.flatten()))
-    place_mean, place_std = sums.mean()[0], sums.standard_deviation(pipeline.config.position_prior_images)[0]
+    place_mean, place_std = sums.mean()[0], sums.standard_deviation()[0]
     if not places_are_alike(sums, of_even):
         place_mean, place_std = (one[0] for one in trust_positions(place_mean[None], place_std[None], trust=0.0))
     of_tiles.set_places(category, place_mean, place_std)

@@ -24,8 +24,8 @@ class AnomalyOutput(BaseOutput):
 
     Args:
         anomaly_map: (N, H, W) float32, higher is more anomalous. Calibrated: in standard deviations above what good
-            images show at that pixel, less what the pipeline's `suppression` and `contrast` take off; where positions
-            share a cell's covariance, so its peak. With `output_type="pil"` a list of mode "F" images.
+            images show at that pixel, less what the pipeline's `contrast` takes off; where positions share a cell's
+            covariance, so its peak. With `output_type="pil"` a list of mode "F" images.
         anomaly_score: (N,) float32, higher is more anomalous.
         reconstruction: (N, H, W, 3) in [0, 1] ((N, 3, H, W) as tensors; PIL images), or None where the method makes
             none.

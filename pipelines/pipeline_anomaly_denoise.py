@@ -25,7 +25,6 @@ from diffad.likelihood import kl_divergence_map
 from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.gaussian_feature_model import GaussianFeatureModel
-from diffad.moments import PRIOR_IMAGES
 from diffad.pipelines.base import register_categories
 from diffad.pipelines.checks import (
     category_indices,
@@ -56,7 +55,6 @@ from diffad.scoring import (
     max_score,
     outline_by_positions,
     resize_maps,
-    suppress_surroundings,
     top_fraction_score,
 )
 from diffad.seeding import draw_noise
@@ -108,14 +106,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         kl_sigma: smoothing of the KL maps, in pixels at the processing resolution.
         feature_sigma: smoothing of the feature error, in pixels at the processing resolution.
         score_fraction: the image's score is the mean of this share of the map's highest pixels; 0 for the maximum.
-        suppression: in [0, 1): the share of how far its peak stands above its mean that is taken off each calibrated
-            map, see `diffad.scoring.suppress_surroundings`. Scores move with it: calibrate again after a change.
         contrast: not negative: the share of how far it stands below its peak by which each calibrated map is lowered,
             see `diffad.scoring.heighten_contrast`. Scores and thresholds do not know of it.
-        position_prior_images: where a cell of the residual's covariance holds several positions, how many images the
-            average over all positions counts for in their map's deviation, from 0 (`MomentSums.standard_deviation`).
-            Good images vary more along a part's edges, so that defects there would end too early; the more images, the
-            less so. Calibrate again after a change.
         position_trust: in [0, 1]: how far the mean and the variance that good images' maps have at a position are
             trusted, against those over all positions. At 1 a defect counts by what is usual at its place. Where good
             images hardly vary, as on a plain background, that makes much of little.
@@ -154,9 +146,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         kl_sigma: float = 2.0,
         feature_sigma: float = 4.0,
         score_fraction: float = 0.0,
-        suppression: float = 0.0,
         contrast: float = 0.0,
-        position_prior_images: float = PRIOR_IMAGES,
         weights: dict[str, float] | None = None,
         position_trust: float = 1.0,
         score_strides: list[int] | None = None,
@@ -174,7 +164,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         check_share("alpha", alpha)
         check_share("score_fraction", score_fraction)
         check_smoothing(kl_sigma=kl_sigma, feature_sigma=feature_sigma)
-        check_map_settings(suppression, position_prior_images, position_trust, contrast)
+        check_map_settings(position_trust, contrast)
         map_weights(weights, alpha, unet is not None)
         if weights is not None and alpha != DEFAULT_ALPHA:
             warn_once(f"`alpha` of {alpha} does not count where there are `weights`: give these instead.")
@@ -203,9 +193,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             kl_sigma=kl_sigma,
             feature_sigma=feature_sigma,
             score_fraction=score_fraction,
-            suppression=suppression,
             contrast=contrast,
-            position_prior_images=position_prior_images,
             weights=weights,
             position_trust=position_trust,
             score_strides=None if score_strides is None else sorted(score_strides),
@@ -503,7 +491,6 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         errors = normalized[:, levels:of_features].unbind(dim=1)  # of cells, and of positions if they differ
         joined = [rest + weights["feature_error"] * error for error in errors]
         anomaly_map = outline_by_positions(*joined) if len(joined) == 2 else (joined or [rest])[0]
-        anomaly_map = suppress_surroundings(anomaly_map, self.config.suppression)
         return cut_small_peaks(anomaly_map, calibration.config.smallest_area)
 
     def image_scores(self, anomaly_map: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:

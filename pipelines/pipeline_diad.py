@@ -33,7 +33,6 @@ from diffad.models.autoencoder_taef2 import AutoencoderTAEF2
 from diffad.models.feature_extractor import TimmFeatureExtractor, concatenate_layers
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
-from diffad.moments import PRIOR_IMAGES
 from diffad.pipelines.base import register_categories
 from diffad.pipelines.checks import (
     category_indices,
@@ -70,7 +69,6 @@ from diffad.scoring import (
     max_score,
     outline_by_positions,
     resize_maps,
-    suppress_surroundings,
 )
 from diffad.seeding import draw_noise, noise_generators
 from diffad.tiling import CELL, tile_height_and_width
@@ -114,14 +112,8 @@ class DiADPipeline(DetectionPipeline):
         sigma: smoothing of the map, in pixels at the processing resolution.
         pooling_size: side of the window of the average pooling before the map's maximum is the image's score.
         pooling_rounds: how often it is pooled. Each round takes `pooling_size - 1` pixels off the map's sides.
-        suppression: in [0, 1): the share of how far its peak stands above its mean that is taken off each calibrated
-            map, see `diffad.scoring.suppress_surroundings`. Scores move with it: calibrate again after a change.
         contrast: not negative: the share of how far it stands below its peak by which each calibrated map is lowered,
             see `diffad.scoring.heighten_contrast`. Scores and thresholds do not know of it.
-        position_prior_images: where a cell of the residual's covariance holds several positions, how many images the
-            average over all positions counts for in their map's deviation, from 0 (`MomentSums.standard_deviation`).
-            Good images vary more along a part's edges, so that defects there would end too early; the more images, the
-            less so. Calibrate again after a change.
         position_trust: in [0, 1]: how far the mean and the variance that good images' maps have at a position are
             trusted, against those over all positions. Calibrate again after a change.
         processing_resolution: side in pixels to which images are resized.
@@ -164,9 +156,7 @@ class DiADPipeline(DetectionPipeline):
         sigma: float = 5.0,
         pooling_size: int = 8,
         pooling_rounds: int = 8,
-        suppression: float = 0.0,
         contrast: float = 0.0,
-        position_prior_images: float = PRIOR_IMAGES,
         position_trust: float = 1.0,
         processing_resolution: int = 256,
         categories: list[str] | dict[str, str] | None = None,
@@ -188,7 +178,7 @@ class DiADPipeline(DetectionPipeline):
         if feature_extractor is not None:
             scored_layers(score_strides, feature_extractor)
         reconstruction_weights(weights)
-        check_map_settings(suppression, position_prior_images, position_trust, contrast)
+        check_map_settings(position_trust, contrast)
         skipped_steps(num_inference_steps, strength)
         self.register_modules(
             vae=vae,
@@ -209,9 +199,7 @@ class DiADPipeline(DetectionPipeline):
             sigma=sigma,
             pooling_size=pooling_size,
             pooling_rounds=pooling_rounds,
-            suppression=suppression,
             contrast=contrast,
-            position_prior_images=position_prior_images,
             position_trust=position_trust,
             processing_resolution=processing_resolution,
             categories=register_categories(categories),
@@ -641,7 +629,6 @@ class DiADPipeline(DetectionPipeline):
         errors = rebuilt.unbind(dim=1) if calibration.num_distances == 2 else [rebuilt.mean(dim=1)]
         joined = [add_feature_maps(weights["reconstruction"] * error, own, weights, calibration) for error in errors]
         anomaly_map = outline_by_positions(*joined) if len(joined) == 2 else joined[0]
-        anomaly_map = suppress_surroundings(anomaly_map, self.config.suppression)
         return cut_small_peaks(anomaly_map, calibration.config.smallest_area)
 
     def image_scores(self, anomaly_map: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:

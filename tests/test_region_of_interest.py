@@ -192,7 +192,7 @@ def test_sums_of_places_outside_are_those_of_places_inside():
 PIPELINES = {
     "features": of_features,
     "denoiser": lambda: tiny_pipeline(sample_size=SIZE, weights={"kl": 1, "feature_error": 1, "gaussian": 1}),
-    "fraction": lambda: of_features(score_fraction=0.1, suppression=0.2),
+    "fraction": lambda: of_features(score_fraction=0.1, contrast=0.2),
     "tiles": lambda: of_features(tile_size=SIZE),
     "diad": tiny_diad,
 }

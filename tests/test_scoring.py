@@ -15,7 +15,6 @@ from diffad.scoring import (
     joint_map,
     max_score,
     resize_maps,
-    suppress_surroundings,
     top_fraction_score,
 )
 
@@ -140,14 +139,6 @@ def test_top_fraction_is_the_mean_of_the_highest_pixels():
             top_fraction_score(maps, fraction)
 
 
-def test_suppression_takes_off_a_share_of_the_peaks_prominence():
-    maps = random(3, 5, 4)
-    suppressed = suppress_surroundings(maps, 0.4)
-    for one, before in zip(suppressed, maps, strict=True):
-        torch.testing.assert_close(one, before - 0.4 * (before.max() - before.mean()))
-    assert torch.equal(suppress_surroundings(maps, 0.0), maps)
-
-
 def test_contrast_lowers_what_lies_below_the_peak_and_keeps_the_score():
     maps = random(3, 5, 4)
     heightened = heighten_contrast(maps, 0.4)
@@ -170,10 +161,3 @@ def test_contrast_of_maps_that_are_flat_or_not_finite():
     maps = torch.ones(1, 4, 4)
     maps[0, 1, 1] = torch.inf
     assert torch.equal(heighten_contrast(maps, 0.2), maps)
-
-
-def test_suppression_spares_what_is_unusual_all_over():
-    narrow, wide = torch.ones(1, 20, 20), torch.ones(1, 20, 20)
-    narrow[:, 3:5, 3:5] = wide[:, 1:-1, 1:-1] = 7.0
-    lowered = torch.cat([narrow, wide]) - suppress_surroundings(torch.cat([narrow, wide]), 0.4)
-    assert lowered[0, 0, 0] > 4.0 * lowered[1, 0, 0] > 0.0

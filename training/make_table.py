@@ -58,7 +58,7 @@ ROW_KEYS = ("name", "calibrated", "backbone", "backbone_weights", "train", "each
 # rows of a model that agree in these share one evaluation; the last three give DiAD another reconstruction
 SHARED = ("baseline", "num_inference_steps", "strength", "scheduler")
 # what acts on calibrated maps: rows that differ in nothing else share one calibration
-AFTER_CALIBRATION = ("alpha", "score_fraction", "suppression", "contrast", "pooling_size", "pooling_rounds")
+AFTER_CALIBRATION = ("alpha", "score_fraction", "contrast", "pooling_size", "pooling_rounds")
 # what belongs to the model and not to a row
 FIXED = (
     "processing_resolution",

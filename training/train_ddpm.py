@@ -28,7 +28,6 @@ from diffad.data.checks import dataset_sizes
 from diffad.images import as_side, as_size, images_to_pixel_values, resize_images, size_of_ratio
 from diffad.likelihood import kl_divergence_map, predicted_clean_sample, variational_bound
 from diffad.models.denoising_unet_2d import DENOISING_UNET_PRESETS
-from diffad.moments import PRIOR_IMAGES
 from diffad.pipelines.checks import FEATURE_WEIGHTS, chosen_contrast
 from diffad.pipelines.detection import spread
 from diffad.tiling import tile_height_and_width
@@ -41,7 +40,6 @@ from diffad.training.arguments import (
     FlagParser,
     add_shared_arguments,
     add_tiles,
-    number,
     parse_arguments,
 )
 from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
@@ -139,13 +137,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     score.add_argument(
         "--score_fraction", type=SHARE, default=0.0, help="share of top pixels averaged (0: the maximum)"
     )
-    score.add_argument("--suppression", type=number(), default=0.0, help="share of peak less mean taken off a map (0)")
-    score.add_argument(
-        "--position_prior_images",
-        type=NOT_NEGATIVE,
-        default=PRIOR_IMAGES,
-        help=f"images that the average deviation counts for where positions share a cell ({PRIOR_IMAGES:g})",
-    )
+    score.add_argument("--contrast", type=NOT_NEGATIVE, default=0.0, help="share taken off of the way to the peak (0)")
     argv = [*(sys.argv[1:] if argv is None else argv)]
     early, _ = parser.parse_known_args(argv)
     if early.preset is None and early.config is None and early.pretrained_model_name_or_path is None:
@@ -155,8 +147,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.minutes is not None and any(one.startswith(("--max_t", "--num_t")) for one in argv):
         args.minutes = None
     # what else only the end of the run would find
-    if not 0.0 <= args.suppression < 1.0:
-        parser.error("--suppression must lie in [0, 1)")
     if any(not 0 <= t < 1000 for t in args.timesteps):
         parser.error("--timesteps must lie in [0, 999]")
     if args.cache_features and args.rotation_degrees:
@@ -231,8 +221,7 @@ def create_pipeline(
         feature_sigma=args.feature_sigma,
         score_fraction=args.score_fraction,
         position_trust=args.position_trust,
-        suppression=args.suppression,
-        position_prior_images=args.position_prior_images,
+        contrast=args.contrast,
         score_strides=args.score_strides,
         processing_resolution=args.resolution,
         tile_size=args.tile_size,

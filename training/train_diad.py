@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +32,6 @@ from diffad.images import IMAGENET_MEAN, IMAGENET_STD, denormalize_images, image
 from diffad.latents import encode_latents, has_scale, latent_statistics
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import FUSIONS, GUIDANCE_OUTPUTS
-from diffad.moments import PRIOR_IMAGES
 from diffad.pipelines.checks import FEATURE_WEIGHTS
 from diffad.training.arguments import (
     COUNT,
@@ -143,13 +141,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--pooling_size", type=POSITIVE, default=8, help="window of the score's average pooling, pixels (8)"
     )
     score.add_argument("--pooling_rounds", type=COUNT, default=8, help="how often the score pools (8)")
-    score.add_argument("--suppression", type=number(), default=0.0, help="share of peak less mean taken off a map (0)")
-    score.add_argument(
-        "--position_prior_images",
-        type=number(),
-        default=PRIOR_IMAGES,
-        help=f"images that the average deviation counts for where positions share a cell ({PRIOR_IMAGES:g})",
-    )
     score.add_argument("--position_trust", type=SHARE, default=1.0, help="of statistics at a position (1)")
     score.add_argument("--contrast", type=NOT_NEGATIVE, default=0.0, help="share taken off of the way to the peak (0)")
     args = parse_arguments(parser, argv)
@@ -157,10 +148,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("give one of --pretrained_model_name_or_path and --preset")
     if args.preset and not args.vae_path:
         parser.error("--preset needs --vae_path: train an autoencoder with train_autoencoder.py first")
-    if not 0.0 <= args.suppression < 1.0:
-        parser.error("--suppression must lie in [0, 1)")
-    if not 0.0 <= args.position_prior_images < math.inf:
-        parser.error("--position_prior_images must be finite and not negative")
     if args.feature_weight == 1.0:
         parser.error("--feature_weight must be below 1: features alone are what training/fit.py fits, without training")
     if args.cache_latents and args.rotation_degrees:
@@ -260,9 +247,7 @@ def create_pipeline(components: dict[str, Any], categories: list[str], args: arg
         sigma=args.sigma,
         pooling_size=args.pooling_size,
         pooling_rounds=args.pooling_rounds,
-        suppression=args.suppression,
         contrast=args.contrast,
-        position_prior_images=args.position_prior_images,
         position_trust=args.position_trust,
         processing_resolution=args.resolution,
         categories=categories,

@@ -26,7 +26,7 @@ from diffad.calibration.coreset import (
 from diffad.calibration.feature_gaussian import feature_gaussian, shared_feature_gaussian
 from diffad.calibration.residual_gaussian import residual_gaussian, residual_grid, residual_size
 from diffad.calibration.score_calibration import OWN_NOISE, ScoreCalibration, changed_settings
-from diffad.moments import PRIOR_IMAGES, FeatureMoments, MomentSums
+from diffad.moments import FeatureMoments, MomentSums
 from diffad.region_of_interest import inside_region, stand_ins, values_inside
 from diffad.scoring import Measurement
 
@@ -62,8 +62,6 @@ class CalibrationFit:
         false_alarm_rate: of the thresholds, in (0, 1).
         previous: the pipeline's calibration so far, whose other categories are kept.
         num_categories: K.
-        position_prior_images: what the average deviation counts for in the map of positions, see
-            `MomentSums.standard_deviation`.
         position_trust: how far mean and variance at a position are trusted against those over all, in [0, 1].
         accelerator: adds up what its processes have seen, each its own images; a process without any adds a measurement
             of no images. Then every process ends with the same calibration.
@@ -86,7 +84,6 @@ class CalibrationFit:
         false_alarm_rate: float,
         previous: ScoreCalibration | None = None,
         num_categories: int = 1,
-        position_prior_images: float = PRIOR_IMAGES,
         position_trust: float = 1.0,
         accelerator: Accelerator | None = None,
         leave_one_out: bool = False,
@@ -98,8 +95,8 @@ class CalibrationFit:
         self.functions, self.category, self.num_scores = functions, category, num_scores
         self.false_alarm_rate, self.num_categories = false_alarm_rate, num_categories
         self.previous = previous if num_categories > 1 else None
-        self.position_prior_images, self.position_trust = position_prior_images, position_trust
-        self.accelerator, self.leave_one_out, self.shared = accelerator, leave_one_out, shared
+        self.position_trust, self.accelerator = position_trust, accelerator
+        self.leave_one_out, self.shared = leave_one_out, shared
         self.region = region
         self.record = record if not shared else {**record, "shared_whitening": True}
         self.residual_moments: FeatureMoments | None = None  # at each cell
@@ -113,7 +110,7 @@ class CalibrationFit:
         self.held_out_moments = MomentSums()  # the same of the thresholds' images
         self.calibration: ScoreCalibration | None = None
         self.waiting = TemporaryFile()  # noqa: SIM115 (residuals and maps, read again by `set_statistics`, which closes it)
-        self.num_waiting = self.num_measured = 0
+        self.num_waiting = 0
         self.is_levelled, self.scale = False, 1.0
         self.scores: list[float] = []
         self.maxima: list[float] = []
@@ -198,11 +195,8 @@ class CalibrationFit:
             np.save(smoothed, maps.cpu().numpy())
         self.map_moments.reduce(self.accelerator)
         self._replace_outside(self.map_moments, calibration.map_mean.shape[-2:])
-        map_std = self.map_moments.standard_deviation()
-        if calibration.num_distances == 2:
-            of_positions = self.num_measured + 1  # behind the measured maps and the cells' distances
-            map_std[of_positions] = self.map_moments.standard_deviation(self.position_prior_images)[of_positions]
-        map_mean, map_std = trust_positions(self.map_moments.mean(), map_std, self.position_trust)
+        moments = self.map_moments.mean(), self.map_moments.standard_deviation()
+        map_mean, map_std = trust_positions(*moments, self.position_trust)
         of_features = calibration.num_feature_maps - calibration.num_distances
         if of_features and num_seen < 3:  # of one or two images, the distances to each other say nothing
             map_mean[-of_features:], map_std[-of_features:] = 0.0, NO_WEIGHT
@@ -385,7 +379,6 @@ class CalibrationFit:
             grid = residual_grid((height, width), num_channels, self.num_categories)
             residual_shape = (num_channels, *residual_size((height, width), grid, num_channels))
             num_maps += 1 if grid == residual_shape[1:] else 2  # the residual's distances are maps, too
-        self.num_measured = measurement.maps.shape[1]
         feature_shape = None if measurement.features is None else tuple(measurement.features.shape[1:])
         coreset_shape = patch_channels = None
         if measurement.patches is not None:

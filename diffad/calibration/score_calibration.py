@@ -31,6 +31,8 @@ from diffad.warn_once import warn_once
 OWN_NOISE = "own_noise"  # beside the settings: whether statistics were taken with the model's noise, where there is any
 # what an earlier version did, which had no such setting to record
 BEFORE_RECORDED = {"position_trust": 1.0, "weights": None, OWN_NOISE: False}
+# settings of earlier versions, at the values that did nothing
+GONE = {"suppression": 0.0, "position_prior_images": 8.0}
 
 
 class ScoreCalibration(ModelMixin, ConfigMixin):
@@ -601,7 +603,7 @@ def changed_settings(recorded: Mapping[str, Any] | None, settings: Mapping[str, 
             return {of: weight / total for of, weight in value.items() if weight}
         return list(value) if isinstance(value, (list, tuple)) else value  # a file knows no tuples
 
-    recorded, settings = {**BEFORE_RECORDED, **recorded} if recorded else {}, settings or {}
+    recorded, settings = {**BEFORE_RECORDED, **recorded} if recorded else {}, {**GONE, **settings} if settings else {}
     return [
         name
         for name, value in recorded.items()

@@ -22,7 +22,6 @@ from PIL import Image
 from diffad import AnomalyDenoisePipeline, AnomalyOutput
 from diffad.images import images_to_pixel_values, images_to_tensors
 from diffad.likelihood import kl_divergence_map
-from diffad.moments import PRIOR_IMAGES
 from diffad.pipelines import detection
 from diffad.warn_once import warn_once
 
@@ -151,10 +150,8 @@ def test_a_missing_file_is_named(pipe):
         {"alpha": -0.1},
         {"timesteps": []},
         {"timesteps": [5, 1000]},
-        {"suppression": 1.0},
         {"contrast": -0.1},
         {"contrast": float("nan")},
-        {"position_prior_images": -1.0},
         {"categories": "bottle"},
         {"categories": ["bottle", "bottle"]},
         {"categories": ["bottle", ""]},
@@ -224,25 +221,6 @@ def test_the_score_may_be_a_mean_of_the_highest_pixels():
     np.testing.assert_allclose(output.anomaly_score, highest.mean(axis=1), rtol=1e-5)
 
 
-def test_suppression_lowers_maps_by_how_far_their_peak_stands_out():
-    images = [*textures(4, first_seed=100), *(texture(2000 + i, defect=True) for i in range(4))]
-    pipes = [
-        tiny_pipeline(suppression=s).calibrate(textures(60), false_alarm_rate=0.1, generator=generator())
-        for s in (0.0, 0.4)
-    ]
-    plain, suppressed = (pipe(images, generator=generator()) for pipe in pipes)
-    expected = np.stack([one - 0.4 * (one.max() - one.mean()) for one in plain.anomaly_map])
-    scale = suppressed.anomaly_map.std() / expected.std()  # either calibration makes maps of deviation 1
-    np.testing.assert_allclose(suppressed.anomaly_map, scale * expected, atol=1e-3)
-    assert 0.5 < scale < 2.0
-    # thresholds are those of the maps as they come out
-    assert 0.0 < pipes[1].calibration.pixel_threshold < pipes[0].calibration.pixel_threshold
-    assert np.array_equal(suppressed.is_anomalous, suppressed.anomaly_mask.any(axis=(1, 2)))
-    assert suppressed.is_anomalous[4:].all()
-    raw = [tiny_pipeline(suppression=s)(images, generator=generator()).anomaly_map for s in (0.0, 0.4)]
-    assert np.array_equal(*raw)
-
-
 @pytest.mark.parametrize("how", ["whole", "region", "smallest area", "fraction", "one category of two"])
 def test_contrast_changes_outlines_and_no_verdict(how):
     images = [*textures(4, first_seed=100), *(texture(2000 + i, defect=True) for i in range(4))]
@@ -273,31 +251,22 @@ def test_uncalibrated_maps_have_no_contrast():
     assert np.array_equal(*raw)
 
 
-def test_positions_and_suppression_are_saved(tmp_path, monkeypatch):
+def test_cells_of_several_positions_are_saved(tmp_path, monkeypatch):
     monkeypatch.setattr("diffad.calibration.residual_gaussian.COVARIANCE_NUMBERS", 16 * 64 * 65 // 2)
-    pipe = tiny_pipeline(suppression=0.4, position_prior_images=50.0).calibrate(textures(20), false_alarm_rate=0.1)
+    pipe = tiny_pipeline().calibrate(textures(20), false_alarm_rate=0.1)
     pipe.save_pretrained(tmp_path)
     loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path)
     assert loaded.calibration.num_distances == 2
-    assert loaded.config.position_prior_images == 50.0
     assert_same(loaded(texture(0), generator=generator()), pipe(texture(0), generator=generator()))
 
 
-def test_prior_images_make_the_positions_deviation_alike_everywhere(monkeypatch):
-    monkeypatch.setattr("diffad.calibration.residual_gaussian.COVARIANCE_NUMBERS", 16 * 64 * 65 // 2)
-    pipes = [
-        tiny_pipeline(position_prior_images=n).calibrate(textures(60), false_alarm_rate=0.1, generator=generator())
-        for n in (PRIOR_IMAGES, 1e6)
-    ]
-    default, alike = (pipe.calibration.map_std[0] for pipe in pipes)  # (S, H, W)
-    scale = (alike[0] / default[0]).mean()  # of all maps alike: either calibration makes joined maps of deviation 1
-    torch.testing.assert_close(scale * default[:-1], alike[:-1])
-    assert alike[-1].std() < 0.01 * default[-1].std()
-    torch.testing.assert_close(alike[-1].square().mean(), (scale * default[-1]).square().mean())
-    images = [texture(2000 + i, defect=True) for i in range(4)]
-    plain, even = (pipe(images, generator=generator()) for pipe in pipes)
-    np.testing.assert_allclose(plain.anomaly_score, float(scale) * even.anomaly_score, rtol=1e-4)  # places say how high
-    assert not np.allclose(plain.anomaly_map, even.anomaly_map, rtol=1e-2)
+@pytest.mark.parametrize(("value", "warns"), [(0.0, False), (0.4, True)])
+def test_a_calibration_by_a_setting_that_is_gone_is_named(value, warns, caplog):
+    pipe = tiny_pipeline().calibrate(textures(20), false_alarm_rate=0.1)
+    pipe.calibration.register_to_config(settings={**pipe.calibration.config.settings, "suppression": value})
+    warn_once.cache_clear()
+    pipe(texture(0))
+    assert ("other settings (suppression)" in caplog.text) == warns
 
 
 def test_places_say_how_high_the_map_goes_and_positions_outline_the_defect(monkeypatch):

@@ -66,8 +66,6 @@ def test_the_shipped_configurations_are_valid(name, data):
         ((*DATA, "--dataset_name", "org/name"), None, "give one of --train_data_dir and --dataset_name"),
         ((*DATA, "--calibration_fraction", "0"), None, r"--calibration_fraction must lie in \(0, 1\)"),
         ((*DATA, "--calibration_fraction", "1"), None, r"--calibration_fraction must lie in \(0, 1\)"),
-        ((*DATA, "--suppression", "1"), None, r"--suppression must lie in \[0, 1\)"),
-        ((*DATA, "--position_prior_images", "-1"), None, "--position_prior_images must be finite and at least 0"),
         ((*DATA, "--part_pattern", ""), None, "--part_pattern must not match the empty text"),
         ((*DATA, "--part_pattern", "(a"), None, "--part_pattern is no regular expression: missing"),
         ((*DATA, "--false_alarm_rate", "0"), None, r"--false_alarm_rate must lie in \(0, 1\)"),

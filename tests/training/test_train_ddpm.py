@@ -26,15 +26,14 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def test_a_folder_of_good_images_becomes_a_calibrated_pipeline(good, tmp_path):
-    score = "--alpha 0.3 --suppression 0.2 --position_prior_images 30 --timesteps 5 20 --kl_sigma 1"
+    score = "--alpha 0.3 --contrast 0.2 --timesteps 5 20 --kl_sigma 1"
     train(good, tmp_path, *score.split())
     pipeline = load(tmp_path)
     assert type(pipeline) is AnomalyDenoisePipeline
     assert pipeline.categories == ["part"]
     assert pipeline.config.timesteps == [5, 20]
     assert pipeline.config.alpha == 0.3
-    assert pipeline.config.suppression == 0.2
-    assert pipeline.config.position_prior_images == 30.0
+    assert pipeline.config.contrast == 0.2
     assert pipeline.processing_resolution == 16
     assert pipeline.unet.config.num_class_embeds is None
     assert pipeline.unet.config.feature_channels == pipeline.feature_extractor.num_channels == 64

@@ -63,8 +63,7 @@ def test_from_a_folder_of_good_images_alone(tmp_path):
 
     arguments = [*shared_flags(data, output, 2, 72), "--preset", "cpu-128", "--vae_path", vae_path, *more]
     arguments += ["--num_inference_steps", 2, "--pooling_size", 4, "--false_alarm_rate", 0.5, "--cache_latents"]
-    arguments += ["--position_prior_images", 30, "--position_trust", 0.5, "--contrast", 0.2]
-    arguments += ["--feature_weight", 0.5]
+    arguments += ["--position_trust", 0.5, "--contrast", 0.2, "--feature_weight", 0.5]
     train_diad.main([str(argument) for argument in (*arguments, "--random_flip")])
     pipeline = load(output)
     assert type(pipeline) is DiADPipeline
@@ -72,7 +71,6 @@ def test_from_a_folder_of_good_images_alone(tmp_path):
     assert pipeline.processing_resolution == 72
     assert pipeline.config.num_inference_steps == 2
     assert pipeline.config.pooling_size == 4
-    assert pipeline.config.position_prior_images == 30
     assert (pipeline.config.position_trust, pipeline.config.contrast) == (0.5, 0.2)
     assert pipeline.weights == {"reconstruction": 0.5, "gaussian": 0.375, "nearest": 0.125}
     assert pipeline.feature_extractor.channel_std.min() < 0.9  # of good images, by which channels count alike
