@@ -41,6 +41,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # boxes and blank lines would take a second screen
     pretty_exceptions_enable=False,
+    # the scripts' spelling of flags, which their errors have, is taken as well
+    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
 )
 console = Console(stderr=True)  # standard output is for results
 

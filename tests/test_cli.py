@@ -360,10 +360,11 @@ def test_messages_are_shown_as_they_are(monkeypatch, capsys):
     assert fail(monkeypatch, capsys, "benchmark", "m") == "error: KeyError: 'unet' (--debug shows where)\n"
 
 
-def test_what_a_script_says_of_a_flag_is_one_line(tmp_path, capsys):
+@pytest.mark.parametrize("flag", ["--false-alarm-rate", "--false_alarm_rate"])
+def test_what_a_script_says_of_a_flag_is_one_line(flag, tmp_path, capsys):
     write_folder(tmp_path / "parts", 3)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["fit", str(tmp_path / "parts"), "--output", str(tmp_path / "out"), "--false-alarm-rate", "nan"])
+        cli.main(["fit", str(tmp_path / "parts"), "--output", str(tmp_path / "out"), flag, "nan"])
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: --false_alarm_rate must lie in (0, 1), but is nan\n"
 

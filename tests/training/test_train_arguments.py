@@ -46,7 +46,6 @@ def test_a_name_of_digits_or_no_is_text_in_a_configuration(tmp_path):
         ("demo", "elpv/mono"),
         ("elpv_cpu", "elpv/poly"),
         ("magnetic_tile_cpu", None),
-        ("magnetic_tile_128_cpu", None),
         ("three_categories_cpu", None),
     ],
 )
