@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from diffad.command_models import load_pipeline
 from diffad.command_options import BatchSize, Category, Device, Dtype, Model
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ def explain(
 
     Of AnomalyDenoise models that look at whole images. Exits with 4 if no image could be read.
     """
-    from diffad.cli import load_pipeline
     from diffad.inputs import find_images
 
     paths = find_images(images)

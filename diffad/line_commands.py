@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from diffad.command_models import load_model, load_pipeline
 from diffad.command_options import BadImages, BatchSize, Category, Device, Model, ModelOrFile, OnBadImage
 from diffad.model_folder import LOCK_NAME, check_folder, check_local, check_model_folder
 
@@ -63,7 +64,6 @@ def update(
 
     Of a model of `diffad fit --kept-images 200`. Give all good parts of whole periods, alarms among them.
     """
-    from diffad.cli import load_pipeline
     from diffad.data import load_anomaly_dataset
     from diffad.data.checks import dataset_value_range, good_of_one_category
     from diffad.files import locked_folder
@@ -131,7 +131,6 @@ def watch(
 
     Started again, it goes on. A receiver may get an event twice: `event` tells.
     """
-    from diffad.cli import load_model
     from diffad.deployment.outbox import Outbox, http_sender, mqtt_sender
     from diffad.deployment.watch import watch_folder
 
@@ -186,7 +185,6 @@ def serve(
 
     limit_arenas()  # before there are threads
 
-    from diffad.cli import load_model
     from diffad.deployment.service import create_app
     from diffad.installation import needs_extra
 

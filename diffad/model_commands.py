@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from diffad.command_models import load_pipeline
 from diffad.command_options import Model
 from diffad.model_folder import check_folder, check_local
 
@@ -28,7 +29,6 @@ def export(
     predict, watch, serve, evaluate and benchmark take it as MODEL. int8 calibrates anew by good images, of which every
     fifth sets thresholds.
     """
-    from diffad.cli import load_pipeline
     from diffad.deployment import Runtime
     from diffad.deployment.export import export_pipeline
 
@@ -96,8 +96,6 @@ def push(
 ) -> None:
     """Uploads a saved pipeline with its model card."""
     from huggingface_hub.errors import HfHubHTTPError
-
-    from diffad.cli import load_pipeline
 
     pipeline = load_pipeline(model, "cpu")
     try:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from diffad.command_models import is_exported, load_model
 from diffad.command_options import BatchSize, Category, Device, DtypeOrOwn, ModelOrFile
 from diffad.model_folder import check_folder
 
@@ -37,7 +38,6 @@ def predict(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from diffad.cli import is_exported, load_model
     from diffad.deployment import Runtime
     from diffad.manifest import Manifest, find_inputs
     from diffad.part_verdicts import check_parts, read_parts, write_part_verdicts

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from diffad.cli import is_exported, load_model
+from diffad.command_models import is_exported, load_model
 from diffad.data import load_anomaly_dataset
 from diffad.data.checks import dataset_value_range
 from diffad.evaluation.baselines import evaluate_baseline, load_training_images

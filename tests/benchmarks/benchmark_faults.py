@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import texture, textures, tiny_pipeline, write_folder
 
 from diffad import cli
+from diffad.command_models import load_pipeline
 from diffad.predict import find_images, predict_files
 from diffad.training import train_ddpm
 
@@ -132,7 +133,7 @@ def listing(folder: Path) -> set[tuple[str, int, int]]:
 
 def parameters(model: Path) -> dict[str, str]:
     """A digest of all tensors of a saved pipeline's components, as it is loaded."""
-    pipeline = cli.load_pipeline(model, "cpu")
+    pipeline = load_pipeline(model, "cpu")
     digests = {}
     for name, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module):
@@ -223,7 +224,7 @@ def predict_job(folder: Path, count: int = 60) -> tuple:
     calibrated_pipeline(0).save_pretrained(model)
 
     def predict(output: Path) -> None:
-        predict_files(cli.load_pipeline(model, "cpu"), find_images([parts]), output, batch_size=4)
+        predict_files(load_pipeline(model, "cpu"), find_images([parts]), output, batch_size=4)
 
     return predict, lambda output: output.mkdir(), lambda output: files_below(output)
 

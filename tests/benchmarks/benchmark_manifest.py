@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import textures, tiny_extractor, tiny_pipeline, write_folder
 
 from diffad import AnomalyDenoisePipeline
-from diffad.cli import load_pipeline
+from diffad.command_models import load_pipeline
 from diffad.manifest import Manifest
 from diffad.predict import predict_files
 

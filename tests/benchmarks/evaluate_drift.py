@@ -109,7 +109,7 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 def print_power(model: str, folder: Path, calibration: int, before: int, streams: int) -> None:
-    from diffad.cli import load_pipeline
+    from diffad.command_models import load_pipeline
 
     pipeline = load_pipeline(model)
     images = [Image.open(path).convert("RGB") for path in find_images([folder])]

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from diffad.cli import load_pipeline
+from diffad.command_models import load_pipeline
 from diffad.data import load_anomaly_dataset
 from diffad.deployment import Runtime, RuntimeOutput
 from diffad.deployment.export import InspectionGraph
