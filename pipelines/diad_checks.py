@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from diffad.image_sizes import Side, as_side
 from diffad.latents import latent_factor
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
@@ -71,6 +72,14 @@ def check_settings(distance: str, sigma: float, pooling_size: int, pooling_round
             "`pooling_size` must be at least 1 and `pooling_rounds` at least 0, but they are "
             f"{pooling_size} and {pooling_rounds}."
         )
+
+
+def square_side(resolution: Side) -> int:
+    """The side of the square that the networks see; raises a ValueError where it is none."""
+    side = as_side(resolution)
+    if not isinstance(side, int):
+        raise ValueError(f"`processing_resolution` must be one side: DiAD sees squares, but it is {resolution!r}.")
+    return side
 
 
 def check_pixel_values(pixel_values: torch.Tensor, vae: Any) -> tuple[int, int]:

@@ -278,7 +278,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             size = size if match_input_resolution else grid_of(self, images.sizes[0])[:2]
         seen = as_size(self.feature_extractor.input_resolution(resolution))
         own_noise = all(one is None for one in generators) if self.runs_denoiser else None
-        check_calibration(calibration, categories, self.categories, self.precision, self.config, own_noise)
+        settings = {**self.config, "processing_resolution": as_side(resolution)}
+        check_calibration(calibration, categories, self.categories, self.precision, settings, own_noise)
 
         anomaly_maps, anomaly_scores = [], []
         starts: Any = range(0, len(images), batch_size)

@@ -55,6 +55,7 @@ from diffad.pipelines.diad_checks import (
     check_tiled_reverse_process,
     reconstruction_weights,
     skipped_steps,
+    square_side,
 )
 from diffad.pipelines.feature_maps import add_feature_maps, feature_maps, measure_features
 from diffad.pipelines.large_images import detect_large, grid_of
@@ -292,6 +293,7 @@ class DiADPipeline(DetectionPipeline):
         images = ImageSequence(image, self.value_range)
         resolution = self.processing_resolution if processing_resolution is None else processing_resolution
         check_call(images, batch_size, resolution, self.size_multiple, match_input_resolution, generator, output_type)
+        resolution = square_side(resolution)
         check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         device, calibration = self._execution_device, self.calibration
         if category is None and calibration is None:  # nothing is chosen by it
@@ -311,7 +313,13 @@ class DiADPipeline(DetectionPipeline):
             size = size if match_input_resolution else grid_of(self, images.sizes[0])[:2]
         statistics = (self.config.image_mean, self.config.image_std)
         own_noise = latents is None and all(one is None for one in generators)
-        check_calibration(calibration, categories, self.categories, self.precision, self.config, own_noise)
+        settings = {
+            **self.config,
+            "processing_resolution": resolution,
+            "num_inference_steps": num_inference_steps,
+            "strength": strength,
+        }
+        check_calibration(calibration, categories, self.categories, self.precision, settings, own_noise)
 
         anomaly_maps, anomaly_scores, reconstructions = [], [], []
         with self.progress_bar(total=math.ceil(len(images) / batch_size) * steps) as progress:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
 from diffad.calibration.feature_gaussian import feature_grid
@@ -132,19 +132,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def create_extractor(
+def divide(
+    images: Dataset, pipeline: AnomalyDenoisePipeline, args: argparse.Namespace
+) -> tuple[Dataset, Dataset | None]:
+    """One category's good images for the statistics, and those for the thresholds.
+
+    None where the former are left out in turn, or where a hash divides them later (`--kept_images`).
+    """
+    may_leave_out = args.part_pattern is None and args.calibration_fraction is None
+    if args.kept_images or (may_leave_out and pipeline.leaves_each_out(len(images))):
+        return images, None
+    training, held_out, _ = hold_out(images, args)
+    return training, held_out
+
+
+def standardise_channels(
+    extractor: TimmFeatureExtractor,
     good: Dataset,
     args: argparse.Namespace,
-    image_size: int | Sequence[Side],
     categories: list[str],
     device: torch.device,
-) -> TimmFeatureExtractor:
-    """The backbone, its channels standardised by good images spread over all of them, or later (`--kept_images`)."""
-    extractor = TimmFeatureExtractor.from_backbone(
-        args.backbone, args.feature_strides, image_size, args.backbone_weights, args.feature_layers
-    ).to(device)
-    if args.kept_images:
-        return extractor
+) -> None:
+    """By some of the statistics' images, spread over all of them."""
     chosen = np.linspace(0, len(good) - 1, min(len(good), STANDARDIZATION_IMAGES)).astype(int).tolist()
     size, region = as_size(extractor.input_resolution(args.resolution)), load_region(args, categories)
     grid = args.feature_resolution or feature_grid((size[0] // 4, size[1] // 4), extractor.num_channels)
@@ -157,12 +166,13 @@ def create_extractor(
             pixel_values = images_to_pixel_values(images, size)
             yield hide_outside(pixel_values, inside_region(region, number, size)).to(device)
 
-    return extractor.fit_standardization(batches(), as_size(grid))
+    extractor.fit_standardization(batches(), as_size(grid))
 
 
 def calibrate_category(
     pipeline: AnomalyDenoisePipeline,
     good: Dataset,
+    held_out: Dataset | None,
     name: str | None,
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -175,14 +185,12 @@ def calibrate_category(
         "accelerator": accelerator,
         "roi": args.roi,
     }
-    may_leave_out = args.part_pattern is None and args.calibration_fraction is None
-    if may_leave_out and pipeline.leaves_each_out(len(good)):
+    if held_out is None:
         pipeline.calibrate(good["image"], leave_one_out=True, **options)
         how = f"{len(good)} good images, each left out in turn for the thresholds"
         return f"{how}; {describe_rate(pipeline, name)}"
-    training, held_out, _ = hold_out(good, args)
-    pipeline.calibrate(held_out["image"], training["image"], **options)
-    how = f"{len(training)} good images, and {len(held_out)} held out for the thresholds"
+    pipeline.calibrate(held_out["image"], good["image"], **options)
+    how = f"{len(good)} good images, and {len(held_out)} held out for the thresholds"
     return f"{how}; {describe_rate(pipeline, name)}"
 
 
@@ -231,7 +239,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     image_size: int | Sequence[Side] = one_size(args.resolution)
     if args.feature_image_size is not None:
         image_size = extractor_image_size(args.feature_image_size, args.resolution, multiple)
-    extractor = create_extractor(good, args, image_size, categories, accelerator.device)
+    extractor = TimmFeatureExtractor.from_backbone(
+        args.backbone, args.feature_strides, image_size, args.backbone_weights, args.feature_layers
+    )
     if args.tile_size == "auto":
         args.tile_size = choose_tile_size(sizes, extractor.input_resolution(args.resolution), good["category"])
     if len(extractor.image_sizes) > 1:
@@ -242,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{', at one size' if multi_scale else ''}."
         )
 
-    # 2. A pipeline without a denoiser; its Gaussian and thresholds, category by category
+    # 2. A pipeline without a denoiser
     pipeline = AnomalyDenoisePipeline(
         None,
         None,
@@ -258,18 +268,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         tile_overlap=args.tile_overlap,
     ).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
+
+    # 3. The channels' scale, and category by category the Gaussian and the thresholds: by images of their own
+    divided = [divide(good.select(np.flatnonzero(of_image == category)), pipeline, args) for category in categories]
+    if not args.kept_images:
+        of_statistics = concatenate_datasets([statistics for statistics, _ in divided])
+        standardise_channels(extractor, of_statistics, args, categories, accelerator.device)
     good_images = None
-    for category in categories:
+    for category, (statistics, held_out) in zip(categories, divided, strict=True):
         name = category if len(categories) > 1 else None
-        images = good.select(np.flatnonzero(of_image == category))
         if args.kept_images:
-            good_images, how = calibrate_updatable(pipeline, images, args, accelerator)
+            good_images, how = calibrate_updatable(pipeline, statistics, args, accelerator)
             how = f"{how}; {describe_rate(pipeline, name)}"
         else:
-            how = calibrate_category(pipeline, images, name, args, accelerator)
+            how = calibrate_category(pipeline, statistics, held_out, name, args, accelerator)
         accelerator.print(f"{category}: {how}.")
 
-    # 3. Save
+    # 4. Save
     if accelerator.is_main_process:
         remove_reports(args.output_dir)  # they speak of the model that was here before
         save_updatable(pipeline, good_images, args.output_dir)

@@ -72,6 +72,9 @@ from diffad.training.loop import create_accelerator, held_output_dir, train
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 HELD_OUT_IMAGES = 32  # with one noise each: on the same every time, few show a trend
+# flags that say what networks are like
+OF_NETWORKS = ("preset", "resolution", "backbone", "backbone_weights", "feature_strides", "feature_layers")
+OF_NETWORKS += ("feature_image_size", "feature_resolution", "beta_schedule")
 AUTOMATIC = Path(__file__).parent / "configs" / "automatic.yaml"
 
 
@@ -144,8 +147,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         argv = ["--config", str(AUTOMATIC), *argv]
     args = parse_arguments(parser, argv)
     args.preset = args.preset or "paper-256"
+    # a number of steps given by hand wins over the minutes of automatic.yaml; argparse takes beginnings of a flag
     if args.minutes is not None and any(one.startswith(("--max_t", "--num_t")) for one in argv):
         args.minutes = None
+    given = [name for name in OF_NETWORKS if any(one.split("=")[0] == f"--{name}" for one in argv)]
+    if given and args.pretrained_model_name_or_path:
+        parser.error(f"--{given[0]} must be left out: the pipeline of --pretrained_model_name_or_path has its own")
     # what else only the end of the run would find
     if any(not 0 <= t < 1000 for t in args.timesteps):
         parser.error("--timesteps must lie in [0, 999]")
@@ -163,6 +170,11 @@ def create_components(
     """
     if args.pretrained_model_name_or_path:
         trained = AnomalyDenoisePipeline.from_pretrained(args.pretrained_model_name_or_path)
+        if trained.unet is None:
+            raise ValueError(
+                f"--pretrained_model_name_or_path: {args.pretrained_model_name_or_path} has no denoiser to go on with. "
+                "Give a pipeline that train_ddpm.py or `diffad train` has saved, or leave it out."
+            )
         args.resolution = trained.processing_resolution
         for network in (trained.unet, trained.feature_extractor):
             network.to(memory_format=torch.channels_last)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from diffad.calibration.feature_gaussian import leave_one_out_of_features
 from diffad.calibration.residual_gaussian import by_cell, from_cells, leave_one_out
 from diffad.calibration.triangles import identity_triangle, multiply_parts, triangle_parts
 from diffad.exporting import is_exporting
+from diffad.image_sizes import as_side
 from diffad.moments import POSITIONS_AT_ONCE
 from diffad.scoring import Measurement, resize_maps
 from diffad.warn_once import warn_once
@@ -31,6 +33,7 @@ from diffad.warn_once import warn_once
 OWN_NOISE = "own_noise"  # beside the settings: whether statistics were taken with the model's noise, where there is any
 # what an earlier version did, which had no such setting to record
 BEFORE_RECORDED = {"position_trust": 1.0, "weights": None, OWN_NOISE: False}
+MOST_UNPACKED_BYTES = 2**30  # of the whitening in full precision, four categories' or more
 # settings of earlier versions, at the values that did nothing
 GONE = {"suppression": 0.0, "position_prior_images": 8.0}
 
@@ -501,13 +504,18 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             raise ValueError(f"Category {category} is not calibrated. Call `pipe.calibrate` with its good images.")
         return count
 
-    def prepare_export(self) -> None:
-        """Lays out the whitening as a graph's constants (`triangle_parts`)."""
+    @contextmanager
+    def laid_out_for_export(self) -> Iterator[None]:
+        """Meanwhile the whitening is there as a graph's constants (`triangle_parts`)."""
         for name in ("residual", "feature"):
             if (packed := getattr(self, f"{name}_whitening")) is not None:
                 if name == "feature":
                     packed = packed.half()  # as it is saved: a pipeline that is loaded in float32 has no more digits
                 self._graph_whitening[name] = triangle_parts(packed, getattr(self, f"{name}_mean").shape[2])
+        try:
+            yield
+        finally:
+            self._graph_whitening.clear()
 
     def _whitening_parts(self, name: str, category: Any) -> list[torch.Tensor]:
         """One category's whitening at P positions or cells, as `triangle_parts`."""
@@ -517,7 +525,12 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             packed = getattr(self, f"{name}_whitening")[category]
             parts = triangle_parts(packed, getattr(self, f"{name}_mean").shape[2])
             self._whitening[name, category] = [part.float() for part in parts]
+            while len(self._whitening) > 1 and self._unpacked_bytes() > MOST_UNPACKED_BYTES:
+                self._whitening.pop(next(iter(self._whitening)))  # the oldest
         return self._whitening[name, category]
+
+    def _unpacked_bytes(self) -> int:
+        return sum(part.nbytes for parts in self._whitening.values() for part in parts)
 
     def normalize(self, maps: torch.Tensor, category: torch.Tensor) -> torch.Tensor:
         """Smoothed maps (N, S, H, W) in standard deviations above what good images show at that pixel."""
@@ -601,6 +614,8 @@ def changed_settings(recorded: Mapping[str, Any] | None, settings: Mapping[str, 
         if name == "weights" and value is not None:  # of which only the ratio counts
             total = sum(value.values())
             return {of: weight / total for of, weight in value.items() if weight}
+        if name == "processing_resolution":
+            return as_side(value)
         return list(value) if isinstance(value, (list, tuple)) else value  # a file knows no tuples
 
     recorded, settings = {**BEFORE_RECORDED, **recorded} if recorded else {}, {**GONE, **settings} if settings else {}

@@ -8,6 +8,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -245,9 +246,9 @@ def traced_onnx(graph: InspectionGraph) -> Any:
     samples = graph.noise[..., 0, 0, 0].numel()  # of the denoiser, for each image
     batch = torch.export.Dim("batch", max=max(2, MOST_SAMPLES // max(1, samples)))
     shapes = {name: {0: batch} if name == "image" else None for name in inputs}
-    if pipeline.calibration is not None:
-        pipeline.calibration.prepare_export()
-    with torch.no_grad(), warnings.catch_warnings():
+    calibration = pipeline.calibration
+    laid_out = nullcontext() if calibration is None else calibration.laid_out_for_export()
+    with torch.no_grad(), warnings.catch_warnings(), laid_out:
         warnings.simplefilter("ignore")  # of torch to itself
         outputs = graph(**inputs)  # once, so that what is made once is made
         pipeline.reset_schedule()

@@ -8,7 +8,7 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
@@ -31,7 +31,7 @@ from diffad.warn_once import warn_once
 
 # ONNX Runtime's names of what it computes on
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-# In float32 as the calibration, not in TF32, which CUDA's would take; what TensorRT cannot run goes to CUDA
+# In float32, not in TF32, which CUDA's would take; what TensorRT cannot run goes to CUDA
 CUDA = (PROVIDERS["cuda"], {"use_tf32": "0"})
 PROVIDER_OPTIONS = {"cuda": [CUDA], "tensorrt": [PROVIDERS["tensorrt"], CUDA]}
 OPENVINO_PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -269,21 +269,26 @@ class Runtime:
                 "file's weights are damaged: export the model again."
             )
         output = RuntimeOutput(**values, reconstruction=pictures)
+        if self.metadata.smallest_area:
+            output = self._without_small_peaks(output)
         return self._judged(output, category) if self._judges and self.has_thresholds else output
 
-    def _judged(self, output: RuntimeOutput, category: int) -> RuntimeOutput:
-        """Maps and scores less what is smaller than the smallest area, with verdicts by the metadata's thresholds."""
-        known, maps, scores = self.metadata, output.anomaly_map, output.anomaly_score
+    def _without_small_peaks(self, output: RuntimeOutput) -> RuntimeOutput:
+        """Maps less what is smaller than the smallest area, and the scores of what is left: no graph has that."""
+        known, maps = self.metadata, output.anomaly_map
         size = (maps.shape[1], maps.shape[2])
-        if known.smallest_area:
-            smallest, inside = num_smallest(known.smallest_area, size), self.inside_region(size)
-            maps = np.stack([np.minimum(one, np.float32(level_of_area(one, smallest))) for one in maps])
-            pixels = maps[:, inside]
-            count = max(1, math.ceil(known.score_fraction * pixels.shape[1]))
-            scores = np.partition(pixels, -count, axis=1)[:, -count:].mean(axis=1, dtype=np.float32)
-            peak, mean = pixels.max(axis=1)[:, None, None], pixels.mean(axis=1)[:, None, None]
-            maps = maps - np.float32(known.contrast) * np.minimum(peak - maps, peak - mean)  # `heighten_contrast`
-            maps = np.where(inside, maps, np.float32(0.0))
+        smallest, inside = num_smallest(known.smallest_area, size), self.inside_region(size)
+        maps = np.stack([np.minimum(one, np.float32(level_of_area(one, smallest))) for one in maps])
+        pixels = maps[:, inside]
+        count = max(1, math.ceil(known.score_fraction * pixels.shape[1]))
+        scores = np.partition(pixels, -count, axis=1)[:, -count:].mean(axis=1, dtype=np.float32)
+        peak, mean = pixels.max(axis=1)[:, None, None], pixels.mean(axis=1)[:, None, None]
+        maps = maps - np.float32(known.contrast) * np.minimum(peak - maps, peak - mean)  # `heighten_contrast`
+        return replace(output, anomaly_map=np.where(inside, maps, np.float32(0.0)), anomaly_score=scores)
+
+    def _judged(self, output: RuntimeOutput, category: int) -> RuntimeOutput:
+        """With verdicts by the metadata's thresholds."""
+        known, maps, scores = self.metadata, output.anomaly_map, output.anomaly_score
         normal = np.array(known.normal_scores[category], dtype=np.float32)
         lowest = scores - np.float32(ROUNDING) * np.abs(scores)
         at_least = (normal >= lowest[:, None]).sum(axis=1)

@@ -148,4 +148,6 @@ def test_other_settings_at_use_warn(caplog, tmp_path):
         AnomalyDenoisePipeline.from_pretrained(tmp_path)(texture(0))
         assert "other settings" not in caplog.text
         AnomalyDenoisePipeline.from_pretrained(tmp_path, alpha=0.75)(texture(0))
-    assert "calibrated with other settings (alpha)" in caplog.text
+        assert "calibrated with other settings (alpha)" in caplog.text
+        AnomalyDenoisePipeline.from_pretrained(tmp_path)(texture(0), processing_resolution=32)
+    assert "calibrated with other settings (processing_resolution)" in caplog.text

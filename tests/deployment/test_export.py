@@ -242,6 +242,20 @@ def test_a_region_of_interest_and_a_smallest_area_are_inside(tmp_path):
             assert_equal(actual, {name: getattr(expected, name) for name in OUTPUTS})
 
 
+def test_a_smallest_area_is_inside_without_thresholds(tmp_path):
+    pipeline = without_denoiser()
+    good = [np.asarray(Image.fromarray(one).resize((24, 24))) for one in textures(2)]
+    region = np.zeros((32, 32), dtype=bool)
+    region[4:, 8:] = True
+    pipeline.calibrate(good, leave_one_out=True, roi=region, smallest_area=0.1)
+    assert not pipeline.has_thresholds
+    images = [np.asarray(Image.fromarray(one).resize((24, 24))) for one in IMAGES]
+    expected, actual = pipeline(images), Runtime(pipeline.export(tmp_path / "model.onnx"))(images)
+    assert actual.is_anomalous is None
+    for name in ("anomaly_map", "anomaly_score"):
+        assert np.allclose(getattr(actual, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+
+
 def test_a_graph_of_uint8_takes_a_cameras_pixels(models, tmp_path):
     pipeline, path = models("features")
     runtime = Runtime(pipeline.export(tmp_path / "camera.onnx", input_type="uint8"))

@@ -42,6 +42,7 @@ from diffad.models.gaussian_feature_model import GaussianFeatureModel
 from diffad.moments import FeatureMoments
 from diffad.predict import find_images, predict_files
 from diffad.training import fit as fit_script
+from diffad.training.data import hold_out, read_good_images
 from diffad.training.feature_sizes import choose_feature_sizes, extractor_image_size, side_multiple
 
 pytestmark = [pytest.mark.usefixtures("fresh_accelerate"), pytest.mark.filterwarnings("ignore:.*cannot vouch")]
@@ -98,6 +99,18 @@ def test_distances_are_those_of_the_gaussian_feature_model():
     seen = pipeline.calibration.gaussian_map(measured.features, category, (8, 8))[:, 0]
     expected = (gaussian.squared_distance(images[:4]) / 64).log()
     torch.testing.assert_close(seen, expected, rtol=0.0, atol=5e-3)  # the whitening is kept in half precision
+
+
+def test_images_held_out_have_no_part_in_the_scale_of_channels(tmp_path):
+    folder, flags = write_folder(tmp_path / "good", 12, size=32), ("--calibration_fraction", 0.3)
+    before = fit(folder, tmp_path / "before", *flags)
+    args = fit_script.parse_args(["--train_data_dir", str(folder), *map(str, flags)])
+    _, held_out, _ = hold_out(read_good_images(args), args)
+    for path in held_out["path"]:
+        Image.fromarray(255 - np.asarray(Image.open(folder / path))).save(folder / path)
+    after = fit(folder, tmp_path / "after", *flags)
+    assert torch.equal(after.feature_extractor.channel_std, before.feature_extractor.channel_std)
+    assert not torch.equal(after.calibration.normal_scores, before.calibration.normal_scores)
 
 
 @pytest.mark.parametrize("count", [3, 12])

@@ -81,6 +81,7 @@ def test_the_shipped_configurations_are_valid(name, data):
         ((*DATA, "--on_bad_image", "ignore"), None, "--on_bad_image.*error.*skip"),
         ((*DATA, "--preset", "cpu-64", "--cache_features"), None, "--cache_features.*--rotation_degrees 0"),
         ((*DATA, "--no_such_flag"), None, "--no_such_flag"),
+        ((*DATA, "--pretrained_model_name_or_path", "m", "--backbone=a"), None, "--backbone must be left out: the pip"),
         ((*DATA, "--config", "no_such.yaml"), None, "--config: no file at no_such.yaml"),
         (DATA, "max_train_step: 5\nlearning_rates: 1\n", "sets unknown flags learning_rates, max_train_step"),
         (DATA, "preset: gpu-9000\n", "preset.*gpu-9000"),
