@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +32,7 @@ from diffad.command_options import (
 from diffad.explain_command import explain
 from diffad.line_commands import drift, serve, update, watch
 from diffad.model_commands import convert, export, push
-from diffad.model_folder import check_model_folder
+from diffad.model_folder import LOCK_NAME, check_model_folder
 from diffad.predict_command import predict
 from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
 
@@ -109,6 +110,8 @@ def training_flags(
     roi: Path | None,
 ) -> list[str]:
     """The same, as the scripts in `training` take them."""
+    if not data:
+        raise ValueError("`data` is empty. Is a variable of the shell not set?")
     source = ["--train_data_dir", data] if data == "elpv" or data.startswith("elpv/") or Path(data).exists() else []
     flags = [*(source or ["--dataset_name", data]), f"--output_dir={check_model_folder(output)}", "--seed", str(seed)]
     flags += ["--false_alarm_rate", str(false_alarm_rate), "--on_bad_image", on_bad_image.value]
@@ -235,7 +238,8 @@ def calibrate(
     import numpy as np
 
     from diffad.data import check_part_pattern, halve_parts, load_anomaly_dataset, part_index
-    from diffad.data.checks import dataset_value_range, good_of_one_category
+    from diffad.data.checks import dataset_value_range, good_of_one_category, without_copies
+    from diffad.files import locked_folder
     from diffad.model_card import REPORT_NAME, remove_reports
     from diffad.process_share import launched_processes, on_main
 
@@ -244,8 +248,14 @@ def calibrate(
     folder = check_model_folder(Path(model) if output is None else output)
     if part_pattern is not None:
         check_part_pattern(part_pattern)
-    loaded = load_anomaly_dataset(data, "train", category, dataset, on_bad_image.value)
+    try:
+        loaded = load_anomaly_dataset(data, "train", category, dataset, on_bad_image.value)
+    except ValueError:  # of a folder of images alone, `category` may say what the model calls them
+        loaded = load_anomaly_dataset(data, "train", None, dataset, on_bad_image.value)
+        if category is None or len(set(loaded["category"])) > 1:
+            raise
     good = good_of_one_category(loaded, f"`category` is needed: {data}", "one is calibrated at a time.")
+    good = without_copies(good)
     images, statistics_images = good["image"], None
     if part_pattern is not None:
         part = part_index(good["path"], part_pattern)
@@ -259,21 +269,25 @@ def calibrate(
             good.select(np.flatnonzero(chosen))["image"] for chosen in (~of_statistics, of_statistics)
         )
     accelerator = launched_processes()
-    pipeline = load_pipeline(model, device or (str(accelerator.device) if accelerator else None))
-    leave_one_out = part_pattern is None and pipeline.leaves_each_out(len(good))
-    pipeline.calibrate(
-        images,
-        statistics_images,
-        false_alarm_rate=false_alarm_rate,
-        category=category if len(pipeline.categories) > 1 else None,
-        batch_size=batch_size,
-        value_range=None if pipeline.config.value_range is not None else dataset_value_range(good),
-        roi=roi,
-        leave_one_out=leave_one_out,
-        smallest_area=smallest_area,
-        accelerator=accelerator,
-    )
-    on_main(accelerator, lambda: pipeline.save_pretrained(folder))
+    with ExitStack() as stack:
+        # of two at once, each would begin with the old model, and the later one lose what the other has set
+        folder.mkdir(parents=True, exist_ok=True)
+        on_main(accelerator, lambda: stack.enter_context(locked_folder(folder, LOCK_NAME, "`output`")))
+        pipeline = load_pipeline(model, device or (str(accelerator.device) if accelerator else None))
+        leave_one_out = part_pattern is None and pipeline.leaves_each_out(len(good))
+        pipeline.calibrate(
+            images,
+            statistics_images,
+            false_alarm_rate=false_alarm_rate,
+            category=category if len(pipeline.categories) > 1 else None,
+            batch_size=batch_size,
+            value_range=None if pipeline.config.value_range is not None else dataset_value_range(good),
+            roi=roi,
+            leave_one_out=leave_one_out,
+            smallest_area=smallest_area,
+            accelerator=accelerator,
+        )
+        on_main(accelerator, lambda: pipeline.save_pretrained(folder))
     if accelerator is not None:
         accelerator.end_training()  # a process that exits with its group still open may abort
         if not accelerator.is_main_process:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -16,6 +16,7 @@ from diffad.grey_depth import warn_of_found_range
 from diffad.images import ImageSequence, Side, as_size
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.pipelines.output import OUTPUT_TYPES
+from diffad.unicode_forms import same_name
 from diffad.warn_once import warn_once
 
 MAP_NAMES = ("kl", "feature_error", "gaussian", "nearest")  # what AnomalyDenoise joins
@@ -135,12 +136,14 @@ def category_indices(
     given = [one_or_each] * num_images if is_one else list(one_or_each)
     if len(given) != num_images:
         raise ValueError(f"`category` lists {len(given)} names for {num_images} images. Pass one, or one each.")
+    indices = []
     for name in given:
-        is_index = isinstance(name, (int, np.integer)) and not isinstance(name, bool)
-        known = name in names if isinstance(name, str) else is_index and name in range(len(names))
-        if not known:
+        known = same_name(name, names) if isinstance(name, str) else None
+        index = name if known is None else names.index(known)
+        if not isinstance(index, (int, np.integer)) or isinstance(index, bool) or index not in range(len(names)):
             raise ValueError(f"`category` {name!r} is unknown: this model knows {', '.join(names)}.")
-    return torch.tensor([names.index(name) if isinstance(name, str) else name for name in given])
+        indices.append(index)
+    return torch.tensor(indices)
 
 
 def scored_layers(score_strides: Sequence[int] | None, feature_extractor: TimmFeatureExtractor) -> list[int]:
@@ -270,3 +273,8 @@ def named_weights(weights: dict[str, float], names: Sequence[str]) -> dict[str, 
     if any(not 0.0 <= weight < math.inf for weight in weights.values()) or not sum(weights.values()):
         raise ValueError(f"`weights` must be finite, not negative and not all 0, but are {weights}.")
     return {name: float(weights.get(name, 0.0)) for name in names}
+
+
+def shares(weights: Mapping[str, float]) -> dict[str, float]:
+    """The weights of maps, divided by their sum."""
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}

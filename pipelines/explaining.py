@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from diffad.images import ImageInput, ImageSequence, as_size, images_to_pixel_values
-from diffad.pipelines.checks import check_good_images
+from diffad.pipelines.checks import MAP_NAMES, check_good_images, shares
 from diffad.region_of_interest import hide_outside, inside_region
 from diffad.scoring import outline_by_positions
 
@@ -137,15 +137,15 @@ def explain(
 
 def map_shares(pipeline: AnomalyDenoisePipeline, normalized: torch.Tensor, peak: tuple[int, int]) -> dict[str, float]:
     """What normalised maps (S, H, W) add to the joined map at a pixel, as `join_maps` weights them."""
-    weights = {name: weight / sum(pipeline.weights.values()) for name, weight in pipeline.weights.items()}
-    levels = normalized.shape[0] - pipeline.calibration.num_feature_maps
+    weights = shares(pipeline.weights)
+    named = pipeline.calibration.named_maps(normalized[None], *MAP_NAMES[:2])
+    kl = named["kl"][0]  # (T, H, W)
     of_name = {
-        f"kl at {timestep}": weights["kl"] / levels * one
-        for timestep, one in zip(pipeline.config.timesteps, normalized[:levels], strict=False)
+        f"kl at {timestep}": weights["kl"] / len(kl) * one
+        for timestep, one in zip(pipeline.config.timesteps, kl, strict=False)
     }
-    others = list(normalized[levels:])
-    errors = [weights["feature_error"] * others.pop(0) for _ in range(pipeline.calibration.num_distances)]
-    of_name |= {name: weights[name] * others.pop(0) for name in ("gaussian", "nearest") if weights[name]}
+    errors = list(weights["feature_error"] * named["feature_error"][0])
+    of_name |= {name: weights[name] * named[name][0, 0] for name in ("gaussian", "nearest") if weights[name]}
     if errors:
         rest = torch.stack([*of_name.values(), torch.zeros_like(normalized[0])]).sum(dim=0)
         if len(errors) == 2:

@@ -58,14 +58,3 @@ def feature_maps(
     if measurement.patches is not None:
         maps.append(calibration.nearest_map(measurement, category, size, sigma))
     return maps
-
-
-def add_feature_maps(
-    joined: torch.Tensor, maps: torch.Tensor, weights: Mapping[str, float], calibration: ScoreCalibration
-) -> torch.Tensor:
-    """Maps joined so far (N, H, W), and normalised `feature_maps` (N, E, H, W) times their weights."""
-    statistics = {"gaussian": calibration.feature_mean, "nearest": calibration.coreset}
-    names = [name for name, known in statistics.items() if known is not None]
-    for name, one in zip(names, maps.unbind(dim=1), strict=True):
-        joined = joined + weights[name] * one
-    return joined

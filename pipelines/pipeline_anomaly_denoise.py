@@ -27,6 +27,7 @@ from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.gaussian_feature_model import GaussianFeatureModel
 from diffad.pipelines.base import register_categories
 from diffad.pipelines.checks import (
+    MAP_NAMES,
     category_indices,
     check_calibration,
     check_call,
@@ -38,9 +39,10 @@ from diffad.pipelines.checks import (
     check_value_range,
     map_weights,
     scored_layers,
+    shares,
 )
 from diffad.pipelines.detection import DetectionPipeline
-from diffad.pipelines.feature_maps import add_feature_maps, feature_maps, measure_features
+from diffad.pipelines.feature_maps import feature_maps, measure_features
 from diffad.pipelines.large_images import detect_large, grid_of
 from diffad.pipelines.output import AnomalyOutput, ReconstructionOutput, convert_output, threshold_output
 from diffad.pipelines.pipeline_ddpm_reconstruction import DDPMReconstructionPipeline
@@ -481,17 +483,12 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         if calibration is None:
             levels = self.num_levels
             return joint_map(maps[:, :levels], maps[:, levels:], self.config.alpha if levels else 0.0)
-        normalized = calibration.normalize(maps, category)
-        levels = maps.shape[1] - calibration.num_feature_maps
-        of_features = levels + calibration.num_distances
-        weights = {name: weight / sum(self.weights.values()) for name, weight in self.weights.items()}
-        rest = torch.zeros_like(maps[:, 0])
-        if levels:
-            rest = rest + weights["kl"] * normalized[:, :levels].mean(dim=1)  # (N, H, W)
-        rest = add_feature_maps(rest, normalized[:, of_features:], weights, calibration)
-        errors = normalized[:, levels:of_features].unbind(dim=1)  # of cells, and of positions if they differ
-        joined = [rest + weights["feature_error"] * error for error in errors]
-        anomaly_map = outline_by_positions(*joined) if len(joined) == 2 else (joined or [rest])[0]
+        named = calibration.named_maps(calibration.normalize(maps, category), *MAP_NAMES[:2])
+        weights = shares(self.weights)
+        errors = named.pop("feature_error").unbind(dim=1)  # (N, H, W) of cells, and of positions if they differ
+        rest: Any = sum(weights[name] * one.mean(dim=1) for name, one in named.items() if one.shape[1])
+        joined = [rest + weights["feature_error"] * error for error in errors] or [rest]
+        anomaly_map = outline_by_positions(*joined) if len(joined) == 2 else joined[0]
         return cut_small_peaks(anomaly_map, calibration.config.smallest_area)
 
     def image_scores(self, anomaly_map: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:

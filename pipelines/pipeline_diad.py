@@ -44,6 +44,7 @@ from diffad.pipelines.checks import (
     check_tiles,
     check_value_range,
     scored_layers,
+    shares,
 )
 from diffad.pipelines.detection import DetectionPipeline
 from diffad.pipelines.diad_checks import (
@@ -57,7 +58,7 @@ from diffad.pipelines.diad_checks import (
     skipped_steps,
     square_side,
 )
-from diffad.pipelines.feature_maps import add_feature_maps, feature_maps, measure_features
+from diffad.pipelines.feature_maps import feature_maps, measure_features
 from diffad.pipelines.large_images import detect_large, grid_of
 from diffad.pipelines.output import AnomalyOutput, convert_output, threshold_output
 from diffad.region_of_interest import hide_outside, inside_region
@@ -629,13 +630,12 @@ class DiADPipeline(DetectionPipeline):
         """Eq. 10: maps (N, S, H, W) to the anomaly map (N, H, W), normalised where there is a calibration."""
         if calibration is None:
             return maps.mean(dim=1)
-        maps = calibration.normalize(maps, category)
-        of_features = maps.shape[1] - calibration.num_feature_maps + calibration.num_distances
-        weights = {name: weight / sum(self.weights.values()) for name, weight in self.weights.items()}
-        rebuilt, own = maps[:, :of_features], maps[:, of_features:]
-        # of cells and of positions, where they differ; else the mean over all layers
-        errors = rebuilt.unbind(dim=1) if calibration.num_distances == 2 else [rebuilt.mean(dim=1)]
-        joined = [add_feature_maps(weights["reconstruction"] * error, own, weights, calibration) for error in errors]
+        named = calibration.named_maps(calibration.normalize(maps, category), "layers", "reconstruction")
+        weights, layers = shares(self.weights), named["layers"]
+        # the mean over all layers, or the residual's distance (N, H, W) of cells, and of positions if they differ
+        errors = [layers.mean(dim=1)] if layers.shape[1] else named["reconstruction"].unbind(dim=1)
+        rest: Any = sum(weights[name] * named[name][:, 0] for name in ("gaussian", "nearest") if named[name].shape[1])
+        joined = [rest + weights["reconstruction"] * error for error in errors]
         anomaly_map = outline_by_positions(*joined) if len(joined) == 2 else joined[0]
         return cut_small_peaks(anomaly_map, calibration.config.smallest_area)
 

@@ -37,20 +37,21 @@ def save_whole(folder: str | os.PathLike, variant: str | None = None) -> Iterato
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    finish_saving(folder)
-    unfinished = folder / UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        for part in unfinished.iterdir():
-            if part.is_dir() and (folder / part.name).is_dir():
-                _keep_others(folder / part.name, part, variant)
-        unfinished.rename(folder / COMPLETE)
-    except BaseException:
+    with _alone(folder):  # two at once would mix their parts: the second waits
+        finish_saving(folder)
+        unfinished = folder / UNFINISHED
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    finish_saving(folder)
+        unfinished.mkdir()
+        try:
+            yield unfinished
+            for part in unfinished.iterdir():
+                if part.is_dir() and (folder / part.name).is_dir():
+                    _keep_others(folder / part.name, part, variant)
+            unfinished.rename(folder / COMPLETE)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        finish_saving(folder)
 
 
 def finish_saving(folder: str | os.PathLike) -> None:
@@ -109,7 +110,7 @@ def _link(source: str | os.PathLike, destination: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process puts the parts of `folder` into their places."""
+    """Waits until no other process is at work in `folder`."""
     try:
         import fcntl
     except ImportError:  # Windows, where a folder that is in use cannot be renamed anyway

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from torch.utils.data import Dataset as TorchDataset
 
 from diffad.data import load_anomaly_dataset
-from diffad.data.checks import dataset_value_range
+from diffad.data.checks import dataset_value_range, without_copies
 from diffad.data.image_feature import ImageFile, stored_content
 from diffad.data.parts import part_index
 from diffad.data.records import FEATURES
@@ -59,7 +59,7 @@ def read_good_images(args: argparse.Namespace) -> Dataset:
         good = keep_good_images(good)
     check_category_names(good["category"])
     labels = np.asarray(good["label"])
-    good = good.select(np.flatnonzero(labels == 0)) if labels.any() else good
+    good = without_copies(good.select(np.flatnonzero(labels == 0)) if labels.any() else good)
     if args.value_range is None:
         args.value_range = dataset_value_range(good)
     return good

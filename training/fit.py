@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,7 @@ from diffad.training.feature_sizes import (
     side_multiple,
 )
 from diffad.training.finish import save_examples, save_record
+from diffad.training.loop import held_output_dir
 
 STANDARDIZATION_IMAGES = 32  # some 80,000 positions, which tell a channel's mean and deviation
 
@@ -218,6 +220,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     limit_threads()
     accelerator = Accelerator(mixed_precision="no")
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    with held_output_dir(args, accelerator):
+        run(args, accelerator)
+    accelerator.end_training()
+
+
+def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Fits, calibrates and saves, in `--output_dir`, which is held."""
     set_seed(args.seed)  # of random weights
     started = time.time()
 
@@ -292,7 +302,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_record(args, {"categories": categories, "seconds": round(time.time() - started, 1)})
         print(f"Saved to {args.output_dir}, {time.time() - started:.0f} s.")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

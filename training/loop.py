@@ -70,10 +70,10 @@ def create_accelerator(args: argparse.Namespace, can_shard: bool = False) -> Acc
 
 @contextmanager
 def held_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> Iterator[None]:
-    """Keeps other trainings out of `--output_dir`, where checkpoints of two would be taken for one's.
+    """Keeps other runs out of `--output_dir`, where checkpoints of two would be taken for one's.
 
     Raises:
-        RuntimeError: another training holds it.
+        RuntimeError: another run holds it.
         SystemExit: so it is for the main process, of which this is none.
     """
     with ExitStack() as stack:

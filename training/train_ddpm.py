@@ -73,8 +73,8 @@ from diffad.visualization import heat_map, save_rows, to_uint8
 
 HELD_OUT_IMAGES = 32  # with one noise each: on the same every time, few show a trend
 # flags that say what networks are like
-OF_NETWORKS = ("preset", "resolution", "backbone", "backbone_weights", "feature_strides", "feature_layers")
-OF_NETWORKS += ("feature_image_size", "feature_resolution", "beta_schedule")
+OF_NETWORKS = {"preset", "resolution", "backbone", "backbone_weights", "feature_strides", "feature_layers"}
+OF_NETWORKS |= {"feature_image_size", "feature_resolution", "beta_schedule"}
 AUTOMATIC = Path(__file__).parent / "configs" / "automatic.yaml"
 
 
@@ -150,9 +150,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # a number of steps given by hand wins over the minutes of automatic.yaml; argparse takes beginnings of a flag
     if args.minutes is not None and any(one.startswith(("--max_t", "--num_t")) for one in argv):
         args.minutes = None
-    given = [name for name in OF_NETWORKS if any(one.split("=")[0] == f"--{name}" for one in argv)]
+    given = [flag for flag in (one.split("=")[0] for one in argv) if flag[2:] in OF_NETWORKS]
     if given and args.pretrained_model_name_or_path:
-        parser.error(f"--{given[0]} must be left out: the pipeline of --pretrained_model_name_or_path has its own")
+        parser.error(f"{given[0]} must be left out: the pipeline of --pretrained_model_name_or_path has its own")
     # what else only the end of the run would find
     if any(not 0 <= t < 1000 for t in args.timesteps):
         parser.error("--timesteps must lie in [0, 999]")

@@ -227,6 +227,22 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         """How many of the maps are of features: of their residual, by their Gaussian, and of the nearest patches."""
         return self.num_distances + (self.feature_mean is not None) + (self.coreset is not None)
 
+    def named_maps(self, maps: torch.Tensor, measured: str, distances: str) -> dict[str, torch.Tensor]:
+        """Maps (N, S, H, W), in the order of `score_maps`, by their names; each is (N, n, H, W), and n may be 0.
+
+        Args:
+            maps: smoothed.
+            measured: name of those that the method measures itself.
+            distances: of the residual's, which are `num_distances`; "gaussian" and "nearest" follow.
+        """
+        counts = {
+            measured: maps.shape[1] - self.num_feature_maps,
+            distances: self.num_distances,
+            "gaussian": int(self.feature_mean is not None),
+            "nearest": int(self.coreset is not None),
+        }
+        return dict(zip(counts, maps.split([*counts.values()], dim=1), strict=True))
+
     def set_residual_gaussian(self, category: int, mean: torch.Tensor, whitening: torch.Tensor) -> None:
         """Stores what `residual_gaussian` found for a category."""
         self.residual_mean[category] = mean

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
@@ -160,6 +162,35 @@ def good_of_one_category(dataset: Dataset, what: str, why: str) -> Dataset:
     if len(names := sorted(set(good["category"]))) > 1:
         raise ValueError(f"{what} holds {', '.join(names)}, and {why}")
     return good
+
+
+def without_copies(good: Dataset) -> Dataset:
+    """Good images less copies of others of their category; a warning counts them and names one.
+
+    An image whose copy is among the statistics is no new one: its score says nothing of a new part's. Files are
+    compared byte by byte, and where they are of several formats, images pixel by pixel.
+    """
+    undecoded = cast_images(good, decode=False)
+    suffixes = {os.path.splitext(path or "")[1].lower() for path in undecoded["path"]}
+
+    def digest_at(index: int) -> bytes:
+        stored = undecoded[index]["image"]
+        if len(suffixes) > 1:
+            image = read_stored(stored)
+            return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).digest()
+        content = stored_content(stored)
+        return hashlib.sha256(Path(stored["path"]).read_bytes() if content is None else content).digest()
+
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(digest_at, range(len(undecoded))))
+    first: dict[tuple[str, bytes], int] = {}
+    of_first = [first.setdefault(key, i) for i, key in enumerate(zip(good["category"], digests, strict=True))]
+    copies = [i for i, of in enumerate(of_first) if of != i]
+    if not copies:
+        return good
+    one, other = good[copies[0]]["path"], good[of_first[copies[0]]]["path"]
+    warnings.warn(f"Left out {len(copies)} good images that are copies of others: {one} of {other}.", stacklevel=2)
+    return good.select(sorted(first.values()))
 
 
 def dataset_sizes(dataset: Dataset) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,15 @@ def value_of(pipeline: AnomalyDenoisePipeline) -> float:
     assert bool((weights == weights.flatten()[0]).all())
     assert bool((pipeline.calibration.pixel_threshold == weights.flatten()[0]).all()), "mixed"
     return float(weights.flatten()[0])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of folders")
+def test_two_that_save_at_once_mix_nothing(tmp_path):
+    pipelines = [pipeline_of(value) for value in (1.0, 2.0)]
+    with ThreadPoolExecutor() as pool:
+        for _ in range(5):
+            list(pool.map(lambda pipeline: pipeline.save_pretrained(tmp_path), pipelines))  # raises what a thread does
+            assert value_of(AnomalyDenoisePipeline.from_pretrained(tmp_path)) in (1.0, 2.0)
 
 
 def test_a_failure_half_way_leaves_the_old_model(tmp_path, monkeypatch):

@@ -37,7 +37,9 @@ from diffad.calibration.feature_gaussian import (
 from diffad.cli import app
 from diffad.cli import main as diffad
 from diffad.evaluation.detectors import promise
+from diffad.files import locked_folder
 from diffad.model_card import render_model_card
+from diffad.model_folder import LOCK_NAME
 from diffad.models.gaussian_feature_model import GaussianFeatureModel
 from diffad.moments import FeatureMoments
 from diffad.predict import find_images, predict_files
@@ -111,6 +113,38 @@ def test_images_held_out_have_no_part_in_the_scale_of_channels(tmp_path):
     after = fit(folder, tmp_path / "after", *flags)
     assert torch.equal(after.feature_extractor.channel_std, before.feature_extractor.channel_std)
     assert not torch.equal(after.calibration.normal_scores, before.calibration.normal_scores)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp"])
+def test_copies_of_good_images_count_once(tmp_path, suffix):
+    """Left out in turn, an image would be scored by its copy."""
+    folder = write_folder(tmp_path / "good", 10, size=32)
+    alone = fit(folder, tmp_path / "alone")
+    for path in [*folder.iterdir()][:5]:
+        Image.open(path).save(path.with_name(f"{path.stem} - Copy{suffix}"))
+    with pytest.warns(UserWarning, match="Left out 5 good images that are copies of others: .* - Copy"):
+        copied = fit(folder, tmp_path / "copied")
+    assert torch.equal(copied.calibration.normal_scores, alone.calibration.normal_scores)
+
+
+def test_a_folder_of_images_is_of_the_category_that_is_named(tmp_path):
+    for name in ("bottle", "capsule"):
+        write_folder(tmp_path / "data" / name / "train" / "good", 5, size=32)
+    fit(tmp_path / "data", tmp_path / "model")
+    new = write_folder(tmp_path / "new", 6, size=32, first_seed=50)
+    flags = ["calibrate", str(tmp_path / "model"), "--data", str(new), "--category"]
+    CliRunner().invoke(app, [*flags, "capsule"], catch_exceptions=False)
+    pipeline = AnomalyDenoisePipeline.from_pretrained(tmp_path / "model")
+    assert [pipeline.calibration.num_good_images(i) for i in range(2)] == [5, 6]
+    with pytest.raises(ValueError, match="'cap' is unknown: this model knows bottle, capsule"):
+        CliRunner().invoke(app, [*flags, "cap"], catch_exceptions=False)
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(tmp_path):
+    write_folder(tmp_path / "good", 5, size=32)
+    (tmp_path / "model").mkdir()
+    with locked_folder(tmp_path / "model", LOCK_NAME), pytest.raises(RuntimeError, match="is being written to by"):
+        fit(tmp_path / "good", tmp_path / "model")
 
 
 @pytest.mark.parametrize("count", [3, 12])
