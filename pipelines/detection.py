@@ -29,7 +29,7 @@ from diffad.resizing import map_reach
 from diffad.scoring import Measurement, empty_measurement, heighten_contrast
 from diffad.seeding import image_generators
 
-FEWEST_IMAGES = 3  # whose covariance says something of each without it
+FEWEST_IMAGES = 3  # of fewer, none can be left out: the others need a covariance
 FEW_IMAGES = 20  # of which none can be spared for anything but statistics and thresholds
 MOST_LEFT_OUT = 1000  # of a category: their measurements wait in a temporary file of 2 to 3 GB
 MAX_STATISTICS_IMAGES = 512  # of a category: more hardly change the statistics, and the temporary file grows with them

@@ -23,9 +23,10 @@ class AnomalyOutput(BaseOutput):
     What an anomaly pipeline returns for N images. Arrays are numpy's, or torch's with `output_type="pt"`.
 
     Args:
-        anomaly_map: (N, H, W) float32, higher is more anomalous. Calibrated: in standard deviations above what good
-            images show at that pixel, less what the pipeline's `contrast` takes off; where positions share a cell's
-            covariance, so its peak. With `output_type="pil"` a list of mode "F" images.
+        anomaly_map: (N, H, W) float32, higher is more anomalous. Calibrated: how many standard deviations a pixel lies
+            above good images' maps there. `contrast` lowers all but the peak. Where a cell of the residual's covariance
+            covers several positions, only the peak is in these units. With `output_type="pil"` a list of mode "F"
+            images.
         anomaly_score: (N,) float32, higher is more anomalous.
         reconstruction: (N, H, W, 3) in [0, 1] ((N, 3, H, W) as tensors; PIL images), or None where the method makes
             none.

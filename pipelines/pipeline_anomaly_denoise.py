@@ -332,10 +332,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         pixel_values: torch.Tensor,
         noise: torch.Tensor,
         category: torch.Tensor,
-        timesteps: Sequence[int] | None = None,
-        layers: Sequence[int] | None = None,
         feature_size: tuple[int, int] | None = None,
-        with_kl: bool = False,
     ) -> Measurement:
         """What the networks say of images, in one pass for all of them and all noise levels.
 
@@ -343,24 +340,21 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             pixel_values: (N, 3, R', R') in [-1, 1].
             noise: standard normal, (N, T, 3, R, R).
             category: (N,) integers; a unified model's class labels.
-            timesteps: the T noise levels; None takes the pipeline's.
-            layers: indices of the feature extractor's layers; None takes those that are scored.
             feature_size: rows and columns of the features that have a Gaussian; None takes `feature_resolution`.
-            with_kl: measures the KL even where it has no weight, for other settings that share the pass.
 
         Returns:
-            KL maps (N, T, R, R) in nats, averaged over the colours, and the residual (N, T, C, h, w) of the layers'
-            features. Where no KL counts its maps are 0, and the denoiser ends with the features.
+            KL maps (N, T, R, R) in nats, averaged over the colours, and the residual (N, T, C, h, w) of the scored
+            layers' features. Where no KL counts its maps are 0, and the denoiser ends with the features.
         """
         extractor = self.feature_extractor
         backbone_layers = extractor.layers(pixel_values.to(extractor.dtype))  # each (N, C_i, h_i, w_i)
         grid = feature_size or self.feature_resolution
         features, patches = measure_features(extractor, backbone_layers, self.weights, grid)  # (N, C, h, w) each
         if features is not None:
-            features = self._of_layers(features[:, None], layers)[:, 0]
-        if not self.runs_denoiser:
-            return Measurement(maps=noise[:, :, 0], features=features, patches=patches)  # no KL: (N, 0, R, R)
-        levels = list(self.config.timesteps if timesteps is None else timesteps)
+            features = self._of_scored_layers(features[:, None])[:, 0]
+        if not self.runs_denoiser:  # no noise, and no KL: (N, 0, R, R)
+            return Measurement(maps=noise[:, :0, 0], features=features, patches=patches)
+        levels = list(self.config.timesteps)
         count, size = noise.shape[:2], tuple(noise.shape[-2:])
 
         # a. x_t of every image at every level: (N * T, 3, R, R), DDPM eq. 4
@@ -372,7 +366,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         class_labels = category.repeat_interleave(len(levels)) if self.unet.config.num_class_embeds else None
         # channels last: convolutions in half precision take two thirds of the time, on CPUs as on tensor cores
         sample = noisy.to(self.unet.dtype, memory_format=torch.channels_last)
-        needs_kl = with_kl or bool(self.weights["kl"])
+        needs_kl = bool(self.weights["kl"])
         prediction = self.unet(sample, t, class_labels=class_labels, features_only=not needs_kl)
 
         # c. KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) (eq. 8): (N, T, R, R)
@@ -384,15 +378,14 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         # d. f(x_0) - f_theta(x_t, t) (eq. 10), of the layers that are scored: (N, T, C, h, w)
         predicted = prediction.features.float().unflatten(0, count)
         true = extractor.standardize(backbone_layers, tuple(predicted.shape[-2:])).float()  # (N, C, h, w)
-        return Measurement(kl, self._of_layers(true[:, None] - predicted, layers), features, patches)
+        return Measurement(kl, self._of_scored_layers(true[:, None] - predicted), features, patches)
 
-    def _of_layers(self, features: torch.Tensor, layers: Sequence[int] | None) -> torch.Tensor:
-        """(N, T, C, h, w) of all layers to those of some; None takes those that are scored."""
-        chosen = self.scored_layers if layers is None else layers
-        if list(chosen) == list(range(len(self.feature_extractor.layer_channels))):
+    def _of_scored_layers(self, features: torch.Tensor) -> torch.Tensor:
+        """(N, T, C, h, w) of all layers to those that are scored."""
+        if list(self.scored_layers) == list(range(len(self.feature_extractor.layer_channels))):
             return features  # all of them: no copy
         of_layers = features.split(self.feature_extractor.layer_channels, dim=2)
-        return torch.cat([of_layers[i] for i in chosen], dim=2)
+        return torch.cat([of_layers[i] for i in self.scored_layers], dim=2)
 
     @property
     def feature_resolution(self) -> tuple[int, int]:

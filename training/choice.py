@@ -41,8 +41,8 @@ NUM_FOLDS = 10  # blocks of the images, each left out in turn, as each kind is, 
 DEFECT_RESOLUTION = 256  # px a side of a square of as many, at which they are drawn
 
 
-# Of what a setting reaches. By outlines alone the KL would always count: it outlines scratches on cells, and finds
-# fewer bad cells. Which parts are bad counts first.
+# Weights of the three metrics in the objective. Finding bad parts counts most: by the pixel metrics alone the KL would
+# always be chosen, which outlines scratches better and finds fewer bad cells.
 IMPORTANCE = {"image_auroc": 0.8, "pixel_ap": 0.1, "pixel_pro": 0.1}
 
 

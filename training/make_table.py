@@ -48,6 +48,7 @@ from diffad.process_share import process_share
 from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import draw_noise, image_generator
 from diffad.training.arguments import POSITIVE, SEED, FlagParser, local_path
+from diffad.training.choice import with_settings
 from diffad.training.evaluate import add_evaluation_arguments
 
 TABLES = files("diffad.training") / "configs" / "tables"
@@ -213,9 +214,11 @@ def measure_rows(
     resolution = as_size(first.processing_resolution)
     noise_levels = sorted({timestep for pipeline in pipelines for timestep in pipeline.config.timesteps})
     noise = draw_noise((len(noise_levels), 3, *resolution), generators, pixel_values.device)
-    layer_channels = first.feature_extractor.layer_channels
-    everything = first.measure(pixel_values, noise, category, noise_levels, range(len(layer_channels)), with_kl=True)
-    layers = everything.residual.split(layer_channels, dim=2)  # L of (N, T, C_i, h, w)
+    # with an alpha at which both maps count
+    of_all = {"timesteps": noise_levels, "weights": None, "alpha": 0.5, "score_strides": None}
+    everything = with_settings(first, **of_all).measure(pixel_values, noise, category)
+    assert everything.residual is not None
+    layers = everything.residual.split(first.feature_extractor.layer_channels, dim=2)  # L of (N, T, C_i, h, w)
     for pipeline in pipelines:
         chosen = [noise_levels.index(timestep) for timestep in pipeline.config.timesteps]
         residual = torch.cat([layers[i][:, chosen] for i in pipeline.scored_layers], dim=2)

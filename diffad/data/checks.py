@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from diffad.data.masks import has_soft_edges
 from diffad.grey_depth import UnreadableImageError, is_deep, value_range_of
 from diffad.image_files import image_file_header, one_large_at_a_time, read_image
 
+FEWEST_DISTINCT = 3  # with which a model can be fitted
 SOFT_MASKS = "pixels from half of a mask's largest value on count as defect. Save masks as PNG, 0 and 255."
 
 
@@ -168,7 +170,8 @@ def without_copies(good: Dataset) -> Dataset:
     """Good images less copies of others of their category; a warning counts them and names one.
 
     An image whose copy is among the statistics is no new one: its score says nothing of a new part's. Files are
-    compared byte by byte, and where they are of several formats, images pixel by pixel.
+    compared byte by byte, and where they are of several formats, images pixel by pixel. A category keeps its copies
+    where fewer than `FEWEST_DISTINCT` would be left, as for a trial with a picture or two.
     """
     undecoded = cast_images(good, decode=False)
     suffixes = {os.path.splitext(path or "")[1].lower() for path in undecoded["path"]}
@@ -183,14 +186,16 @@ def without_copies(good: Dataset) -> Dataset:
 
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(digest_at, range(len(undecoded))))
+    categories = list(good["category"])
     first: dict[tuple[str, bytes], int] = {}
-    of_first = [first.setdefault(key, i) for i, key in enumerate(zip(good["category"], digests, strict=True))]
-    copies = [i for i, of in enumerate(of_first) if of != i]
+    of_first = [first.setdefault(key, i) for i, key in enumerate(zip(categories, digests, strict=True))]
+    distinct = Counter(category for category, _ in first)
+    copies = [i for i, of in enumerate(of_first) if of != i and distinct[categories[i]] >= FEWEST_DISTINCT]
     if not copies:
         return good
     one, other = good[copies[0]]["path"], good[of_first[copies[0]]]["path"]
     warnings.warn(f"Left out {len(copies)} good images that are copies of others: {one} of {other}.", stacklevel=2)
-    return good.select(sorted(first.values()))
+    return good.select(sorted({*range(len(good))} - {*copies}))
 
 
 def dataset_sizes(dataset: Dataset) -> list[tuple[int, int]]:
