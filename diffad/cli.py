@@ -384,6 +384,10 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = [word for word in given if word != "--debug"]
     warnings.formatwarning = lambda message, *where, **more: f"warning: {' '.join(str(message).split())}\n"
     try:
+        for before, word in zip(["", *arguments], arguments, strict=False):
+            if (not word and before.startswith("--")) or re.fullmatch("--[a-z_-]+=", word):
+                # of an empty path typer would make the working folder
+                raise ValueError(f"{word[:-1] or before} is empty. Is a variable of the shell not set?")
         app(arguments)
     except KeyboardInterrupt:
         console.print("Stopped.")

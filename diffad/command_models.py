@@ -24,6 +24,8 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None, dtype: st
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`device` is {device}, but torch finds no GPU here. Leave it out to run on what there is.")
     folder = Path(model)
+    if not os.fspath(model):
+        raise ValueError("`model` is empty. Is a variable of the shell not set?")
     if is_exported(model):
         raise ValueError(f"`model` must be a saved pipeline here, but {model} is an exported file.")
     if folder.is_dir():

@@ -38,6 +38,7 @@ LOCK_NAME = ".diffad.lock"  # stands in every folder that predict has written to
 PICTURE_FOLDERS, SHEET_NAME = ("overlays", "maps", "masks"), "most_anomalous.png"
 DRIFT_NAME = "drift.png"
 OWN_NAMES = (*PICTURE_FOLDERS, SHEET_NAME, DRIFT_NAME)  # no inputs, beside results
+REPORT_SHEETS = ("-defective.png", "-good.png")  # of an evaluation: behind the name of its report, no inputs beside it
 
 
 @cache
@@ -81,7 +82,7 @@ def list_folder(folder: str | Path) -> Folder:
     with os.scandir(folder) as listed:
         entries = sorted(listed, key=lambda entry: entry.name)
     names = {entry.name for entry in entries}
-    own = set(OWN_NAMES) if holds_results(names) else set()
+    own = _report_sheets(names) | (set(OWN_NAMES) if holds_results(names) else set())
     if _holds_model(names):  # its pictures are those of training and evaluation
         own |= {"validation", *(entry.name for entry in entries if not _is_folder(entry))}
     entries = [entry for entry in entries if entry.name not in own]
@@ -99,6 +100,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def holds_results(names: set[str]) -> bool:
     """Whether predict has written to a folder of these names; in a store there is no lock."""
     return LOCK_NAME in names or ("settings.json" in names and bool({"scores.csv", "scores.partial.csv"} & names))
+
+
+def _report_sheets(names: set[str]) -> set[str]:
+    """The pictures of evaluations whose reports, X.json and X.html, are among these names."""
+    stems = {os.path.splitext(name)[0] for name in names if name.endswith(".html")}
+    return {stem + ending for stem in stems if f"{stem}.json" in names for ending in REPORT_SHEETS} & names
 
 
 def _holds_model(names: set[str]) -> bool:
@@ -184,7 +191,7 @@ def _is_output(folder: Path) -> bool:
         names = set(os.listdir(folder))
     except OSError:
         return False
-    return (holds_results(names) or _holds_model(names)) and not images_below(folder)
+    return bool(holds_results(names) or _holds_model(names) or _report_sheets(names)) and not images_below(folder)
 
 
 def find_images(paths: Sequence[str | Path], output_dir: str | Path | None = None) -> list[Path]:

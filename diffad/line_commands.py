@@ -114,13 +114,11 @@ def update(
 
 def watch(
     model: ModelOrFile,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where images come in.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where images come in.")],
     output_dir: Annotated[Path, typer.Option("--output", metavar="DIR", help="Gets scores.csv and pictures.")],
     settle: Annotated[float, typer.Option(metavar="S", help="Seconds unchanged until a file is whole.")] = 1.0,
     poll: Annotated[bool, typer.Option("--poll", help="List the folder: for network drives.")] = False,
-    on_anomaly: Annotated[
-        str | None, typer.Option("--on-anomaly", "--on_anomaly", metavar="URL", help="Gets anomalies, JSON.")
-    ] = None,
+    on_anomaly: Annotated[str | None, typer.Option(metavar="URL", help="Gets anomalies, JSON.")] = None,
     mqtt: Annotated[str | None, typer.Option(metavar="URL", help="mqtt://host/topic gets every event.")] = None,
     category: Category = None,
     batch_size: BatchSize = 16,

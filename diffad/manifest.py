@@ -21,6 +21,7 @@ from diffad.inputs import describe_suffixes, find_images, is_image_name, is_inpu
 from diffad.installation import needs_extra
 from diffad.journal import ENCODING, MESSAGE, PLACE, VERDICT, VERDICTS, Input
 from diffad.remote_files import RemoteReader, describe_remote, is_url, list_parquet, list_remote, open_remote, part_of
+from diffad.unicode_forms import file_below
 from diffad.warn_once import warn_once
 
 SUFFIXES = (".csv", ".parquet")
@@ -262,7 +263,7 @@ class Manifest:
         if not entry:
             return Input("", "", "", "")
         path = entry if is_url(entry) else os.path.join(self.folder, entry)
-        return Input(path if is_url(path) else Path(path), entry, "", "")
+        return Input(path if is_url(path) else file_below(self.folder, entry), entry, "", "")
 
 
 def is_tar(path: str | os.PathLike) -> bool:

@@ -183,36 +183,66 @@ def remove_reports(folder: str | os.PathLike) -> None:
 
 
 def shareable(record: Any) -> Any:
-    """A copy of a JSON record without secrets, and with absolute paths cut down to their last part."""
+    """A copy of a JSON record without secrets, and with paths of this machine cut down to their last part.
+
+    Those are absolute ones, and relative ones that lead out of the working folder. `part_pattern` is no path.
+    """
     if isinstance(record, dict):
-        return {name: shareable(value) for name, value in record.items() if name not in SECRETS}
+        return {
+            name: value if name == "part_pattern" else shareable(value)
+            for name, value in record.items()
+            if name not in SECRETS
+        }
     if isinstance(record, list):
         return [shareable(value) for value in record]
     if not isinstance(record, str):
         return record
-    if _is_absolute(record):
-        return _last_part(record)
+    record = re.sub(r"""(://)[^\s/'"]*@""", r"\1", record)  # credentials
+    record = re.sub(r"""(://[^\s?'"]*)\?[^\s'"]*=[^\s'"]*""", r"\1", record)  # a query, which may sign the URL
+    return _without_paths(record)
+
+
+def _without_paths(text: str) -> str:
+    if _is_one_path(text):
+        return _last_part(text)
     # words as a shell reads them, so that '/home/alice/my parts' is one
-    return re.sub(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+|['"]""", lambda word: _without_path(word[0]), record)
+    word = r"""(?:[^\s'"]|'[^']*'|"[^"]*")+|['"]"""
+    return re.sub(rf"--part[-_]pattern\s+(?:{word})|{word}", lambda found: _without_path(found[0]), text)
 
 
 def _without_path(word: str) -> str:
     """A word of a command or a sentence; of `--data=/home/alice/parts` the flag stays."""
+    if re.match(r"""['"]?--part[-_]pattern\b""", word):
+        return word
     flag, equals, value = word.rpartition("=")
-    bare = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
-    if _is_absolute(bare):
-        last = _last_part(bare)
-        return f"{flag}{equals}{last if bare == value else shlex.quote(last)}"
-    # an apostrophe is no quotation mark
-    return re.sub(r"[^\s'\"=]+", lambda one: _last_part(one[0]) if _is_absolute(one[0]) else one[0], word)
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        shared = _without_paths(value[1:-1])
+        value = value if shared == value[1:-1] else shlex.quote(shared)
+    elif _is_one_path(value):
+        value = _last_part(value)
+    else:
+        flag, equals, value = word, "", ""
+    # an apostrophe is no quotation mark; a drive's colon, and that of a URL, is in its path
+    parts = re.split(r"""([\s'"=,;|()<>]+|::|(?<=\w\w):(?=/(?!/)|~|\.\.))""", flag)
+    return "".join(_last_part(part) if _is_private(part) else part for part in parts) + equals + value
 
 
-def _is_absolute(path: str) -> bool:
-    return PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+def _is_one_path(text: str) -> bool:
+    """Whether a text is a private path, with spaces and commas in it or without, and not several, or a command."""
+    first, *others = re.split(r"[\s,]+", text)
+    return _is_private(first) and not any(_is_private(other) or other.startswith("--") for other in others)
+
+
+def _is_private(path: str) -> bool:
+    """Whether a path may tell who runs this, or what lies beside the working folder."""
+    if "://" in path:
+        return re.match(r"(file|local):", path) is not None
+    is_absolute = PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+    return is_absolute or bool(re.match(r"~([^\W\d][^/\\]*)?[/\\]", path)) or ".." in re.split(r"[\\/]", path)
 
 
 def _last_part(path: str) -> str:
-    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1] or path
 
 
 def _data_set(description: str) -> str:

@@ -9,7 +9,9 @@ LOCK_NAME = ".diffad-training.lock"  # of what trains or updates a model, in its
 
 
 def check_local(path: str | Path) -> None:
-    """Raises a ValueError for a URL, which would become the name of a local folder."""
+    """Raises a ValueError for a URL, which would become the name of a local folder, and for an empty text."""
+    if not str(path):
+        raise ValueError("The output is an empty path. Is a variable of the shell not set?")
     if re.match(r"[a-z][a-z0-9+.-]+:/", str(path), re.IGNORECASE):  # `Path` has taken one of the two strokes away
         raise ValueError(
             f"Only `diffad predict` writes to a URL, given as text, and {path} is one. Give a local file or folder, "

@@ -18,6 +18,7 @@ from typing import Any
 
 from diffad.files import write_whole
 from diffad.journal import ENCODING, SCORES_NAME, read_rows
+from diffad.unicode_forms import file_below
 
 PART_VERDICTS_NAME = "part_verdicts.csv"
 COLUMNS = ("part", "verdict", "p_value", "pictures", "not_scored", "most_anomalous")
@@ -29,8 +30,8 @@ def read_parts(path: str | os.PathLike) -> dict[str, str]:
     """Which part each picture shows: by the picture's file, with every link resolved.
 
     Args:
-        path: CSV with the columns `image` and `part`. An image's path counts from the CSV's folder or, where no file
-            is there, from the working folder.
+        path: CSV with the columns `image` and `part`, in any case. An image's path counts from the CSV's folder or,
+            where no file is there, from the working folder.
 
     Raises:
         FileNotFoundError: there is no such file, or an image of it is missing.
@@ -41,15 +42,21 @@ def read_parts(path: str | os.PathLike) -> dict[str, str]:
         raise FileNotFoundError(f"`parts`: there is no file at {path}.")
     parts: dict[str, str] = {}
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        rows = csv.DictReader(file)
+        rows = csv.DictReader(file, skipinitialspace=True)
         try:
-            if not {"image", "part"} <= set(rows.fieldnames or ()):
-                raise ValueError(f"`parts`: {path} must have the columns image and part, but has {rows.fieldnames}.")
+            rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
+            if not {"image", "part"} <= set(rows.fieldnames):
+                raise ValueError(
+                    f"`parts`: {path} must have the columns image and part, with a comma between them, but has "
+                    f"{rows.fieldnames}."
+                )
             lines = [(rows.line_num, row["image"] or "", (row["part"] or "").strip()) for row in rows]
         except csv.Error as error:
             raise ValueError(f"`parts`: line {rows.line_num + 1} of {path} is no CSV ({error}).") from error
         for number, image, part in lines:
-            place = next((one for one in (path.parent / image, Path(image)) if one.is_file()), None)
+            names = (image, image.rstrip())  # spaces before a comma, unless they are of the file's name
+            places = (file_below(folder, name) for name in names for folder in (path.parent, ""))
+            place = next((one for one in places if one.is_file()), None)
             if place is None:
                 raise FileNotFoundError(f"`parts`: line {number} of {path} names {image!r}, which is no file.")
             if not part:

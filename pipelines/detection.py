@@ -123,6 +123,8 @@ class DetectionPipeline(AnomalyPipeline):
     ) -> DetectionPipeline:
         """Learns what normal looks like from good images, in one pass over them and constant memory.
 
+        (Those of a model of several categories are looked at once more, for what tells these apart.)
+
         Three things stand on each other: mean and covariance of the feature residual, mean and deviation of the maps,
         its Mahalanobis distances among them, and the scores of normalised maps. The first two are taken from the same
         images, each measured by the covariance of the others; the scores from images that neither has seen, so

@@ -142,6 +142,23 @@ def test_what_was_written_before_is_no_input_of_any_command(tmp_path):
     assert subfolders(parts) == []
 
 
+def test_the_pictures_of_a_report_are_no_inputs_beside_it(tmp_path):
+    parts = write_folder(tmp_path / "parts", 2)
+    for name in ("report-good.png", "report-defective.png"):
+        write_png(parts / name, textures(1)[0])
+    assert len(images_below(parts)) == 4  # another program's
+    for name in ("report.json", "report.html"):
+        (parts / name).write_text("{}")
+    write_png(parts / "part-good.png", textures(1)[0])
+    assert [path.name for path in find_images([parts])] == ["000.png", "001.png", "part-good.png"]
+    assert images_below(parts) == find_images([parts])
+    reports = tmp_path / "reports"
+    write_png(reports / "line-good.png", textures(1)[0])
+    for name in ("line.json", "line.html"):
+        (reports / name).write_text("{}")
+    assert subfolders(tmp_path) == [parts]
+
+
 def test_an_output_above_the_inputs_hides_none(tmp_path):
     today = write_folder(tmp_path / "line" / "today", 2)
     for skipped in (0, 2):

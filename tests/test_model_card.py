@@ -192,12 +192,15 @@ def test_binding_data_gives_the_weights_its_licence_and_other_data_none(pipeline
 
 def test_records_are_shared_without_secrets_and_paths_of_this_machine(tmp_path):
     record = {
-        "arguments": {"hub_token": "hf_secret", "train_data_dir": "/home/me/parts/", "config": r"C:\runs\a.yaml"},
+        "arguments": {
+            **{"hub_token": "hf_secret", "train_data_dir": "/home/me/parts/", "config": r"C:\runs\a.yaml"},
+            "part_pattern": r"/part_(\d+)/",
+        },
         "command": "diffad evaluate /home/me/model --data data/parts",
         "scores": {"tile": [{"path": "/home/me/parts/test/001.png", "score": 1.5}]},
     }
     expected = {
-        "arguments": {"train_data_dir": "parts", "config": "a.yaml"},
+        "arguments": {"train_data_dir": "parts", "config": "a.yaml", "part_pattern": r"/part_(\d+)/"},
         "command": "diffad evaluate model --data data/parts",
         "scores": {"tile": [{"path": "001.png", "score": 1.5}]},
     }
@@ -292,6 +295,22 @@ def test_binding_data_binds_every_shipped_card():
         ("run '--data=/home/alice/parts'", "run '--data=parts'"),
         ("alice's parts, in /home/alice/parts; it's hers", "alice's parts, in parts; it's hers"),
         ("run --data org/name --output runs/a.json", "run --data org/name --output runs/a.json"),
+        ("run --data ../alice/parts", "run --data parts"),
+        ("run --data ~/alice/parts --roi='~alice/my roi.png'", "run --data parts --roi='my roi.png'"),
+        ("../../home/alice/secret/parts", "parts"),
+        (r"..\alice\parts", "parts"),
+        ("../my parts", "my parts"),
+        ("file:///home/alice/parts", "parts"),
+        ("a,/home/alice/b", "a,b"),
+        ("/home/alice/x /home/alice/y", "x y"),
+        ("/usr/bin/python run.py --seed 3 data/parts", "python run.py --seed 3 data/parts"),
+        ("parts(a=/home/alice/x,b='/home/alice/my y')", "parts(a=x,b='my y')"),
+        ("zip://a.png::/home/alice/a.zip and host:/home/alice/b", "zip://a.png::a.zip and host:b"),
+        ("s3://KEY:SECRET@bucket/x, https://tok:en@host/x", "s3://bucket/x, https://host/x"),
+        ("https://host/x?sig=abc&e=1 hf://datasets/org/name@main/x", "https://host/x hf://datasets/org/name@main/x"),
+        (r"run --part_pattern '/home/(\d+)/x' --data /home/y", r"run --part_pattern '/home/(\d+)/x' --data y"),
+        (r"run '--part_pattern=/home/(\d+)/x'", r"run '--part_pattern=/home/(\d+)/x'"),
+        ("4 images / s ... ~5/s, a .. b", "4 images / s ... ~5/s, a .. b"),
     ],
 )
 def test_no_private_path_stays_in_a_command(command, shared):

@@ -118,6 +118,21 @@ def test_a_wrong_table_of_parts_is_named(tmp_path, monkeypatch):
         read_parts(tmp_path / "none.csv")
 
 
+@pytest.mark.parametrize(
+    "content", ["image, part\n000.png, a\n", "Image,Part\n000.png,a\n", "part , IMAGE \na , 000.png \n"]
+)
+def test_a_table_of_parts_is_read_as_people_write_it(tmp_path, content):
+    folder = write_folder(tmp_path / "parts", 1)
+    (folder / "parts.csv").write_text(content)
+    assert read_parts(folder / "parts.csv") == {str(folder / "000.png"): "a"}
+
+
+def test_a_table_of_parts_without_commas_is_told_of_them(tmp_path):
+    (tmp_path / "parts.csv").write_text("Image;Part\n000.png;a\n")
+    with pytest.raises(ValueError, match="columns image and part, with a comma between them"):
+        read_parts(tmp_path / "parts.csv")
+
+
 def test_predict_judges_parts_and_goes_on(calibrated, tmp_path):
     calibrated.save_pretrained(tmp_path / "model")
     folder = write_folder(tmp_path / "parts", 3, first_seed=100)

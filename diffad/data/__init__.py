@@ -22,7 +22,12 @@ Layouts, by the name that forces one:
     elpv         solar cells, from the installed package elpv-dataset (Deitsch et al., "Automatic
                  classification of defective photovoltaic module cells", 2019)
     folder       images, all of them good; or good/ and a folder for each defect, masks as in mvtec_ad
-    hub          what `datasets.load_dataset` reads: Hub data sets, parquet, image folders with metadata
+    hub          what `datasets.load_dataset` reads: Hub data sets, parquet, image folders with metadata (a
+                 metadata.csv or metadata.jsonl with file_name and one of label, defect, category, mask_file_name)
+
+A folder `good` may have another usual name: ok, normal, pass, defect_free, good_parts, ... (`diffad.data.records`).
+Where a folder has both `X.*` and `X_mask.*` (or _gt, _label), these are the masks of its images. Among good images
+they are left out, with a warning.
 
 MPDD and what else has MVTec-AD's folders is read as mvtec_ad. A folder may be a category itself (with train/ and
 test/ in it): the category's name is then the folder's.

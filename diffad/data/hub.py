@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import operator
 import os
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,31 +22,45 @@ from diffad.data.checks import cast_images, check_images
 from diffad.data.image_feature import ImageFile
 from diffad.data.layouts import choose_categories, require_good_images
 from diffad.data.masks import mask_to_array
-from diffad.data.records import FEATURES
+from diffad.data.records import FEATURES, is_good_name
+from diffad.inputs import images_below
 
-GOOD_NAMES = ("good", "normal", "ok", "0", "0.0", "false")  # values of `label` and `defect`, in any case
+TABLES = (".parquet", ".arrow")
+# a part of a folder's name by which `datasets` takes what is in it for a split
+SPLIT_NAME = re.compile(
+    r"(^|[-._ 0-9])(train|training|validation|valid|dev|val|test|testing|eval|evaluation)($|[-._ 0-9])"
+)
+FILES_COUNT = (
+    "If its tables are of another program's (.parquet, .arrow, metadata.*), and the image files count, give the "
+    "`dataset` 'folder' (--dataset folder)."
+)
 
 
 def is_loadable(root: Path) -> bool:
-    """Whether a folder holds parquet or arrow files, or the metadata of an image folder."""
-    for file in root.rglob("*"):
-        if any(part.startswith(".") for part in file.relative_to(root).parts):
-            continue
-        if file.suffix in (".parquet", ".arrow") or _is_image_metadata(file):
-            return True
-    return False
+    """Whether a folder holds parquet or arrow files, or metadata of an image folder with a column that is read here."""
+    read = {"label", "defect", "category", "mask_file_name"}
+    return any(file.suffix in TABLES or read & _metadata_columns(file) for file in _visible_files(root))
 
 
-def _is_image_metadata(file: Path) -> bool:
-    """Whether a file lists images as `datasets`' image folders do; other tools have a metadata.csv of other columns."""
+def _visible_files(root: Path) -> Iterator[Path]:
+    return (file for file in root.rglob("*") if not any(part.startswith(".") for part in file.relative_to(root).parts))
+
+
+def _metadata_columns(file: Path) -> set[str]:
+    """The columns of a table that lists images as `datasets`' image folders do; none of any other file."""
+    columns: set[str] = set()
     if file.name not in ("metadata.csv", "metadata.jsonl"):
-        return False
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            columns = next(csv.reader(lines), []) if file.suffix == ".csv" else list(json.loads(next(lines, "{}")))
-    except (OSError, ValueError, TypeError, csv.Error):
-        return False
-    return any(re.fullmatch(r"(.+_)?file_names?", str(column)) for column in columns)
+        return columns
+    with (
+        contextlib.suppress(OSError, ValueError, TypeError, csv.Error),  # what was read until then counts
+        file.open(encoding="utf-8-sig", newline="") as lines,
+    ):
+        if file.suffix == ".csv":
+            columns.update(next(csv.reader(lines), []))
+        else:
+            for line in lines:  # each may leave columns out
+                columns.update(map(str, json.loads(line)))
+    return columns if any(re.fullmatch(r"(.+_)?file_names?", column) for column in columns) else set()
 
 
 def load_hub_dataset(
@@ -57,21 +73,25 @@ def load_hub_dataset(
 ) -> Dataset | IterableDataset:
     """Loads a split by `datasets.load_dataset` and maps its columns; arguments as in `load_anomaly_dataset`.
 
-    Only `image` is needed. `label` may hold classes (one of them named good, normal or ok), 0 and 1, booleans
+    Only `image` is needed. `label` may hold classes (one of them named good, normal, ok, ...), 0 and 1, booleans
     or strings. Without it, `defect` tells which images are good, then whether `mask` is above 0 anywhere;
     with none of these, all are good. `category` defaults to the data set's name. A mask of a good image stays.
     """
     try:
+        if os.path.isdir(path) and not load_dataset_kwargs:
+            load_dataset_kwargs = _check_image_folder(Path(path))
         loaded = datasets.load_dataset(path, split=split, streaming=streaming, **load_dataset_kwargs)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"`path_or_hub_id`: there is no folder {path!r}, and no data set of that name on the Hub: {error}"
         ) from error
+    except ValueError as error:
+        advice = f" {FILES_COUNT}" if os.path.isdir(path) else ""
+        raise ValueError(f"{path}: {str(error).rstrip('.')}.{advice}") from error
     features = loaded.features or {}
     if "image" not in features:
         raise ValueError(
-            f"{path} has no column 'image', only {list(features)}: rename the one with images. If its tables are of "
-            "another program's (.parquet, .arrow, metadata.*), and the image files count, give the `dataset` 'folder'."
+            f"{path} has no column 'image', only {list(features)}: rename the one with images. {FILES_COUNT}"
         )
     for column in {"image", "mask"} & features.keys():
         loaded = loaded.cast_column(column, datasets.Image(decode=False))
@@ -98,6 +118,36 @@ def load_hub_dataset(
     if split.startswith("train"):
         require_good_images(loaded, chosen, path)
     return loaded
+
+
+def _check_image_folder(root: Path) -> dict[str, Any]:
+    """Arguments of `load_dataset` for a folder of images that metadata describe, none for another.
+
+    With them no image gets a split by its own name. Warns of images in no split, as no metadata list them.
+    """
+    files = list(_visible_files(root))
+    metadata = [file for file in files if _metadata_columns(file)]
+    if not metadata or any(file.suffix in TABLES for file in files):
+        return {}
+    images = images_below(root)
+    folders = {part for image in images for part in image.relative_to(root).parts[:-1]}
+    is_split = any(map(SPLIT_NAME.search, folders)) or (root / "README.md").exists()  # a card may name splits
+    arguments = {} if is_split else {"data_files": {"train": "**"}}
+    used = set()
+    for rows in datasets.load_dataset(str(root), streaming=True, **arguments).values():
+        columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+        for column in columns:
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        for row in rows.select_columns(columns):
+            used |= {os.path.realpath(row[column]["path"]) for column in columns if row[column]}
+    left_out = [image for image in images if os.path.realpath(image) not in used]
+    if left_out:
+        warnings.warn(
+            f"{len(left_out)} of {len(images)} images below {root} are left out, {left_out[0]} first: they are not "
+            f"listed in {metadata[0]}, or lie in the folder of no split. {FILES_COUNT}",
+            stacklevel=4,
+        )
+    return arguments
 
 
 def _stream_records(
@@ -138,11 +188,11 @@ def _describe(row: dict, features: Features, path: str) -> dict[str, Any]:
     label, defect, mask = text("label"), text("defect"), row.get("mask")
     if label is not None:
         classes = getattr(features["label"], "names", None) or ["good"]
-        if not any(name.strip().casefold() in GOOD_NAMES for name in classes):
+        if not any(map(_is_good, classes)):
             raise ValueError(f"{path}: a class of `label` must be named 'good', but they are {classes}.")
-        good = label.casefold() in GOOD_NAMES
+        good = _is_good(label)
     elif defect is not None:
-        good = defect.casefold() in GOOD_NAMES
+        good = _is_good(defect)
     else:
         good = mask is None or not mask_to_array(ImageFile().decode_example(mask)).any()
     named = isinstance(features.get("label"), ClassLabel) or isinstance(row.get("label"), str)
@@ -153,3 +203,8 @@ def _describe(row: dict, features: Features, path: str) -> dict[str, Any]:
         "category": text("category") or os.path.basename(path),
         "defect": "good" if good else defect or "defective",
     }
+
+
+def _is_good(value: str) -> bool:
+    """Of `label` or `defect`."""
+    return is_good_name(value) or value.strip().casefold() in ("0", "0.0", "false")

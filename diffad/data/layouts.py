@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import unicodedata
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -22,30 +22,33 @@ from datasets import Dataset
 
 from diffad.data.kolektor import find_kolektor, find_kolektor_2, read_kolektor, read_kolektor_2
 from diffad.data.real_iad import find_real_iad
-from diffad.data.records import GOOD_NAMES, SPLITS, check_split, is_good_name, make_record, read_listed
+from diffad.data.records import SPLITS, check_split, is_good_name, make_record, read_listed
 from diffad.inputs import describe_suffixes, images_below, list_folder, subfolders
+from diffad.unicode_forms import composed, same_name
+from diffad.warn_once import warn_once
 
 MASK_FOLDERS = ("ground_truth", "groundtruth", "masks", "mask", "gt", "annotations")  # in any case; the first counts
+MASK_NAME = re.compile(r"(.+)_(mask|gt|label)", re.IGNORECASE)  # of a mask that lies beside its image
 
 
 def _child(folder: Path, *names: str) -> Path:
     """The folder in a folder that has one of these names, in any case; by the first of them where there is none."""
     exact = next((folder / name for name in names if (folder / name).is_dir()), None)
     if exact is None and folder.is_dir():
-        wanted = {_composed(name) for name in names}
-        exact = next((one for one in subfolders(folder) if _composed(one.name.casefold()) in wanted), None)
+        wanted = {composed(name) for name in names}
+        exact = next((one for one in subfolders(folder) if composed(one.name.casefold()) in wanted), None)
     return exact or folder / names[0]
 
 
-def _composed(name: str) -> str:
-    """In Unicode's composed form: archives from macOS hold the other one, which looks the same."""
-    return unicodedata.normalize("NFC", name)
+def _good_folders(folder: Path) -> list[Path]:
+    return [one for one in subfolders(folder) if is_good_name(one.name)] if folder.is_dir() else []
 
 
 def _has_folder(folder: Path, marker: str) -> bool:
-    """Whether a folder has one at `marker`, a path in lower case, whatever its case."""
+    """Whether a folder has one at `marker`, a path in lower case, whatever its case; `good` is any of its names."""
     for name in marker.split("/"):
-        folder = _child(folder, name)
+        good = _good_folders(folder) if name == "good" else []
+        folder = good[0] if good else _child(folder, name)
     return folder.is_dir()
 
 
@@ -61,9 +64,10 @@ def choose_categories(category: str | Sequence[str] | None, found: Iterable[str]
     one_or_more: Any = category
     is_one = isinstance(category, str) or not hasattr(category, "__iter__")
     chosen = [one_or_more] if is_one else list(dict.fromkeys(one_or_more))
-    if not chosen or any(name not in found for name in chosen):
+    known = [same_name(name, found) if isinstance(name, str) else None for name in chosen]
+    if not known or None in known:
         raise ValueError(f"`category` must be among {sorted(found)}, those of {where}, but is {category!r}.")
-    return chosen
+    return list(dict.fromkeys(name for name in known if name is not None))
 
 
 def require_good_images(dataset: Dataset, categories: Iterable[str], where: Path | str) -> None:
@@ -155,13 +159,13 @@ def warn_of_other_folders(root: Path, found: dict[str, Any]) -> None:
 def _masks_by_name(images: list[Path], image_folder: Path, mask_folder: Path) -> list[Path]:
     """Masks named as their images, or with `_mask` behind the name; extensions and Unicode forms may differ."""
     masks = {str(mask.relative_to(mask_folder).with_suffix("")): mask for mask in images_below(mask_folder)}
-    composed = {_composed(name): mask for name, mask in masks.items()}
+    by_name = {composed(name): mask for name, mask in masks.items()}
     paired = []
     for image in images:
         stem = str(image.relative_to(image_folder).with_suffix(""))
         names = (f"{stem}_mask", stem)
         mask = next((masks[name] for name in names if name in masks), None)
-        mask = mask or next((composed[_composed(name)] for name in names if _composed(name) in composed), None)
+        mask = mask or next((by_name[composed(name)] for name in names if composed(name) in by_name), None)
         if mask is None and images_below(mask_folder / stem):  # a mask for each defect, as MVTec LOCO has them
             mask = mask_folder / stem
         if mask is None:
@@ -191,6 +195,39 @@ def _mask_folders(images: list[Path], image_folder: Path, mask_folder: Path) -> 
     return folders
 
 
+def _set_masks_apart(images: list[Path]) -> tuple[list[Path], dict[Path, Path]]:
+    """Images, and apart from them the masks `X_mask.*` beside `X.*`, by the image's path without its suffix."""
+    stems = {image.with_suffix("") for image in images}
+    others, masks = [], {}
+    for image in images:
+        named = MASK_NAME.fullmatch(image.stem)
+        if named and image.with_name(named[1]) in stems:
+            masks[image.with_name(named[1])] = image
+        else:
+            others.append(image)
+    return others, masks
+
+
+def _masks_beside(images: list[Path], masks: dict[Path, Path]) -> list[Path]:
+    for image in images:
+        if image.with_suffix("") not in masks:
+            raise FileNotFoundError(
+                f"There is no mask for {image}: expected {image.stem}_mask.* beside it, as other images have one."
+            )
+    return [masks[image.with_suffix("")] for image in images]
+
+
+def _warn_of_masks_beside(masks: dict[Path, Path], reason: str) -> None:
+    if masks:
+        first = next(iter(masks.values()))
+        warnings.warn(f"{len(masks)} masks beside images are left out, {first} first. {reason}", stacklevel=3)
+
+
+def _tell_defects(base: Path, defects: list[Path]) -> None:
+    names = ", ".join(one.name for one in defects)
+    warn_once(f"{base} has no masks. Images in {names} count as defective, and those in a folder named `good` as good.")
+
+
 def _read_class(
     category: str,
     defect: str,
@@ -198,12 +235,17 @@ def _read_class(
     mask_folder: Path | None,
     pair: Callable = _masks_by_name,
 ) -> Iterator[dict]:
-    images = images_below(image_folder)
+    images, beside = _set_masks_apart(images_below(image_folder))
     if not images:
         raise no_images(image_folder)
-    masks = [None] * len(images)
-    if mask_folder is not None and defect != "good":
+    masks: Sequence[Path | None] = [None] * len(images)
+    if defect == "good":
+        _warn_of_masks_beside(beside, "The images count as good, whatever their masks show.")
+    elif mask_folder is not None:
         masks = pair(images, image_folder, mask_folder)
+        _warn_of_masks_beside(beside, f"The masks are those in {mask_folder}.")
+    elif beside:
+        masks = _masks_beside(images, beside)
     for image, mask in zip(images, masks, strict=True):
         yield make_record(image, category, defect, mask)
 
@@ -211,7 +253,7 @@ def _read_class(
 def _read_tree(category: str, folder: Path, split: str, pair: Callable = _masks_by_name) -> Iterator[dict]:
     """A folder for each class, in a folder for each split; masks in `ground_truth`: MVTec-AD and the like."""
     base = _split_folder(folder, split)
-    good = [f for f in subfolders(base) if is_good_name(f.name)]
+    good = _good_folders(base)
     defects = [f for f in subfolders(base) if f not in good and not _is_mask_folder(f)]
     for one in good:
         yield from _read_class(category, "good", one, None)
@@ -229,9 +271,13 @@ def _read_tree(category: str, folder: Path, split: str, pair: Callable = _masks_
             "model that was trained on them scores better on this test than on new parts.",
             stacklevel=2,
         )
+    records: list[dict] = []
     for defect in defects:
         masks = _child(ground_truth, defect.name, defect.name.casefold()) if ground_truth else None
-        yield from _read_class(category, defect.name, defect, masks, pair)
+        records += _read_class(category, defect.name, defect, masks, pair)
+    if records and not any(record["mask"] for record in records):
+        _tell_defects(base, defects)
+    yield from records
 
 
 def _read_unsorted(category: str, base: Path, split: str, defects: list[Path]) -> Iterator[dict]:
@@ -240,7 +286,7 @@ def _read_unsorted(category: str, base: Path, split: str, defects: list[Path]) -
     if any(images_below(f) for f in classes):  # they may be defects, so nothing here is known to be good
         others = ", ".join(f.name for f in classes)
         raise ValueError(f"{base} has no good images: expected {base / 'good'}, but there are only {others}.")
-    images = [image for image in images_below(base) if image.parent == base]
+    images, beside = _set_masks_apart([image for image in images_below(base) if image.parent == base])
     if not images:
         raise no_images(base)
     if split == "test":
@@ -248,20 +294,23 @@ def _read_unsorted(category: str, base: Path, split: str, defects: list[Path]) -
             f"{base} holds images without labels: for a test sort them into {base / 'good'} and a folder for "
             "each kind of defect."
         )
+    _warn_of_masks_beside(beside, "The images count as good, whatever their masks show.")
     for image in images:
         yield make_record(image, category, "good", None)
 
 
 def _find_folder(root: Path) -> dict[str, Path]:
-    return (_find_categories(root, GOOD_NAMES) or {root.name: root}) if images_below(root) else {}
+    return (_find_categories(root, ["good"]) or {root.name: root}) if images_below(root) else {}
 
 
 def _read_mvtec_3d(category: str, folder: Path, split: str) -> Iterator[dict]:
     base = _split_folder(folder, split)
-    good = [f for f in subfolders(base) if is_good_name(f.name)]
+    good = _good_folders(base)
     classes = subfolders(base) if split == "test" else good or [base / "good"]
     has_ground_truth = any(_child(f, "gt").is_dir() for f in classes)
     _warn_of_loose_images(base)
+    if not has_ground_truth and (defects := [f for f in classes if f not in good and f.is_dir()]):
+        _tell_defects(base, defects)
     for f in classes:
         defect = "good" if f in good else f.name
         yield from _read_class(category, defect, _child(f, "rgb"), _child(f, "gt") if has_ground_truth else None)
@@ -299,7 +348,9 @@ def _read_mvtec_ad_2(category: str, folder: Path, split: str) -> Iterator[dict]:
     if split != "test":
         check_split(split, [name for name in ("train", "validation") if _child(folder, name).is_dir()], folder)
         _warn_of_loose_images(_child(folder, split))
-        yield from _read_class(category, "good", _child(_child(folder, split), *GOOD_NAMES), None)
+        good = _good_folders(_child(folder, split)) or [_child(folder, split) / "good"]
+        for one in good:
+            yield from _read_class(category, "good", one, None)
         return
     base = _child(folder, "test_public")
     classes = [one for one in subfolders(base) if not _is_mask_folder(one)]
@@ -374,7 +425,7 @@ class Layout(NamedTuple):
     is_told_by_class: bool = False  # the name of a class tells it, which a category of MVTec-AD's layout may have, too
 
 
-MVTEC_AD_MARKERS = tuple(f"{split}/{good}" for split in ("train", "test") for good in GOOD_NAMES)
+MVTEC_AD_MARKERS = ("train/good", "test/good")
 MVTEC_3D_MARKERS = ("train/good/rgb", "test/good/rgb")
 BTAD_MARKERS = ("train/ok", "test/ok")
 MVTEC_AD_2_MARKERS = ("test_public/good", "test_public/bad")

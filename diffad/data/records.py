@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,27 @@ FEATURES = Features(
     }
 )
 SPLITS = ("train", "validation", "test")
-GOOD_NAMES = ("good", "ok", "normal")  # of folders, in any case, in every layout
+GOOD_NAMES = {
+    "good",
+    "goods",
+    "ok",
+    "okay",
+    "normal",
+    "pass",
+    "passed",
+    "defectfree",
+    "nodefect",
+    "nondefective",
+    "healthy",
+    "faultless",
+    "gut",
+}
 
 
 def is_good_name(name: str) -> bool:
-    return name.strip().casefold() in GOOD_NAMES  # tables that people write have spaces behind names
+    """Whether a folder or label of this name is of good images: `Good`, `OK `, `defect-free`, `good_parts`, ..."""
+    letters = re.sub(r"[-_\s]+", "", name).casefold()  # tables that people write have spaces behind names
+    return letters in GOOD_NAMES or re.sub("(parts|images)$", "", letters) in GOOD_NAMES
 
 
 def make_record(image: Path, category: str, defect: str, mask: Path | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from diffad.data.masks import mask_to_array
 from diffad.image_files import MAX_PIXELS, read_image
 from diffad.inputs import images_below
+from diffad.unicode_forms import file_below, same_name
 
 LARGEST_SIDE = 1024  # pixels of a region that is kept: 1 MB a category
 STRETCHED = 1.1  # the factor between the ratios of two images' sides from which on a word is due
@@ -49,7 +50,7 @@ def read_roi(
                 raise FileNotFoundError(
                     f"`roi`: {path} holds {len(own)} masks, and this model has one category: give the mask's own file."
                 )
-            path = own[0] if own else path / f"{category}.png"
+            path = own[0] if own else file_below(path, f"{category}.png")
         if not path.is_file():
             raise FileNotFoundError(
                 f"`roi`: no file at {path}. Give a mask (PNG), a folder of CATEGORY.png, or COCO JSON."
@@ -85,9 +86,8 @@ def _draw_polygons(path: Path, category: str | None) -> np.ndarray:
     try:
         coco: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
         images, names = coco["images"], {one["id"]: one["name"] for one in coco.get("categories", [])}
-        chosen = [
-            one for one in coco["annotations"] if category is None or names.get(one.get("category_id")) == category
-        ]
+        known = None if category is None else same_name(category, map(str, names.values())) or category
+        chosen = [one for one in coco["annotations"] if category is None or names.get(one.get("category_id")) == known]
         drawn_on = {one.get("image_id") for one in chosen}
         if len(drawn_on) > 1:
             raise ValueError(f"polygons on {len(drawn_on)} images: keep those of one")

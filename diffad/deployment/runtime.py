@@ -27,6 +27,7 @@ from diffad.image_sizes import as_side, as_size
 from diffad.installation import needs_extra
 from diffad.regions import Region, find_regions, level_of_area, num_smallest, without_small_regions
 from diffad.resizing import region_at, resize_array
+from diffad.unicode_forms import same_name
 from diffad.warn_once import warn_once
 
 # ONNX Runtime's names of what it computes on
@@ -168,7 +169,8 @@ class Runtime:
         if category is None:
             index = 0
         elif isinstance(category, str):
-            index = names.index(category) if category in names else -1
+            known = same_name(category, names)
+            index = -1 if known is None else names.index(known)
         elif isinstance(category, (int, np.integer)) and not isinstance(category, bool):
             index = int(category)
         if index not in range(len(names)):

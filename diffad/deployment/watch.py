@@ -142,18 +142,28 @@ def _changes(folder: Path, poll: bool, tick: float, stop: threading.Event) -> It
     with needs_extra("watch"):
         from watchfiles import watch
     milliseconds = int(1000 * tick)
-    changes = watch(
-        folder,
-        watch_filter=None,
-        debounce=milliseconds,
-        step=min(50, milliseconds),
-        stop_event=stop,
-        rust_timeout=milliseconds,
-        yield_on_timeout=True,
-        raise_interrupt=False,
-    )
-    for found in changes:
-        yield [Path(path) for path in dict.fromkeys(path for _, path in found)]
+    missed: list[Path] = []
+    while not stop.is_set():
+        changes = watch(
+            folder,
+            watch_filter=None,
+            debounce=milliseconds,
+            step=min(50, milliseconds),
+            stop_event=stop,
+            rust_timeout=milliseconds,
+            yield_on_timeout=True,
+            raise_interrupt=False,
+        )
+        try:
+            for found in changes:
+                yield [*missed, *(Path(path) for path in dict.fromkeys(path for _, path in found))]
+                missed = []
+            return
+        except RuntimeError as error:
+            if "Unable to decode path" not in str(error):
+                raise
+            missed = [folder]  # watchfiles ends at a name that is no UTF-8; once it has begun again, a list has all
+            yield []  # many such names must not keep the caller waiting
 
 
 def _is_input(path: Path, folder: Path, output_dir: Path) -> bool:
@@ -252,11 +262,15 @@ def watch_folder(
         How many events were done.
 
     Raises:
-        ValueError: the folder does not exist, or `output_dir` holds results of another calibration or folder.
+        ValueError: a path is empty, the folder does not exist, or `output_dir` holds results of another calibration or
+            folder.
         FileNotFoundError: either folder was renamed or removed meanwhile (the watched one where it is not polled).
             Started again, it goes on.
         RuntimeError: another process writes to `output_dir`.
     """
+    for name, path in (("folder", folder), ("output_dir", output_dir)):
+        if not os.fspath(path):  # `Path` would take it for the working folder
+            raise ValueError(f"`{name}` is an empty path. Is a variable of the shell not set?")
     folder, output_dir = Path(os.path.realpath(folder)), Path(os.path.realpath(output_dir))
     if not folder.is_dir():
         raise ValueError(f"`folder` must be a folder, but there is none at {folder}.")

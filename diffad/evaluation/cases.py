@@ -15,6 +15,7 @@ from PIL import Image
 from diffad.data.masks import mask_to_array
 from diffad.evaluation.detectors import call_for, pixel_threshold
 from diffad.images import image_to_rgb, resize_images
+from diffad.inputs import REPORT_SHEETS
 from diffad.pipelines.output import AnomalyOutput
 from diffad.visualization import beside_overlay, save_rows, to_uint8
 
@@ -122,11 +123,12 @@ def draw_case(row: dict[str, Any], output: AnomalyOutput, position: int, thresho
 
 def save_sheets(cases: dict[str, list[Case]], path: Path) -> None:
     """Contact sheets of all categories' cases, beside `path`: one of defective images and one of good ones."""
-    for kind in ("defective", "good"):
+    for ending in REPORT_SHEETS:
+        kind = ending.removeprefix("-").removesuffix(".png")
         rows: dict[str, list[np.ndarray]] = {}
         for category, of_category in cases.items():
             for case in of_category:
                 if case.title.startswith(kind):
                     rows.setdefault(f"{category}: {case.title}", []).extend(np.hsplit(case.picture, case.columns))
         if rows:
-            save_rows(list(rows.values()), path.with_name(f"{path.stem}-{kind}.png"), row_titles=list(rows))
+            save_rows(list(rows.values()), path.with_name(path.stem + ending), row_titles=list(rows))

@@ -23,6 +23,7 @@ from diffad.evaluation.cases import draw_cases, save_sheets
 from diffad.evaluation.metric_names import BASELINE_TITLES, MEAN, METRIC_TITLES
 from diffad.evaluation.page import render_report_page
 from diffad.files import write_text_whole
+from diffad.inputs import REPORT_SHEETS
 
 # what a report must agree in with the one that it goes on with
 SETTINGS = ("model", "model_files", "data", "noise", "resolution", "pro_fpr_limit", "mixed_precision")
@@ -103,13 +104,14 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def check_output(path: Path) -> None:
-    """Raises a ValueError where a report at `path`, its tables or its page would replace files of another program's."""
+    """Raises a ValueError where a report at `path`, or what goes beside it, would replace another program's files."""
     if path.is_dir():
         raise ValueError(f"`output` must be a file, but {path} is a folder.")
     if path.exists():
         read_report(path)
         return
     beside = [path.with_suffix(suffix) for suffix in (".csv", ".md", ".html")]
+    beside += [path.with_name(path.stem + ending) for ending in REPORT_SHEETS]
     if others := [one for one in beside if one.exists()]:
         raise ValueError(f"`output`: {others[0]} would be replaced, and is of no report. Give another file.")
 

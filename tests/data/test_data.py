@@ -21,6 +21,7 @@ from diffad.data.checks import check_images
 from diffad.data.masks import mask_to_array, resize_image_and_mask
 from diffad.data.parts import halve_parts, part_index
 from diffad.images import image_to_rgb
+from diffad.warn_once import warn_once
 
 SIZE = (12, 8)  # width, height
 COLUMNS = ["image", "mask", "label", "category", "defect", "path"]
@@ -731,6 +732,7 @@ def test_hub_all_columns(tmp_path: Path, streaming: bool):
         ([" OK ", "bent "], datasets.Value("string"), "bent"),
         ([1, 0], datasets.ClassLabel(names=["bent ", " Good"]), "bent"),
         ([1, 0], datasets.ClassLabel(names=["bent", "good"]), "bent"),
+        (["defect-free", "bent"], datasets.Value("string"), "bent"),
     ],
 )
 def test_hub_labels(tmp_path: Path, values: list, feature: datasets.Value, defect: str):
@@ -792,6 +794,45 @@ def test_image_folder_with_metadata(tmp_path: Path):
     assert defects(rows) == ["good", "bent"]
     assert list(rows["label"]) == [0, 1]
     assert relative(rows, tmp_path) == ["parts/train/0.png", "parts/train/1.png"]
+
+
+def write_metadata(folder: Path, names: list[str], column: str = "label", value: str = "good") -> None:
+    """Images, all of which the table in their folder lists."""
+    for name in names:
+        write_image(folder / name)
+    (folder / "metadata.csv").write_text(f"file_name,{column}\n" + "".join(f"{name},{value}\n" for name in names))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["train_0.png", "test_0.png"])
+def test_names_of_labelled_images_are_no_splits(tmp_path: Path, name: str, streaming: bool):
+    write_metadata(tmp_path / "parts", [name, "1.png", "2.png"])
+    assert len(list(load_anomaly_dataset(tmp_path / "parts", streaming=streaming))) == 3
+    with pytest.raises(ValueError, match=r"parts: .* split.*'train'.*--dataset folder"):
+        load_anomaly_dataset(tmp_path / "parts", "test", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_that_no_table_of_labels_lists_are_told(tmp_path: Path, streaming: bool):
+    write_metadata(tmp_path / "a", ["0.png", "1.png"])
+    for name in ("a/2.png", "b/3.png"):
+        write_image(tmp_path / name)
+    with pytest.warns(UserWarning, match=r"2 of 4 .*a/2\.png first.*a/metadata\.csv.*--dataset folder"):
+        assert len(list(load_anomaly_dataset(tmp_path, streaming=streaming))) == 2
+
+
+def test_image_folder_with_metadata_in_splits_and_masks(tmp_path: Path):
+    for folder in (tmp_path / "parts/train", tmp_path / "parts/test"):
+        for name in ("0.png", "1.png"):
+            write_image(folder / name)
+        write_mask(folder / "masks/1.png")
+        (folder / "metadata.csv").write_text("file_name,mask_file_name,defect\n0.png,,good\n1.png,masks/1.png,bent\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for split in ("train", "test"):
+            rows = load_anomaly_dataset(tmp_path / "parts", split)
+            assert defects(rows) == ["good", "bent"]
+            assert_masks_mark_the_left(rows)
 
 
 def test_unreachable_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -1057,7 +1098,7 @@ def test_a_part_pattern_needs_paths():
 # Names and files that other tools and other people use
 
 
-@pytest.mark.parametrize("good", ["Good", "ok", "OK", "normal", "Normal"])
+@pytest.mark.parametrize("good", ["Good", "OK", "normal", "defect-free", "No defect", "good_parts", "OK-Images", "gut"])
 @pytest.mark.parametrize("place", ["{}", "test/{}", "bottle/{}", "bottle/test/{}"])
 def test_good_images_are_good_by_any_usual_name(tmp_path: Path, good: str, place: str):
     folder = place.format(good)
@@ -1070,6 +1111,59 @@ def test_good_images_are_good_by_any_usual_name(tmp_path: Path, good: str, place
         test = load_anomaly_dataset(tmp_path, "test")
     assert sorted(zip(test["defect"], test["label"], strict=True)) == [("dent", 1), ("good", 0)]
     assert load_anomaly_dataset(tmp_path)["defect"] == ["good"]
+
+
+def test_a_test_without_masks_says_once_which_folders_are_defects(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    warn_once.cache_clear()
+    for name in ("train/good/0.png", "test/good/1.png", "test/fine/2.png", "test/dent/3.png"):
+        write_image(tmp_path / name)
+    for _ in range(2):
+        load_anomaly_dataset(tmp_path, "test")
+    assert [record.getMessage() for record in caplog.records if "dent, fine" in record.getMessage()] == [
+        f"{tmp_path}/test has no masks. Images in dent, fine count as defective, and those in a folder named `good` as "
+        "good."
+    ]
+    caplog.clear()
+    warn_once.cache_clear()
+    for name in ("fine/2.png", "dent/3.png"):
+        write_mask(tmp_path / "ground_truth" / name)
+    load_anomaly_dataset(tmp_path, "test")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("ending", ["_mask", "_GT", "_Label"])
+def test_masks_beside_defective_images_are_theirs(tmp_path: Path, ending: str):
+    for name in ("train/good/0", "test/good/1", "test/dent/2", "test/dent/night/2", "test/dent/a_mask"):
+        write_image(tmp_path / f"{name}.bmp")
+    for name in ("dent/2", "dent/night/2", "dent/a_mask"):
+        write_mask(tmp_path / f"test/{name}{ending}.png")
+    test = load_anomaly_dataset(tmp_path, "test")
+    assert defects(test) == ["dent"] * 3 + ["good"]
+    assert_masks_mark_the_left(test)
+    (tmp_path / f"test/dent/night/2{ending}.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no mask for .*night/2\.bmp: expected 2_mask\.\* beside it"):
+        load_anomaly_dataset(tmp_path, "test")
+
+
+def test_masks_in_their_folder_count_more_than_those_beside_images(tmp_path: Path):
+    for name in ("train/good/0.png", "test/dent/2.png", "test/dent/2_mask.png"):
+        write_image(tmp_path / name)
+    write_mask(tmp_path / "ground_truth/dent/2.png")
+    with pytest.warns(UserWarning, match=r"1 masks beside images are left out.*2_mask\.png first.*ground_truth/dent"):
+        test = load_anomaly_dataset(tmp_path, "test")
+    assert len(test) == 1
+    assert_masks_mark_the_left(test)
+
+
+@pytest.mark.parametrize("folder", [".", "good", "train/good"])
+def test_masks_beside_good_images_are_left_out(tmp_path: Path, folder: str):
+    for i in range(3):
+        write_image(tmp_path / folder / f"{i}.png")
+        write_mask(tmp_path / folder / f"{i}_mask.png", value=0)
+    write_image(tmp_path / folder / "face_mask.png")  # beside no `face`
+    with pytest.warns(UserWarning, match=r"3 masks beside images are left out, .*0_mask\.png first.*count as good"):
+        train = load_anomaly_dataset(tmp_path)
+    assert [Path(path).name for path in train["path"]] == ["0.png", "1.png", "2.png", "face_mask.png"]
 
 
 def test_two_spellings_of_good_are_both_good(tmp_path: Path):
@@ -1097,8 +1191,11 @@ def test_another_tools_metadata_does_not_change_a_plain_folder(tmp_path: Path):
     (tmp_path / "metadata.csv").unlink()
     (tmp_path / "metadata.jsonl").write_text('{"camera": 3}\n')
     assert len(load_anomaly_dataset(tmp_path)) == 6
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png"}\n')
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "label": "good"}\n')
     assert len(load_anomaly_dataset(tmp_path, dataset="folder")) == 6  # forced
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text("file_name,operator\n0.png,alice\ntrain_1.png,bob\n")
+    assert len(load_anomaly_dataset(tmp_path)) == 6
 
 
 def test_links_and_service_folders_in_a_data_set(tmp_path: Path):

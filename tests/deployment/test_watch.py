@@ -23,7 +23,7 @@ from PIL import Image
 
 from diffad.deployment.outbox import Outbox, http_sender, mqtt_sender
 from diffad.deployment.watch import SettlingFiles, take_up_table, watch_folder
-from diffad.journal import COLUMNS
+from diffad.journal import COLUMNS, ENCODING
 
 pytest.importorskip("watchfiles")
 
@@ -42,7 +42,7 @@ def model(calibrated, tmp_path_factory) -> Path:
 def rows_of(output: Path) -> list[dict[str, str]]:
     if not (output / "scores.csv").is_file():
         return []
-    with open(output / "scores.csv", newline="") as file:
+    with open(output / "scores.csv", **ENCODING) as file:
         return [row for row in csv.DictReader(file) if row["verdict"]]
 
 
@@ -133,6 +133,32 @@ def test_a_broken_file_gets_time_and_then_a_row(calibrated, tmp_path):
     assert verdicts.pop("broken.png") == "unreadable"
     assert set(verdicts) == {"good.png", "paused.png"}
     assert "unreadable" not in verdicts.values()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names there are UTF-8")
+@pytest.mark.parametrize("poll", [False, True])
+def test_a_name_that_is_no_utf_8_ends_nothing(calibrated, tmp_path, poll):
+    folder, out = write_folder(tmp_path / "in", 1), tmp_path / "out"
+    with Watching(calibrated, folder, out, poll=poll):
+        wait_for(lambda: len(rows_of(out)) == 1)
+        (folder / os.fsdecode(b"notiz\xfc.txt")).touch()
+        time.sleep(0.5)
+        write_png(folder / "after.png", texture(7))
+        wait_for(lambda: len(rows_of(out)) == 2)
+        write_png(folder / "b.png", texture(8)).rename(folder / os.fsdecode(b"geh\xe4use.png"))
+        write_png(folder / "last.png", texture(9))
+        wait_for(lambda: len(rows_of(out)) == 4, 30.0)  # not only when all is listed again
+    assert all(row["verdict"] in ("normal", "anomalous") for row in rows_of(out))
+    assert len(list((out / "overlays").iterdir())) == 4
+
+
+def test_an_empty_path_is_not_the_working_folder(calibrated, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "in", 1)
+    for folder, output, name in (("", "out", "folder"), ("in", "", "output_dir")):
+        with pytest.raises(ValueError, match=f"`{name}` is an empty path. Is a variable of the shell not set"):
+            watch_folder(calibrated, folder, output, threading.Event())
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_a_file_that_still_grows_is_not_taken_for_whole(tmp_path):

@@ -128,6 +128,18 @@ def test_the_report_of_a_calibrated_model(model, data, tmp_path, capsys):
             assert sheet.width > 200
 
 
+def test_what_an_evaluation_writes_is_no_image_of_the_folder(model, tmp_path):
+    data = write_mvtec(tmp_path / "data", {"tile": 2}) / "tile"
+    run(model, data, data / "test" / "good" / "report.json")
+    assert (data / "test" / "good" / "report-good.png").is_file()
+    assert len(load_anomaly_dataset(data, "test")) == 7
+    for name in ("other-good.png", "other-defective.png"):
+        write_png(data / name, texture(1))
+        with pytest.raises(ValueError, match=rf"`output`: .*{name} would be replaced"):
+            run(model, data, data / "other.json")
+        (data / name).unlink()
+
+
 def test_padim_stands_beside_the_model(model, data, tmp_path, capsys):
     for i in range(3):
         write_png(data / "wood" / "train" / "good" / f"{i + 1:03}.png", texture(10 + i))
