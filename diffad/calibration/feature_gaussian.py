@@ -6,10 +6,13 @@ Defard et al., "PaDiM: a Patch Distribution Modeling Framework for Anomaly Detec
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
-from diffad.moments import FeatureMoments
+from diffad.calibration.triangles import multiply_parts
+from diffad.exporting import is_exporting
+from diffad.moments import POSITIONS_AT_ONCE, FeatureMoments
 
 # PaDiM's regularisation, as a share of the features' average variance; and what the features' covariances may take.
 EPSILON = 0.01
@@ -81,6 +84,47 @@ def feature_grid(size: tuple[int, int], num_channels: int) -> tuple[int, int]:
         max(1, min(rows, math.isqrt(most * rows // columns))),
         max(1, min(columns, math.isqrt(most * columns // rows))),
     )
+
+
+def feature_distances(
+    features: torch.Tensor,
+    mean: torch.Tensor,
+    whitening: list[torch.Tensor],
+    is_shared: bool = False,
+    num_seen: int = 0,
+) -> torch.Tensor:
+    """|W (f - mean)|^2 / C, the squared Mahalanobis distance of features at each position, as a mean over channels.
+
+    Args:
+        features: (N, C, P) float32, of one category.
+        mean: (P, C), and
+        whitening: W, as `triangle_parts` of (P, C (C + 1) / 2), or of (1, ...) where `is_shared`.
+        is_shared: whether all positions have one covariance.
+        num_seen: how many images the Gaussian was computed from, where these are among them, see
+            `leave_one_out_of_features`; 0 for others.
+
+    Returns:
+        (N, P).
+    """
+    num_images, num_channels, num_positions = features.shape
+    squares = []
+    # as many positions at once as a cache holds; a graph's runtime divides by itself
+    step = num_positions if is_exporting() or is_shared else POSITIONS_AT_ONCE
+    for start in range(0, num_positions, step):
+        positions = slice(start, start + step)
+        rows = (features[:, :, positions] - mean.mT[:, positions]).permute(2, 0, 1)  # (P', N, C)
+        if not is_exporting() and rows.stride(2) != 1:  # of a file; networks have channels last already
+            rows = rows.contiguous()  # torch's product takes ten times as long without
+        of_positions = whitening if step == num_positions else [part[positions] for part in whitening]
+        if is_shared:
+            rows = rows.flatten(0, 1)[None]  # (1, P' * N, C)
+        square: Any = sum(product.square().sum(dim=2) for product in multiply_parts(of_positions, rows)) / num_channels
+        squares.append(square.view(-1, num_images))  # (P', N)
+    squared = torch.cat(squares)  # (P, N)
+    if num_seen:
+        count = num_seen * num_positions if is_shared else num_seen
+        squared = leave_one_out_of_features(squared, num_channels, count)
+    return squared.mT
 
 
 def leave_one_out_of_features(distance: torch.Tensor, num_channels: int, count: int) -> torch.Tensor:

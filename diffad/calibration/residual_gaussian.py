@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from diffad.calibration.triangles import multiply_parts
 from diffad.moments import PRIOR_IMAGES, FeatureMoments, shrink
 
 # Share of the identity in the correlations of the feature residual.
@@ -109,6 +110,42 @@ def residual_gaussian(
         inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
         whitening.append((inverse / deviation[part, None, :])[:, lower])
     return weight * mean, torch.cat(whitening)
+
+
+def residual_distances(
+    residual: torch.Tensor,
+    mean: torch.Tensor,
+    whitening: list[torch.Tensor],
+    grid: tuple[int, int],
+    num_seen: int = 0,
+) -> tuple[torch.Tensor, ...]:
+    """|W (r - mean)|^2 / C, the squared Mahalanobis distance of a residual, as a mean over channels.
+
+    Args:
+        residual: (N, C, h, w) float32, of one category.
+        mean: (h * w, C).
+        whitening: W of each of P cells, as `triangle_parts`.
+        grid: rows and columns of the cells.
+        num_seen: how many images the Gaussian was computed from, where these are among them, see `leave_one_out`; 0 for
+            others.
+
+    Returns:
+        (N, rows, columns), of the residual's average at each cell. Where cells are of several positions, also
+        (N, h, w), of each position by its cell's covariance.
+    """
+    num_channels, size = residual.shape[1], (residual.shape[2], residual.shape[3])
+    centered = by_cell(residual - mean.mT.unflatten(1, size), grid)  # (P, C, A, N)
+    whitened = torch.cat(multiply_parts(whitening, centered.flatten(2).mT), dim=2).mT.view_as(centered)
+    average = whitened.mean(dim=2, keepdim=True)  # (P, C, 1, N)
+    cell = average.square().mean(dim=1)  # (P, 1, N)
+    of_cells = leave_one_out(cell, cell, cell, num_channels, num_seen) if num_seen else cell
+    if size == tuple(grid):
+        return (from_cells(of_cells, grid, grid),)
+    position = whitened.square().mean(dim=1)  # (P, A, N)
+    if num_seen:
+        product = (whitened * average).mean(dim=1)  # (P, A, N)
+        position = leave_one_out(position, product, cell, num_channels, num_seen)
+    return from_cells(of_cells, grid, grid), from_cells(position, grid, size)
 
 
 def leave_one_out(

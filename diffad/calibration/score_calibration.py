@@ -21,12 +21,11 @@ from diffad.calibration.conformal import (
     thresholds_at,
 )
 from diffad.calibration.coreset import nearest_distances, project
-from diffad.calibration.feature_gaussian import leave_one_out_of_features
-from diffad.calibration.residual_gaussian import by_cell, from_cells, leave_one_out
-from diffad.calibration.triangles import identity_triangle, multiply_parts, triangle_parts
+from diffad.calibration.feature_gaussian import feature_distances
+from diffad.calibration.residual_gaussian import residual_distances
+from diffad.calibration.triangles import identity_triangle, triangle_parts
 from diffad.exporting import is_exporting
 from diffad.image_sizes import as_side
-from diffad.moments import POSITIONS_AT_ONCE
 from diffad.scoring import Measurement, resize_maps
 from diffad.warn_once import warn_once
 
@@ -276,27 +275,16 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             positions, also (N, h, w): the mean of each position's own distance, by its cell's covariance, and of the
             cells' distances, interpolated there. The first says whether something is there, the second where it ends.
         """
-        grid, (num_channels, *size) = self.grid, self.config.residual_shape
+        grid, (_, *size) = self.grid, self.config.residual_shape
         has_positions = self.num_distances == 2
         residual = F.adaptive_avg_pool2d(residual.float(), size)  # (N, C, h, w)
         of_cells, of_positions = (residual.new_empty(residual.shape[0], *shape) for shape in (grid, size))
         with torch.autocast(residual.device.type, enabled=False):
             for index, chosen in of_each_category(category):
-                mean = self.residual_mean[index].mT.unflatten(1, size)  # (C, h, w)
-                centered = by_cell(residual[chosen] - mean, grid)  # (P, C, A, N')
-                products = multiply_parts(self._whitening_parts("residual", index), centered.flatten(2).mT)
-                whitened = torch.cat(products, dim=2).mT.view_as(centered)
-                average = whitened.mean(dim=2, keepdim=True) if has_positions else whitened  # (P, C, 1, N')
-                cell = average.square().mean(dim=1)  # (P, 1, N')
+                gaussian = self.residual_mean[index], self._whitening_parts("residual", index)
+                of_cells[chosen], *found = residual_distances(residual[chosen], *gaussian, grid, num_seen)
                 if has_positions:
-                    position = whitened.square().mean(dim=1)  # (P, A, N')
-                    if num_seen:
-                        product = (whitened * average).mean(dim=1)  # (P, A, N')
-                        position = leave_one_out(position, product, cell, num_channels, num_seen)
-                    of_positions[chosen] = from_cells(position, grid, size)
-                if num_seen:
-                    cell = leave_one_out(cell, cell, cell, num_channels, num_seen)
-                of_cells[chosen] = from_cells(cell, grid, grid)
+                    [of_positions[chosen]] = found
         if not has_positions:
             return (of_cells.clamp(min=1e-6).log(),)
         around = F.interpolate(of_cells[:, None], size, mode="bilinear")[:, 0]
@@ -329,32 +317,13 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
 
         The features are (N, C, h, w); the other arguments those of `distance_maps`.
         """
-        num_channels, *grid = self.config.feature_shape
+        _, *grid = self.config.feature_shape
         distances = features.new_empty(features.shape[0], math.prod(grid), dtype=torch.float32)
         with torch.autocast(features.device.type, enabled=False):
             for index, chosen in of_each_category(category):
-                mean = self.feature_mean[index].mT  # (C, P)
-                values = features[chosen].float().flatten(2)  # (N', C, P)
-                whitening = self._whitening_parts("feature", index)
-                squares = []
-                # as many positions at once as a cache holds; a graph's runtime divides by itself
-                step = mean.shape[1] if is_exporting() or self.config.shared_whitening else POSITIONS_AT_ONCE
-                for start in range(0, mean.shape[1], step):
-                    positions = slice(start, start + step)
-                    rows = (values[:, :, positions] - mean[:, positions]).permute(2, 0, 1)  # (P', N', C)
-                    if not is_exporting() and rows.stride(2) != 1:  # of a file; networks have channels last already
-                        rows = rows.contiguous()  # torch's product takes ten times as long without
-                    of_positions = whitening if step == mean.shape[1] else [part[positions] for part in whitening]
-                    if self.config.shared_whitening:
-                        rows = rows.flatten(0, 1)[None]  # (1, P' * N', C)
-                    products = multiply_parts(of_positions, rows)
-                    square = sum(product.square().sum(dim=2) for product in products) / num_channels
-                    squares.append(square.view(-1, values.shape[0]))  # (P', N')
-                squared = torch.cat(squares)  # (P, N')
-                if num_seen:
-                    shared_by = math.prod(grid) if self.config.shared_whitening else 1
-                    squared = leave_one_out_of_features(squared, num_channels, num_seen * shared_by)
-                distances[chosen] = squared.mT
+                gaussian = self.feature_mean[index], self._whitening_parts("feature", index)
+                values, is_shared = features[chosen].float().flatten(2), self.config.shared_whitening  # (N', C, P)
+                distances[chosen] = feature_distances(values, *gaussian, is_shared, num_seen)
         distances = distances.unflatten(1, grid)
         return resize_maps(distances.clamp(min=1e-6).log()[:, None], size, sigma)
 
