@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.minutes = None
     given = [flag for flag in (one.split("=")[0] for one in argv) if flag[2:] in OF_NETWORKS]
     if given and args.pretrained_model_name_or_path:
-        parser.error(f"{given[0]} must be left out: the pipeline of --pretrained_model_name_or_path has its own")
+        which = f"{' and '.join(given)} {'do' if given[1:] else 'does'} not count"
+        warnings.warn(f"{which}: the pipeline of --pretrained_model_name_or_path has its own networks.", stacklevel=2)
     # what else only the end of the run would find
     if any(not 0 <= t < 1000 for t in args.timesteps):
         parser.error("--timesteps must lie in [0, 999]")

@@ -81,7 +81,6 @@ def test_the_shipped_configurations_are_valid(name, data):
         ((*DATA, "--on_bad_image", "ignore"), None, "--on_bad_image.*error.*skip"),
         ((*DATA, "--preset", "cpu-64", "--cache_features"), None, "--cache_features.*--rotation_degrees 0"),
         ((*DATA, "--no_such_flag"), None, "--no_such_flag"),
-        ((*DATA, "--pretrained_model_name_or_path", "m", "--backbone=a"), None, "--backbone must be left out: the pip"),
         ((*DATA, "--config", "no_such.yaml"), None, "--config: no file at no_such.yaml"),
         (DATA, "max_train_step: 5\nlearning_rates: 1\n", "sets unknown flags learning_rates, max_train_step"),
         (DATA, "preset: gpu-9000\n", "preset.*gpu-9000"),
@@ -101,6 +100,11 @@ def test_wrong_arguments_end_in_one_clear_line(arguments, config, words, tmp_pat
     assert stopped.value.code == 2
     last = capsys.readouterr().err.rstrip().splitlines()[-1]
     assert re.search(f"error: .*{words}", last), last
+
+
+def test_flags_that_a_pretrained_pipeline_overrules_are_named():
+    with pytest.warns(UserWarning, match="--backbone and --resolution do not count: the pipeline of --pretrained"):
+        train_ddpm.parse_args([*DATA, "--pretrained_model_name_or_path", "m", "--backbone=a", "--resolution", "8"])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
