@@ -239,21 +239,21 @@ def calibrate(
 
     from diffad.data import check_part_pattern, halve_parts, load_anomaly_dataset, part_index
     from diffad.data.checks import dataset_value_range, good_of_one_category, without_copies
+    from diffad.data.loading import is_plain_folder
     from diffad.files import locked_folder
     from diffad.model_card import REPORT_NAME, remove_reports
     from diffad.process_share import launched_processes, on_main
 
     if output is None and not Path(model).is_dir():
         raise ValueError(f"`output` is needed: {model} is not a folder that could be written to.")
+    if not model:
+        raise ValueError("`model` is empty. Is a variable of the shell not set?")
     folder = check_model_folder(Path(model) if output is None else output)
     if part_pattern is not None:
         check_part_pattern(part_pattern)
-    try:
-        loaded = load_anomaly_dataset(data, "train", category, dataset, on_bad_image.value)
-    except ValueError:  # of a folder of images alone, `category` may say what the model calls them
-        loaded = load_anomaly_dataset(data, "train", None, dataset, on_bad_image.value)
-        if category is None or len(set(loaded["category"])) > 1:
-            raise
+    # of a folder of images alone, `category` says what the model calls them
+    of_data = None if dataset in (None, "folder") and is_plain_folder(data) else category
+    loaded = load_anomaly_dataset(data, "train", of_data, dataset, on_bad_image.value)
     good = good_of_one_category(loaded, f"`category` is needed: {data}", "one is calibrated at a time.")
     good = without_copies(good)
     images, statistics_images = good["image"], None

@@ -71,7 +71,7 @@ def update(
     from diffad.pipelines.updating import load_good_images, save_updatable
     from diffad.process_share import launched_processes, on_main
 
-    if not Path(model).is_dir():
+    if not model or not Path(model).is_dir():
         raise ValueError(f"`model` must be a folder, as `diffad fit` writes it, but there is none at {model}.")
     folder = check_model_folder(Path(model) if output is None else output)
     accelerator = launched_processes()

@@ -223,7 +223,7 @@ def _without_path(word: str) -> str:
     else:
         flag, equals, value = word, "", ""
     # an apostrophe is no quotation mark; a drive's colon, and that of a URL, is in its path
-    parts = re.split(r"""([\s'"=,;|()<>]+|::|(?<=\w\w):(?=/(?!/)|~|\.\.))""", flag)
+    parts = re.split(r"""([\s'"`=,;|()<>\[\]{}]+|::|(?<=\w\w):(?=/(?!/)|~|\.\.))""", flag)
     return "".join(_last_part(part) if _is_private(part) else part for part in parts) + equals + value
 
 

@@ -42,7 +42,7 @@ def read_parts(path: str | os.PathLike) -> dict[str, str]:
         raise FileNotFoundError(f"`parts`: there is no file at {path}.")
     parts: dict[str, str] = {}
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        rows = csv.DictReader(file, skipinitialspace=True)
+        rows = csv.DictReader(file)
         try:
             rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
             if not {"image", "part"} <= set(rows.fieldnames):
@@ -54,7 +54,7 @@ def read_parts(path: str | os.PathLike) -> dict[str, str]:
         except csv.Error as error:
             raise ValueError(f"`parts`: line {rows.line_num + 1} of {path} is no CSV ({error}).") from error
         for number, image, part in lines:
-            names = (image, image.rstrip())  # spaces before a comma, unless they are of the file's name
+            names = (image, image.strip())  # without spaces beside a comma, unless they are of the file's name
             places = (file_below(folder, name) for name in names for folder in (path.parent, ""))
             place = next((one for one in places if one.is_file()), None)
             if place is None:

@@ -152,10 +152,10 @@ class AnomalyPipeline(DiffusionPipeline):
         """Uploads everything that a repository on the Hub needs, and creates the repository where there is none.
 
         That is: weights in safetensors, configurations, calibration and feature extractor, and from `folder`
-        `training.json`, `report.json` (absolute paths cut down to their last part) and pictures (`*.png`). The model
-        card is `folder`'s `README.md` if it has one. Else it is rendered (see `diffad.model_card`), unless `folder` has
-        neither record and the repository a card: then that one stays. An interrupted upload goes on where it stopped
-        when it is called again.
+        `training.json`, `report.json` (paths of this machine cut down to their last part) and pictures (`*.png`). The
+        model card is `folder`'s `README.md` if it has one. Else it is rendered (see `diffad.model_card`), unless
+        `folder` has neither record and the repository a card: then that one stays. An interrupted upload goes on where
+        it stopped when it is called again.
 
         Args:
             repo_id: "org/name", or "name" for your own account.

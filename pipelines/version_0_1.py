@@ -21,10 +21,13 @@ def upgrade_index(index: dict[str, Any]) -> dict[str, Any]:
         {"_class_name": ["pipeline", "DiADPipeline"], "sg_network": ["diffusers", "SemanticGuidedNetwork"],
          "categories": [["mono", "poly"]]}
 
-    An index that is up to date comes back equal.
+    Settings that are gone are left out where they did nothing, or have done all in the calibration. An index that is up
+    to date comes back equal.
     """
     upgraded = {}
     for name, value in index.items():
+        if (name == "suppression" and not value) or name == "position_prior_images":
+            continue
         if name == "_class_name" and isinstance(value, list) and value[0] == "pipeline" and value[1] in PIPELINES:
             value = value[1]
         elif name == "categories" and isinstance(value, list):

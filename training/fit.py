@@ -220,19 +220,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     limit_threads()
     accelerator = Accelerator(mixed_precision="no")
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    started, good = time.time(), read_good_images(args)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # not where the data cannot be read
     with held_output_dir(args, accelerator):
-        run(args, accelerator)
+        run(args, good, started, accelerator)
     accelerator.end_training()
 
 
-def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def run(args: argparse.Namespace, good: Dataset, started: float, accelerator: Accelerator) -> None:
     """Fits, calibrates and saves, in `--output_dir`, which is held."""
     set_seed(args.seed)  # of random weights
-    started = time.time()
 
-    # 1. Good images, and the backbone
-    good = read_good_images(args)
+    # 1. What images look like, and the backbone
     of_image = np.asarray(good["category"])
     categories = sorted(set(of_image.tolist()))
     sizes = dataset_sizes(good)

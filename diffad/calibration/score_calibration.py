@@ -33,8 +33,8 @@ OWN_NOISE = "own_noise"  # beside the settings: whether statistics were taken wi
 # what an earlier version did, which had no such setting to record
 BEFORE_RECORDED = {"position_trust": 1.0, "weights": None, OWN_NOISE: False}
 MOST_UNPACKED_BYTES = 2**30  # of the whitening in full precision, four categories' or more
-# settings of earlier versions, at the values that did nothing
-GONE = {"suppression": 0.0, "position_prior_images": 8.0}
+# a setting of earlier versions, at the value that did nothing
+GONE = {"suppression": 0.0}
 
 
 class ScoreCalibration(ModelMixin, ConfigMixin):
@@ -511,8 +511,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             parts = triangle_parts(packed, getattr(self, f"{name}_mean").shape[2])
             self._whitening[name, category] = [part.float() for part in parts]
             while len(self._whitening) > 1 and self._unpacked_bytes() > MOST_UNPACKED_BYTES:
-                self._whitening.pop(next(iter(self._whitening)))  # the oldest
-        return self._whitening[name, category]
+                self._whitening.pop(next(iter(self._whitening)))  # which was used longest ago
+        parts = self._whitening[name, category] = self._whitening.pop((name, category))
+        return parts
 
     def _unpacked_bytes(self) -> int:
         return sum(part.nbytes for parts in self._whitening.values() for part in parts)

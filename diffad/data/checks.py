@@ -174,7 +174,8 @@ def without_copies(good: Dataset) -> Dataset:
     where fewer than `FEWEST_DISTINCT` would be left, as for a trial with a picture or two.
     """
     undecoded = cast_images(good, decode=False)
-    suffixes = {os.path.splitext(path or "")[1].lower() for path in undecoded["path"]}
+    endings = {os.path.splitext(path or "")[1].lower() for path in undecoded["path"]}
+    suffixes = {{".jpeg": ".jpg", ".tiff": ".tif"}.get(ending, ending) for ending in endings}
 
     def digest_at(index: int) -> bytes:
         stored = undecoded[index]["image"]
@@ -193,7 +194,7 @@ def without_copies(good: Dataset) -> Dataset:
     copies = [i for i, of in enumerate(of_first) if of != i and distinct[categories[i]] >= FEWEST_DISTINCT]
     if not copies:
         return good
-    one, other = good[copies[0]]["path"], good[of_first[copies[0]]]["path"]
+    one, other = (good["path"][i] or f"the image of row {i}" for i in (copies[0], of_first[copies[0]]))
     warnings.warn(f"Left out {len(copies)} good images that are copies of others: {one} of {other}.", stacklevel=2)
     return good.select(sorted({*range(len(good))} - {*copies}))
 

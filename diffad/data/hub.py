@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import operator
 import os
 import re
 import warnings
@@ -24,6 +23,7 @@ from diffad.data.layouts import choose_categories, require_good_images
 from diffad.data.masks import mask_to_array
 from diffad.data.records import FEATURES, is_good_name
 from diffad.inputs import images_below
+from diffad.unicode_forms import composed
 
 TABLES = (".parquet", ".arrow")
 # a part of a folder's name by which `datasets` takes what is in it for a split
@@ -135,7 +135,7 @@ def _check_image_folder(root: Path) -> dict[str, Any]:
     arguments = {} if is_split else {"data_files": {"train": "**"}}
     used = set()
     for rows in datasets.load_dataset(str(root), streaming=True, **arguments).values():
-        columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+        columns = [name for name, feature in (rows.features or {}).items() if isinstance(feature, datasets.Image)]
         for column in columns:
             rows = rows.cast_column(column, datasets.Image(decode=False))
         for row in rows.select_columns(columns):
@@ -160,10 +160,14 @@ def _stream_records(
     # partial functions, unlike nested ones, can be sent to a data loader's workers
     loaded = loaded.map(partial(_record, features=features, path=path)).select_columns(list(FEATURES))
     if category is not None:
-        wanted = {category} if isinstance(category, str) else set(category)
-        loaded = loaded.filter(partial(operator.contains, wanted), input_columns="category")
+        wanted = {composed(name) for name in ([category] if isinstance(category, str) else category)}
+        loaded = loaded.filter(partial(_is_wanted, wanted), input_columns="category")
     loaded = loaded.cast(FEATURES)
     return check_images(loaded, on_bad_image) if on_bad_image != "error" else loaded
+
+
+def _is_wanted(wanted: set[str], category: str) -> bool:
+    return composed(category) in wanted
 
 
 def _record(row: dict, features: Features, path: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from diffad.unicode_forms import composed, same_name
 from diffad.warn_once import warn_once
 
 MASK_FOLDERS = ("ground_truth", "groundtruth", "masks", "mask", "gt", "annotations")  # in any case; the first counts
-MASK_NAME = re.compile(r"(.+)_(mask|gt|label)", re.IGNORECASE)  # of a mask that lies beside its image
+MASK_NAME = re.compile(r"(.+)_(mask|gt)", re.IGNORECASE)  # of a mask that lies beside its image
 
 
 def _child(folder: Path, *names: str) -> Path:
@@ -198,11 +198,14 @@ def _mask_folders(images: list[Path], image_folder: Path, mask_folder: Path) -> 
 def _set_masks_apart(images: list[Path]) -> tuple[list[Path], dict[Path, Path]]:
     """Images, and apart from them the masks `X_mask.*` beside `X.*`, by the image's path without its suffix."""
     stems = {image.with_suffix("") for image in images}
-    others, masks = [], {}
+    others: list[Path] = []
+    masks: dict[Path, Path] = {}
     for image in images:
         named = MASK_NAME.fullmatch(image.stem)
-        if named and image.with_name(named[1]) in stems:
-            masks[image.with_name(named[1])] = image
+        if named and (stem := image.with_name(named[1])) in stems:
+            if stem in masks:
+                raise ValueError(f"{masks[stem]} and {image} are masks of one image. Leave one of them.")
+            masks[stem] = image
         else:
             others.append(image)
     return others, masks
@@ -300,7 +303,11 @@ def _read_unsorted(category: str, base: Path, split: str, defects: list[Path]) -
 
 
 def _find_folder(root: Path) -> dict[str, Path]:
-    return (_find_categories(root, ["good"]) or {root.name: root}) if images_below(root) else {}
+    if not images_below(root):
+        return {}
+    # a category may be called `pass` or `healthy`, and have its own `good`
+    within = {folder.name: folder for folder in subfolders(root) if _good_folders(folder)}
+    return within or {root.name: root}
 
 
 def _read_mvtec_3d(category: str, folder: Path, split: str) -> Iterator[dict]:

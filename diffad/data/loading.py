@@ -103,6 +103,15 @@ def load_anomaly_dataset(
     return loaded.to_iterable_dataset(num_shards=min(len(loaded), 64)) if streaming else loaded
 
 
+def is_plain_folder(path: str | os.PathLike) -> bool:
+    """Whether a folder holds images of one category that nothing names but the folder itself."""
+    root = Path(os.path.abspath(os.path.expanduser(path)))
+    if not root.is_dir():
+        return False
+    layout, found = _find_layout(root)
+    return layout == "folder" and [*found] == [root.name]
+
+
 def _find_layout(root: Path) -> tuple[str, dict[str, Any]]:
     for name, layout in LAYOUTS.items():
         if name == "folder" and is_loadable(root):

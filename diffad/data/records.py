@@ -36,7 +36,6 @@ GOOD_NAMES = {
     "nondefective",
     "healthy",
     "faultless",
-    "gut",
 }
 
 

@@ -20,12 +20,13 @@ import torch
 from accelerate import Accelerator
 from evaluate_choice import METRICS, measure_test
 
-from diffad import AnomalyDenoisePipeline
+from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
+from diffad.models.gaussian_feature_model import one_size
 from diffad.pipelines.checks import FEATURE_WEIGHTS, MAP_NAMES
 from diffad.training.choice import measure_defects, rate_setting, take_statistics
 from diffad.training.data import hold_out, read_good_images
-from diffad.training.fit import create_extractor
 from diffad.training.fit import parse_args as fit_arguments
+from diffad.training.fit import standardise_channels
 
 BACKBONES = ("tf_efficientnet_lite0@224", "tf_efficientnet_lite1@240", "tf_efficientnet_lite2@256")
 SIGMA = 1.0  # px of the map
@@ -38,7 +39,10 @@ def evaluate(data: str, backbone: str, side: str, seed: int) -> dict[str, Any]:
     training, unseen, categories = hold_out(read_good_images(args), args)
     if len(categories) > 1:
         raise SystemExit(f"{data} holds several categories. Give one by DATA/CATEGORY.")
-    extractor = create_extractor(training, args, categories, torch.device("cpu"))
+    extractor = TimmFeatureExtractor.from_backbone(
+        args.backbone, args.feature_strides, one_size(args.resolution), args.backbone_weights, args.feature_layers
+    )
+    standardise_channels(extractor, training, args, categories, torch.device("cpu"))
     pipeline = AnomalyDenoisePipeline(None, None, extractor, position_trust=0.0, weights=FEATURE_WEIGHTS)
     pipeline.set_progress_bar_config(disable=True)
     started = time.perf_counter()

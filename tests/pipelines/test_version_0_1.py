@@ -68,6 +68,13 @@ def test_a_setting_that_is_gone_is_named(saved, pipeline, caplog):
     assert torch.equal(maps(loaded), maps(pipeline))
 
 
+def test_settings_that_are_gone_and_did_nothing_are_no_word_worth(saved, caplog):
+    AnomalyDenoisePipeline.from_pretrained(as_version_0_1(saved, suppression=0.0, position_prior_images=8.0))
+    assert "not expected" not in caplog.text
+    AnomalyDenoisePipeline.from_pretrained(as_version_0_1(saved, suppression=0.4))
+    assert "'suppression': 0.4" in caplog.text
+
+
 def test_a_model_of_one_category_has_no_names(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path)
     assert AnomalyDenoisePipeline.from_pretrained(as_version_0_1(tmp_path)).categories == []

@@ -138,6 +138,10 @@ def test_a_folder_of_images_is_of_the_category_that_is_named(tmp_path):
     assert [pipeline.calibration.num_good_images(i) for i in range(2)] == [5, 6]
     with pytest.raises(ValueError, match="'cap' is unknown: this model knows bottle, capsule"):
         CliRunner().invoke(app, [*flags, "cap"], catch_exceptions=False)
+    for data in ("data", "data/bottle"):  # which say themselves what they are of
+        flags[3] = str(tmp_path / data)
+        with pytest.raises(ValueError, match=r"must be among .*'bottle'.*, but is 'cap'"):
+            CliRunner().invoke(app, [*flags, "cap"], catch_exceptions=False)
 
 
 def test_a_folder_that_another_run_writes_to_is_refused(tmp_path):
