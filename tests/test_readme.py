@@ -321,7 +321,7 @@ def test_the_readme_has_the_figures_of_the_other_parts_from_the_results():
     [
         ("fit.json", "`diffad fit`"),
         ("fit-multi-scale.json", "`diffad fit --multi-scale`"),
-        ("train.json", "`diffad train`, seed 0"),
+        ("train.json", "`diffad train`"),
     ],
 )
 def test_what_fit_and_train_reach_is_what_their_records_say(name, method):
