@@ -131,8 +131,8 @@ class DetectionPipeline(AnomalyPipeline):
         thresholds and p-values hold for new images.
 
         Args:
-            images: good images that no network was trained on, of parts of which neither training nor
-                `statistics_images` show other photographs: PIL images, paths, arrays, or a column of a
+            images: good images that no network was trained on, no two of them copies, of parts of which neither
+                training nor `statistics_images` show other photographs: PIL images, paths, arrays, or a column of a
                 `datasets.Dataset`. Thresholds and p-values come from them.
             statistics_images: more good images, for the per-position statistics; those of training may serve. At most
                 `MAX_STATISTICS_IMAGES`, evenly spread, are looked at, as their measurements wait in a temporary file,
