@@ -38,8 +38,15 @@ FILES_COUNT = (
 
 def is_loadable(root: Path) -> bool:
     """Whether a folder holds parquet or arrow files, or metadata of an image folder with a column that is read here."""
-    read = {"label", "defect", "category", "mask_file_name"}
-    return any(file.suffix in TABLES or read & _metadata_columns(file) for file in _visible_files(root))
+    return any(file.suffix in TABLES or _describes_images(file) for file in _visible_files(root))
+
+
+def _describes_images(file: Path) -> bool:
+    """Whether metadata say more than folders do: a category alone does not, where one of the folders is `good`."""
+    columns = _metadata_columns(file)
+    if {"label", "defect", "mask_file_name"} & columns:
+        return True
+    return "category" in columns and not any(is_good_name(one.name) for one in file.parent.iterdir() if one.is_dir())
 
 
 def _visible_files(root: Path) -> Iterator[Path]:

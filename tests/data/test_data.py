@@ -1140,6 +1140,14 @@ def test_two_masks_of_one_image_are_refused(tmp_path: Path):
         load_anomaly_dataset(tmp_path, "test")
 
 
+def test_a_table_of_categories_makes_no_defect_good(tmp_path: Path):
+    for place in ("good/0.png", "good/1.png", "bent/0.png"):
+        write_image(tmp_path / place)
+    (tmp_path / "metadata.csv").write_text("file_name,category\ngood/0.png,a\ngood/1.png,a\nbent/0.png,a\n")
+    assert load_anomaly_dataset(tmp_path, "train")["defect"] == ["good", "good"]
+    assert sorted(load_anomaly_dataset(tmp_path, "test")["defect"]) == ["bent", "good", "good"]
+
+
 def test_a_category_may_have_the_name_of_good_images(tmp_path: Path):
     for category in ("pass", "liver"):
         for place in ("good/0.png", "good/1.png", "bent/0.png"):
