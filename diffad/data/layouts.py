@@ -305,9 +305,10 @@ def _read_unsorted(category: str, base: Path, split: str, defects: list[Path]) -
 def _find_folder(root: Path) -> dict[str, Path]:
     if not images_below(root):
         return {}
-    # a category may be called `pass` or `healthy`, and have its own `good`
-    within = {folder.name: folder for folder in subfolders(root) if _good_folders(folder)}
-    return within or {root.name: root}
+    good = _good_folders(root)
+    if good and not any(map(_good_folders, good)):  # else it is a category called `pass`, say, with its own `good`
+        return {root.name: root}
+    return {folder.name: folder for folder in subfolders(root) if _good_folders(folder)} or {root.name: root}
 
 
 def _read_mvtec_3d(category: str, folder: Path, split: str) -> Iterator[dict]:

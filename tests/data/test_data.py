@@ -1140,6 +1140,15 @@ def test_two_masks_of_one_image_are_refused(tmp_path: Path):
         load_anomaly_dataset(tmp_path, "test")
 
 
+def test_masks_of_good_images_are_no_category(tmp_path: Path):
+    for place in ("good/0.png", "hole/0.png"):
+        write_image(tmp_path / place)
+        write_mask(tmp_path / "ground_truth" / place)
+    test = load_anomaly_dataset(tmp_path, "test")
+    assert test["category"] == [tmp_path.name] * 2
+    assert test["defect"] == ["good", "hole"]
+
+
 def test_a_table_of_categories_makes_no_defect_good(tmp_path: Path):
     for place in ("good/0.png", "good/1.png", "bent/0.png"):
         write_image(tmp_path / place)
