@@ -136,10 +136,11 @@ def residual_distances(
     num_channels, size = residual.shape[1], (residual.shape[2], residual.shape[3])
     centered = by_cell(residual - mean.mT.unflatten(1, size), grid)  # (P, C, A, N)
     whitened = torch.cat(multiply_parts(whitening, centered.flatten(2).mT), dim=2).mT.view_as(centered)
-    average = whitened.mean(dim=2, keepdim=True)  # (P, C, 1, N)
+    has_positions = size != tuple(grid)
+    average = whitened.mean(dim=2, keepdim=True) if has_positions else whitened  # (P, C, 1, N)
     cell = average.square().mean(dim=1)  # (P, 1, N)
     of_cells = leave_one_out(cell, cell, cell, num_channels, num_seen) if num_seen else cell
-    if size == tuple(grid):
+    if not has_positions:
         return (from_cells(of_cells, grid, grid),)
     position = whitened.square().mean(dim=1)  # (P, A, N)
     if num_seen:
