@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -334,3 +335,20 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
         parser.error("--max_train_steps 0 trains nothing: give what was trained, --pretrained_model_name_or_path")
     check_source(parser, args)
     return args
+
+
+def given_flags(argv: Sequence[str], names: set[str]) -> list[str]:
+    """The flags of the command line that bear one of these names, as they were written.
+
+    Example:
+        >>> given_flags(["--backbone=resnet50", "--seed", "1"], {"backbone"})
+        ['--backbone']
+    """
+    return [flag for flag in (one.split("=")[0] for one in argv) if flag[2:] in names]
+
+
+def warn_of_overruled(given: list[str]) -> None:
+    """Says which flags of the networks do not count, as a trained pipeline has networks of its own."""
+    if given:
+        which = f"{' and '.join(given)} {'do' if given[1:] else 'does'} not count"
+        warnings.warn(f"{which}: the pipeline of --pretrained_model_name_or_path has its own networks.", stacklevel=3)

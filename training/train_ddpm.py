@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,9 @@ from diffad.training.arguments import (
     FlagParser,
     add_shared_arguments,
     add_tiles,
+    given_flags,
     parse_arguments,
+    warn_of_overruled,
 )
 from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
 from diffad.training.choice import choose_settings, describe_choice
@@ -151,10 +152,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # a number of steps given by hand wins over the minutes of automatic.yaml; argparse takes beginnings of a flag
     if args.minutes is not None and any(one.startswith(("--max_t", "--num_t")) for one in argv):
         args.minutes = None
-    given = [flag for flag in (one.split("=")[0] for one in argv) if flag[2:] in OF_NETWORKS]
-    if given and args.pretrained_model_name_or_path:
-        which = f"{' and '.join(given)} {'do' if given[1:] else 'does'} not count"
-        warnings.warn(f"{which}: the pipeline of --pretrained_model_name_or_path has its own networks.", stacklevel=2)
+    if args.pretrained_model_name_or_path:
+        warn_of_overruled(given_flags(argv, OF_NETWORKS))
     # what else only the end of the run would find
     if any(not 0 <= t < 1000 for t in args.timesteps):
         parser.error("--timesteps must lie in [0, 999]")

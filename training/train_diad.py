@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,8 +42,10 @@ from diffad.training.arguments import (
     FlagParser,
     add_diad_arguments,
     add_shared_arguments,
+    given_flags,
     number,
     parse_arguments,
+    warn_of_overruled,
 )
 from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
 from diffad.training.data import (
@@ -62,6 +65,8 @@ from diffad.training.train_autoencoder import load_autoencoder
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 STATISTICS_NAME = "latent_statistics.json"
+OF_NETWORKS = {"guidance_outputs", "fusion", "backbone", "backbone_weights", "feature_strides", "feature_layers"}
+OF_NETWORKS |= {"feature_image_size"}
 STATISTICS_IMAGES = 64  # spread over all categories, which tell the latents' mean and deviation
 
 
@@ -143,9 +148,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     score.add_argument("--pooling_rounds", type=COUNT, default=8, help="how often the score pools (8)")
     score.add_argument("--position_trust", type=SHARE, default=1.0, help="of statistics at a position (1)")
     score.add_argument("--contrast", type=NOT_NEGATIVE, default=0.0, help="share taken off of the way to the peak (0)")
+    argv = [*(sys.argv[1:] if argv is None else argv)]
     args = parse_arguments(parser, argv)
     if (args.preset is None) == (args.pretrained_model_name_or_path is None):
         parser.error("give one of --pretrained_model_name_or_path and --preset")
+    if args.preset and (args.revision or args.variant):
+        parser.error("--revision and --variant are of --pretrained_model_name_or_path: leave them out with --preset")
     if args.preset and not args.vae_path:
         parser.error("--preset needs --vae_path: train an autoencoder with train_autoencoder.py first")
     if args.feature_weight == 1.0:
@@ -156,7 +164,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--guidance_outputs none goes with no other")
     if args.train_whole_unet is None:
         args.train_whole_unet = args.preset is not None
+    if args.pretrained_model_name_or_path and (given := given_flags(argv, OF_NETWORKS)) and is_trained(args):
+        warn_of_overruled(given)
     return args
+
+
+def is_trained(args: argparse.Namespace) -> bool:
+    """Whether `--pretrained_model_name_or_path` is a `DiADPipeline`, which has all networks, and no Stable Diffusion.
+
+    Raises:
+        OSError: there is no such folder or repository.
+    """
+    config = DiADPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+    return config["_class_name"] == "DiADPipeline"
 
 
 def create_components(args: argparse.Namespace) -> dict[str, Any]:
@@ -181,7 +201,7 @@ def create_components(args: argparse.Namespace) -> dict[str, Any]:
     else:
         name, chosen = args.pretrained_model_name_or_path, {"revision": args.revision}
         files = {**chosen, "variant": args.variant}
-        if DiADPipeline.load_config(name, **chosen)["_class_name"] == "DiADPipeline":
+        if is_trained(args):
             trained = DiADPipeline.from_pretrained(name, **files)
             components = {
                 part: getattr(trained, part) for part in ("vae", "unet", "sg_network", "scheduler", "prompt_embedding")

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -345,12 +346,22 @@ PRESET = (*DATA, "--preset", "cpu-128", "--vae_path", "vae")
         (train_diad, PRESET[:4], "--preset needs --vae_path: train an autoencoder with train_autoencoder.py"),
         (train_diad, (*PRESET, "--cache_latents", "--rotation_degrees", "5"), "add --rotation_degrees 0"),
         (train_diad, (*PRESET, "--guidance_outputs", "none", "middle"), "--guidance_outputs none goes with no other"),
+        (train_diad, (*PRESET, "--revision", "v1"), "--revision and --variant are of --pretrained_model_name_or_path"),
     ],
 )
 def test_bad_arguments_are_named(capsys, script, arguments, words):
     with pytest.raises(SystemExit):
         script.parse_args(list(arguments))
     assert words in capsys.readouterr().err
+
+
+def test_flags_that_a_pretrained_pipeline_overrules_are_named(tmp_path, tiny):
+    start = ("--train_data_dir", "parts", "--pretrained_model_name_or_path", str(tiny))
+    with pytest.warns(UserWarning, match="--guidance_outputs and --backbone do not count: the pipeline of --pretrained"):
+        train_diad.parse_args([*start, "--guidance_outputs", "middle", "--backbone=resnet18"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_diad.parse_args([*start, "--sigma", "2"])
 
 
 def test_what_only_the_networks_know_is_told_before_training(good, tiny, start_vae, tmp_path):
