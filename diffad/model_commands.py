@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +12,9 @@ from rich.markup import escape
 from diffad.command_models import load_pipeline
 from diffad.command_options import Model
 from diffad.model_folder import check_folder, check_local
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 console = Console(stderr=True)  # standard output is for results
 
@@ -41,7 +44,8 @@ def export(
         why = "int8 takes a model of one. Give its own images."
         images = good_of_one_category(load_anomaly_dataset(data, "train"), f"`data`: {data}", why)["image"]
     input_type = "uint8" if uint8 else "float32"
-    path = export_pipeline(load_pipeline(model, "cpu"), output, format, precision, images, input_type)
+    pipeline = load_pipeline(model, "cpu")
+    path = export_pipeline(pipeline, output, format, precision, images, input_type)
     if precision == "int8" and (found := Runtime(path).metadata.quantization) is not None:
         console.print(
             f"Of {found['images']} good images that set thresholds {found['alarms_before']:.1%} raised an alarm in "
@@ -50,7 +54,30 @@ def export(
             highlight=False,
             soft_wrap=True,
         )
+        if (test := defects_among_test_images(str(data))) is not None:
+            from diffad.evaluation.detectors import image_auroc
+
+            before, after = image_auroc(pipeline, test), image_auroc(Runtime(path), test)
+            console.print(
+                f"Image AUROC of the {len(test)} test images: {before:.1%} in float32, {after:.1%} in 8 bits.",
+                highlight=False,
+                soft_wrap=True,
+            )
     console.print(f"Saved to {escape(str(path))}. Next: diffad predict {escape(str(path))} NEW_PARTS --output RESULTS")
+
+
+def defects_among_test_images(data: str) -> Dataset | None:
+    """A data set's test images where good and defective ones are among them, which a ranking takes; else None."""
+    from diffad.data import load_anomaly_dataset
+    from diffad.data.loading import is_plain_folder
+
+    if is_plain_folder(data):
+        return None
+    try:
+        test = load_anomaly_dataset(data, "test", on_bad_image="skip")
+    except (FileNotFoundError, ValueError):  # no test images, or not all of their masks: nothing that an export needs
+        return None
+    return test if {*test["label"]} == {0, 1} else None
 
 
 def convert(

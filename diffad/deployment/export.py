@@ -294,7 +294,7 @@ def quantized(pipeline: Any, images: Sequence[Any], suffix: str, input_type: str
 
     def pixels_of(i: int) -> np.ndarray:
         one = read_image(images[i]) if isinstance(images[i], (str, os.PathLike)) else images[i]
-        return np.ascontiguousarray(resized_array(one, size, value_range)[None])
+        return np.array(resized_array(one, size, value_range)[None])  # writable, as torch wants it
 
     held_out = range(0, len(images), HELD_OUT)
     others = [i for i in range(len(images)) if i % HELD_OUT]

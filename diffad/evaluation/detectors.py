@@ -64,6 +64,15 @@ def evaluate_category(
     )[0]
 
 
+def image_auroc(detector: Any, images: Dataset, batch_size: int = 16) -> float:
+    """Image AUROC in [0, 1] of a pipeline or a `Runtime` of one category; NaN without good or defective images."""
+    metrics = AnomalyMetrics()
+    for rows in images.select_columns(["image", "label"]).iter(batch_size):
+        output = call_for(detector, rows["image"], "")
+        metrics.update(anomaly_score=output.anomaly_score, label=rows["label"])
+    return float(metrics.compute().get("image_auroc", math.nan))
+
+
 def call_for(pipeline: Any, pictures: list[Any], category: str) -> AnomalyOutput:
     """What a pipeline says of test images of one category, `call_arguments`; or a `Runtime`."""
     if not isinstance(pipeline, Runtime):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -15,13 +16,16 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.evaluate_runtimes import compare
-from conftest import texture, textures, tiny_extractor, tiny_pipeline
+from conftest import texture, textures, tiny_extractor, tiny_pipeline, write_folder, write_mvtec
 from PIL import Image
 
 from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
+from diffad.data import load_anomaly_dataset
 from diffad.deployment import Runtime
 from diffad.deployment.export import InspectionGraph, halve_weights, write_graph
 from diffad.deployment.metadata import OUTPUTS
+from diffad.evaluation.detectors import image_auroc
+from diffad.model_commands import export
 from diffad.models.feature_extractor import LITE0_BACKBONE
 
 onnx = pytest.importorskip("onnx")
@@ -222,6 +226,25 @@ def test_int8_is_calibrated_anew(tmp_path, suffix):
     assert found["images"] == 10
     assert found["alarms"] == pytest.approx(output.is_anomalous[:10].mean())
     assert found["alarms_before"] == pytest.approx(pipeline(good[::5]).is_anomalous.mean())
+
+
+def test_int8_says_what_it_costs(tmp_path, capsys):
+    pytest.importorskip("nncf")
+    extractor = TimmFeatureExtractor.from_backbone(LITE0_BACKBONE, (8, 16), 32, weights="random")
+    pipeline = without_denoiser(extractor)
+    pipeline.calibrate(textures(24), false_alarm_rate=0.2)
+    pipeline.save_pretrained(tmp_path / "model")
+    data = write_mvtec(tmp_path / "data", {"tile": 24})
+    export(str(tmp_path / "model"), tmp_path / "int8.onnx", precision="int8", data=str(data / "tile"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"Of 5 good images .* raised an alarm in float32, .* in 8 bits\. Maps differ by \d+%", said)
+    found = re.search(r"Image AUROC of the 7 test images: ([\d.]+)% in float32, ([\d.]+)% in 8 bits", said)
+    test = load_anomaly_dataset(data, "test")
+    expected = [image_auroc(one, test) for one in (pipeline, Runtime(tmp_path / "int8.onnx"))]
+    assert [f"{value:.1%}" for value in expected] == [f"{value}%" for value in found.groups()]
+    good = write_folder(tmp_path / "good", 24)  # of good images alone there is nothing to rank
+    export(str(tmp_path / "model"), tmp_path / "int8.onnx", precision="int8", data=str(good))
+    assert "AUROC" not in capsys.readouterr().err
 
 
 def test_a_region_of_interest_and_a_smallest_area_are_inside(tmp_path):

@@ -357,9 +357,7 @@ def test_bad_arguments_are_named(capsys, script, arguments, words):
 
 def test_flags_that_a_pretrained_pipeline_overrules_are_named(tmp_path, tiny):
     start = ("--train_data_dir", "parts", "--pretrained_model_name_or_path", str(tiny))
-    with pytest.warns(
-        UserWarning, match="--guidance_outputs and --backbone do not count: the pipeline of"
-    ):
+    with pytest.warns(UserWarning, match="--guidance_outputs and --backbone do not count: the pipeline of"):
         train_diad.parse_args([*start, "--guidance_outputs", "middle", "--backbone=resnet18"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
