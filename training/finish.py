@@ -18,6 +18,8 @@ from diffad.images import image_to_rgb
 from diffad.model_card import SECRETS, TRAINING_NAME, remove_reports
 from diffad.visualization import beside_overlay
 
+MAX_STATISTICS_IMAGES = 512  # of a category
+
 
 def finish(
     pipeline: Any,
@@ -27,12 +29,11 @@ def finish(
     args: argparse.Namespace,
     record: dict[str, Any],
     accelerator: Accelerator,
-    max_statistics_images: int = 512,
 ) -> None:
     """Calibrates a pipeline on good images, saves it and, where asked, pushes it.
 
     Every process calls this: all share the calibration's images, and the main one saves what came of them. Per-position
-    statistics come from up to `max_statistics_images` images of training, which are many; thresholds and p-values from
+    statistics come from up to `MAX_STATISTICS_IMAGES` images of training, which are many; thresholds and p-values from
     the held-out ones, which no network has seen. Where no denoiser runs, all serve both, as in `diffad fit`. It
     calibrates in float32, as the saved weights are loaded, whatever the precision of training was. `record` goes into
     `training.json`.
@@ -47,8 +48,8 @@ def finish(
         if leave_one_out:
             accelerator.print("No denoiser runs: each good image is left out in turn for the thresholds.")
             for_thresholds, statistics = concatenate_datasets([statistics, for_thresholds]), None
-        elif len(statistics) > max_statistics_images:
-            statistics = statistics.shuffle(seed=args.seed).select(range(max_statistics_images))
+        elif len(statistics) > MAX_STATISTICS_IMAGES:
+            statistics = statistics.shuffle(seed=args.seed).select(range(MAX_STATISTICS_IMAGES))
         pipeline.calibrate(
             for_thresholds["image"],
             statistics_images=None if statistics is None else statistics["image"],

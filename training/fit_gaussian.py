@@ -30,6 +30,7 @@ from diffad.training.arguments import (
     check_source,
     local_path,
 )
+from diffad.unicode_forms import same_name
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels, of_image = np.asarray(good["label"]), np.asarray(good["category"])
     known = pipeline.categories
     if len(known) > 1:
-        unknown = sorted(set(of_image.tolist()) - set(known))
+        unknown = sorted(name for name in {*of_image.tolist()} if same_name(name, known) is None)
         if unknown:
             raise ValueError(
                 f"{data} holds {', '.join(unknown)}, which the pipeline does not know: it knows {', '.join(known)}. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,13 @@ def test_a_unified_tree_fits_each_category_from_its_own_good_images(tmp_path):
     assert torch.equal(again.mean[0], kept[0])
     assert torch.equal(again.whitening[0], kept[1])
     assert not torch.equal(again.mean[1], gaussian.mean[1])
+
+
+def test_categories_meet_in_either_unicode_form(tmp_path):
+    data = write_mvtec(tmp_path / "data", {unicodedata.normalize("NFD", "Stäbe"): 4, "cable": 4})
+    tiny_pipeline(categories=["Stäbe", "cable"]).save_pretrained(tmp_path / "model")
+    fit(tmp_path / "model", data)
+    assert load(tmp_path / "model", "cable").gaussian.num_images.tolist() == [8, 8]
 
 
 def test_a_pipeline_of_one_category_takes_it_under_any_name(tmp_path, good):
