@@ -1,109 +1,26 @@
-"""Images by reference, read as a stream and never all in memory: a table of paths or URLs, or tars of images."""
+"""Images by reference, read as a stream and never all in memory: a table of paths or URLs."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import os
-import re
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from diffad.files import bounded_name
-from diffad.grey_depth import UnreadableImageError
-from diffad.image_arrays import find_value_range
-from diffad.image_files import read_image
-from diffad.inputs import describe_suffixes, find_images, is_image_name, is_input_folder
+from diffad.inputs import is_image_name
 from diffad.installation import needs_extra
 from diffad.journal import ENCODING, MESSAGE, PLACE, VERDICT, VERDICTS, Input
-from diffad.remote_files import RemoteReader, describe_remote, is_url, list_parquet, list_remote, open_remote, part_of
+from diffad.remote_files import is_url, open_remote
 from diffad.unicode_forms import file_below
-from diffad.warn_once import warn_once
 
-SUFFIXES = (".csv", ".parquet")
-OTHER_LISTS = (".txt", ".json", ".jsonl")
 COLUMN_NAMES = ("path", "image", "url", "file_name")
 IN_A_FOLDER = 1000  # pictures
-LOOKED_AT, FAR_LOOKED_AT = 100, 5  # images that tell the range of values, where the model says nothing of it
-COMPRESSED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tzst|taz|tlz|tar\.\w+)$", re.IGNORECASE)
+FAR_LOOKED_AT = 5  # images that tell whether a manifest names those of a store
 ROWS_AT_ONCE = 65_536  # of a parquet file, in memory
-
-
-def find_inputs(images: Sequence[str | Path], output_dir: str | Path | None = None) -> list[Path | Input] | Manifest:
-    """A manifest, tars, or the image files among `images` and below its folders, local (`find_images`) or by URL.
-
-    `output_dir` is left out, as there; it may be a URL.
-
-    Raises:
-        FileNotFoundError: a path does not exist.
-        ValueError: there are no images, a tar is compressed, a manifest or a tar stands among others, or a list is
-            no CSV or parquet file.
-    """
-    for one in images:
-        if COMPRESSED_TAR.search(os.fspath(one)) and (is_url(one) or os.path.isfile(one)):
-            raise ValueError(f"`images`: {one} is compressed, and images are read by their place in a tar. Unpack it.")
-    tars = [one for one in images if is_tar(one)]
-    if tars and len(tars) == len(images):
-        return TarImages(images)
-    if tars:
-        raise ValueError(f"`images`: {tars[0]} is a tar, which goes with tars alone. Give the rest a run of its own.")
-    if parquet := parquet_images(images):
-        return parquet
-    is_list = len(images) == 1 and os.path.splitext(images[0])[1].lower() in OTHER_LISTS
-    if is_list and (is_url(images[0]) or os.path.isfile(images[0])):
-        raise ValueError(
-            f"`images`: {images[0]} is no image. If it lists images: a manifest is a CSV or parquet file, with a "
-            f"column {', '.join(COLUMN_NAMES)}."
-        )
-    manifests = [one for one in images if os.path.splitext(one)[1].lower() in SUFFIXES and not os.path.isdir(one)]
-    if not manifests:
-        local = [one for one in images if not is_url(one)]
-        found: list[Path | Input] = [*find_images(local, output_dir)] if local else []
-        for url in (str(one) for one in images if is_url(one)):
-            listed = list_remote(url, output_dir if isinstance(output_dir, str) and is_url(output_dir) else None)
-            if not listed:
-                raise ValueError(f"There are no images ({describe_suffixes()}) in {url}.")
-            found += listed
-        return found
-    if len(images) > 1:
-        raise ValueError(f"`images`: the manifest {manifests[0]} must be given alone, as its lines say what is first.")
-    return Manifest(manifests[0])
-
-
-def parquet_images(images: Sequence[str | Path]) -> Manifest | None:
-    """Parquet files that hold images, given or in a store's folder; None where there are none."""
-    from diffad.parquet_images import ParquetImages, image_column
-
-    paths = [os.fspath(one) for one in images]
-    if len(paths) == 1 and is_url(paths[0]) and not os.path.splitext(paths[0])[1]:
-        paths = list_parquet(paths[0])
-    are_parquet = bool(paths) and all(path.lower().endswith(".parquet") for path in paths)
-    if are_parquet and (is_url(paths[0]) or os.path.isfile(paths[0])) and image_column(paths[0]) is not None:
-        return ParquetImages(paths)
-    return None
-
-
-def range_of_inputs(paths: Sequence[Path | Input] | Manifest) -> float | None:
-    """The end of the smallest range that holds images of more than 8 bits; None where there are none.
-
-    The first lines of a manifest tell it, and the first files of a store: to look at all of them takes too long.
-    """
-
-    def images() -> Iterator[Any]:
-        read, num_far = RemoteReader(), 0
-        for one in paths.first(LOOKED_AT) if isinstance(paths, Manifest) else paths:
-            if not isinstance(one, Input) or not isinstance(one.path, str):
-                yield one.path if isinstance(one, Input) else one
-            elif num_far < FAR_LOOKED_AT:
-                num_far += 1
-                with suppress(UnreadableImageError, OSError):
-                    yield read_image(one.path, read(one))
-
-    return find_value_range(images(), skip_unreadable=True)
 
 
 class Manifest:
@@ -264,59 +181,3 @@ class Manifest:
             return Input("", "", "", "")
         path = entry if is_url(entry) else os.path.join(self.folder, entry)
         return Input(path if is_url(path) else file_below(self.folder, entry), entry, "", "")
-
-
-def is_tar(path: str | os.PathLike) -> bool:
-    return os.fspath(path).lower().endswith(".tar") and not os.path.isdir(path)
-
-
-class ImageContainers(Manifest):
-    """Files that each hold many images: `entries` says where in them an image's bytes are.
-
-    Args:
-        paths: of the files, or their URLs.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: there are no images.
-    """
-
-    def __init__(self, paths: Sequence[str | Path]):
-        self.paths = [os.fspath(path) if is_url(path) else os.path.abspath(path) for path in paths]
-        for path in self.paths:
-            self._begin(path)
-        if next(self.entries(), None) is None:
-            raise ValueError(f"There are no images ({describe_suffixes()}) in {', '.join(map(str, paths))}.")
-
-    def digest(self) -> str:
-        """Tells the files from others, by their names, sizes and times."""
-        return hashlib.sha256(repr([describe_remote(path) for path in self.paths]).encode()).hexdigest()
-
-
-class TarImages(ImageContainers):
-    """The images in tars, as WebDataset has them, in the order of the tars and of what is in them.
-
-    What counts as an image, and which folders hold inputs, is as in `diffad.inputs`; links are left out with a warning.
-
-    Tars are read from end to end, without what the images hold; that is then read by its place in the tar.
-    """
-
-    def entries(self) -> Iterator[str]:
-        """Where each image's bytes are, as `RemoteReader` reads it."""
-        for path in self.paths:
-            try:
-                with open_remote(path) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
-                    for member in tar:
-                        tar.members = []  # type: ignore[attr-defined]  # which would hold all of them
-                        *folders, name = member.name.split("/")
-                        if not is_image_name(name) or not all(map(is_input_folder, {*folders} - {".", ".."})):
-                            continue
-                        if member.isfile():
-                            yield part_of(path, member.offset_data, member.size, member.name)
-                        elif member.islnk() or member.issym():
-                            warn_once(
-                                f"Links to images in {path} are left out. To have them, pack it with `tar "
-                                "--dereference --hard-dereference`."
-                            )
-            except tarfile.TarError as error:
-                raise ValueError(f"`images`: {path} is no tar, is compressed, or is not whole ({error}).") from error

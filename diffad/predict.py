@@ -32,6 +32,7 @@ from diffad.files import locked_folder
 from diffad.grey_depth import warn_of_found_range
 from diffad.image_arrays import WITHOUT_TORCH
 from diffad.image_sizes import Side
+from diffad.input_sources import range_of_inputs
 from diffad.inputs import LOCK_NAME, SHEET_NAME, find_images
 from diffad.journal import (
     COLUMNS,
@@ -50,15 +51,16 @@ from diffad.journal import (
     take_up,
 )
 from diffad.listed_files import ListedFiles
-from diffad.manifest import Manifest, range_of_inputs
+from diffad.manifest import Manifest
 from diffad.model_digest import model_digest
 from diffad.output_folder import SETTINGS_NAME, begin_settings, check_output, check_settings
 from diffad.picture_files import SHEET_IMAGES, draw_overlay, save_most_anomalous, write_outputs
 from diffad.process_share import of_all_processes, on_main
 from diffad.region_files import RegionJournal
 from diffad.regions import can_list_regions
-from diffad.remote_files import STORE_WORKERS, RemoteReader, is_url
+from diffad.remote_files import STORE_WORKERS, is_url
 from diffad.remote_output import LocalOutput, opened_output
+from diffad.remote_reader import RemoteReader
 from diffad.resizing import Resizing
 
 if TYPE_CHECKING:

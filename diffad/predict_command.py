@@ -39,7 +39,8 @@ def predict(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from diffad.deployment import Runtime
-    from diffad.manifest import Manifest, find_inputs
+    from diffad.input_sources import find_inputs
+    from diffad.manifest import Manifest
     from diffad.part_verdicts import check_parts, read_parts, write_part_verdicts
     from diffad.predict import predict_files
     from diffad.process_share import launched_processes, on_main

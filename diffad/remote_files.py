@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from diffad.grey_depth import UnreadableImageError
 from diffad.inputs import DRIFT_NAME, PICTURE_FOLDERS, SHEET_NAME, holds_results, is_image_name, is_input_folder
 from diffad.installation import needs_extra
 from diffad.journal import Input
@@ -22,8 +20,6 @@ STORE_WORKERS = 16  # threads that read from a store or write to it, which takes
 
 Result = TypeVar("Result")
 
-_PART = re.compile(r"(.*?)(?:#bytes=(\d+)-(\d+)/.*)?", re.DOTALL)
-
 
 def is_url(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
@@ -34,12 +30,6 @@ def open_remote(url: str, mode: str = "rb") -> Any:
     with needs_extra("remote", "train"):
         import fsspec
     return fsspec.open(url, mode, **({"newline": "", "encoding": "utf-8-sig"} if "b" not in mode else {}))
-
-
-def part_of(path: str, start: int, size: int, name: str) -> str:
-    """A URL of `size` bytes of a file, from `start` on, which are called `name`."""
-    url = path if is_url(path) else f"file://{path}"
-    return f"{url}#bytes={start}-{start + size}/{name}"
 
 
 def describe_remote(url: str) -> tuple[str, str, str]:
@@ -139,41 +129,6 @@ class Requests:
                 failure = error
         reason = f"{TRIES} requests failed, the last by {type(failure).__name__}: {failure}"
         raise FailedRequestsError(reason) from failure
-
-
-class RemoteReader(Requests):
-    """Reads files by their URLs."""
-
-    def __call__(self, one: Input) -> bytes | None:
-        """An input's bytes; None of a local file, which is read where it is.
-
-        Raises:
-            FileNotFoundError: the store knows no such file, or does not show it.
-            ImportError: the package of such stores is not installed.
-            UnreadableImageError: every try has failed.
-        """
-        if not is_url(one.path):
-            return None
-        url = str(one.path)
-        try:
-            return self.make(lambda: _fetch(url))
-        except (FileNotFoundError, PermissionError) as error:
-            raise FileNotFoundError(f"`image`: no file at {url} ({error}).") from error
-        except FailedRequestsError as error:
-            raise UnreadableImageError(f"`image`: {url} cannot be read ({error}).", str(error)) from error
-
-
-def _fetch(url: str) -> bytes:
-    from diffad.parquet_images import is_row, read_row
-
-    if is_row(url):
-        return read_row(url)
-    with needs_extra("remote", "train"):
-        from fsspec.core import url_to_fs
-    url, start, end = _PART.fullmatch(url).groups()  # type: ignore[union-attr]  # it matches any text
-    files, path = url_to_fs(url)
-    part = {} if start is None else {"start": int(start), "end": int(end)}
-    return bounded(files, "cat_file", path, **part)
 
 
 def bounded(files: Any, method: str, *arguments: Any, timeout: float = TIMEOUT, **more: Any) -> Any:

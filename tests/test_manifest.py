@@ -11,8 +11,8 @@ import pytest
 from conftest import write_folder
 
 from diffad import remote_files
-from diffad.manifest import find_inputs
-from diffad.remote_files import RemoteReader
+from diffad.input_sources import find_inputs
+from diffad.remote_reader import RemoteReader
 from diffad.warn_once import warn_once
 
 

@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 from diffad import remote_files
 from diffad.cli import app
+from diffad.input_sources import find_inputs
 from diffad.inputs import find_images
 from diffad.journal import Input, common_folder, place_below
-from diffad.manifest import Manifest, find_inputs
+from diffad.manifest import Manifest
 from diffad.predict import predict_files
 from diffad.training import fit
 

@@ -21,9 +21,9 @@ from s3_store import s3_store
 from typer.testing import CliRunner
 
 from diffad import AnomalyDenoisePipeline, cli, remote_files, remote_output
+from diffad.input_sources import find_inputs
 from diffad.inputs import find_images
 from diffad.journal import COLUMNS, JOURNAL_COLUMNS, merged_journals
-from diffad.manifest import find_inputs
 from diffad.predict import predict_files
 
 fsspec = pytest.importorskip("fsspec")

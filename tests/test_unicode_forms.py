@@ -12,7 +12,7 @@ from conftest import textures, tiny_pipeline, write_folder, write_mvtec, write_p
 
 from diffad.data import load_anomaly_dataset
 from diffad.data.regions_of_interest import read_roi
-from diffad.manifest import find_inputs
+from diffad.input_sources import find_inputs
 from diffad.part_verdicts import read_parts
 
 NFC, NFD = (unicodedata.normalize(form, "Gehäuse") for form in ("NFC", "NFD"))

@@ -1,8 +1,7 @@
-"""Images inside parquet files, as data sets on the Hub have them: a column of structs with `bytes` and `path`."""
+"""Rows of parquet files that hold images, as data sets on the Hub have them: structs with `bytes` and `path`."""
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from bisect import bisect_right
@@ -13,37 +12,11 @@ from itertools import accumulate
 from typing import Any
 
 from diffad.installation import needs_extra
-from diffad.manifest import ImageContainers
 from diffad.remote_files import is_url, open_remote
 
 NAMES_AT_ONCE = 65_536  # rows, of which the names alone are read
 _ROW = re.compile(r"(.*)#row=(\d+)/.*", re.DOTALL)
 _LOCK = threading.Lock()  # pyarrow reads a file from one thread at a time
-
-
-class ParquetImages(ImageContainers):
-    """The images in parquet files, in the order of the files and of their rows.
-
-    A group of rows is read when its first image is needed, and two of them stay in memory.
-
-    Raises:
-        ValueError: a file has no column of images, or several of which none is called `image`.
-    """
-
-    def _begin(self, path: str | os.PathLike) -> None:
-        super()._begin(path)
-        if image_column(self.path) is None:
-            raise ValueError(f"{path} has no column of images, with their `bytes`.")
-
-    def entries(self) -> Iterator[str]:
-        """Where each image is, as `read_row` reads it."""
-        for path in self.paths:
-            url, row = path if is_url(path) else f"file://{path}", 0
-            with open_parquet(path) as file:
-                for batch in file.iter_batches(NAMES_AT_ONCE, columns=[f"{image_column(path)}.path"]):
-                    for image in batch.column(0).to_pylist():
-                        yield f"{url}#row={row}/{(image or {}).get('path') or row}"
-                        row += 1
 
 
 @contextmanager
@@ -75,12 +48,22 @@ def image_column(path: str) -> str | None:
     return found[0] if found else None
 
 
+def row_urls(path: str) -> Iterator[str]:
+    """Where each image of a parquet file is, as `read_row` reads it."""
+    url, row = path if is_url(path) else f"file://{path}", 0
+    with open_parquet(path) as file:
+        for batch in file.iter_batches(NAMES_AT_ONCE, columns=[f"{image_column(path)}.path"]):
+            for image in batch.column(0).to_pylist():
+                yield f"{url}#row={row}/{(image or {}).get('path') or row}"
+                row += 1
+
+
 def is_row(url: str) -> bool:
     return _ROW.fullmatch(url) is not None
 
 
 def read_row(url: str) -> bytes:
-    """The bytes of an image that `ParquetImages.entries` names."""
+    """The bytes of an image that `row_urls` names."""
     path, row = _ROW.fullmatch(url).groups()  # type: ignore[union-attr]
     with _LOCK:
         ends = _group_ends(path)
