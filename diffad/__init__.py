@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from diffad.pipelines.pipeline_diad import DiADPipeline
     from diffad.pipelines.pipeline_gradient_denoising import GradientDenoisingPipeline
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "AnomalyDenoisePipeline",
