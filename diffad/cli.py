@@ -32,7 +32,7 @@ from diffad.command_options import (
 from diffad.explain_command import explain
 from diffad.line_commands import drift, serve, update, watch
 from diffad.model_commands import convert, export, push
-from diffad.model_folder import LOCK_NAME, check_model_folder
+from diffad.model_folder import MODEL_LOCK_NAME, check_model_folder
 from diffad.predict_command import predict
 from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
 
@@ -272,7 +272,7 @@ def calibrate(
     with ExitStack() as stack:
         # of two at once, each would begin with the old model, and the later one lose what the other has set
         folder.mkdir(parents=True, exist_ok=True)
-        on_main(accelerator, lambda: stack.enter_context(locked_folder(folder, LOCK_NAME, "`output`")))
+        on_main(accelerator, lambda: stack.enter_context(locked_folder(folder, MODEL_LOCK_NAME, "`output`")))
         pipeline = load_pipeline(model, device or (str(accelerator.device) if accelerator else None))
         leave_one_out = part_pattern is None and pipeline.leaves_each_out(len(good))
         pipeline.calibrate(

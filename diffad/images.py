@@ -183,9 +183,9 @@ class ImageSequence:
             yield image, name
 
 
-def image_to_tensor(image: Image.Image, value_range: float | None = None, name: str = "image") -> torch.Tensor:
+def image_to_tensor(image: Image.Image, value_range: float | None = None) -> torch.Tensor:
     """One PIL image as (3, H, W) float32 in [0, 1]."""
-    return _to_tensors(image, name, value_range)[0]
+    return _to_tensors(image, "image", value_range)[0]
 
 
 def resize_image(

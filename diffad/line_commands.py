@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from diffad.command_models import load_model, load_pipeline
 from diffad.command_options import BadImages, BatchSize, Category, Device, Model, ModelOrFile, OnBadImage
-from diffad.model_folder import LOCK_NAME, check_folder, check_local, check_model_folder
+from diffad.model_folder import MODEL_LOCK_NAME, check_folder, check_local, check_model_folder
 
 if TYPE_CHECKING:
     from diffad.deployment.outbox import Outbox
@@ -78,7 +78,7 @@ def update(
     with ExitStack() as stack:
         # of two at once, each would begin with the old model, and the later one lose what the other has learned
         folder.mkdir(parents=True, exist_ok=True)
-        on_main(accelerator, lambda: stack.enter_context(locked_folder(folder, LOCK_NAME, "`output`")))
+        on_main(accelerator, lambda: stack.enter_context(locked_folder(folder, MODEL_LOCK_NAME, "`output`")))
         pipeline = load_pipeline(model, device or (str(accelerator.device) if accelerator else None))
         good_images = load_good_images(pipeline, model)
         loaded = load_anomaly_dataset(data, "train", category, dataset, on_bad_image.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-LOCK_NAME = ".diffad-training.lock"  # of what trains or updates a model, in its folder
+MODEL_LOCK_NAME = ".diffad-training.lock"  # of what trains or updates a model, in its folder
 
 
 def check_local(path: str | Path) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 
+from diffad.triangles import inverse_factor
+
 # Shrinkage: how many images the average over all positions counts for, see `MomentSums.standard_deviation`.
 PRIOR_IMAGES = 8.0
 
@@ -157,8 +159,7 @@ class FeatureMoments:
         step = max(1, FACTORED_BYTES // (8 * identity.numel()))
         for start in range(0, len(self.total), step):
             positions = slice(start, start + step)
-            factor = torch.linalg.cholesky(self.covariance(positions) + ridge * identity)
-            yield positions, torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+            yield positions, inverse_factor(self.covariance(positions) + ridge * identity)
 
     def covariance(self, positions: slice = slice(None)) -> torch.Tensor:
         """Unbiased covariance at some positions, (P', C, C) float64."""

@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import logging
 from huggingface_hub import CommitInfo, create_repo
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-logger = logging.get_logger(__name__)
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 

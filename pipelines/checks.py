@@ -20,8 +20,6 @@ from diffad.unicode_forms import same_name
 from diffad.warn_once import warn_once
 
 MAP_NAMES = ("kl", "feature_error", "gaussian", "nearest")  # what AnomalyDenoise joins
-FEATURE_WEIGHTS = {"gaussian": 0.75, "nearest": 0.25}  # those of `diffad fit`; docs/tried.md says what chose them
-CONTRAST = 0.2  # of maps of whole images, see `chosen_contrast`; likewise
 
 
 def check_call(
@@ -163,14 +161,6 @@ def check_value_range(value_range: float | None) -> None:
     """Raises a ValueError where it is no range."""
     if value_range is not None and (not isinstance(value_range, Real) or not 0.0 < value_range < math.inf):
         raise ValueError(f"`value_range` must be positive and finite, or None, but is {value_range!r}.")
-
-
-def chosen_contrast(tile_size: Any) -> float:
-    """That of `diffad fit`, and of `diffad train` by its own choice; none in tiles.
-
-    Most of a large image is no surroundings of its peak.
-    """
-    return 0.0 if tile_size else CONTRAST
 
 
 def check_map_settings(position_trust: float, contrast: float) -> None:

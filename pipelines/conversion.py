@@ -292,7 +292,8 @@ def _mismatch(
     return f"`state_dict_or_path`: {origin} does not hold the tensors of a DiAD model: {problems}."
 
 
-def _list(names: list[str], most: int = 6) -> str:
+def _list(names: list[str]) -> str:
+    most = 6
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

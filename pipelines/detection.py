@@ -1,4 +1,7 @@
-"""What the pipelines that detect anomalies share: calibration to good images."""
+"""What the pipelines that detect anomalies share: calibration to good images.
+
+This file is long so that a calibration stands in one place, from good images to thresholds.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from accelerate import Accelerator
 
 from diffad.calibration.category_features import mean_features, nearest_category
 from diffad.calibration.fitting import CalibrationFit, ScoreFunctions
-from diffad.calibration.score_calibration import OWN_NOISE, ScoreCalibration
+from diffad.calibration.recorded_settings import OWN_NOISE
+from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.grey_depth import warn_of_found_range
 from diffad.images import ImageSequence, as_size, common_value_range, images_to_pixel_values, resize_images
 from diffad.moments import FeatureMoments
@@ -28,6 +32,7 @@ from diffad.region_of_interest import clear_outside, hide_outside, inside_region
 from diffad.resizing import map_reach
 from diffad.scoring import Measurement, empty_measurement, heighten_contrast
 from diffad.seeding import image_generators
+from diffad.tiling import tile_height_and_width
 
 FEWEST_IMAGES = 3  # of fewer, none can be left out: the others need a covariance
 FEW_IMAGES = 20  # of which none can be spared for anything but statistics and thresholds
@@ -38,7 +43,7 @@ MAX_STATISTICS_IMAGES = 512  # of a category: more hardly change the statistics,
 class DetectionPipeline(AnomalyPipeline):
     """Base of the pipelines that detect anomalies: calibration. A call does not pass through here.
 
-    A subclass says what its networks measure of images (`measure_images`), how that becomes smoothed maps
+    A subclass says what its networks measure of images (`measure_pixels`), how that becomes smoothed maps
     (`score_maps`), how these become one map (`join_maps`), and how a map becomes a score (`image_scores`). Calibration
     learns from them what good images show.
     """
@@ -51,8 +56,13 @@ class DetectionPipeline(AnomalyPipeline):
         return False
 
     @property
+    def tile_size(self) -> tuple[int, int] | None:
+        """Height and width of a tile in pixels of the images; None where they are looked at as a whole."""
+        return tile_height_and_width(self.config.tile_size, as_size(self.input_resolution))
+
+    @property
     def measuring_networks(self) -> tuple[Any, ...]:
-        """The networks that `measure_images` runs, None where an optional one is missing."""
+        """The networks that `measure_pixels` runs, None where an optional one is missing."""
         raise NotImplementedError
 
     @property
@@ -93,17 +103,17 @@ class DetectionPipeline(AnomalyPipeline):
         calibration: ScoreCalibration | None,
         num_seen: int = 0,
     ) -> torch.Tensor:
-        """As of `ScoreFunctions`."""
+        """Smoothed maps (N, S, H, W) of a measurement, not normalised, as of `diffad.scoring.ScoreFunctions`."""
         raise NotImplementedError
 
     def join_maps(
         self, maps: torch.Tensor, category: torch.Tensor, calibration: ScoreCalibration | None
     ) -> torch.Tensor:
-        """As of `ScoreFunctions`."""
+        """The anomaly map (N, H, W) that `score_maps` make, normalised by a calibration where there is one."""
         raise NotImplementedError
 
     def image_scores(self, anomaly_map: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:
-        """As of `ScoreFunctions`."""
+        """The scores (N,) of anomaly maps (N, H, W), of the pixels `inside` (N, H, W) bool or of all."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -171,32 +181,18 @@ class DetectionPipeline(AnomalyPipeline):
             smallest_area = 0.0 if self.calibration is None else self.calibration.smallest_area
         check_calibration_call(images, statistics_images, false_alarm_rate, batch_size, generator, smallest_area)
         leave_one_out = leave_one_out and self.tile_size is None
-        # indices, as a slice of a data set's column would decode all of it
-        if leave_one_out:
-            if not self.scores_features or statistics_images is not None:
-                raise ValueError("`leave_one_out` takes a pipeline without a denoiser, and no `statistics_images`.")
-            if len(self.categories) > 1 and len(images) < FEWEST_IMAGES:
-                raise ValueError(
-                    f"`images` holds {len(images)} good images of {category!r}: in a model of several categories each "
-                    f"takes at least {FEWEST_IMAGES}."
-                )
-            statistics_images, for_scores = images, []
-            for_statistics = [*range(len(images))]
-        elif statistics_images is None:
-            statistics_images = images
-            for_statistics = spread(range(1, len(images), 2), MAX_STATISTICS_IMAGES)
-            for_scores = sorted({*range(len(images))} - {*for_statistics})
-        else:
-            for_statistics = spread(range(len(statistics_images)), MAX_STATISTICS_IMAGES)
-            for_scores = [*range(len(images))]
-        if not for_statistics or not (for_scores or leave_one_out):
+        if leave_one_out and (not self.scores_features or statistics_images is not None):
+            raise ValueError("`leave_one_out` takes a pipeline without a denoiser, and no `statistics_images`.")
+        if leave_one_out and len(self.categories) > 1 and len(images) < FEWEST_IMAGES:
             raise ValueError(
-                f"`images` holds {len(images)} good images and `statistics_images` {len(for_statistics)}, too few to "
-                "calibrate: it takes 1 of each, or 2 `images`, and deserves 100."
+                f"`images` holds {len(images)} good images of {category!r}: in a model of several categories each "
+                f"takes at least {FEWEST_IMAGES}."
             )
+        num_statistics = None if statistics_images is None else len(statistics_images)
+        for_statistics, for_scores = divided(len(images), num_statistics, leave_one_out)
+        statistics_images = images if statistics_images is None else statistics_images
         index = self.category_index(category)
         found = self._found_value_range(index, value_range, images, statistics_images)
-        num_scores = len(for_scores)
         shown = ImageSequence.of_rows(statistics_images, for_statistics, self.config.value_range or found)
         own_image = shown[:1] if accelerator is None or accelerator.is_main_process else None  # one process warns
         region = self._new_region(roi, index, own_image)
@@ -219,16 +215,14 @@ class DetectionPipeline(AnomalyPipeline):
             self.maybe_free_model_hooks()
             self._keep_category_moments(index, moments)
             return self
-        if leave_one_out and len(images) >= FEWEST_IMAGES:
-            num_scores = len(images)
         fit = self.calibration_fit(
             index,
-            num_scores,
-            false_alarm_rate,
-            accelerator,
-            found,
-            leave_one_out,
-            smallest_area,
+            num_scores=len(images) if leave_one_out and len(images) >= FEWEST_IMAGES else len(for_scores),
+            false_alarm_rate=false_alarm_rate,
+            accelerator=accelerator,
+            value_range=found,
+            leave_one_out=leave_one_out,
+            smallest_area=smallest_area,
             region=region,
             own_noise=generator is None,
         )
@@ -334,9 +328,9 @@ class DetectionPipeline(AnomalyPipeline):
         else:
             pairs = zip(anomaly_map, inside, strict=True)
             scores = torch.cat([self.image_scores(one[None], where) for one, where in pairs])
-        return self.outline(anomaly_map, inside), scores
+        return self.lower_surroundings(anomaly_map, inside), scores
 
-    def outline(self, anomaly_map: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
+    def lower_surroundings(self, anomaly_map: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
         """What is done to calibrated maps (N, H, W) once their scores are known; `inside`, (N, H, W) bool, counts."""
         contrast = 0.0 if self.calibration is None else self.config.get("contrast", 0.0)
         return clear_outside(heighten_contrast(anomaly_map, contrast, inside), inside)
@@ -467,10 +461,59 @@ class DetectionPipeline(AnomalyPipeline):
         images: Sequence[Any] | None = None,
         input_type: str = "float32",
     ) -> Path:
-        """A call as one graph, calibration inside, that runs without torch: `diffad.deployment.export`."""
+        """A call as one graph, calibration inside, that runs without torch (`diffad.deployment.Runtime`).
+
+        Args:
+            path: of the file, .onnx or .xml.
+            format: "onnx" or "openvino"; None goes by the path's ending.
+            precision: "fp32", "fp16" (of the networks' weights) or "int8".
+            images: for int8, at least 20 good images that no network was trained on.
+            input_type: "float32", of pixels in [0, 1], or "uint8", from 0 to 255.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: an argument is wrong, or the pipeline has no graph.
+            ImportError: a package is missing; the message names the extra that brings it.
+
+        Example:
+            >>> pipe.export("parts.onnx")  # doctest: +SKIP
+            PosixPath('parts.onnx')
+        """
         from diffad.deployment.export import export_pipeline
 
         return export_pipeline(self, path, format, precision, images, input_type)
+
+
+def divided(num_images: int, num_statistics: int | None, leave_one_out: bool) -> tuple[list[int], list[int]]:
+    """Which images serve the statistics, and which the scores, by their indices.
+
+    Indices, as a slice of a data set's column would decode all of it.
+
+    Args:
+        num_images: of `calibrate`'s `images`.
+        num_statistics: of its `statistics_images`, from which the first indices are; None where there are none, and
+            every other of `images` serves.
+        leave_one_out: all of `images` serve the statistics, which know what each would score by those of the others.
+
+    Raises:
+        ValueError: they are too few.
+    """
+    if leave_one_out:
+        return [*range(num_images)], []
+    if num_statistics is None:
+        for_statistics = spread(range(1, num_images, 2), MAX_STATISTICS_IMAGES)
+        for_scores = sorted({*range(num_images)} - {*for_statistics})
+    else:
+        for_statistics = spread(range(num_statistics), MAX_STATISTICS_IMAGES)
+        for_scores = [*range(num_images)]
+    if not for_statistics or not for_scores:
+        raise ValueError(
+            f"`images` holds {num_images} good images and `statistics_images` {len(for_statistics)}, too few to "
+            "calibrate: it takes 1 of each, or 2 `images`, and deserves 100."
+        )
+    return for_statistics, for_scores
 
 
 def spread(indices: range, count: int) -> list[int]:

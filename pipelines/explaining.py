@@ -13,6 +13,7 @@ from diffad.images import ImageInput, ImageSequence, as_size, images_to_pixel_va
 from diffad.pipelines.checks import MAP_NAMES, check_good_images, shares
 from diffad.region_of_interest import hide_outside, inside_region
 from diffad.scoring import outline_by_positions
+from diffad.triangles import unpack_triangle
 
 if TYPE_CHECKING:
     from diffad.pipelines.pipeline_anomaly_denoise import AnomalyDenoisePipeline
@@ -162,8 +163,8 @@ def gaussian_shares(
     rows, columns = features.shape[-2:]
     position = int(place[0] * rows) * columns + int(place[1] * columns)
     offset = features[0].float().flatten(1)[:, position] - pipeline.calibration.feature_mean[index, position]
-    shares = _shares_of_channels(offset[None], pipeline.calibration.feature_whitening[index, position])[0]
-    return _by_layer(pipeline, shares, pipeline.scored_layers)
+    of_channels = _shares_of_channels(offset[None], pipeline.calibration.feature_whitening[index, position])[0]
+    return _by_layer(pipeline, of_channels, pipeline.scored_layers)
 
 
 def residual_shares(
@@ -175,10 +176,10 @@ def residual_shares(
     offset = F.adaptive_avg_pool2d(residual[0].float(), tuple(size))  # (T, C, h, w)
     offset = F.adaptive_avg_pool2d(offset - calibration.residual_mean[index].mT.unflatten(1, size), grid)
     cell = int(place[0] * grid[0]) * grid[1] + int(place[1] * grid[1])
-    shares = _shares_of_channels(offset.flatten(2)[:, :, cell], calibration.residual_whitening[index, cell])  # (T, C)
-    of_levels = zip(pipeline.config.timesteps, shares.sum(dim=1).tolist(), strict=True)
+    found = _shares_of_channels(offset.flatten(2)[:, :, cell], calibration.residual_whitening[index, cell])  # (T, C)
+    of_levels = zip(pipeline.config.timesteps, found.sum(dim=1).tolist(), strict=True)
     levels = {f"at {timestep}": share for timestep, share in of_levels}
-    return _by_layer(pipeline, shares.sum(dim=0), pipeline.scored_layers), levels
+    return _by_layer(pipeline, found.sum(dim=0), pipeline.scored_layers), levels
 
 
 def nearest_shares(
@@ -196,18 +197,17 @@ def nearest_shares(
 
 def _shares_of_channels(offset: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     """Shares (T, C) of T parts and C channels in |W x|^2, x the mean of `offset` (T, C): x_tc (W^T W x)_c / T."""
-    rows, columns = torch.tril_indices(offset.shape[1], offset.shape[1], device=packed.device)
-    whitening = packed.new_zeros(offset.shape[1], offset.shape[1], dtype=torch.float32)
-    whitening[rows, columns] = packed.float()
+    whitening = unpack_triangle(packed, offset.shape[1])
     mean = offset.mean(dim=0)
-    shares = offset * (whitening.mT @ (whitening @ mean)) / len(offset)
-    return shares / shares.sum().clamp(min=1e-12)
+    products = offset * (whitening.mT @ (whitening @ mean)) / len(offset)
+    return products / products.sum().clamp(min=1e-12)
 
 
-def _by_layer(pipeline: AnomalyDenoisePipeline, shares: torch.Tensor, layers: Sequence[int]) -> dict[str, float]:
+def _by_layer(pipeline: AnomalyDenoisePipeline, of_channels: torch.Tensor, layers: Sequence[int]) -> dict[str, float]:
+    """Shares (C,) of channels, added up in each of the layers that these are of."""
     strides = pipeline.feature_extractor.layer_strides
     names = [f"stride {strides[i]}" if strides.count(strides[i]) == 1 else f"layer {i}" for i in layers]
-    of_layers = shares.split([pipeline.feature_extractor.layer_channels[i] for i in layers])
+    of_layers = of_channels.split([pipeline.feature_extractor.layer_channels[i] for i in layers])
     return {name: float(one.sum()) for name, one in zip(names, of_layers, strict=True)}
 
 

@@ -7,6 +7,7 @@ takes a network but the frozen one that the methods look through anyway.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -14,6 +15,17 @@ from diffad.calibration.coreset import locally_aware_patches, patch_layers
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.scoring import Measurement
+
+FEATURE_WEIGHTS = {"gaussian": 0.75, "nearest": 0.25}  # those of `diffad fit`; docs/tried.md says what chose them
+CONTRAST = 0.2  # of maps of whole images, see `chosen_contrast`; likewise
+
+
+def chosen_contrast(tile_size: Any) -> float:
+    """That of `diffad fit`, and of `diffad train` by its own choice; none in tiles.
+
+    Most of a large image is no surroundings of its peak.
+    """
+    return 0.0 if tile_size else CONTRAST
 
 
 def measure_features(

@@ -1,4 +1,7 @@
-"""AnomalyDenoise (Lu et al., "Removing Anomalies as Noises for Industrial Defect Localization", ICCV 2023)."""
+"""AnomalyDenoise (Lu et al., "Removing Anomalies as Noises for Industrial Defect Localization", ICCV 2023).
+
+This file is long so that a call stands in one place: from the image over noise and networks to map and score.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,6 @@ from diffad.scoring import (
     top_fraction_score,
 )
 from diffad.seeding import draw_noise
-from diffad.tiling import tile_height_and_width
 from diffad.warn_once import warn_once
 
 if TYPE_CHECKING:
@@ -221,11 +223,6 @@ class AnomalyDenoisePipeline(DetectionPipeline):
     def input_resolution(self) -> int | tuple[int, int]:
         """Side to which images are resized at first: the feature extractor may look closer than the denoiser."""
         return self.feature_extractor.input_resolution(self.processing_resolution)
-
-    @property
-    def tile_size(self) -> tuple[int, int] | None:
-        """Height and width of a tile in pixels of the images; None where they are looked at as a whole."""
-        return tile_height_and_width(self.config.tile_size, as_size(self.input_resolution))
 
     @torch.no_grad()
     def __call__(
@@ -526,8 +523,15 @@ class AnomalyDenoisePipeline(DetectionPipeline):
     def explain(self, image: ImageInput, **options: Any) -> Explanation:
         """Why one image has its score: which map, layer and noise level, and the good images most like it.
 
-        `options` are those of `diffad.pipelines.explaining.explain`. What would have to change for the image to be
-        normal, `reconstruct` shows, where there is a denoiser.
+        What would have to change for the image to be normal, `reconstruct` shows, where there is a denoiser.
+
+        Args:
+            image: one image, as a call takes it.
+            options: `category`, `generator`, `good_images`, `num_nearest` and `batch_size`, as of
+                `diffad.pipelines.explaining.explain`.
+
+        Example:
+            >>> pipe.explain("part.png", good_images=paths).in_words()  # doctest: +SKIP
         """
         from diffad.pipelines.explaining import explain
 
@@ -536,21 +540,54 @@ class AnomalyDenoisePipeline(DetectionPipeline):
     # -- one-line ways to the pipelines that share these networks ------------------------------------------------
 
     def reconstruct(self, image: ImageInput, **options: Any) -> ReconstructionOutput | tuple:
-        """The image as it would be without its defect: a call of [`GradientDenoisingPipeline`]."""
+        """The image as it would be without its defect (eqs. 12-13): a call of [`GradientDenoisingPipeline`].
+
+        Args:
+            image: as a call takes it.
+            options: `num_iterations`, `learning_rate`, `denoise_every`, ..., of that pipeline's call.
+
+        Returns:
+            Its output, with `reconstruction` (N, H, W, 3) in [0, 1].
+
+        Example:
+            >>> pipe.reconstruct("part.png").reconstruction  # doctest: +SKIP
+        """
         self._require_denoiser("reconstruct")
         output = self.share_components(GradientDenoisingPipeline)(image, **options)
         self.maybe_free_model_hooks()
         return output
 
     def denoise(self, image: ImageInput, **options: Any) -> AnomalyOutput | tuple:
-        """The reverse process from the noised image: a call of [`DDPMReconstructionPipeline`]."""
+        """The reverse process from the noised image: a call of [`DDPMReconstructionPipeline`].
+
+        Args:
+            image: as a call takes it.
+            options: `timestep`, `num_inference_steps`, `scheduler`, ..., of that pipeline's call.
+
+        Returns:
+            Its output, with `reconstruction` (N, H, W, 3) in [0, 1] and the map of what has changed.
+
+        Example:
+            >>> pipe.denoise("part.png", timestep=250).reconstruction  # doctest: +SKIP
+        """
         self._require_denoiser("denoise")
         output = self.share_components(DDPMReconstructionPipeline)(image, **options)
         self.maybe_free_model_hooks()
         return output
 
     def fit_gaussian(self, images: Sequence[Any], **options: Any) -> AnomalyDenoisePipeline:
-        """Gives the pipeline the `gaussian` that `reconstruct` needs: `GradientDenoisingPipeline.fit_gaussian`."""
+        """Gives the pipeline the `gaussian` that `reconstruct` needs.
+
+        Args:
+            images: good images, as `calibrate` takes them.
+            options: `category`, `batch_size`, `generator`, ..., of `GradientDenoisingPipeline.fit_gaussian`.
+
+        Returns:
+            The pipeline.
+
+        Example:
+            >>> pipe.fit_gaussian(good_images).save_pretrained("runs/parts")  # doctest: +SKIP
+        """
         self._require_denoiser("fit_gaussian")
         self.register_modules(
             gaussian=self.share_components(GradientDenoisingPipeline).fit_gaussian(images, **options).gaussian

@@ -22,7 +22,6 @@ from diffad.images import (
     ImageInput,
     ImageSequence,
     Side,
-    as_size,
     denormalize_images,
     images_to_pixel_values,
     normalize_images,
@@ -73,7 +72,7 @@ from diffad.scoring import (
     resize_maps,
 )
 from diffad.seeding import draw_noise, noise_generators
-from diffad.tiling import CELL, tile_height_and_width
+from diffad.tiling import CELL
 
 StepCallback = Callable[["DiADPipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
@@ -224,11 +223,6 @@ class DiADPipeline(DetectionPipeline):
     def input_resolution(self) -> int:
         """The networks' own: a closer look at the input would find detail that no reconstruction can have."""
         return self.processing_resolution
-
-    @property
-    def tile_size(self) -> tuple[int, int] | None:
-        """Height and width of a tile in pixels of the images; None where they are looked at as a whole."""
-        return tile_height_and_width(self.config.tile_size, as_size(self.input_resolution))
 
     @property
     def num_timesteps(self) -> int:

@@ -23,8 +23,9 @@ from diffad import AnomalyDenoisePipeline
 from diffad.data.synthetic_defects import add_defects
 from diffad.images import ImageSequence, as_size, resize_images, size_of_ratio
 from diffad.metrics import AnomalyMetrics
-from diffad.pipelines.checks import FEATURE_WEIGHTS, MAP_NAMES
+from diffad.pipelines.checks import MAP_NAMES
 from diffad.pipelines.detection import MAX_STATISTICS_IMAGES, setting_names, spread
+from diffad.pipelines.feature_maps import FEATURE_WEIGHTS
 from diffad.pipelines.large_images import cells_inside, grid_of, size_of
 from diffad.region_of_interest import inside_region
 from diffad.scoring import smooth_maps

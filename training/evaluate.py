@@ -19,11 +19,12 @@ from accelerate import Accelerator
 from diffad.command_models import is_exported, load_model
 from diffad.data import load_anomaly_dataset
 from diffad.data.checks import dataset_value_range
+from diffad.detection_call import noise_of
 from diffad.evaluation.baselines import evaluate_baseline, load_training_images
 from diffad.evaluation.detectors import check_categories, evaluate_category, promise, split_by_category
 from diffad.evaluation.metric_names import BASELINE_TITLES
 from diffad.evaluation.report import (
-    check_output,
+    check_report_path,
     command_line,
     describe_machine,
     fingerprint,
@@ -34,7 +35,6 @@ from diffad.evaluation.report import (
     with_mean,
 )
 from diffad.precision import PRECISIONS, resolve_precision
-from diffad.predict import noise_of
 from diffad.training.arguments import POSITIVE, SHARE, FlagParser, local_path, whole_number
 
 # Of an exported file, by its `Runtime.precision`, as accelerate names them
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     path = Path(args.output)
     if path.suffix != ".json":
         raise ValueError(f"--output must end in .json, but is {path}.")
-    check_output(path)
+    check_report_path(path)
 
     # 1. Data and detectors
     dataset = load_anomaly_dataset(args.data, "test", args.category, args.dataset, args.on_bad_image)

@@ -31,8 +31,8 @@ from diffad.images import ImageSequence, Side, as_side, as_size, images_to_pixel
 from diffad.model_card import remove_reports
 from diffad.models.feature_extractor import LITE0_BACKBONE
 from diffad.models.gaussian_feature_model import one_size
-from diffad.pipelines.checks import FEATURE_WEIGHTS, chosen_contrast
 from diffad.pipelines.detection import MOST_LEFT_OUT
+from diffad.pipelines.feature_maps import FEATURE_WEIGHTS, chosen_contrast
 from diffad.pipelines.updating import learn_good_images, save_updatable
 from diffad.region_of_interest import hide_outside, inside_region
 from diffad.training.arguments import (

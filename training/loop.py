@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from diffad.cores import limit_threads
 from diffad.files import locked_folder
 from diffad.model_card import SECRETS
-from diffad.model_folder import LOCK_NAME
+from diffad.model_folder import MODEL_LOCK_NAME
 from diffad.precision import resolve_precision
 from diffad.process_share import on_main
 from diffad.seeding import step_generator
@@ -77,7 +77,7 @@ def held_output_dir(args: argparse.Namespace, accelerator: Accelerator) -> Itera
         SystemExit: so it is for the main process, of which this is none.
     """
     with ExitStack() as stack:
-        lock = locked_folder(Path(args.output_dir), LOCK_NAME, "--output_dir")
+        lock = locked_folder(Path(args.output_dir), MODEL_LOCK_NAME, "--output_dir")
         on_main(accelerator, lambda: stack.enter_context(lock))
         yield
 

@@ -7,7 +7,7 @@
 noise levels or the same reconstructions share one pass of the networks, in the calibration as in the test. Every row is
 calibrated alike, on the good images of the training split, with noise of each image's own, by --seed. Rows that need a
 model of their own (`train`) are trained first, with `--train_config` and the row's changes to it; a model that is there
-already is taken as it is.
+already is taken as it is. This file is long so that what rows share stands in one place.
 """
 
 from __future__ import annotations

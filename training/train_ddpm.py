@@ -28,8 +28,8 @@ from diffad.data.checks import dataset_sizes
 from diffad.images import as_side, as_size, images_to_pixel_values, resize_images, size_of_ratio
 from diffad.likelihood import kl_divergence_map, predicted_clean_sample, variational_bound
 from diffad.models.denoising_unet_2d import DENOISING_UNET_PRESETS
-from diffad.pipelines.checks import FEATURE_WEIGHTS, chosen_contrast
 from diffad.pipelines.detection import spread
+from diffad.pipelines.feature_maps import FEATURE_WEIGHTS, chosen_contrast
 from diffad.tiling import tile_height_and_width
 from diffad.training.arguments import (
     ABOVE_ZERO,

@@ -7,6 +7,8 @@
 Good images in, a calibrated `DiADPipeline` out. Several categories in DIR train one model, which is not told which it
 sees. The semantic-guided network and the denoiser's decoder are trained, the denoiser's encoder and the autoencoder
 stay frozen. From scratch (`--preset`) there is no trained encoder to keep, so the whole denoiser is trained.
+
+This file is long so that a run stands in one place: its flags, its networks, its loss, its steps.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from diffad.images import IMAGENET_MEAN, IMAGENET_STD, denormalize_images, image
 from diffad.latents import encode_latents, has_scale, latent_statistics
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import FUSIONS, GUIDANCE_OUTPUTS
-from diffad.pipelines.checks import FEATURE_WEIGHTS
+from diffad.pipelines.feature_maps import FEATURE_WEIGHTS
 from diffad.training.arguments import (
     COUNT,
     NOT_NEGATIVE,

@@ -20,7 +20,7 @@ CORESET_SIZE = 6000  # patches kept of a category: 0.9 MB for 76 directions in h
 POOL_BYTES = 80_000_000  # of the patches of all images, of which they are chosen: 131,578 of 152 channels
 CHOSEN_AT_ONCE = 32  # patches of a full coreset, so that each look at the pool serves as many
 ALL_DIRECTIONS = 64  # channels of which none is given up
-POSITIONS_AT_ONCE = 1024  # of an image, whose distances are taken together
+PATCHES_AT_ONCE = 1024  # of an image, whose distances are taken together
 CORESET_AT_ONCE = 250  # of which a graph takes distances together
 FINEST_STRIDE = 8  # PatchCore leaves out what is finer
 
@@ -152,7 +152,7 @@ def nearest_distances(
     for i, one in enumerate(patches.float().flatten(2)):  # (C, h * w)
         own = None if owner is None or image is None else owner == image[i]
         # a part of the positions at a time: with 6000 patches 1024 of them take 25 MB
-        for found, part in zip(squared[i].split(POSITIONS_AT_ONCE), one.split(POSITIONS_AT_ONCE, dim=1), strict=True):
+        for found, part in zip(squared[i].split(PATCHES_AT_ONCE), one.split(PATCHES_AT_ONCE, dim=1), strict=True):
             product = torch.addmm(offset, part.mT, coreset.mT, alpha=-2.0)  # (P, M)
             if own is not None:
                 product[:, own & ~own.all()] = torch.inf  # where all that are kept are its own, they are what there is

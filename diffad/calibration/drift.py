@@ -137,7 +137,6 @@ class DriftTest:
         rank = min(threshold_rank(len(ordered), false_alarm_rate), len(ordered))
         self.threshold = ordered[rank - 1] if ordered else math.inf
         self.ranked = array("d", ordered[: bisect_left(ordered, self.threshold)])
-        self.num_calibration = len(self.ranked)
         self.chance = chance
         self.random = np.random.default_rng(seed)
         self.of_ranks, self.of_alarms = np.zeros(len(RANK_BETS)), np.zeros(len(ALARM_BETS))

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from diffad.calibration.triangles import multiply_parts
 from diffad.exporting import is_exporting
 from diffad.moments import POSITIONS_AT_ONCE, FeatureMoments
+from diffad.triangles import inverse_factor, multiply_parts, pack_triangle
 
 # PaDiM's regularisation, as a share of the features' average variance; and what the features' covariances may take.
 EPSILON = 0.01
@@ -35,21 +35,16 @@ def feature_gaussian(moments: FeatureMoments, epsilon: float = EPSILON) -> tuple
     num_positions, num_channels = moments.total.shape
     mean = moments.mean()
     smallest = 1e-6  # of the variance: half precision must hold the whitening where nothing varies
-    identity = torch.eye(num_channels, dtype=torch.float64, device=mean.device)
-    lower = torch.ones_like(identity).tril().bool()
     if moments.count > 1:
         ridge = epsilon * moments.variance().mean().clamp(min=smallest)
-        return mean, torch.cat([inverse[:, lower] for _, inverse in moments.whitening_parts(ridge)])
+        return mean, torch.cat([pack_triangle(inverse) for _, inverse in moments.whitening_parts(ridge)])
     spread = mean - mean.mean(dim=0)
     ridge = epsilon * spread.square().mean().clamp(min=smallest)
-    factor = torch.linalg.cholesky(spread.mT @ spread / num_positions + ridge * identity)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return mean, inverse[lower].expand(num_positions, -1)
+    inverse = inverse_factor(spread.mT @ spread / num_positions + ridge * torch.eye(num_channels).to(spread))
+    return mean, pack_triangle(inverse).expand(num_positions, -1)
 
 
-def shared_feature_gaussian(
-    moments: FeatureMoments, mean: torch.Tensor, epsilon: float = EPSILON
-) -> tuple[torch.Tensor, torch.Tensor]:
+def shared_feature_gaussian(moments: FeatureMoments, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A Gaussian whose covariance all positions share, and whose mean is a position's own.
 
     What tiles show at a position differs from another by the edge alone, which the networks see nothing beyond.
@@ -57,18 +52,13 @@ def shared_feature_gaussian(
     Args:
         moments: sums over the features of all positions, as if they were one: (N, C, 1).
         mean: at each position, (P, C), over as many images at each.
-        epsilon: as of `feature_gaussian`.
 
     Returns:
         `mean`, and the whitening (1, C (C + 1) / 2). Both float64.
     """
-    num_channels = mean.shape[1]
     covariance = moments.total_of_products[0] / moments.count - mean.mT @ mean / len(mean)
-    identity = torch.eye(num_channels, dtype=torch.float64, device=mean.device)
-    ridge = epsilon * covariance.diagonal().mean().clamp(min=1e-6)
-    factor = torch.linalg.cholesky(covariance + ridge * identity)
-    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return mean, inverse[identity.new_ones(num_channels, num_channels).tril().bool()][None]
+    ridge = EPSILON * covariance.diagonal().mean().clamp(min=1e-6)
+    return mean, pack_triangle(inverse_factor(covariance + ridge * torch.eye(len(covariance)).to(covariance)))[None]
 
 
 def feature_grid(size: tuple[int, int], num_channels: int) -> tuple[int, int]:

@@ -1,4 +1,7 @@
-"""Fitting a calibration to good images: one pass over them, in constant memory, over any number of processes."""
+"""Fitting a calibration to good images: one pass over them, in constant memory, over any number of processes.
+
+This file is long so that the order in which statistics, deviations and scores are taken stands in one place.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,9 @@ from diffad.calibration.coreset import (
     sample_patches,
 )
 from diffad.calibration.feature_gaussian import feature_gaussian, shared_feature_gaussian
+from diffad.calibration.recorded_settings import OWN_NOISE, changed_settings
 from diffad.calibration.residual_gaussian import residual_gaussian, residual_grid, residual_size
-from diffad.calibration.score_calibration import OWN_NOISE, ScoreCalibration, changed_settings
+from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.moments import FeatureMoments, MomentSums
 from diffad.region_of_interest import inside_region, stand_ins, values_inside
 from diffad.scoring import Measurement

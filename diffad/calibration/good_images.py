@@ -25,6 +25,7 @@ from diffad.files import write_whole
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.moments import POSITIONS_AT_ONCE, FeatureMoments
 from diffad.process_share import of_all_processes
+from diffad.triangles import pack_triangle
 
 NAME = "good_images-{}.safetensors"  # in a model's folder, with the digest of the calibration that it belongs to
 FEWEST_KEPT = 3
@@ -191,9 +192,7 @@ def kept_batches(kept: dict[bytes, np.ndarray], batch_size: int, chosen: range) 
 
 def pack_products(moments: FeatureMoments) -> np.ndarray:
     """The lower triangles of the sums of outer products, (P, C (C + 1) / 2) float64."""
-    num_channels = moments.total.shape[1]
-    lower = torch.ones(num_channels, num_channels, dtype=torch.bool).tril()
-    return torch.cat([part.cpu()[:, lower] for part in moments.total_of_products.split(POSITIONS_AT_ONCE)]).numpy()
+    return torch.cat([pack_triangle(part.cpu()) for part in moments.total_of_products.split(POSITIONS_AT_ONCE)]).numpy()
 
 
 def unpack_moments(total: np.ndarray, packed: np.ndarray, count: int, device: torch.device | str) -> FeatureMoments:

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from diffad.calibration.triangles import multiply_parts
 from diffad.moments import PRIOR_IMAGES, FeatureMoments, shrink
+from diffad.triangles import inverse_factor, multiply_parts, pack_triangle
 
 # Share of the identity in the correlations of the feature residual.
 RIDGE = 0.05
@@ -62,26 +62,25 @@ def from_cells(values: torch.Tensor, grid: tuple[int, int], size: tuple[int, int
 
 
 def residual_gaussian(
-    moments: FeatureMoments, mean: torch.Tensor, grid: tuple[int, int], prior_images: float = PRIOR_IMAGES
+    moments: FeatureMoments, mean: torch.Tensor, grid: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A Gaussian of the feature residual at every cell, from sums over good images.
 
     Few images leave most of a covariance to chance, so each statistic is shrunk towards what needs fewer numbers, as if
-    `prior_images` images had shown it: means towards 0, where a denoiser's residual should be; variances towards their
+    `PRIOR_IMAGES` images had shown it: means towards 0, where a denoiser's residual should be; variances towards their
     average over the cells; correlations towards theirs. A ridge keeps directions that no image has shown finite.
 
     Args:
         moments: sums over residuals (N, C, P), averaged over the positions of each cell.
         mean: of the residual at every one of Q positions, (Q, C).
         grid: rows and columns of the P cells.
-        prior_images: what each prior counts for.
 
     Returns:
         The shrunk means, (Q, C), and the whitening, (P, C (C + 1) / 2): the lower triangle, row by row, of the matrix W
         for which W^T W is the covariance's inverse. Both float64.
     """
     num_cells, num_channels = moments.total.shape
-    weight = moments.count / (moments.count + prior_images)
+    weight = moments.count / (moments.count + PRIOR_IMAGES)
     raw_mean = moments.mean()  # (P, C)
 
     def covariance(cells: slice) -> torch.Tensor:  # about the shrunk mean, (P', C, C)
@@ -93,7 +92,7 @@ def residual_gaussian(
     parts = [slice(start, start + CELLS_AT_ONCE) for start in range(0, num_cells, CELLS_AT_ONCE)]
     mean_square = moments.total_of_products.diagonal(dim1=1, dim2=2) / moments.count
     variance = mean_square - raw_mean.square() + ((1.0 - weight) * raw_mean).square()  # (P, C)
-    variance = shrink(variance.mT.unflatten(1, grid), moments.count, prior_images).flatten(1).mT
+    variance = shrink(variance.mT.unflatten(1, grid), moments.count, PRIOR_IMAGES).flatten(1).mT
     deviation = variance.sqrt()
 
     def correlation(cells: slice) -> torch.Tensor:
@@ -102,13 +101,11 @@ def residual_gaussian(
     identity = torch.eye(num_channels, dtype=torch.float64, device=raw_mean.device)
     average = torch.stack([correlation(part).sum(dim=0) for part in parts]).sum(dim=0) / num_cells  # (C, C)
     average = average.where(identity == 0, 1.0)
-    lower = identity.new_ones(num_channels, num_channels).tril().bool()
     whitening = []
     for part in parts:
         shrunk = weight * correlation(part) + (1.0 - weight) * average  # (P', C, C)
-        factor = torch.linalg.cholesky((1.0 - RIDGE) * shrunk + RIDGE * identity)
-        inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-        whitening.append((inverse / deviation[part, None, :])[:, lower])
+        inverse = inverse_factor((1.0 - RIDGE) * shrunk + RIDGE * identity)
+        whitening.append(pack_triangle(inverse / deviation[part, None, :]))
     return weight * mean, torch.cat(whitening)
 
 
@@ -155,7 +152,6 @@ def leave_one_out(
     cell_distance: torch.Tensor,
     num_channels: int,
     count: int,
-    prior_images: float = PRIOR_IMAGES,
 ) -> torch.Tensor:
     """What images' distances would be, had the Gaussian of `residual_gaussian` not seen them.
 
@@ -172,12 +168,11 @@ def leave_one_out(
         cell_distance: |Wx|^2 / C.
         num_channels: C.
         count: images seen.
-        prior_images: as in `residual_gaussian`.
 
     Returns:
         The distances, of the same shape.
     """
-    share = (1.0 - RIDGE) * num_channels / (count + prior_images)
+    share = (1.0 - RIDGE) * num_channels / (count + PRIOR_IMAGES)
     leverage = share * cell_distance  # below 1
-    of_mean = (count + prior_images) / (count + prior_images - 1.0)
+    of_mean = (count + PRIOR_IMAGES) / (count + PRIOR_IMAGES - 1.0)
     return of_mean**2 * (distance + share * product.square() / (1.0 - leverage).clamp(min=1e-6))

@@ -1,10 +1,13 @@
-"""What is saved of a calibration: statistics of good images, thresholds, and p-values."""
+"""What is saved of a calibration: statistics of good images, thresholds, and p-values.
+
+This file is long so that what is saved, and all that is asked of it, stand in one place.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,19 +25,14 @@ from diffad.calibration.conformal import (
 )
 from diffad.calibration.coreset import nearest_distances, project
 from diffad.calibration.feature_gaussian import feature_distances
+from diffad.calibration.recorded_settings import OWN_NOISE, changed_settings
 from diffad.calibration.residual_gaussian import residual_distances
-from diffad.calibration.triangles import identity_triangle, triangle_parts
 from diffad.exporting import is_exporting
-from diffad.image_sizes import as_side
 from diffad.scoring import Measurement, resize_maps
+from diffad.triangles import identity_triangle, triangle_parts
 from diffad.warn_once import warn_once
 
-OWN_NOISE = "own_noise"  # beside the settings: whether statistics were taken with the model's noise, where there is any
-# what an earlier version did, which had no such setting to record
-BEFORE_RECORDED = {"position_trust": 1.0, "weights": None, OWN_NOISE: False}
 MOST_UNPACKED_BYTES = 2**30  # of the whitening in full precision, four categories' or more
-# a setting of earlier versions, at the value that did nothing
-GONE = {"suppression": 0.0}
 
 
 class ScoreCalibration(ModelMixin, ConfigMixin):
@@ -591,25 +589,6 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         maxima = self.good_maxima(category) or (self.good_scores(category) if is_maximum else None)
         threshold = float(self.pixel_threshold[category])
         return thresholds_at(self.good_scores(category), maxima, threshold, false_alarm_rate)
-
-
-def changed_settings(recorded: Mapping[str, Any] | None, settings: Mapping[str, Any] | None) -> list[str]:
-    """Which settings are not those that were recorded, or that held before they were recorded."""
-
-    def plain(name: str, value: Any) -> Any:
-        if name == "weights" and value is not None:  # of which only the ratio counts
-            total = sum(value.values())
-            return {of: weight / total for of, weight in value.items() if weight}
-        if name == "processing_resolution":
-            return as_side(value)
-        return list(value) if isinstance(value, (list, tuple)) else value  # a file knows no tuples
-
-    recorded, settings = {**BEFORE_RECORDED, **recorded} if recorded else {}, {**GONE, **settings} if settings else {}
-    return [
-        name
-        for name, value in recorded.items()
-        if name in settings and plain(name, settings[name]) != plain(name, value)
-    ]
 
 
 def of_each_category(category: torch.Tensor | int) -> list[tuple[Any, Any]]:

@@ -2,7 +2,7 @@
 
 A layout is two functions and a line for error messages. `find` takes the root and returns each category's
 name with what `read` needs of it, or nothing where the tree has another layout. `read` yields a record for
-each image.
+each image. This file is long so that all layouts stand in one place.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import diffad
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.deployment.graph import NETWORKS, InspectionGraph, MeasurementGraph
 from diffad.deployment.metadata import FORMAT, KEY, OUTPUTS, Metadata
-from diffad.deployment.quantization import FEWEST_IMAGES, HELD_OUT, MOST_IMAGES, quantize_networks
+from diffad.deployment.quantization import FEWEST_FOR_INT8, HELD_OUT, MOST_IMAGES, quantize_networks
 from diffad.deployment.runtime import (
     FILE_KEY,
     NO_DIGEST,
@@ -107,8 +107,8 @@ def export_pipeline(
         raise ValueError("`precision` int8 takes a calibrated model of one category.")
     if precision == "int8" and pipeline.calibration.smallest_area:
         raise ValueError("`precision` int8 takes a model without a smallest area: its thresholds are the graph's own.")
-    if images is not None and len(images) < FEWEST_IMAGES:
-        raise ValueError(f"`images` holds {len(images)} good images, and int8 takes at least {FEWEST_IMAGES}.")
+    if images is not None and len(images) < FEWEST_FOR_INT8:
+        raise ValueError(f"`images` holds {len(images)} good images, and int8 takes at least {FEWEST_FOR_INT8}.")
     found = None
     if images is not None:
         model, pipeline, found = quantized(pipeline, images, suffix, input_type)

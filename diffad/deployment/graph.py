@@ -120,7 +120,7 @@ class InspectionGraph(nn.Module):
             return anomaly_map, pipeline.image_scores(anomaly_map), *pictures
         of_score = anomaly_map if self.inside is None else anomaly_map.flatten(1)[:, self.places][:, None]  # (N, 1, n)
         score = pipeline.image_scores(of_score)  # (N,)
-        anomaly_map = pipeline.outline(anomaly_map, self.inside)
+        anomaly_map = pipeline.lower_surroundings(anomaly_map, self.inside)
         if calibration is None or not calibration.has_thresholds:
             return anomaly_map, score, *pictures
         thresholds: Any = calibration

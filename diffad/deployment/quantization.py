@@ -16,7 +16,7 @@ import numpy as np
 from diffad.installation import needs_extra
 
 MOST_IMAGES = 300  # from which 8-bit ranges are taken: NNCF's default
-FEWEST_IMAGES = 20
+FEWEST_FOR_INT8 = 20
 HELD_OUT = 5  # every fifth image sets the thresholds, and the others the 8 bits and the statistics
 
 

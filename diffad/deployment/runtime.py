@@ -1,4 +1,7 @@
-"""An exported model at work, without torch: NumPy, Pillow and ONNX Runtime or OpenVINO."""
+"""An exported model at work, without torch: NumPy, Pillow and ONNX Runtime or OpenVINO.
+
+This file is long so that a call stands in one place, from the file and the image to the verdict.
+"""
 
 from __future__ import annotations
 

@@ -92,11 +92,12 @@ def compare_runtimes(pipeline: Any, repeats: int = 5) -> dict[str, Any]:
     return {"gflop_per_image": gflop, "peak_gflops": peak, "cores": available_cores(), "runtimes": results}
 
 
-def peak_gflops(side: int = 2048, repeats: int = 5) -> float:
+def peak_gflops() -> float:
     """What a product of two float32 matrices reaches in torch, with its threads, in GFLOP/s."""
+    side = 2048
     left, right = torch.rand(side, side), torch.rand(side, side)
     seconds = []
-    for _ in range(repeats + 1):
+    for _ in range(6):  # of which the first warms up
         started = time.perf_counter()
         left @ right
         seconds.append(time.perf_counter() - started)

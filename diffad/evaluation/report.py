@@ -103,7 +103,7 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def check_output(path: Path) -> None:
+def check_report_path(path: Path) -> None:
     """Raises a ValueError where a report at `path`, or what goes beside it, would replace another program's files."""
     if path.is_dir():
         raise ValueError(f"`output` must be a file, but {path} is a folder.")

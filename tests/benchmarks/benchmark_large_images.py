@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
-from diffad.pipelines.checks import FEATURE_WEIGHTS
+from diffad.pipelines.feature_maps import FEATURE_WEIGHTS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import texture, textures, tiny_pipeline

@@ -22,7 +22,8 @@ from evaluate_choice import METRICS, measure_test
 
 from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
 from diffad.models.gaussian_feature_model import one_size
-from diffad.pipelines.checks import FEATURE_WEIGHTS, MAP_NAMES
+from diffad.pipelines.checks import MAP_NAMES
+from diffad.pipelines.feature_maps import FEATURE_WEIGHTS
 from diffad.training.choice import measure_defects, rate_setting, take_statistics
 from diffad.training.data import hold_out, read_good_images
 from diffad.training.fit import parse_args as fit_arguments

@@ -25,7 +25,8 @@ from diffad import AnomalyDenoisePipeline
 from diffad.data import load_anomaly_dataset
 from diffad.data.masks import resize_image_and_mask
 from diffad.images import ImageSequence
-from diffad.pipelines.checks import FEATURE_WEIGHTS, MAP_NAMES
+from diffad.pipelines.checks import MAP_NAMES
+from diffad.pipelines.feature_maps import FEATURE_WEIGHTS
 from diffad.training.choice import (
     DEFECT_RESOLUTION,
     WEIGHT_STEPS,

@@ -29,7 +29,8 @@ from PIL import Image
 from torch import nn
 
 from diffad import DiADPipeline, SemanticGuidedNetwork
-from diffad.calibration.score_calibration import ScoreCalibration, changed_settings
+from diffad.calibration.recorded_settings import changed_settings
+from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.images import denormalize_images, images_to_tensors, normalize_images
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.scoring import cosine_distance_map, gaussian_smooth, max_score

@@ -16,7 +16,7 @@ from diffad import AnomalyDenoisePipeline
 from diffad.calibration.good_images import GoodImages, from_kept_pixels, to_kept_pixels
 from diffad.cli import app
 from diffad.files import locked_folder
-from diffad.model_folder import LOCK_NAME
+from diffad.model_folder import MODEL_LOCK_NAME
 from diffad.moments import FeatureMoments
 from diffad.pipelines.updating import learn_good_images, load_good_images, save_updatable
 from diffad.training import fit as fit_script
@@ -146,7 +146,7 @@ def test_two_do_not_learn_into_one_model_at_once(portions, tmp_path):
     """Each would begin with the old one, and the later one lose what the other has learned."""
     model = fit(portions[0], tmp_path / "model", "--kept_images", 8)
     kept = [path.name for path in model.glob("good_images-*")]
-    with locked_folder(model, LOCK_NAME), pytest.raises(RuntimeError, match="being written to by process"):
+    with locked_folder(model, MODEL_LOCK_NAME), pytest.raises(RuntimeError, match="being written to by process"):
         update(model, "--data", portions[1], code=1)
     assert [path.name for path in model.glob("good_images-*")] == kept
     update(model, "--data", portions[1])

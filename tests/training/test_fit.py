@@ -39,7 +39,7 @@ from diffad.cli import main as diffad
 from diffad.evaluation.detectors import promise
 from diffad.files import locked_folder
 from diffad.model_card import render_model_card
-from diffad.model_folder import LOCK_NAME
+from diffad.model_folder import MODEL_LOCK_NAME
 from diffad.models.gaussian_feature_model import GaussianFeatureModel
 from diffad.moments import FeatureMoments
 from diffad.predict import find_images, predict_files
@@ -147,7 +147,7 @@ def test_a_folder_of_images_is_of_the_category_that_is_named(tmp_path):
 def test_a_folder_that_another_run_writes_to_is_refused(tmp_path):
     write_folder(tmp_path / "good", 5, size=32)
     (tmp_path / "model").mkdir()
-    with locked_folder(tmp_path / "model", LOCK_NAME), pytest.raises(RuntimeError, match="is being written to by"):
+    with locked_folder(tmp_path / "model", MODEL_LOCK_NAME), pytest.raises(RuntimeError, match="is being written to"):
         fit(tmp_path / "good", tmp_path / "model")
 
 

@@ -1,4 +1,4 @@
-"""Lower triangles of matrices, stored row by row, and products with them."""
+"""Inverse Cholesky factors of covariances, stored as lower triangles row by row, and products with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,27 @@ PARTS = 4  # in which a product with a triangle is taken
 
 def identity_triangle(num_channels: int) -> torch.Tensor:
     """The lower triangle of an identity matrix, row by row: (C (C + 1) / 2,)."""
-    return torch.eye(num_channels)[torch.ones(num_channels, num_channels).tril().bool()]
+    return pack_triangle(torch.eye(num_channels))
+
+
+def inverse_factor(covariance: torch.Tensor) -> torch.Tensor:
+    """W, lower triangular, for which W^T W is the inverse of a covariance (..., C, C): of its Cholesky factor."""
+    factor = torch.linalg.cholesky(covariance)
+    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+
+
+def pack_triangle(matrix: torch.Tensor) -> torch.Tensor:
+    """The lower triangles (..., C (C + 1) / 2) of matrices (..., C, C), row by row."""
+    return matrix[..., torch.ones(matrix.shape[-2:], dtype=torch.bool, device=matrix.device).tril()]
+
+
+def unpack_triangle(packed: torch.Tensor, num_channels: int) -> torch.Tensor:
+    """The matrix (C, C) float32 of a lower triangle (C (C + 1) / 2,); 0 above the diagonal."""
+    rows, columns = torch.tril_indices(num_channels, num_channels, device=packed.device)
+    matrix = packed.new_zeros(num_channels, num_channels, dtype=torch.float32)
+    matrix[rows, columns] = packed.float()
+    return matrix
 
 
 def triangle_parts(packed: torch.Tensor, num_channels: int) -> list[torch.Tensor]:
