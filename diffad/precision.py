@@ -1,9 +1,9 @@
-"""Where bfloat16 pays: elsewhere it is emulated, at several times the cost of float32."""
+"""In which precision networks train and run: bfloat16 where a device has it, as it costs several times more elsewhere."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -57,3 +57,13 @@ def running_precision(networks: Iterable[torch.nn.Module | None], device: torch.
     if torch.is_autocast_enabled(device.type):
         return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
     return ", ".join(sorted({str(network.dtype).removeprefix("torch.") for network in networks if network is not None}))
+
+
+def in_precision_of_tensor(move: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A move of tensors, as of `nn.Module._apply`, that takes them to another device and to no other dtype."""
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        device = move(tensor.new_empty(0)).device
+        return move(tensor) if device.type == "meta" or tensor.is_meta else tensor.to(device)
+
+    return moved

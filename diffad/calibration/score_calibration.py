@@ -28,6 +28,7 @@ from diffad.calibration.feature_gaussian import feature_distances
 from diffad.calibration.recorded_settings import OWN_NOISE, changed_settings
 from diffad.calibration.residual_gaussian import residual_distances
 from diffad.exporting import is_exporting
+from diffad.precision import in_precision_of_tensor
 from diffad.scoring import Measurement, resize_maps
 from diffad.triangles import identity_triangle, triangle_parts
 from diffad.warn_once import warn_once
@@ -195,12 +196,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ScoreCalibration:
         # Follows a move to another device, not one to another dtype: thresholds rounded to bfloat16 (three digits)
         # would no longer hold their false-alarm rate.
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            device = fn(tensor.new_empty(0)).device
-            return fn(tensor) if device.type == "meta" or tensor.is_meta else tensor.to(device)
-
         self._whitening.clear()
-        return super()._apply(move, recurse)
+        return super()._apply(in_precision_of_tensor(fn), recurse)
 
     @property
     def grid(self) -> tuple[int, int]:

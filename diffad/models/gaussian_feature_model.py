@@ -18,6 +18,7 @@ from diffusers.utils import BaseOutput
 from diffad.images import ImageInput, ImageSequence, Side, as_side, as_size, images_to_pixel_values, resize_images
 from diffad.models.feature_extractor import LITE0_BACKBONE, TimmFeatureExtractor
 from diffad.moments import FeatureMoments
+from diffad.precision import in_precision_of_tensor
 from diffad.scoring import gaussian_smooth, max_score
 
 
@@ -146,11 +147,7 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GaussianFeatureModel:
         # Follows a move to another device, not one to another dtype: half precision would make the distances noise.
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            device = fn(tensor.new_empty(0)).device
-            return fn(tensor) if device.type == "meta" or tensor.is_meta else tensor.to(device)
-
-        return super()._apply(move, recurse)
+        return super()._apply(in_precision_of_tensor(fn), recurse)
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The drawn channels at every position, (N, 3, H, W) in [-1, 1] to (N, C, P) float32."""
