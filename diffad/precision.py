@@ -1,4 +1,4 @@
-"""In which precision networks train and run: bfloat16 where a device has it, as it costs several times more elsewhere."""
+"""In which precision networks train and run. bfloat16 pays where a device has it: elsewhere it is emulated, and slow."""
 
 from __future__ import annotations
 
