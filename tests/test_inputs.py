@@ -21,8 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from diffad.detection_call import DetectionCall
+from diffad.file_scoring import score_files
 from diffad.inputs import find_images, images_below, is_image_name, subfolders
-from diffad.predict import score_files
+from diffad.remote_output import LocalOutput
 
 
 def brightness(images: list[torch.Tensor]) -> SimpleNamespace:
@@ -38,8 +40,9 @@ def brightness(images: list[torch.Tensor]) -> SimpleNamespace:
     )
 
 
-def score(paths, output_dir, **more):
-    return score_files(brightness, 4, 0.5, {"seed": 0}, paths, output_dir, **{"num_workers": 1, **more})
+def score(paths, output_dir, batch_size=16):
+    call = DetectionCall(brightness, side=4, at_once=batch_size, threshold=0.5)
+    return score_files(call, {"seed": 0}, paths, LocalOutput(output_dir), num_workers=1)
 
 
 def read_scores(folder: Path) -> list[dict[str, str]]:

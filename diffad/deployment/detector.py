@@ -11,11 +11,11 @@ import numpy as np
 
 from diffad.calibration.drift import DriftTest
 from diffad.deployment.batching import Batcher
+from diffad.detection_call import detection_call
 from diffad.grey_depth import TooManyPixelsError, check_known_range
 from diffad.image_arrays import image_to_rgb
 from diffad.image_files import image_file_header, one_large_at_a_time, read_image
 from diffad.image_sizes import as_size
-from diffad.predict import pipeline_detect, resizing_of
 from diffad.regions import Region, find_regions, without_small_regions
 from diffad.resizing import fit_map
 
@@ -85,7 +85,6 @@ class Detector:
         report: Callable[[int], None] = lambda size: None,
     ):
         self.pipeline, self.category, self.max_pixels = pipeline, category, max_pixels
-        self.batch_size = batch_size
         self.index = pipeline.category_index(category)
         self.drift: DriftTest | None = None
         self.evidence = 1.0
@@ -97,12 +96,11 @@ class Detector:
                     f"Category {name!r} is not calibrated. Run `diffad calibrate --category {name}` first."
                 )
             self.drift = DriftTest(scores, calibration.false_alarm_rate)
-        self.resizing = resizing_of(pipeline, category)
-        self.detect = pipeline_detect(pipeline, category, batch_size)
+        self.call = detection_call(pipeline, category, batch_size)
         self.running = threading.Lock()  # the networks
         self.decoding = threading.Semaphore(4)  # images in memory as they are decoded
         # tiles fill a batch by themselves; of several large images, those before one that fails would count twice
-        self.batcher = Batcher(self._run, 1 if pipeline.tile_size else batch_size, max_waiting, report)
+        self.batcher = Batcher(self._run, self.call.at_once, max_waiting, report)
 
     def read(self, name: str, content: bytes, for_screen: bool = False) -> Sent:
         """Decodes and resizes a file's bytes.
@@ -118,14 +116,13 @@ class Detector:
             raise TooLargeError(f"{name} has too many pixels, {at_most}") from error
         if width * height > self.max_pixels:
             raise TooLargeError(f"{name} has {width} x {height} pixels, {at_most}")
-        check_known_range(mode, self.pipeline.value_range)
-        side = None if self.pipeline.tile_size else self.pipeline.input_resolution
+        side, value_range = self.call.side, self.call.value_range
+        check_known_range(mode, value_range)
         with self.decoding, one_large_at_a_time(width * height):
             image = read_image(name, content, reduce_large=side is not None)
-            value_range = self.pipeline.value_range
             network_input: np.ndarray | bytes = content
             if side is not None:
-                network_input = self.resizing.image(image, as_size(side), value_range).clip(0.0, 1.0)
+                network_input = self.call.resizing.image(image, as_size(side), value_range).clip(0.0, 1.0)
             shown = None
             if for_screen:
                 picture = image_to_rgb(image, value_range)
@@ -150,12 +147,12 @@ class Detector:
 
     def map_at(self, finding: Finding, sent: Sent, size: tuple[int, int]) -> np.ndarray:
         """A finding's map at a size of the image's, (H, W) float32."""
-        return fit_map(finding.anomaly_map, size, sent.size, self.resizing)
+        return fit_map(finding.anomaly_map, size, sent.size, self.call.resizing)
 
     @property
     def smallest_area(self) -> float:
         """Of a region that counts, as a share of the image's area."""
-        return self.pipeline.calibration.smallest_area if self.pipeline.has_thresholds else 0.0
+        return self.call.smallest_area
 
     def thresholds_at(self, false_alarm_rate: float) -> tuple[float, float]:
         """As of `ScoreCalibration`, of this category."""
@@ -169,7 +166,7 @@ class Detector:
 
     def _find(self, images: list[Any]) -> list[Finding]:
         with self.running:
-            output = self.detect(images)
+            output = self.call.detect(images)
         pictures = output.reconstruction
         if pictures is not None and not isinstance(pictures, np.ndarray):
             pictures = pictures.permute(0, 2, 3, 1)  # (N, R, R, 3)

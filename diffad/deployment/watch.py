@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from diffad.calibration.drift import DriftTest
-from diffad.decoding import Decoded, decoded_batches, decoding_of
+from diffad.decoding import Decoded, decoded_batches
 from diffad.deployment.outbox import Outbox
+from diffad.detection_call import DetectionCall, detection_call, detection_settings
 from diffad.drift_table import CalibrationScores, describe, save_calibration_scores
 from diffad.files import bounded_name, digest, locked_folder, write_whole
 from diffad.inputs import LOCK_NAME, images_below, is_image_name, is_input_folder
@@ -27,8 +28,6 @@ from diffad.installation import needs_extra
 from diffad.journal import COLUMNS, ENCODING, SCORES_NAME, Input, describe_input, read_rows
 from diffad.output_folder import begin_settings, check_output, check_settings
 from diffad.picture_files import write_outputs
-from diffad.predict import detection_settings, pipeline_detect, resizing_of
-from diffad.resizing import Resizing
 from diffad.warn_once import warn_once
 
 RESCAN_SECONDS = 60.0  # how often the folder is listed beside what the system reports, which may lose some
@@ -281,12 +280,8 @@ def watch_folder(
     check_output(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     index = pipeline.category_index(category)
-    settings, threshold = detection_settings(pipeline, category)
-    settings["command"] = "watch"
-    smallest_area = settings.get("smallest_area") or 0.0
-    detect = pipeline_detect(pipeline, category, batch_size)
-    side, at_once = decoding_of(pipeline, batch_size)
-    resizing = resizing_of(pipeline, category)
+    settings = detection_settings(pipeline, category, "watch")
+    call = detection_call(pipeline, category, batch_size)
     with locked_folder(output_dir, LOCK_NAME):
         root = check_settings(settings, output_dir) or begin_settings(settings, str(folder), output_dir)
         if root != str(folder):
@@ -306,9 +301,8 @@ def watch_folder(
             with ThreadPoolExecutor(num_workers) as pool:
                 for found in coming_files(folder, output_dir, files, poll, stop):
                     todo = [(int(event_number(*one[1:]), 16), one) for one in found]
-                    for batch in decoded_batches(
-                        todo, side, at_once, pool, pipeline.value_range, resizing, refuse_unknown_range=True
-                    ):
+                    of_images = (call.side, call.at_once, pool, call.value_range, call.resizing)
+                    for batch in decoded_batches(todo, *of_images, refuse_unknown_range=True):
                         if stop.is_set():
                             break
                         if not output_dir.is_dir():
@@ -316,9 +310,7 @@ def watch_folder(
                                 f"{output_dir / SCORES_NAME} cannot be written: its folder was renamed or removed. Put "
                                 "it back and start again."
                             )
-                        rows = _score(
-                            batch, files, detect, folder, output_dir, threshold, smallest_area, pool, resizing
-                        )
+                        rows = _score(call, batch, files, folder, output_dir, pool)
                         events = [_event(row, output_dir) for row in rows]
                         events += _drift_events(rows, drift)
                         for event in events:
@@ -337,15 +329,12 @@ def watch_folder(
 
 
 def _score(
+    call: DetectionCall,
     batch: Sequence[tuple[int, Input, Decoded | Exception]],
     files: SettlingFiles,
-    detect: Any,
     folder: Path,
     output_dir: Path,
-    threshold: float | None,
-    smallest_area: float,
     pool: ThreadPoolExecutor,
-    resizing: Resizing,
 ) -> list[dict[str, Any]]:
     """Rows of what was read, with their pictures written; what has changed meanwhile comes again."""
     kept = []
@@ -356,7 +345,7 @@ def _score(
             kept.append((one, decoded))
     good = [decoded for _, decoded in kept if isinstance(decoded, Decoded)]
     if good:
-        output = detect([decoded.network_input for decoded in good])
+        output = call.detect([decoded.network_input for decoded in good])
     rows: list[Any] = []
     j = 0
     for one, decoded in kept:
@@ -365,8 +354,8 @@ def _score(
             place = one.path.relative_to(folder)
             names = [*map(bounded_name, place.parts[:-1]), bounded_name(place.stem, f"-{event_number(*one[1:])}.png")]
             row["picture"] = "/".join(names)
-            outputs = (row, output, j, decoded, output_dir, threshold, smallest_area, resizing)
-            rows.append(pool.submit(write_outputs, *outputs))
+            outputs = (output, j, decoded, output_dir, call.threshold, call.smallest_area, call.resizing)
+            rows.append(pool.submit(write_outputs, row, *outputs))
             j += 1
         else:
             rows.append({**row, "verdict": "unreadable", "message": str(decoded)})
