@@ -21,6 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from diffad.evaluation.metric_names import BASELINE_TITLES, COUNTS, MEAN, METRICS
 from diffad.images import Side, as_size
+from diffad.inputs import REPORT_SHEETS
 
 CARD_NAME = "README.md"
 TRAINING_NAME = "training.json"
@@ -139,7 +140,7 @@ def _maps(pipeline: Any) -> dict[str, Any]:
 
 
 def copy_records(
-    folder: str | os.PathLike, destination: str | os.PathLike
+    folder: str | os.PathLike, destination: str | os.PathLike, with_report: bool = True
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None, list[str]]:
     """Copies what a repository shows beside its weights: the records, made shareable, pictures, and a card if there is
     one.
@@ -147,6 +148,7 @@ def copy_records(
     Args:
         folder: holds any of `training.json`, `report.json`, `README.md` and `*.png`.
         destination: gets them.
+        with_report: whether the report and its pictures go along.
 
     Returns:
         The training record, the report, and the pictures' names.
@@ -157,7 +159,7 @@ def copy_records(
     folder, destination = Path(folder), Path(destination)
     records: list[dict[str, Any] | None] = []
     for name in (TRAINING_NAME, REPORT_NAME):
-        if not (folder / name).is_file():
+        if not (folder / name).is_file() or (name == REPORT_NAME and not with_report):
             records.append(None)
             continue
         try:
@@ -165,7 +167,8 @@ def copy_records(
         except json.JSONDecodeError as error:
             raise ValueError(f"{folder / name} is no JSON ({error}). Mend or remove it.") from error
         (destination / name).write_text(json.dumps(records[-1], indent=2) + "\n", encoding="utf-8")
-    pictures = sorted(path.name for path in folder.glob("*.png"))
+    of_report = set() if with_report else {Path(REPORT_NAME).stem + ending for ending in REPORT_SHEETS}
+    pictures = sorted(path.name for path in folder.glob("*.png") if path.name not in of_report)
     for name in [*pictures, CARD_NAME]:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, destination / name)

@@ -1,4 +1,4 @@
-"""In which precision networks train and run. bfloat16 pays where a device has it: elsewhere it is emulated, and slow."""
+"""In which precision networks train and run. bfloat16 pays where a device has it; elsewhere it is emulated, slowly."""
 
 from __future__ import annotations
 

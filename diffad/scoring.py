@@ -17,6 +17,8 @@ from diffad.exporting import is_exporting
 from diffad.regions import level_of_area, num_smallest
 from diffad.resizing import smoothing_weights
 
+SMALLEST_SHARE = 1e-6  # of a mean's pixels that count, where those outside of a region do not
+
 
 class Measurement(NamedTuple):
     """What the networks say of N images, before any statistic of good ones.
@@ -41,7 +43,7 @@ def empty_measurement(measurement: Measurement) -> Measurement:
     return Measurement(maps[:0], *(None if values is None else values[:0] for values in others))
 
 
-def gaussian_smooth(maps: torch.Tensor, sigma: float) -> torch.Tensor:
+def gaussian_smooth(maps: torch.Tensor, sigma: float, inside: torch.Tensor | None = None) -> torch.Tensor:
     """Smooths maps with a Gaussian of `sigma` pixels, cut off at 4 sigma, edges mirrored.
 
     Two one-dimensional convolutions, so the cost grows with sigma and not with its square.
@@ -49,6 +51,8 @@ def gaussian_smooth(maps: torch.Tensor, sigma: float) -> torch.Tensor:
     Args:
         maps: (..., H, W) float.
         sigma: standard deviation in pixels; 0 returns the maps as they are.
+        inside: which pixels count, bool, of a shape that the maps' broadcasts; None for all. Each pixel is then a mean
+            of those that count, so that nothing outside of a region shows inside.
 
     Raises:
         ValueError: `sigma` is negative or not finite.
@@ -56,6 +60,9 @@ def gaussian_smooth(maps: torch.Tensor, sigma: float) -> torch.Tensor:
     radius = _radius(sigma)
     if radius == 0:
         return maps
+    if inside is not None:
+        share = gaussian_smooth(inside.to(maps), sigma).clamp(min=SMALLEST_SHARE)
+        return gaussian_smooth(torch.where(inside, maps, 0.0), sigma) / share
     offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
     kernel = torch.exp(-0.5 * (offsets / sigma).square())
     kernel = kernel / kernel.sum()
@@ -67,9 +74,12 @@ def gaussian_smooth(maps: torch.Tensor, sigma: float) -> torch.Tensor:
     return flat.reshape(maps.shape)
 
 
-def smooth_maps(maps: torch.Tensor, num_kl: int, kl_sigma: float, feature_sigma: float) -> torch.Tensor:
+def smooth_maps(
+    maps: torch.Tensor, num_kl: int, kl_sigma: float, feature_sigma: float, inside: torch.Tensor | None = None
+) -> torch.Tensor:
     """Maps (N, S, H, W), of which the first `num_kl` are smoothed by the one sigma and the others by the other."""
-    return torch.cat([gaussian_smooth(maps[:, :num_kl], kl_sigma), gaussian_smooth(maps[:, num_kl:], feature_sigma)], 1)
+    parts = ((maps[:, :num_kl], kl_sigma), (maps[:, num_kl:], feature_sigma))
+    return torch.cat([gaussian_smooth(part, sigma, inside) for part, sigma in parts], dim=1)
 
 
 def _radius(sigma: float) -> int:
@@ -116,18 +126,22 @@ def joint_map(kl_maps: torch.Tensor, feature_maps: torch.Tensor, alpha: float) -
     return alpha * kl_maps.mean(dim=1) + (1.0 - alpha) * errors if kl_maps.shape[1] else errors
 
 
-def outline_by_positions(of_cells: torch.Tensor, of_positions: torch.Tensor) -> torch.Tensor:
+def outline_by_positions(
+    of_cells: torch.Tensor, of_positions: torch.Tensor, inside: torch.Tensor | None = None
+) -> torch.Tensor:
     """A map as high as that of cells, which falls away from its peak as that of positions does.
 
     Cells of several positions say whether something is there, their positions where it ends.
 
     Args:
         of_cells, of_positions: anomaly maps, (N, H, W) each.
+        inside: (N, H, W) or (1, H, W) bool, whose pixels have the peaks; None for all.
 
     Returns:
         (N, H, W).
     """
-    peak, own_peak = (maps.amax(dim=(1, 2), keepdim=True) for maps in (of_cells, of_positions))  # (N, 1, 1)
+    counted = (maps if inside is None else maps.masked_fill(~inside, -torch.inf) for maps in (of_cells, of_positions))
+    peak, own_peak = (maps.amax(dim=(1, 2), keepdim=True) for maps in counted)  # (N, 1, 1)
     return of_positions + (peak - own_peak)
 
 
@@ -155,7 +169,7 @@ def heighten_contrast(maps: torch.Tensor, contrast: float, inside: torch.Tensor 
     return maps - contrast * torch.minimum(peak - maps, (peak - mean).clamp(min=0.0))
 
 
-def cut_small_peaks(maps: torch.Tensor, smallest_area: float) -> torch.Tensor:
+def cut_small_peaks(maps: torch.Tensor, smallest_area: float, inside: torch.Tensor | None = None) -> torch.Tensor:
     """Lowers each map's peaks that are smaller than an area to where a region of that area stands together.
 
     So the maximum becomes that of what is large enough. A mask of the map at a threshold above that level is empty,
@@ -165,11 +179,16 @@ def cut_small_peaks(maps: torch.Tensor, smallest_area: float) -> torch.Tensor:
         maps: (N, H, W).
         smallest_area: share of the image's area, in [0, 1); 0 returns the maps as they are, and so does a graph that is
             exported: no runtime has an operator for it.
+        inside: (N, H, W) or (1, H, W) bool, of which regions are made; None for all.
     """
     if not smallest_area or is_exporting():
         return maps
     num_pixels = num_smallest(smallest_area, (maps.shape[1], maps.shape[2]))
-    levels = [level_of_area(one, num_pixels) for one in maps.float().cpu().numpy()]
+    counted = maps
+    if inside is not None:
+        lowest = maps.masked_fill(~inside, torch.inf).amin(dim=(1, 2), keepdim=True)
+        counted = torch.where(inside, maps, lowest)
+    levels = [level_of_area(one, num_pixels) for one in counted.float().cpu().numpy()]
     return torch.minimum(maps, maps.new_tensor(levels)[:, None, None])
 
 
@@ -186,12 +205,17 @@ def difference_map(images: torch.Tensor, other_images: torch.Tensor, sigma: floa
     return gaussian_smooth((images - other_images).abs().mean(dim=1) / 2.0, sigma)
 
 
-def resize_maps(maps: torch.Tensor, size: tuple[int, int], sigma: float = 0.0) -> torch.Tensor:
+def resize_maps(
+    maps: torch.Tensor, size: tuple[int, int], sigma: float = 0.0, inside: torch.Tensor | None = None
+) -> torch.Tensor:
     """Maps of features, (N, E, h, w), interpolated bilinearly to (N, E, *size), and smoothed there if `sigma` says so.
 
     Both are linear, so together they are one small product along the columns and one along the rows: a fortieth of the
-    time that smoothing takes afterwards.
+    time that smoothing takes afterwards. `inside`, (N, 1, h, w) or (1, 1, h, w) bool, is as of `gaussian_smooth`.
     """
+    if inside is not None:
+        share = resize_maps(inside.to(maps), size, sigma).clamp(min=SMALLEST_SHARE)
+        return resize_maps(torch.where(inside, maps, 0.0), size, sigma) / share
     if _radius(sigma) == 0 or torch.compiler.is_dynamo_compiling():  # which knows no matrices of NumPy
         return gaussian_smooth(F.interpolate(maps, size, mode="bilinear"), sigma)
     rows, columns = (

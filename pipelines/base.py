@@ -14,6 +14,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import CommitInfo, create_repo
 from huggingface_hub.errors import HfHubHTTPError
 
+from diffad.model_card import remove_reports
 from diffad.pipelines.checks import category_indices
 from diffad.pipelines.saving import finish_saving, save_whole
 from diffad.pipelines.sharing import add_records_and_card, records_folder, remove_local_paths
@@ -28,6 +29,8 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
 class AnomalyPipeline(DiffusionPipeline):
     """Base of the pipelines: names of categories, saving and sharing. A call does not pass through here."""
+
+    is_calibrated_anew = False  # since it was loaded, so that reports beside it speak of another calibration
 
     @property
     def categories(self) -> list[str]:
@@ -116,7 +119,7 @@ class AnomalyPipeline(DiffusionPipeline):
     ) -> None:
         """Saves a folder that `from_pretrained` loads. A model that is there stays until the new one is complete.
 
-        Other files there stay, too (see `diffad.pipelines.saving`).
+        Other files there stay, too (see `diffad.pipelines.saving`), but for reports of another calibration.
 
         Args:
             save_directory: the folder.
@@ -131,6 +134,8 @@ class AnomalyPipeline(DiffusionPipeline):
         with save_whole(save_directory, variant) as unfinished:
             super().save_pretrained(unfinished, variant=variant, max_shard_size=max_shard_size)
         remove_code(save_directory)
+        if self.is_calibrated_anew:
+            remove_reports(save_directory)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, variant=variant, **{"folder": save_directory, **kwargs})
@@ -174,12 +179,13 @@ class AnomalyPipeline(DiffusionPipeline):
         Raises:
             FileNotFoundError: no folder stands at `folder`.
         """
-        folder = records_folder(self, folder)
+        records = records_folder(self, folder)
+        with_report = folder is not None or not self.is_calibrated_anew
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with TemporaryDirectory() as staging:
             self.save_pretrained(staging, safe_serialization, variant)
             remove_local_paths(staging)
-            add_records_and_card(self, staging, folder, repo_id, token, license)
+            add_records_and_card(self, staging, records, repo_id, token, license, with_report)
             return self._upload_folder(
                 staging, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
             )

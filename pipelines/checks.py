@@ -144,6 +144,16 @@ def category_indices(
     return torch.tensor(indices)
 
 
+def check_class_embeddings(unet: Any, categories: Sequence[str]) -> None:
+    """Raises a ValueError where a class-conditional denoiser has not one embedding for each category's name."""
+    count = None if unet is None else unet.config.num_class_embeds
+    if count and count != len(categories):
+        raise ValueError(
+            f"`unet` was built for {count} categories, but `categories` names {len(categories)} "
+            f"({', '.join(categories)}). Name all of them, in the order of its labels."
+        )
+
+
 def scored_layers(score_strides: Sequence[int] | None, feature_extractor: TimmFeatureExtractor) -> list[int]:
     """Which of the feature extractor's layers are scored, as indices; None takes all.
 

@@ -66,6 +66,11 @@ class DetectionPipeline(AnomalyPipeline):
         raise NotImplementedError
 
     @property
+    def scheduler_settings(self) -> dict[str, Any]:
+        """What a calibration records of the scheduler, of a method whose measurement has steps."""
+        return {}
+
+    @property
     def precision(self) -> str:
         """In which these networks run, see `running_precision`."""
         return running_precision(self.measuring_networks, self._execution_device)
@@ -214,6 +219,7 @@ class DetectionPipeline(AnomalyPipeline):
             calibrate_large(self, shown, held_out, index, generators, batch_size, **options)
             self.maybe_free_model_hooks()
             self._keep_category_moments(index, moments)
+            self.is_calibrated_anew = True
             return self
         fit = self.calibration_fit(
             index,
@@ -241,23 +247,20 @@ class DetectionPipeline(AnomalyPipeline):
         self.maybe_free_model_hooks()
         self.register_modules(calibration=fit.finish())
         self._keep_category_moments(index, moments)
+        self.is_calibrated_anew = True
         return self
 
     def recognise(self, images: ImageSequence, batch_size: int) -> list[int]:
         """The index of each image's category, by its features: of a model of several, where none is given.
 
         Raises:
-            ValueError: the model is not calibrated, or was by an earlier version, which kept nothing of that.
+            ValueError: not all categories are calibrated, or were by an earlier version, which kept nothing of that.
         """
         calibration = self.calibration
-        if (
-            calibration is None
-            or calibration.category_mean is None
-            or not calibration.category_mean[calibration.calibrated_categories].isfinite().all()
-        ):
+        if calibration is None or calibration.category_mean is None or not calibration.category_mean.isfinite().all():
             raise ValueError(
-                f"`category` is needed: this model knows {', '.join(self.categories)}, and its calibration nothing by "
-                "which to recognise them. Pass one of them, or calibrate it again."
+                f"`category` is needed: this model knows {', '.join(self.categories)}, and its calibration not all by "
+                "which to recognise them. Pass one of them, or calibrate all of them again."
             )
         found = [
             nearest_category(features, calibration.category_mean, calibration.category_covariance)
@@ -401,7 +404,7 @@ class DetectionPipeline(AnomalyPipeline):
         model's noise.
         """
         names = set(setting_names(type(self))) - {"contrast"}  # which moves no score
-        settings = {name: value for name, value in self.config.items() if name in names}
+        settings = {name: value for name, value in self.config.items() if name in names} | self.scheduler_settings
         if not self.scores_features:
             settings[OWN_NOISE] = own_noise
         return CalibrationFit(

@@ -129,15 +129,20 @@ def explain(
     return Explanation(
         float(scores[0]),
         (int(place[0] * size[0]), int(place[1] * size[1])),
-        map_shares(pipeline, calibration.normalize(maps, of_category)[0], (row, column)),
+        map_shares(pipeline, calibration.normalize(maps, of_category)[0], (row, column), inside),
         layers,
         levels,
         nearest,
     )
 
 
-def map_shares(pipeline: AnomalyDenoisePipeline, normalized: torch.Tensor, peak: tuple[int, int]) -> dict[str, float]:
-    """What normalised maps (S, H, W) add to the joined map at a pixel, as `join_maps` weights them."""
+def map_shares(
+    pipeline: AnomalyDenoisePipeline, normalized: torch.Tensor, peak: tuple[int, int], inside: torch.Tensor | None
+) -> dict[str, float]:
+    """What normalised maps (S, H, W) add to the joined map at a pixel, as `join_maps` weights them.
+
+    `inside`, (1, H, W) bool, counts; None for all.
+    """
     weights = shares(pipeline.weights)
     named = pipeline.calibration.named_maps(normalized[None], *MAP_NAMES[:2])
     kl = named["kl"][0]  # (T, H, W)
@@ -150,7 +155,8 @@ def map_shares(pipeline: AnomalyDenoisePipeline, normalized: torch.Tensor, peak:
     if errors:
         rest = torch.stack([*of_name.values(), torch.zeros_like(normalized[0])]).sum(dim=0)
         if len(errors) == 2:
-            joined = outline_by_positions(*((rest + error)[None] for error in errors))[0]
+            of_cells, of_positions = ((rest + error)[None] for error in errors)
+            joined = outline_by_positions(of_cells, of_positions, inside)[0]
             errors = [joined - rest]
         of_name["feature_error"] = errors[0]
     return {name: float(one[peak]) for name, one in of_name.items()}

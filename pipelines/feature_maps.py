@@ -14,10 +14,21 @@ import torch
 from diffad.calibration.coreset import locally_aware_patches, patch_layers
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.models.feature_extractor import TimmFeatureExtractor
-from diffad.scoring import Measurement
+from diffad.scoring import Measurement, cut_small_peaks, outline_by_positions
 
 FEATURE_WEIGHTS = {"gaussian": 0.75, "nearest": 0.25}  # those of `diffad fit`; docs/tried.md says what chose them
 CONTRAST = 0.2  # of maps of whole images, see `chosen_contrast`; likewise
+
+
+def outlined(joined: Sequence[torch.Tensor], calibration: ScoreCalibration, category: Any) -> torch.Tensor:
+    """The anomaly map (N, H, W) of joined maps, of cells and of positions where they differ: one or two (N, H, W).
+
+    Where a region of interest has been set, peaks and small regions are those inside.
+    """
+    inside = calibration.inside(category, joined[0].shape[1:])
+    inside = None if inside is None else inside[:, 0]
+    anomaly_map = outline_by_positions(joined[0], joined[1], inside) if len(joined) == 2 else joined[0]
+    return cut_small_peaks(anomaly_map, calibration.config.smallest_area, inside)
 
 
 def chosen_contrast(tile_size: Any) -> float:

@@ -156,7 +156,9 @@ def join_large(
     if calibrations.of_image is None or calibrations.of_tiles is None:
         return join_views(of_tiles, of_image)
     joined = join_views(calibrations.of_tiles.normalize_places(of_tiles, category), of_image)
-    return cut_small_peaks(joined[None], calibrations.of_image.smallest_area)[0]
+    inside = calibrations.of_image.inside(category, joined.shape)  # (1, 1, rows, columns)
+    inside = None if inside is None else inside[0].to(joined.device)
+    return cut_small_peaks(joined[None], calibrations.of_image.smallest_area, inside)[0]
 
 
 def calibrate_large(

@@ -28,12 +28,13 @@ from diffad.likelihood import kl_divergence_map
 from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.gaussian_feature_model import GaussianFeatureModel
-from diffad.pipelines.base import register_categories
+from diffad.pipelines.base import category_names, register_categories
 from diffad.pipelines.checks import (
     MAP_NAMES,
     category_indices,
     check_calibration,
     check_call,
+    check_class_embeddings,
     check_map_settings,
     check_share,
     check_smoothing,
@@ -45,7 +46,7 @@ from diffad.pipelines.checks import (
     shares,
 )
 from diffad.pipelines.detection import DetectionPipeline
-from diffad.pipelines.feature_maps import feature_maps, measure_features
+from diffad.pipelines.feature_maps import feature_maps, measure_features, outlined
 from diffad.pipelines.large_images import detect_large, grid_of
 from diffad.pipelines.output import AnomalyOutput, ReconstructionOutput, convert_output, threshold_output
 from diffad.pipelines.pipeline_ddpm_reconstruction import DDPMReconstructionPipeline
@@ -53,12 +54,10 @@ from diffad.pipelines.pipeline_gradient_denoising import GradientDenoisingPipeli
 from diffad.region_of_interest import hide_outside, inside_region, values_inside
 from diffad.scoring import (
     Measurement,
-    cut_small_peaks,
     feature_error,
     gaussian_smooth,
     joint_map,
     max_score,
-    outline_by_positions,
     resize_maps,
     top_fraction_score,
 )
@@ -183,6 +182,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             raise ValueError(
                 "`feature_extractor` needs an `image_size` where there is no `unet`: nothing else says one."
             )
+        named = register_categories(categories)
+        check_class_embeddings(unet, category_names(named))
         self.register_modules(
             unet=unet,
             scheduler=scheduler,
@@ -204,7 +205,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             processing_resolution=processing_resolution
             or (feature_extractor.image_sizes[-1] if unet is None else unet.config.sample_size),
             feature_resolution=feature_resolution,
-            categories=register_categories(categories),
+            categories=named,
             value_range=value_range,
             tile_size=tile_size,
             tile_overlap=tile_overlap,
@@ -464,7 +465,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             if residual is not None:
                 maps.append(calibration.distance_maps(residual.mean(dim=1), category, size, num_seen, sigma))
             maps += feature_maps(measurement, category, calibration, size, sigma, num_seen)
-        return torch.cat([gaussian_smooth(kl, self.config.kl_sigma), *maps], dim=1)
+        inside = None if calibration is None else calibration.inside(category, size)
+        return torch.cat([gaussian_smooth(kl, self.config.kl_sigma, inside), *maps], dim=1)
 
     def join_maps(
         self, maps: torch.Tensor, category: torch.Tensor, calibration: ScoreCalibration | None
@@ -478,8 +480,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         errors = named.pop("feature_error").unbind(dim=1)  # (N, H, W) of cells, and of positions if they differ
         rest: Any = sum(weights[name] * one.mean(dim=1) for name, one in named.items() if one.shape[1])
         joined = [rest + weights["feature_error"] * error for error in errors] or [rest]
-        anomaly_map = outline_by_positions(*joined) if len(joined) == 2 else joined[0]
-        return cut_small_peaks(anomaly_map, calibration.config.smallest_area)
+        return outlined(joined, calibration, category)
 
     def image_scores(self, anomaly_map: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:
         """(N, H, W) to (N,): the map's maximum where its pixels count, or the mean of its highest pixels there."""

@@ -57,24 +57,32 @@ from diffad.pipelines.diad_checks import (
     skipped_steps,
     square_side,
 )
-from diffad.pipelines.feature_maps import feature_maps, measure_features
+from diffad.pipelines.feature_maps import feature_maps, measure_features, outlined
 from diffad.pipelines.large_images import detect_large, grid_of
 from diffad.pipelines.output import AnomalyOutput, convert_output, threshold_output
 from diffad.region_of_interest import hide_outside, inside_region
 from diffad.scoring import (
     Measurement,
     cosine_distance_map,
-    cut_small_peaks,
     feature_error,
     gaussian_smooth,
     max_score,
-    outline_by_positions,
     resize_maps,
 )
 from diffad.seeding import draw_noise, noise_generators
 from diffad.tiling import CELL
 
 StepCallback = Callable[["DiADPipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+SCHEDULER_SETTINGS = (  # which a calibration holds for
+    "algorithm_type",
+    "beta_schedule",
+    "prediction_type",
+    "solver_order",
+    "timestep_spacing",
+    "use_karras_sigmas",
+)
 
 
 class DiADPipeline(DetectionPipeline):
@@ -225,6 +233,12 @@ class DiADPipeline(DetectionPipeline):
         return self.processing_resolution
 
     @property
+    def scheduler_settings(self) -> dict[str, Any]:
+        """The scheduler's class, and what of its configuration says where its steps lead."""
+        config = {name: self.scheduler.config[name] for name in SCHEDULER_SETTINGS if name in self.scheduler.config}
+        return {"scheduler": {"class": type(self.scheduler).__name__, **config}}
+
+    @property
     def num_timesteps(self) -> int:
         """Steps of the last reverse process."""
         return self._num_timesteps
@@ -310,6 +324,7 @@ class DiADPipeline(DetectionPipeline):
         own_noise = latents is None and all(one is None for one in generators)
         settings = {
             **self.config,
+            **self.scheduler_settings,
             "processing_resolution": resolution,
             "num_inference_steps": num_inference_steps,
             "strength": strength,
@@ -612,7 +627,8 @@ class DiADPipeline(DetectionPipeline):
             maps = resize_maps(feature_error(residual, layer_channels), size)
         if calibration is None:
             maps = maps * maps.shape[1]  # the paper's sum over layers (eq. 10), where `join_maps` takes the mean
-        maps = gaussian_smooth(maps, self.config.sigma)
+        inside = None if calibration is None else calibration.inside(category, size)
+        maps = gaussian_smooth(maps, self.config.sigma, inside)
         if calibration is None:
             return maps
         own = feature_maps(measurement, category, calibration, size, self.config.sigma, num_seen)
@@ -630,8 +646,7 @@ class DiADPipeline(DetectionPipeline):
         errors = [layers.mean(dim=1)] if layers.shape[1] else named["reconstruction"].unbind(dim=1)
         rest: Any = sum(weights[name] * named[name][:, 0] for name in ("gaussian", "nearest") if named[name].shape[1])
         joined = [rest + weights["reconstruction"] * error for error in errors]
-        anomaly_map = outline_by_positions(*joined) if len(joined) == 2 else joined[0]
-        return cut_small_peaks(anomaly_map, calibration.config.smallest_area)
+        return outlined(joined, calibration, category)
 
     def image_scores(self, anomaly_map: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:
         """(N, H, W) to (N,): the maximum after rounds of average pooling (section 4.1), of the pixels that count.

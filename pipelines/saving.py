@@ -96,8 +96,10 @@ def _keep_others(old: Path, new: Path, variant: str | None) -> None:
 
 
 def _is_weights_of(name: str, variant: str | None) -> bool:
-    # NAME.safetensors, NAME.fp16.safetensors, NAME-00001-of-00002.fp16.safetensors, NAME.safetensors.index.fp16.json
-    match = re.fullmatch(r"[^.]+(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", name)
+    # NAME.safetensors, NAME.fp16.safetensors, NAME.safetensors.index.fp16.json, and shards, of which diffusers has
+    # written NAME-00001-of-00002.fp16.safetensors and NAME.fp16-00001-of-00002.safetensors
+    shard = r"(?:-\d+-of-\d+)?"
+    match = re.fullmatch(rf"[^.]+(?:\.(\w+?){shard})?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", name)
     return match is not None and (match[1] or match[2]) == variant
 
 

@@ -42,9 +42,13 @@ def add_records_and_card(
     repo_id: str,
     token: str | None = None,
     license: str | None = None,
+    with_report: bool = True,
 ) -> None:
-    """Puts beside a saved pipeline what `AnomalyPipeline.push_to_hub` says of `folder`, and a card if one is due."""
-    training, report, pictures = (None, None, []) if folder is None else copy_records(folder, staging)
+    """Puts beside a saved pipeline what `AnomalyPipeline.push_to_hub` says of `folder`, and a card if one is due.
+
+    `with_report`: whether the folder's report is of this calibration.
+    """
+    training, report, pictures = (None, None, []) if folder is None else copy_records(folder, staging, with_report)
     card = Path(staging, CARD_NAME)
     recorded = training is not None or report is not None
     if not card.exists() and (recorded or not file_exists(repo_id, CARD_NAME, token=token)):

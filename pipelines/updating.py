@@ -167,6 +167,7 @@ def learn_good_images(
             measurement = measured(pixel_values)[0]
             learn(measurement if mine else empty_measurement(measurement))
     pipeline.register_modules(calibration=fit.finish(), feature_extractor=extractor)
+    pipeline.is_calibrated_anew = True
     pipeline.maybe_free_model_hooks()
     return alarms
 

@@ -330,10 +330,13 @@ def rate_setting(
     pairs = zip(of_categories, references, strict=True) if references else ((one, one) for one in of_categories)
     for category, (measured, reference) in enumerate(pairs):
         num_kl = measured.maps.shape[1] - calibration.num_feature_maps
-        good = smooth_maps(reference.maps[torch.from_numpy(reference.is_good)], num_kl, kl_sigma, feature_sigma)
-        calibration.map_mean[category] = good.mean(dim=(0, 2, 3))[:, None, None]
-        calibration.map_std[category] = good.std(dim=(0, 2, 3)).clamp(min=1e-6)[:, None, None]
-        smoothed = smooth_maps(measured.maps, num_kl, kl_sigma, feature_sigma)
+        inside = calibration.inside(category, measured.maps.shape[-2:])
+        of_good = reference.maps[torch.from_numpy(reference.is_good)]
+        good = smooth_maps(of_good, num_kl, kl_sigma, feature_sigma, inside)
+        good = good.flatten(2) if inside is None else good[:, :, inside[0, 0]]  # (N, S, pixels)
+        calibration.map_mean[category] = good.mean(dim=(0, 2))[:, None, None]
+        calibration.map_std[category] = good.std(dim=(0, 2)).clamp(min=1e-6)[:, None, None]
+        smoothed = smooth_maps(measured.maps, num_kl, kl_sigma, feature_sigma, inside)
         index = torch.full((len(smoothed),), category, device=good.device)
         joined, scores = pipeline.score_inside(pipeline.join_maps(smoothed, index, calibration), index)
         metrics = AnomalyMetrics()

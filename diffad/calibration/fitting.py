@@ -164,7 +164,6 @@ class CalibrationFit:
         if self.residual_moments is not None:
             for sums in (self.residual_sums, self.residual_moments):
                 sums.reduce(self.accelerator)
-            self._replace_outside(self.residual_sums, tuple(calibration.config.residual_shape[1:]))
             self._replace_outside(self.residual_moments, calibration.grid)
             mean = self.residual_sums.mean().flatten(1).mT  # (h * w, C)
             gaussian = residual_gaussian(self.residual_moments, mean, calibration.grid)

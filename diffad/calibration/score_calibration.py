@@ -29,6 +29,7 @@ from diffad.calibration.recorded_settings import OWN_NOISE, changed_settings
 from diffad.calibration.residual_gaussian import residual_distances
 from diffad.exporting import is_exporting
 from diffad.precision import in_precision_of_tensor
+from diffad.region_of_interest import inside_region
 from diffad.scoring import Measurement, resize_maps
 from diffad.triangles import identity_triangle, triangle_parts
 from diffad.warn_once import warn_once
@@ -169,7 +170,10 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         else:
             for name in ("feature_mean", "feature_whitening"):
                 self.register_buffer(name, None)
-        self._whitening: dict[tuple[str, int], list[torch.Tensor]] = {}  # `triangle_parts`, as used
+        # made of the buffers when they are used, and anew where those change
+        self._whitening: dict[tuple[str, int], list[torch.Tensor]] = {}  # `triangle_parts`
+        self._inside: dict[tuple[int, int], torch.Tensor | None] = {}  # by size
+        self.register_load_state_dict_post_hook(lambda module, _: module._forget())
         self._graph_whitening: dict[str, list[torch.Tensor]] = {}  # of all categories, while a graph is exported
         coreset = None if coreset_shape is None else torch.zeros(num_categories, *coreset_shape).half()
         self.register_buffer("coreset", coreset)
@@ -196,7 +200,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ScoreCalibration:
         # Follows a move to another device, not one to another dtype: thresholds rounded to bfloat16 (three digits)
         # would no longer hold their false-alarm rate.
-        self._whitening.clear()
+        self._forget()
         return super()._apply(in_precision_of_tensor(fn), recurse)
 
     @property
@@ -282,7 +286,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                     [of_positions[chosen]] = found
         if not has_positions:
             return (of_cells.clamp(min=1e-6).log(),)
-        around = F.interpolate(of_cells[:, None], size, mode="bilinear")[:, 0]
+        around = resize_maps(of_cells[:, None], (size[0], size[1]), inside=self.inside(category, grid))[:, 0]
         return tuple(distance.clamp(min=1e-6).log() for distance in (of_cells, (of_positions + around) / 2.0))
 
     def distance_maps(
@@ -297,8 +301,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
 
         Arguments as there; the residual is (N, C, h, w), and `sigma` smooths the maps, in their pixels.
         """
-        distances = self.log_distances(residual, category, num_seen)
-        return torch.cat([resize_maps(distance[:, None], size, sigma) for distance in distances], dim=1)
+        maps = [distance[:, None] for distance in self.log_distances(residual, category, num_seen)]
+        return torch.cat([resize_maps(one, size, sigma, self.inside(category, one.shape[2:])) for one in maps], dim=1)
 
     def gaussian_map(
         self,
@@ -320,7 +324,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 values, is_shared = features[chosen].float().flatten(2), self.config.shared_whitening  # (N', C, P)
                 distances[chosen] = feature_distances(values, *gaussian, is_shared, num_seen)
         distances = distances.unflatten(1, grid)
-        return resize_maps(distances.clamp(min=1e-6).log()[:, None], size, sigma)
+        return resize_maps(distances.clamp(min=1e-6).log()[:, None], size, sigma, self.inside(category, grid))
 
     def nearest_map(
         self, measurement: Measurement, category: torch.Tensor, size: tuple[int, int], sigma: float = 0.0
@@ -341,7 +345,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 if self.patch_directions is not None:
                     of_category = project(of_category, self.patch_directions[index])
                 distances[chosen] = nearest_distances(of_category, self.coreset[index], owner, own)
-        return resize_maps(distances[:, None], size, sigma)
+        return resize_maps(distances[:, None], size, sigma, self.inside(category, distances.shape[1:]))
 
     def check_measurement(self, measurement: Measurement) -> None:
         """Raises a ValueError where the statistics are of other scores than a pipeline's settings give."""
@@ -496,6 +500,28 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
             yield
         finally:
             self._graph_whitening.clear()
+
+    def _forget(self) -> None:
+        self._whitening.clear()
+        self._inside.clear()
+
+    def inside(self, category: Any, size: Sequence[int]) -> torch.Tensor | None:
+        """Which positions of maps of a size count, (N, 1, *size) bool; None where all do.
+
+        `category` is (N,), or as of `of_each_category` that of all images; then N is 1.
+        """
+        if self.region is None:
+            return None
+        key = int(size[0]), int(size[1])
+        if key not in self._inside:
+            every = torch.arange(len(self.region), device=self.region.device)
+            inside = inside_region(self.region, every, key)
+            self._inside[key] = None if inside is None or bool(inside.all()) else inside
+        of_all = self._inside[key]
+        if of_all is None:
+            return None
+        found = of_all[category]
+        return found[:, None] if found.ndim == 3 else found[None, None]
 
     def _whitening_parts(self, name: str, category: Any) -> list[torch.Tensor]:
         """One category's whitening at P positions or cells, as `triangle_parts`."""

@@ -283,7 +283,9 @@ class Runtime:
         known, maps = self.metadata, output.anomaly_map
         size = (maps.shape[1], maps.shape[2])
         smallest, inside = num_smallest(known.smallest_area, size), self.inside_region(size)
-        maps = np.stack([np.minimum(one, np.float32(level_of_area(one, smallest))) for one in maps])
+        counted = np.where(inside, maps, maps[:, inside].min(axis=1)[:, None, None])  # `cut_small_peaks`
+        levels = np.array([level_of_area(one, smallest) for one in counted], dtype=np.float32)
+        maps = np.minimum(maps, levels[:, None, None])
         pixels = maps[:, inside]
         count = max(1, math.ceil(known.score_fraction * pixels.shape[1]))
         scores = np.partition(pixels, -count, axis=1)[:, -count:].mean(axis=1, dtype=np.float32)

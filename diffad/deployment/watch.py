@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,12 @@ PATIENCE = 10.0  # times `settle` that a file which cannot be read is waited for
 def event_number(file: str, size: str, modified: str) -> str:
     """Tells an event from all others, in 10 letters."""
     return digest("\0".join((file, size, modified)))
+
+
+def number_of_row(row: dict[str, Any]) -> str:
+    """The event that a row is of: its picture's name says it, as programs for tables round `modified`'s 19 digits."""
+    named = re.search(r"-([0-9a-f]{10})\.png$", row["picture"])
+    return named[1] if named else event_number(row["file"], row["size"], row["modified"])
 
 
 class Waiting(NamedTuple):
@@ -181,7 +188,7 @@ def take_up_table(output_dir: Path) -> tuple[set[str], list[float]]:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for row in read_rows(path):
-            number = event_number(row["file"], row["size"], row["modified"])
+            number = number_of_row(row)
             if number not in done:
                 done.add(number)
                 writer.writerow(row)

@@ -359,6 +359,16 @@ def test_a_second_fit_replaces_the_first():
     assert (distance_of(calibration, new, category) - before).abs().min() > 1e-3
 
 
+def test_loaded_statistics_replace_those_that_were_used():
+    first, second = (
+        fitted(ScoreCalibration(1, (1, 4, 5), (3, 4, 5)), 0, residuals(100, seed, spread=1.0 + seed)) for seed in (0, 1)
+    )
+    new, category = residuals(3, seed=9), torch.tensor([0, 0, 0])
+    distance_of(first, new, category)  # the whitening is unpacked
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(distance_of(first, new, category), distance_of(second, new, category))
+
+
 def test_another_resolution_reads_the_statistics_between_the_pixels():
     calibration = ScoreCalibration(1, (1, 4, 4), (2, 2, 2), 3)
     calibration.map_mean.fill_(2.0)

@@ -215,6 +215,21 @@ def test_a_row_that_was_cut_off_in_its_last_number_is_no_row(tmp_path):
     assert [row["path"] for row in rows_of(tmp_path)] == ["a.png"]
 
 
+def test_a_table_whose_times_were_rounded_is_of_the_same_events(calibrated, tmp_path):
+    folder, out = write_folder(tmp_path / "in", 2), tmp_path / "out"
+    with Watching(calibrated, folder, out):
+        wait_for(lambda: len(rows_of(out)) == 2)
+    rows = [{**row, "modified": f"{float(row['modified']):.5E}"} for row in rows_of(out)]  # as Excel saves them
+    with open(out / "scores.csv", "w", **ENCODING) as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    with Watching(calibrated, folder, out):
+        write_png(folder / "new.png", texture(9))
+        wait_for(lambda: len(rows_of(out)) > 2)
+    assert [Path(row["path"]).name for row in rows_of(out)] == ["000.png", "001.png", "new.png"]
+
+
 def test_a_table_that_is_saved_or_removed_meanwhile_gets_the_rows_that_follow(calibrated, tmp_path):
     folder, out = write_folder(tmp_path / "in", 2), tmp_path / "out"
     table = out / "scores.csv"

@@ -303,6 +303,18 @@ def test_noise_that_the_statistics_do_not_know_warns_once(caplog):
     assert caplog.text.count("calibrated with its own noise") == 1
 
 
+def test_a_scheduler_that_the_calibration_does_not_know_warns_once(caplog):
+    warn_once.cache_clear()
+    pipe = make_pipeline()
+    pipe.calibrate(textures(12), false_alarm_rate=0.3)
+    pipe(texture(0))
+    assert "calibrated with other settings" not in caplog.text
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe(texture(0))
+    pipe(texture(1))
+    assert caplog.text.count("scheduler") == 1
+
+
 def test_callback_sees_each_step_and_may_change_the_latents(pipe):
     seen = []
 
@@ -642,6 +654,9 @@ def test_one_model_of_two_categories_differs_in_calibration_alone():
     for number, name in enumerate(("cable", "tile")):
         good = textures(6, first_seed=100 * number)
         pipe.calibrate(good, false_alarm_rate=0.3, category=name, generator=generator())
+        if name == "cable":
+            with pytest.raises(ValueError, match="its calibration not all by which to recognise them"):
+                pipe(texture(0))  # which may be a tile
     cable, tile = (pipe(texture(0), name, latents=noise(1)) for name in ("cable", "tile"))
     assert not np.allclose(cable.anomaly_map, tile.anomaly_map)
     assert np.array_equal(cable.reconstruction, tile.reconstruction)

@@ -133,3 +133,22 @@ def test_weights_of_another_variant_stay(tmp_path):
     assert "diffusion_pytorch_model.safetensors" not in names
     assert "diffusion_pytorch_model.fp16.safetensors" in names
     load_pipeline(tmp_path)
+
+
+def test_shards_of_a_variant_go_with_its_other_weights(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="50KB")
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    names = sorted(path.name for path in Path(tmp_path, "unet").glob("*.safetensors"))
+    assert names == ["diffusion_pytorch_model.fp16.safetensors"]
+
+
+def test_reports_of_another_calibration_go(tmp_path):
+    pipeline_of(1.0).save_pretrained(tmp_path)
+    loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path)
+    (tmp_path / "report.json").write_text("{}")
+    loaded.save_pretrained(tmp_path)
+    assert (tmp_path / "report.json").exists()  # the same calibration
+    loaded.calibrate(textures(9), false_alarm_rate=0.25)
+    loaded.save_pretrained(tmp_path)
+    assert not (tmp_path / "report.json").exists()
