@@ -83,6 +83,9 @@ PIXELS = whole_number(8)  # of what it must be a multiple, the networks say
 SEED = whole_number(0)
 SHARE, RATE = number(0.0, 1.0), number(0.0, 1.0, without_ends=True)
 NOT_NEGATIVE, ABOVE_ZERO = number(0.0), number(0.0, without_ends=True)
+# diffusers' names, without `piecewise_constant`, which takes rules that no flag gives
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+OWN_NETWORKS = "the pipeline of --pretrained_model_name_or_path has its own networks"
 
 
 class OneSideOrTwo(argparse.Action):
@@ -134,17 +137,18 @@ def add_tiles(group: Any) -> None:
     )
 
 
-def add_source_arguments(data: argparse._ArgumentGroup) -> None:
-    """Which good images; `check_source` sees that there are some."""
+def add_source_arguments(data: argparse._ArgumentGroup, with_region: bool = False) -> None:
+    """Which good images, and with `with_region` which of their pixels; `check_source` sees that there are some."""
     data.add_argument("--train_data_dir", metavar="DIR", help="MVTec-AD style tree or folder of good images, or 'elpv'")
     data.add_argument("--dataset_name", metavar="ID", help="data set on the Hub, instead of --train_data_dir")
     data.add_argument("--dataset", metavar="NAME", help="force a layout (mvtec_ad, visa, folder, ...)")
     data.add_argument("--category", nargs="+", help="only these categories (default: all that there are)")
-    data.add_argument(
-        "--roi",
-        metavar="PATH",
-        help="which pixels count: a mask (PNG), a folder of CATEGORY.png, or polygons in COCO JSON (default: all)",
-    )
+    if with_region:
+        data.add_argument(
+            "--roi",
+            metavar="PATH",
+            help="which pixels count: a mask (PNG), a folder of CATEGORY.png, or polygons in COCO JSON (default: all)",
+        )
     data.add_argument("--on_bad_image", choices=("error", "skip"), default="error", help="unreadable files (error)")
 
 
@@ -161,15 +165,16 @@ def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             parser.error(str(error))
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser, any_ratio: bool = False) -> None:
+def add_shared_arguments(parser: argparse.ArgumentParser, any_ratio: bool = False, with_region: bool = False) -> None:
     """The flags of diffusers' own training examples, and what finding anomalies adds to them.
 
-    `any_ratio`: whether the training images may be other than square.
+    `any_ratio`: whether the training images may be other than square; `with_region`: whether there is a use for
+    `--roi`.
     """
     switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": False}  # --no-FLAG undoes a --config
     data = parser.add_argument_group("data")
     data.add_argument("--config", metavar="FILE", help="YAML of any of these flags; the command line overrides it")
-    add_source_arguments(data)
+    add_source_arguments(data, with_region)
     data.add_argument(
         "--balance_categories",
         **switch,
@@ -250,7 +255,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser, any_ratio: bool = Fals
         "--scale_lr", **switch, help="multiply the learning rate by the images a step, over all processes"
     )
     optimization.add_argument("--use_8bit_adam", **switch, help="AdamW's state in a quarter of the memory")
-    optimization.add_argument("--lr_scheduler", default="cosine", help="diffusers' name of it (%(default)s)")
+    optimization.add_argument(
+        "--lr_scheduler", choices=LR_SCHEDULERS, default="cosine", help="diffusers' name of it (%(default)s)"
+    )
     optimization.add_argument("--lr_warmup_steps", type=COUNT, default=100, help="(%(default)s)")
     optimization.add_argument("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-4, help="(%(default)s)")
     optimization.add_argument("--max_grad_norm", type=ABOVE_ZERO, default=1.0, help="(1.0)")
@@ -347,8 +354,8 @@ def given_flags(argv: Sequence[str], names: set[str]) -> list[str]:
     return [flag for flag in (one.split("=")[0] for one in argv) if flag[2:] in names]
 
 
-def warn_of_overruled(given: list[str]) -> None:
-    """Says which flags of the networks do not count, as a trained pipeline has networks of its own."""
+def warn_of_overruled(given: list[str], why: str = OWN_NETWORKS) -> None:
+    """Says which flags do not count and why: unless said otherwise, a trained pipeline has networks of its own."""
     if given:
         which = f"{' and '.join(given)} {'do' if given[1:] else 'does'} not count"
-        warnings.warn(f"{which}: the pipeline of --pretrained_model_name_or_path has its own networks.", stacklevel=3)
+        warnings.warn(f"{which}: {why}.", stacklevel=3)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
+
+HELD_OUT_NAME = "held_out.json"  # in a checkpoint, which images its run has held out
 
 
 def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, step: int) -> None:
@@ -20,6 +23,8 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, step: in
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        if digest := getattr(args, "held_out_digest", None):
+            (unfinished / HELD_OUT_NAME).write_text(json.dumps({"sha256": digest}) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
         earlier = [path for path in list_checkpoints(args.output_dir) if step_of(path) <= step]  # not another run's
@@ -39,8 +44,27 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` asks for; None where it is not given, or there is none yet.
+
+    What else a run leaves in its folder is of use to the next one only where a checkpoint is.
+
+    Raises:
+        FileNotFoundError: a folder is asked for that is not there.
+    """
+    if not args.resume_from_checkpoint:
+        return None
+    if args.resume_from_checkpoint == "latest":
+        return next(reversed(list_checkpoints(args.output_dir)), None)
+    folder = Path(args.resume_from_checkpoint)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--resume_from_checkpoint: no folder at {folder}. Give one, or 'latest'.")
+    return folder
+
+
 def resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
     """Loads the checkpoint asked for and returns its step; 0 where there is none yet."""
+    folder = checkpoint_to_resume(args)
     if not args.resume_from_checkpoint:
         if earlier := list_checkpoints(args.output_dir):
             accelerator.print(
@@ -48,16 +72,9 @@ def resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
                 "--resume_from_checkpoint latest may take for this one's. Remove them, or give another --output_dir."
             )
         return 0
-    if args.resume_from_checkpoint == "latest":
-        checkpoints = list_checkpoints(args.output_dir)
-        if not checkpoints:
-            accelerator.print(f"No checkpoint in {args.output_dir} yet: starting anew.")
-            return 0
-        folder = checkpoints[-1]
-    else:
-        folder = Path(args.resume_from_checkpoint)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"--resume_from_checkpoint: no folder at {folder}. Give one, or 'latest'.")
+    if folder is None:
+        accelerator.print(f"No checkpoint in {args.output_dir} yet: starting anew.")
+        return 0
     named = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
     if named is None:
         raise ValueError(
@@ -70,6 +87,7 @@ def resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
             f"--use_ema: {folder} was saved {'with' if averaged else 'without'} a moving average of the weights. "
             f"{'Add' if averaged else 'Leave out'} --use_ema, or start anew in another --output_dir."
         )
+    check_held_out(folder, getattr(args, "held_out_digest", None))
     try:
         accelerator.load_state(str(folder))
     except Exception as error:  # each file has a format, and errors, of its own
@@ -82,3 +100,22 @@ def resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
     step = int(named[1])
     accelerator.print(f"Resuming from {folder}, step {step}.")
     return step
+
+
+def check_held_out(checkpoint: Path, digest: str | None) -> None:
+    """Thresholds hold for images that no step has seen, so a run that goes on must hold out those that it began with.
+
+    Args:
+        checkpoint: what it goes on from. One of an earlier version does not tell.
+        digest: of the images that are held out now, `held_out_digest` of `diffad.training.data`.
+
+    Raises:
+        ValueError: they are others.
+    """
+    kept = checkpoint / HELD_OUT_NAME
+    if digest is not None and kept.is_file() and json.loads(kept.read_text())["sha256"] != digest:
+        raise ValueError(
+            f"--resume_from_checkpoint: {checkpoint} has been trained with other images held out, and may know those "
+            "that now set the thresholds. Give the data, --category, --seed, --calibration_fraction, --part_pattern "
+            "and --choose that it began with, or start anew in another --output_dir."
+        )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
+import os
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -38,8 +40,21 @@ if TYPE_CHECKING:
 
 
 def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str]]:
-    """`hold_out` of `read_good_images`."""
-    return hold_out(read_good_images(args), args)
+    """`hold_out` of `read_good_images`; `args.held_out_digest` becomes that of the images held out."""
+    training, held_out, categories = hold_out(read_good_images(args), args)
+    args.held_out_digest = held_out_digest(args, held_out)
+    return training, held_out, categories
+
+
+def held_out_digest(args: argparse.Namespace, *held_out: Dataset) -> str:
+    """SHA-256 of the held-out images' paths, which a checkpoint keeps (`diffad.training.checkpoints`).
+
+    Paths are taken from the data's folder on, as that may have been moved, or be named in another way.
+    """
+    paths = [path for images in held_out for path in images["path"]]
+    if args.train_data_dir is not None and os.path.isdir(args.train_data_dir):
+        paths = [os.path.relpath(path, args.train_data_dir) for path in paths]
+    return hashlib.sha256("\n".join(sorted(paths)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def read_good_images(args: argparse.Namespace) -> Dataset:
@@ -106,13 +121,24 @@ def check_tile_size(tile_size: Side, sizes: Sequence[tuple[int, int]]) -> None:
         )
 
 
-def load_region(args: argparse.Namespace, categories: Sequence[str]) -> torch.Tensor | None:
-    """Where pixels count by `--roi`, of each category, (K, h, w) bool; None where all do."""
+def load_region(
+    args: argparse.Namespace, categories: Sequence[str], present: Sequence[str] | None = None
+) -> torch.Tensor | None:
+    """Where pixels count by `--roi`, of each category, (K, h, w) bool; None where all do.
+
+    Of `categories`, those that the data have are `present` (default: all); in images of the others every pixel counts.
+    """
     if args.roi is None:
         return None
-    masks = [torch.from_numpy(read_roi(args.roi, name if len(categories) > 1 else None).copy()) for name in categories]
-    size = masks[0].shape
-    return torch.cat([F.adaptive_max_pool2d(mask[None].float(), size) > 0.5 for mask in masks])  # as calibration does
+    masks = {
+        name: torch.from_numpy(read_roi(args.roi, name if len(categories) > 1 else None).copy())
+        for name in categories
+        if present is None or name in present
+    }
+    size = next(iter(masks.values())).shape
+    everywhere = torch.ones(size, dtype=torch.bool)
+    regions = [masks.get(name, everywhere) for name in categories]
+    return torch.cat([F.adaptive_max_pool2d(one[None].float(), size) > 0.5 for one in regions])  # as calibration does
 
 
 def hold_out(good: Dataset, args: argparse.Namespace) -> tuple[Dataset, Dataset, list[str]]:

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from diffad.files import write_text_whole
+from diffad.training.checkpoints import checkpoint_to_resume
 from diffad.training.loop import BatchLoss
 
 TIMED_STEPS, FEWEST_STEPS = 6, 10
@@ -46,7 +47,7 @@ def steps_in(
         accelerator: of the run.
     """
     kept = Path(args.output_dir, KEPT_NAME)
-    if args.resume_from_checkpoint and kept.is_file():
+    if checkpoint_to_resume(args) is not None and kept.is_file():
         return int(json.loads(kept.read_text())["max_train_steps"])
     model = copy.deepcopy(unet).to(accelerator.device).train()
     optimizer = torch.optim.AdamW(model.parameters())

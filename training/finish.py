@@ -54,7 +54,7 @@ def finish(
             for_thresholds["image"],
             statistics_images=None if statistics is None else statistics["image"],
             false_alarm_rate=args.false_alarm_rate,
-            category=category if len(categories) > 1 else None,
+            category=category if len(pipeline.categories) > 1 else None,  # a trained one may know more
             accelerator=accelerator,
             leave_one_out=leave_one_out,
             roi=args.roi,

@@ -75,7 +75,7 @@ STANDARDIZATION_IMAGES = 32  # some 80,000 positions, which tell a channel's mea
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = FlagParser(description="Fits the Gaussian of good images' features alone, with nothing trained.")
     data = parser.add_argument_group("data")
-    add_source_arguments(data)
+    add_source_arguments(data, with_region=True)
     data.add_argument(
         "--streaming",
         action=argparse.BooleanOptionalAction,

@@ -114,6 +114,7 @@ def train(
 
     Raises:
         RuntimeError: the loss or its gradient is not finite, or the processes' weights differ at the end.
+        ValueError: a checkpoint cannot be gone on from with these flags.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM.
     """
     # 1. Optimizer, averages, and what accelerate makes of them; where a checkpoint left off
@@ -128,6 +129,7 @@ def train(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # others where it is sharded
     ema = create_ema(trained, args, accelerator)
     step = first_step = resume(accelerator, args)
+    check_rates(optimizer, schedule, args, images_a_step)
     if ema is not None:
         ema.to(accelerator.device)  # a checkpoint is loaded into memory, beside a GPU
     held_out = None if held_out_loss is None else HeldOutLoss(held_out_loss, args, first_step, accelerator)
@@ -222,7 +224,7 @@ def create_optimizer(
 ) -> tuple[torch.optim.Optimizer, Any]:
     """AdamW, in 8 bits where asked for (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022)."""
     options = {
-        "lr": args.learning_rate * (images_a_step if args.scale_lr else 1),
+        "lr": step_rate(args, images_a_step),
         "weight_decay": args.adam_weight_decay,
     }
     if args.use_8bit_adam:
@@ -241,6 +243,30 @@ def create_optimizer(
         num_training_steps=args.max_train_steps * accelerator.num_processes,
     )
     return optimizer, schedule
+
+
+def step_rate(args: argparse.Namespace, images_a_step: int) -> float:
+    """The learning rate at its height."""
+    return args.learning_rate * (images_a_step if args.scale_lr else 1)
+
+
+def check_rates(optimizer: Any, schedule: Any, args: argparse.Namespace, images_a_step: int) -> None:
+    """A checkpoint brings the rates that its run began with, so that other ones of the flags would do nothing.
+
+    Raises:
+        ValueError: the flags say others.
+    """
+    scaled = " (times the images a step, by --scale_lr)" if args.scale_lr else ""
+    rates = {
+        f"--learning_rate{scaled}": (schedule.scheduler.base_lrs[0], step_rate(args, images_a_step)),
+        "--adam_weight_decay": (optimizer.param_groups[0]["weight_decay"], args.adam_weight_decay),
+    }
+    for flag, (loaded, given) in rates.items():
+        if loaded != given:
+            raise ValueError(
+                f"{flag} is {given:g}, but the checkpoint was trained with {loaded:g}, which a resumed run keeps. "
+                "Give that, or start anew in another --output_dir."
+            )
 
 
 def create_ema(

@@ -68,6 +68,8 @@ FIXED = (
     "image_std",
     "latents_mean",
     "latents_std",
+    "tile_size",
+    "tile_overlap",
 )
 # the last row of every table
 PADIM = {"name": "PaDiM", "baseline": "padim"}
@@ -345,6 +347,7 @@ def train_row(
         flags += ["--max_train_steps", str(configuration["max_train_steps"] * num_categories)]
     chosen = [category] if category else args.category
     flags += ["--category", *chosen] if chosen else []
+    flags += ["--tile_size", "none"] if table["method"] == "AnomalyDenoise" else []  # rows score whole images
     for flag, value in row["train"].items():
         values = value if isinstance(value, list) else [value]
         flags += [f"--{flag}", *map(str, [] if value is True else values)]
@@ -380,7 +383,7 @@ def load_model(path: str | Path, method: str, device: torch.device) -> Detection
     """A saved pipeline on its device.
 
     Raises:
-        ValueError: it is not of `method`, or has no features to score with.
+        ValueError: it is not of `method`, has no features to score with, or looks at tiles.
     """
     pipeline = load_pipeline(path)
     if not isinstance(pipeline, METHODS[method]):
@@ -392,6 +395,11 @@ def load_model(path: str | Path, method: str, device: torch.device) -> Detection
             f"--model: {path} has no feature extractor, and features are what it is scored with. Give it one: "
             "pipe.register_modules(feature_extractor=TimmFeatureExtractor.from_backbone('resnet50', (4, 8, 16))), and "
             "save it again."
+        )
+    if pipeline.tile_size is not None:
+        raise ValueError(
+            f"--model: {path} looks at images in tiles, and tables score whole images alone. Give a model that was "
+            "trained with --tile_size none."
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

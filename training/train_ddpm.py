@@ -5,6 +5,8 @@
 
 Good images in, a calibrated `AnomalyDenoisePipeline` out. Several categories in DIR train one class-conditional model.
 Without a --preset, a --config or a pipeline to start from, the flags of configs/automatic.yaml hold.
+
+This file is long so that a run stands in one place: its flags, its networks, its loss, its steps.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from diffad.data.checks import dataset_sizes
 from diffad.images import as_side, as_size, images_to_pixel_values, resize_images, size_of_ratio
 from diffad.likelihood import kl_divergence_map, predicted_clean_sample, variational_bound
 from diffad.models.denoising_unet_2d import DENOISING_UNET_PRESETS
+from diffad.pipelines.checks import scored_layers
 from diffad.pipelines.detection import spread
 from diffad.pipelines.feature_maps import FEATURE_WEIGHTS, chosen_contrast
 from diffad.tiling import tile_height_and_width
@@ -53,6 +56,7 @@ from diffad.training.data import (
     choose_tile_size,
     common_ratio,
     create_data_loader,
+    held_out_digest,
     hold_out_for_choice,
     load_good_images,
     load_pictures,
@@ -71,18 +75,21 @@ from diffad.training.feature_sizes import (
 )
 from diffad.training.finish import finish
 from diffad.training.loop import create_accelerator, held_output_dir, train
+from diffad.unicode_forms import same_name
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 HELD_OUT_IMAGES = 32  # with one noise each: on the same every time, few show a trend
 # flags that say what networks are like
 OF_NETWORKS = {"preset", "resolution", "backbone", "backbone_weights", "feature_strides", "feature_layers"}
 OF_NETWORKS |= {"feature_image_size", "feature_resolution", "beta_schedule"}
+# what --choose sets
+CHOSEN = {"alpha", "feature_sigma", "kl_sigma", "contrast", "position_trust"}
 AUTOMATIC = Path(__file__).parent / "configs" / "automatic.yaml"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = FlagParser(description="Trains AnomalyDenoise on good images.")
-    add_shared_arguments(parser, any_ratio=True)
+    add_shared_arguments(parser, any_ratio=True, with_region=True)
     model = parser.add_argument_group("model")
     model.add_argument(
         "--preset",
@@ -149,9 +156,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         argv = ["--config", str(AUTOMATIC), *argv]
     args = parse_arguments(parser, argv)
     args.preset = args.preset or "paper-256"
-    # a number of steps given by hand wins over the minutes of automatic.yaml; argparse takes beginnings of a flag
+    # a number of steps given by hand wins over the minutes of automatic.yaml, and minutes win over the steps of a
+    # --config; argparse takes beginnings of a flag
     if args.minutes is not None and any(one.startswith(("--max_t", "--num_t")) for one in argv):
         args.minutes = None
+    if args.minutes is not None:
+        args.num_train_epochs = None
+    if args.choose:
+        why = "--choose chooses in their place, unless good images are too few. Add --no-choose to keep what you gave"
+        warn_of_overruled(given_flags(argv, CHOSEN), why)
     if args.pretrained_model_name_or_path:
         warn_of_overruled(given_flags(argv, OF_NETWORKS))
     # what else only the end of the run would find
@@ -163,11 +176,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def create_components(
-    args: argparse.Namespace, num_categories: int, ratio: float = 1.0
-) -> tuple[DenoisingUNet2DModel, DDPMScheduler, TimmFeatureExtractor]:
-    """The networks; `args.resolution` becomes the side, or height and width, at which the denoiser sees images.
+    args: argparse.Namespace, categories: list[str], ratio: float = 1.0
+) -> tuple[DenoisingUNet2DModel, DDPMScheduler, TimmFeatureExtractor, list[str]]:
+    """The networks, and the categories' names in the order of their labels.
 
-    `ratio` is that of the images, height over width, which counts where `args` names no resolution.
+    `args.resolution` becomes the side, or height and width, at which the denoiser sees images.
+
+    Args:
+        args: of the run.
+        categories: of the data.
+        ratio: of the images, height over width, which counts where `args` names no resolution.
     """
     if args.pretrained_model_name_or_path:
         trained = AnomalyDenoisePipeline.from_pretrained(args.pretrained_model_name_or_path)
@@ -177,9 +195,10 @@ def create_components(
                 "Give a pipeline that train_ddpm.py or `diffad train` has saved, or leave it out."
             )
         args.resolution = trained.processing_resolution
+        names = trained_categories(args, trained, categories)
         for network in (trained.unet, trained.feature_extractor):
             network.to(memory_format=torch.channels_last)
-        return trained.unet, trained.scheduler, trained.feature_extractor
+        return trained.unet, trained.scheduler, trained.feature_extractor, names
     preset = dict(DENOISING_UNET_PRESETS[args.preset])
     multiple = 2 ** (len(preset["block_out_channels"]) - 1)  # the denoiser halves so often
     if isinstance(args.resolution, int):  # the features keep their share of the resolution
@@ -207,10 +226,38 @@ def create_components(
     unet = DenoisingUNet2DModel(
         **preset,
         feature_channels=extractor.num_channels,
-        num_class_embeds=num_categories if num_categories > 1 else None,
+        num_class_embeds=len(categories) if len(categories) > 1 else None,
     )
     scheduler = DDPMScheduler(1000, beta_schedule=args.beta_schedule, variance_type="learned_range")
-    return unet, scheduler, extractor
+    return unet, scheduler, extractor, categories
+
+
+def trained_categories(args: argparse.Namespace, trained: AnomalyDenoisePipeline, categories: list[str]) -> list[str]:
+    """The names of a trained pipeline's labels, which stay; a model of one category is trained on any other one.
+
+    Raises:
+        ValueError: it does not know a category of the data, or they lack one where settings are chosen for all.
+    """
+    path, names = args.pretrained_model_name_or_path, trained.categories
+    if len(names) < 2 and len(categories) > 1:
+        raise ValueError(
+            f"--pretrained_model_name_or_path: {path} is a model of one category, and the data have "
+            f"{', '.join(categories)}. Choose one with --category, or train a model of all from scratch."
+        )
+    if len(names) < 2:
+        return categories
+    unknown = [name for name in categories if same_name(name, names) is None]
+    if unknown:
+        raise ValueError(
+            f"--pretrained_model_name_or_path: {path} does not know {', '.join(unknown)}: it knows {', '.join(names)}. "
+            "Choose among these with --category, or train a model of all from scratch."
+        )
+    if args.choose and len(categories) < len(names):
+        raise ValueError(
+            f"--choose takes images of all categories that {path} knows, {', '.join(names)}, and the data have only "
+            f"{', '.join(categories)}. Give all of them, or leave --choose out."
+        )
+    return names
 
 
 def create_pipeline(
@@ -330,6 +377,8 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     training, unseen = hold_out_for_choice(training, args) if args.choose else (training, None)
     if args.choose and unseen is None:
         accelerator.print("Too few good images or parts to hold out any for a choice: `weights` stay as they are.")
+    if unseen is not None:
+        args.held_out_digest = held_out_digest(args, held_out, unseen)
     sizes = dataset_sizes(training)
     height, width = as_size(args.resolution or 1)
     ratio = common_ratio(sizes) if args.resolution is None else height / width
@@ -338,7 +387,9 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         one_size = as_side(size_of_ratio(DEFAULT_SIDE, ratio, multiple))
         sides = choose_feature_sizes(args, sizes, one_size, training["category"], multiple)
         args.feature_image_size = sides or [DEFAULT_SIDE]
-    unet, scheduler, extractor = create_components(args, len(categories), ratio)
+    unet, scheduler, extractor, names = create_components(args, categories, ratio)
+    labels = [same_name(name, categories) or name for name in names]  # as the data spell them
+    scored_layers(args.score_strides, extractor)  # the pipeline checks it as well, but after the training
     size = as_size(args.resolution)
     stride = unet.config.sample_size // unet.config.feature_resolution
     feature_size = size[0] // stride, size[1] // stride
@@ -347,8 +398,8 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         args.tile_size = choose_tile_size(sizes, seen, training["category"])
     elif args.tile_size is not None:
         check_tile_size(args.tile_size, sizes)
-    tiles, region = tile_height_and_width(args.tile_size, seen), load_region(args, categories)
-    images = ResizedImages(training, seen, categories, args.value_range, tiles, args.tile_overlap, region)
+    tiles, region = tile_height_and_width(args.tile_size, seen), load_region(args, labels, categories)
+    images = ResizedImages(training, seen, labels, args.value_range, tiles, args.tile_overlap, region)
     accelerator.print(
         f"{len(training)} good images of {', '.join(categories)} for training, {len(held_out)} held out; "
         f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters, {size[0]} x {size[1]} px"
@@ -385,8 +436,8 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
             pixel_values = augment(pixels, args, generator)
             features = encode(pixel_values)
         clean = resize_images(pixel_values, size)
-        labels = class_index if len(categories) > 1 else None
-        parts = denoising_loss(model, scheduler, clean, features, labels, generator, args.timestep_exponent)
+        class_labels = class_index if unet.config.num_class_embeds else None
+        parts = denoising_loss(model, scheduler, clean, features, class_labels, generator, args.timestep_exponent)
         return parts["noise"] + parts["variance"] + args.feature_loss_weight * parts["feature"], parts
 
     def save_pictures(path: Path) -> None:
@@ -400,7 +451,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     held_out_loss = None
     if unseen is not None:  # of whole images
         few = unseen.select(spread(range(len(unseen)), HELD_OUT_IMAGES))
-        others = with_features(ResizedImages(few, seen, categories, args.value_range, region=region))
+        others = with_features(ResizedImages(few, seen, labels, args.value_range, region=region))
         held_out_loss = same_loss(batch_loss, list(DataLoader(others, args.train_batch_size)), accelerator)
     if args.minutes is not None:
         args.max_train_steps = steps_in(args, time.time() - started, unet, batch_loss, data_loader, accelerator)
@@ -408,11 +459,11 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     record = train(unet, batch_loss, data_loader, args, accelerator, save_pictures, held_out_loss)
 
     # 4. Calibrate on good images and save the pipeline
-    pipeline = create_pipeline(unet, scheduler, extractor, categories, args)
+    pipeline = create_pipeline(unet, scheduler, extractor, names, args)
     pipeline.set_progress_bar_config(disable=not accelerator.is_local_main_process)
     if unseen is not None:
         pipeline.register_to_config(contrast=chosen_contrast(args.tile_size))
-        ranking = choose_settings(pipeline, training, unseen, categories, args.seed, accelerator, region)
+        ranking = choose_settings(pipeline, training, unseen, labels, args.seed, accelerator, region)
         if ranking:
             chosen = {name: ranking[0][name] for name in ("weights", "kl_sigma", "feature_sigma")}
             accelerator.print(describe_choice(ranking))

@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,14 @@ from diffad.training.arguments import (
     warn_of_overruled,
 )
 from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
+from diffad.training.checkpoints import checkpoint_to_resume
 from diffad.training.data import (
     ResizedImages,
     augment,
     create_data_loader,
     load_good_images,
     load_pictures,
+    load_region,
     spread_batches,
 )
 from diffad.training.diad_presets import DIAD_PRESETS, SCHEDULER
@@ -74,7 +77,7 @@ STATISTICS_IMAGES = 64  # spread over all categories, which tell the latents' me
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = FlagParser(description="Trains DiAD on good images.")
-    add_shared_arguments(parser)
+    add_shared_arguments(parser, with_region=True)
     add_diad_arguments(parser)
     parser.set_defaults(  # the paper's, for MVTec-AD
         output_dir="runs/diad",
@@ -164,6 +167,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--cache_latents holds no rotated images: add --rotation_degrees 0")
     if "none" in args.guidance_outputs and len(args.guidance_outputs) > 1:
         parser.error("--guidance_outputs none goes with no other")
+    if args.guidance_outputs == ["none"] and args.defect_share:
+        parser.error("--defect_share draws on what guides, and --guidance_outputs none guides by nothing: make it 0")
     if args.train_whole_unet is None:
         args.train_whole_unet = args.preset is not None
     if args.pretrained_model_name_or_path and (given := given_flags(argv, OF_NETWORKS)) and is_trained(args):
@@ -210,21 +215,33 @@ def create_components(args: argparse.Namespace) -> dict[str, Any]:
             }
             if trained.feature_extractor is not None:
                 components["feature_extractor"] = trained.feature_extractor
-            if not args.vae_path:  # the colours that its autoencoder takes, and the latents that its denoiser knows
-                components |= {name: trained.config[name] for name in ("latents_mean", "latents_std")}
+            args.resolution = args.resolution or trained.processing_resolution
+            given = load_autoencoder(args.vae_path) if args.vae_path else trained.vae
+            if same_weights(given, trained.vae):
+                # the colours that its autoencoder takes, and the latents that its denoiser knows
+                components |= {part: trained.config[part] for part in ("latents_mean", "latents_std")}
                 args.image_mean = args.image_mean or trained.config.image_mean
                 args.image_std = args.image_std or trained.config.image_std
+            else:
+                components["vae"] = given
+                warnings.warn(
+                    f"--vae_path: {args.vae_path} is not the autoencoder of {name}, whose latents_mean, latents_std, "
+                    "image_mean and image_std are left out: they are taken anew. Leave --vae_path out to keep them.",
+                    stacklevel=2,
+                )
         else:
             unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **files)
             tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **chosen)
             text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=torch.float32, **files)
             components = {
+                "latents_mean": None,  # its denoiser knows the latents as they are
+                "latents_std": None,
                 "unet": unet,
                 "sg_network": guidance and SemanticGuidedNetwork.from_unet(unet, guidance, fusion),
                 "scheduler": DDIMScheduler.from_pretrained(name, subfolder="scheduler", **chosen),
                 "prompt_embedding": PromptEmbedding.from_text_encoder(tokenizer, text_encoder),
             }
-    if "vae" not in components or (args.vae_path and not args.preset):
+    if "vae" not in components:
         components["vae"] = (
             load_autoencoder(args.vae_path)
             if args.vae_path
@@ -243,6 +260,12 @@ def create_components(args: argparse.Namespace) -> dict[str, Any]:
             args.feature_layers,
         )
     return components
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks have the same weights, by the same names."""
+    state, others = one.state_dict(), other.state_dict()
+    return state.keys() == others.keys() and all(torch.equal(value, others[name]) for name, value in state.items())
 
 
 def joined_weights(feature_weight: float) -> dict[str, float] | None:
@@ -280,6 +303,8 @@ def create_pipeline(components: dict[str, Any], categories: list[str], args: arg
     multiple = pipeline.size_multiple
     if args.resolution % multiple:
         raise ValueError(f"--resolution must be a multiple of {multiple} for this autoencoder, not {args.resolution}.")
+    if args.defect_share and pipeline.sg_network is None:
+        raise ValueError("--defect_share draws on what guides, and this pipeline has no `sg_network`. Leave it out.")
     if args.defect_share and args.resolution < SMALLEST_SIDE:
         raise ValueError(f"--defect_share needs a --resolution of {SMALLEST_SIDE} or more, not {args.resolution}.")
     pipeline.set_progress_bar_config(disable=True)
@@ -294,7 +319,7 @@ def find_latent_statistics(
 ) -> tuple[list[float], list[float]]:
     """Mean and deviation of the latents' channels over good images; a resumed run has those that it began with."""
     kept = Path(args.output_dir, STATISTICS_NAME)
-    if args.resume_from_checkpoint and kept.exists():
+    if checkpoint_to_resume(args) is not None and kept.exists():
         known = json.loads(kept.read_text(encoding="utf-8"))
         return known["mean"], known["std"]
     batches = spread_batches(images, STATISTICS_IMAGES, accelerator.device)
@@ -337,6 +362,21 @@ def choose_trained(unet: UNet2DConditionModel, sg_network: SemanticGuidedNetwork
         part.requires_grad_(True)
     if sg_network is not None:
         sg_network.requires_grad_(True)
+
+
+def training_scheduler(scheduler: Any) -> DDIMScheduler:
+    """The forward process of a pipeline's scheduler. Its own is for inference: Euler's, say, scales noisy latents.
+
+    Raises:
+        ValueError: the denoiser predicts what is not trained here.
+    """
+    prediction = scheduler.config.get("prediction_type")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"--pretrained_model_name_or_path: its {type(scheduler).__name__} has the prediction_type {prediction!r}, "
+            "and only epsilon and v_prediction are trained here. Start from another pipeline, or from a --preset."
+        )
+    return DDIMScheduler.from_config(scheduler.config)
 
 
 def noise_loss(
@@ -406,8 +446,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     training, held_out, categories = load_good_images(args)
     pipeline = create_pipeline(components, categories, args)
     pipeline.to(accelerator.device)
-    if pipeline.sg_network is None:  # and nothing is guided
-        args.defect_share = 0.0
+    forward_process = training_scheduler(pipeline.scheduler)
     choose_trained(pipeline.unet, pipeline.sg_network, args.train_whole_unet)
     model = GuidedDenoiser(pipeline.unet, pipeline.sg_network)
     if not is_sharded(accelerator):  # which takes no other order of a weight's numbers
@@ -428,8 +467,9 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
             pixel_values = normalize_images(images.to(accelerator.device), args.image_mean, args.image_std)
             return encode_latents(pipeline.vae, pixel_values, pipeline.config.latents_mean, pipeline.config.latents_std)
 
-    images = ResizedImages(training, args.resolution, categories, args.value_range)
-    if args.preset and not has_scale(pipeline.vae):  # a new denoiser, which knows no other latents
+    region = load_region(args, categories)
+    images = ResizedImages(training, args.resolution, categories, args.value_range, region=region)
+    if "latents_mean" not in components and not has_scale(pipeline.vae):  # the denoiser knows no latents of it yet
         mean, std = find_latent_statistics(pipeline, images, args, accelerator)
         pipeline.register_to_config(latents_mean=mean, latents_std=std)
     if args.feature_weight:  # a few channels of large activations would make up most of a distance
@@ -454,7 +494,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
             latents = encode(augmented)
         guiding = draw_defects(augmented, args.defect_share, generator)
         pixel_values = normalize_images(guiding, args.image_mean, args.image_std)
-        loss = noise_loss(model, pipeline.scheduler, latents, pixel_values, prompt_embeds, generator)
+        loss = noise_loss(model, forward_process, latents, pixel_values, prompt_embeds, generator)
         return loss, {"noise": loss}
 
     def save_pictures(path: Path) -> None:

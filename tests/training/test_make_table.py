@@ -230,6 +230,15 @@ def test_a_model_without_features_to_score_with_is_refused(data, tmp_path):
         run("pooling", tmp_path / "diad", data, tmp_path / "t.json")
 
 
+def test_a_model_that_looks_at_tiles_is_refused(data, tmp_path):
+    tiny_pipeline(tile_size=12).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"--model: .*model looks at images in tiles.*--tile_size none"):
+        run("alpha", tmp_path / "model", data, tmp_path / "t.json")
+    table = write_table(tmp_path / "t.yaml", [{"name": "a", "tile_size": 12}])
+    with pytest.raises(ValueError, match=r"unknown \['tile_size'\]"):
+        run(table, tmp_path / "model", data, tmp_path / "t.json")
+
+
 def test_rows_that_score_the_same_maps_share_a_calibration(model, data):
     rows = [{"name": "0", "alpha": 0.0}, {"name": "1", "alpha": 1.0}, {"name": "one level", "timesteps": [50]}]
     device = torch.device("cpu")

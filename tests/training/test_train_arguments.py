@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,8 @@ def test_the_shipped_configurations_are_valid(name, data):
         ((*DATA, "--checkpointing_steps", "0"), None, "--checkpointing_steps must be at least 1"),
         ((*DATA, "--max_train_steps", "many"), None, "--max_train_steps.*'many'"),
         ((*DATA, "--preset", "gpu-9000"), None, "--preset.*'gpu-9000'.*cpu-64"),
+        ((*DATA, "--lr_scheduler", "foo"), None, "--lr_scheduler.*'foo'.*polynomial"),
+        ((*DATA, "--lr_scheduler", "piecewise_constant"), None, "--lr_scheduler.*'piecewise_constant'.*constant"),
         ((*DATA, "--on_bad_image", "ignore"), None, "--on_bad_image.*error.*skip"),
         ((*DATA, "--preset", "cpu-64", "--cache_features"), None, "--cache_features.*--rotation_degrees 0"),
         ((*DATA, "--no_such_flag"), None, "--no_such_flag"),
@@ -105,6 +108,27 @@ def test_wrong_arguments_end_in_one_clear_line(arguments, config, words, tmp_pat
 def test_flags_that_a_pretrained_pipeline_overrules_are_named():
     with pytest.warns(UserWarning, match="--backbone and --resolution do not count: the pipeline of --pretrained"):
         train_ddpm.parse_args([*DATA, "--pretrained_model_name_or_path", "m", "--backbone=a", "--resolution", "8"])
+
+
+def test_flags_that_the_choice_overrules_are_named():
+    given = ("--kl_sigma", "1", "--feature_sigma=2", "--contrast", "0.5", "--position_trust", "1", "--alpha", "0")
+    words = "--kl_sigma and --feature_sigma and --contrast and --position_trust and --alpha do not count: --choose"
+    with pytest.warns(UserWarning, match=words):  # of automatic.yaml
+        train_ddpm.parse_args([*DATA, *given])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_ddpm.parse_args([*DATA, "--no-choose", *given])
+        train_ddpm.parse_args([*DATA, "--timesteps", "50"])
+
+
+def test_minutes_of_the_command_line_win_over_epochs_of_a_configuration(tmp_path):
+    (config := tmp_path / "run.yaml").write_text("num_train_epochs: 3\n")
+    args = train_ddpm.parse_args(["--config", str(config), *DATA, "--minutes", "2"])
+    assert (args.minutes, args.num_train_epochs) == (2.0, None)
+    args = train_ddpm.parse_args(["--config", str(config), *DATA])
+    assert (args.minutes, args.num_train_epochs) == (None, 3)
+    args = train_ddpm.parse_args([*DATA, "--num_train_epochs", "3"])  # over the minutes of automatic.yaml
+    assert (args.minutes, args.num_train_epochs) == (None, 3)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -145,6 +169,8 @@ def test_a_configuration_may_say_no_to_mixed_precision(tmp_path):
         (train_diad.parse_args, (*DATA, "--num_inference_steps", "0"), "--num_inference_steps must be at least 1"),
         (train_autoencoder.parse_args, (*DATA, "--kl_weight", "-1"), "--kl_weight must be finite and at least 0"),
         (fit_gaussian.parse_args, ("--model", "m", *DATA, "--batch_size", "0"), "--batch_size must be at least 1"),
+        (fit_gaussian.parse_args, ("--model", "m", *DATA, "--roi", "r.png"), "unrecognized arguments: --roi"),
+        (train_autoencoder.parse_args, (*DATA, "--preset", "cpu-128", "--roi", "r"), "unrecognized arguments: --roi"),
         (evaluate.main, ("--model", "m", "--data", "d", "--resolution", "0"), "--resolution must be at least 8"),
         (evaluate.main, ("--model", "m", "--data", "d", "--pro_fpr_limit", "2"), "--pro_fpr_limit must lie in"),
         (make_table.main, ("--table", "t", "--data", "d", "--batch_size", "-2"), "--batch_size must be at least 1"),
@@ -163,4 +189,4 @@ def test_a_resolution_that_the_network_cannot_halve_is_told(preset, resolution, 
         [*DATA, "--preset", preset, "--resolution", str(resolution), "--backbone_weights", "random"]
     )
     with pytest.raises(ValueError, match=f"--resolution must be a multiple of {multiple} for --preset {preset}"):
-        train_ddpm.create_components(args, 1)
+        train_ddpm.create_components(args, ["part"])

@@ -10,7 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import generator, texture, textures, tiny_scheduler, tiny_unet, write_folder, write_mvtec, write_png
+from conftest import (
+    generator,
+    texture,
+    textures,
+    tiny_pipeline,
+    tiny_scheduler,
+    tiny_unet,
+    write_folder,
+    write_mvtec,
+    write_png,
+)
 from ddpm_runs import flags, good, load, tiny, train  # noqa: F401 (fixtures)
 from PIL import Image
 
@@ -18,6 +28,7 @@ from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
 from diffad.images import images_to_tensors
 from diffad.precision import resolve_precision
 from diffad.training import train_ddpm
+from diffad.training.checkpoints import list_checkpoints
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -61,6 +72,55 @@ def test_two_categories_of_an_mvtec_tree_become_one_class_conditional_model(tmp_
     # asked for one of them, it is a model of one
     train(data, tmp_path / "one", "--category", "tile")
     assert load(tmp_path / "one").categories == ["tile"]
+
+
+def test_a_trained_model_keeps_its_categories_and_their_labels(tmp_path, monkeypatch):
+    data = write_mvtec(tmp_path / "data", {"bottle": 3, "cable": 3, "tile": 3, "zip": 3})
+    tiny_pipeline(categories=["tile", "bottle", "cable"]).save_pretrained(start := tmp_path / "start")
+    seen = set()
+    loss = train_ddpm.denoising_loss
+
+    def looking(unet, scheduler, clean, features, class_labels, *more):
+        seen.update(class_labels.tolist())
+        return loss(unet, scheduler, clean, features, class_labels, *more)
+
+    monkeypatch.setattr(train_ddpm, "denoising_loss", looking)
+    masks = write_png(tmp_path / "masks" / "tile.png", np.full((16, 16), 255, dtype=np.uint8)).parent
+    few = ("--false_alarm_rate", 0.5)
+    for categories, labels, more in ((["cable", "tile"], {0, 2}, ()), (["tile"], {0}, ("--roi", masks))):
+        seen.clear()
+        output = tmp_path / "-".join(categories)
+        train(data, output, "--category", *categories, *more, *few, start=start)
+        assert seen == labels
+        pipeline = AnomalyDenoisePipeline.from_pretrained(output)
+        assert pipeline.categories == ["tile", "bottle", "cable"]
+        assert sorted(pipeline.calibration.calibrated_categories) == sorted(labels)
+        assert 0.0 < pipeline(texture(99), category="tile").p_value[0] <= 1.0
+    with pytest.raises(ValueError, match=r"--pretrained_model_name_or_path: .*start does not know zip: it knows tile"):
+        train(data, tmp_path / "run", "--category", "tile", "zip", start=start)
+    with pytest.raises(ValueError, match=r"--choose takes images of all categories.*have only tile\."):
+        train(data, tmp_path / "run", "--category", "tile", "--choose", start=start)
+
+
+def test_a_trained_model_of_one_category_is_not_made_one_of_several(tiny, tmp_path):
+    data = write_mvtec(tmp_path / "data", {"cable": 3, "tile": 3})
+    with pytest.raises(
+        ValueError, match=r"is a model of one category, and the data have cable, tile\. Choose one with"
+    ):
+        train(data, tmp_path / "run", start=tiny)
+
+
+def test_a_class_conditional_denoiser_has_a_name_for_each_label():
+    components = tiny_pipeline(categories=["a", "b", "c"]).components
+    for names in (["a", "b"], None):
+        with pytest.raises(ValueError, match=r"`unet` was built for 3 categories, but `categories` names"):
+            AnomalyDenoisePipeline(**components, categories=names)
+
+
+def test_strides_that_are_not_there_are_told_before_training(good, tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"`score_strides` must be taken from \[2, 4\]"):
+        train(good, tmp_path, "--score_strides", 3, start=tiny)
+    assert list_checkpoints(tmp_path) == []
 
 
 def test_training_learns(good, tiny, tmp_path):

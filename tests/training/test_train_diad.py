@@ -12,10 +12,11 @@ import time
 import warnings
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import generator, texture, textures, write_folder, write_mvtec
+from conftest import generator, texture, textures, write_folder, write_mvtec, write_png
 from diad_runs import (  # noqa: F401 (fixtures)
     SG_NETWORK,
     UNET,
@@ -116,6 +117,106 @@ def test_from_stable_diffusion_with_a_fine_tuned_autoencoder(good, stable_diffus
     assert all(convolution.weight.any() for convolution in pipeline.sg_network.controlnet_down_blocks.values())
 
 
+@pytest.fixture
+def other(tiny, tmp_path):
+    """Saves the tiny pipeline with other settings or components, and returns the folder."""
+
+    def save(**changed) -> Path:
+        DiADPipeline.from_pretrained(tiny, **changed).save_pretrained(folder := tmp_path / "start")
+        return folder
+
+    return save
+
+
+def test_what_is_outside_of_the_region_is_hidden_in_training(good, tiny, tmp_path, monkeypatch):
+    for path in good.glob("*.png"):
+        pixels = np.asarray(Image.open(path)).copy()
+        pixels[:, :8] = 255
+        write_png(tmp_path / "part" / path.name, pixels)
+    roi = write_png(tmp_path / "roi.png", np.repeat(np.uint8([0] * 8 + [255] * 8)[None], 16, axis=0))
+    seen = []
+
+    def looking(pixels, *more):
+        seen.append(augment(pixels, *more))
+        return seen[-1]
+
+    augment = train_diad.augment
+    monkeypatch.setattr(train_diad, "augment", looking)
+    train(tmp_path / "part", tmp_path / "run", tiny, "--roi", roi, steps=1)
+    outside = seen[0][..., :8]
+    assert outside.max() < 0.9  # of 1, white
+    assert outside.flatten(2).std(dim=2).max() < 0.01
+
+
+def test_the_size_of_a_trained_pipeline_stays_unless_another_is_given(good, other, tmp_path):
+    start = other(processing_resolution=16)
+    arguments = flags(good, tmp_path / "own", start, steps=1)
+    at = arguments.index("--resolution")
+    train_diad.main([*arguments[:at], *arguments[at + 2 :]])
+    assert load(tmp_path / "own").processing_resolution == 16
+    train(good, tmp_path / "given", start, resolution=24, steps=1)
+    assert load(tmp_path / "given").processing_resolution == 24
+
+
+def test_the_latents_and_colours_that_a_trained_pipeline_knows_stay_with_its_autoencoder(
+    good, other, start_vae, tmp_path
+):
+    known = {"latents_mean": [1.0] * 4, "latents_std": [3.0] * 4, "image_mean": [0.4] * 3, "image_std": [0.3] * 3}
+    start = other(**known)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "--vae_path")
+        train(good, tmp_path / "same", start, "--vae_path", start_vae, steps=1)
+    assert {name: load(tmp_path / "same").config[name] for name in known} == known
+    vae = AutoencoderKL.from_pretrained(start_vae)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 0.1
+    vae.register_to_config(scaling_factor=None)  # so that good images must tell it
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.warns(UserWarning, match=r"--vae_path: .*vae is not the autoencoder of .*latents_mean.* taken anew"):
+        train(good, tmp_path / "other", start, "--vae_path", tmp_path / "vae", steps=1)
+    config = load(tmp_path / "other").config
+    assert config.image_mean == pytest.approx([0.485, 0.456, 0.406])
+    assert len(config.latents_mean) == 4
+    assert config.latents_mean != known["latents_mean"]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_a_trained_pipelines_scheduler_stays_and_its_noise_is_trained_on(
+    good, other, tmp_path, monkeypatch, name, prediction
+):
+    config = {**SCHEDULER, "prediction_type": prediction}
+    for of_ddim in ("clip_sample", "set_alpha_to_one"):
+        del config[of_ddim]
+    start = other(scheduler=getattr(diffusers, name)(**config))
+    seen = []
+
+    def noise_loss(model, scheduler, *others):
+        seen.append(scheduler)
+        return of_script(model, scheduler, *others)
+
+    of_script = train_diad.noise_loss
+    monkeypatch.setattr(train_diad, "noise_loss", noise_loss)
+    train(good, tmp_path / "run", start, steps=1)
+    assert seen[0].config.prediction_type == prediction
+    latents, noise = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+    expected = DDIMScheduler(**SCHEDULER).add_noise(latents, noise, torch.tensor([999]))
+    torch.testing.assert_close(seen[0].add_noise(latents, noise, torch.tensor([999])), expected)
+    assert type(load(tmp_path / "run").scheduler).__name__ == name
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "named"),
+    [
+        (DDIMScheduler(**{**SCHEDULER, "prediction_type": "sample"}), "DDIMScheduler has the prediction_type 'sample'"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler has the prediction_type None"),
+    ],
+)
+def test_a_denoiser_that_predicts_neither_noise_nor_velocity_is_refused(good, other, tmp_path, scheduler, named):
+    with pytest.raises(ValueError, match=f"{named}, and only epsilon and v_prediction are trained"):
+        train(good, tmp_path / "run", other(scheduler=scheduler))
+
+
 def test_two_categories_are_one_model_with_statistics_of_each(tiny, tmp_path):
     data = write_mvtec(tmp_path / "data", {"tile": 14, "cable": 7})
     train(data, tmp_path / "run", tiny, "--false_alarm_rate", 0.5, "--train_whole_unet", "--use_ema")
@@ -153,6 +254,31 @@ def test_latents_without_a_scale_are_normalised_by_good_images_and_stay_so(tmp_p
     second = load(tmp_path / "second")
     for name in ("latents_mean", "latents_std", "image_mean", "image_std"):
         assert second.config[name] == first.config[name]
+
+
+def test_statistics_of_latents_are_taken_anew_where_no_checkpoint_was_left(tmp_path, monkeypatch):
+    data = write_folder(tmp_path / "part", 6, size=128)
+    vae = tiny_taef2(levels=4, latent_channels=4)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    def statistics(output: str, *more: object) -> dict:
+        flags = [*shared_flags(data, tmp_path / output, 1, 128), "--train_batch_size", 2, "--preset", "cpu-256"]
+        with pytest.raises(KeyboardInterrupt):
+            train_diad.main([str(f) for f in (*flags, "--vae_path", tmp_path / "vae", *more)])
+        return json.loads((tmp_path / output / train_diad.STATISTICS_NAME).read_text())
+
+    monkeypatch.setattr(train_diad, "train", killed)
+    vae.save_pretrained(tmp_path / "vae")
+    first = statistics("run")
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter.mul_(1.3)
+    vae.save_pretrained(tmp_path / "vae")
+    second = statistics("run", "--resume_from_checkpoint", "latest")
+    assert second != first
+    assert second == statistics("another")
 
 
 @pytest.mark.parametrize("preset", sorted(DIAD_PRESETS))
@@ -236,6 +362,12 @@ def test_defects_are_drawn_on_the_guiding_images_and_not_on_the_target(good, tin
 def test_defects_need_an_image_large_enough(good, tiny, tmp_path):
     with pytest.raises(ValueError, match="--defect_share needs a --resolution of 32 or more, not 16"):
         train(good, tmp_path, tiny, "--defect_share", 0.5, resolution=16)
+
+
+def test_defects_need_a_guidance(good, other, tmp_path):
+    start = other(sg_network=None)
+    with pytest.raises(ValueError, match="--defect_share draws on what guides, and this pipeline has no `sg_network`"):
+        train(good, tmp_path / "run", start, "--defect_share", 0.5, resolution=32)
 
 
 @pytest.mark.parametrize(
@@ -346,6 +478,11 @@ PRESET = (*DATA, "--preset", "cpu-128", "--vae_path", "vae")
         (train_diad, PRESET[:4], "--preset needs --vae_path: train an autoencoder with train_autoencoder.py"),
         (train_diad, (*PRESET, "--cache_latents", "--rotation_degrees", "5"), "add --rotation_degrees 0"),
         (train_diad, (*PRESET, "--guidance_outputs", "none", "middle"), "--guidance_outputs none goes with no other"),
+        (
+            train_diad,
+            (*PRESET, "--guidance_outputs", "none", "--defect_share", "0.5"),
+            "none guides by nothing: make it 0",
+        ),
         (train_diad, (*PRESET, "--revision", "v1"), "--revision and --variant are of --pretrained_model_name_or_path"),
     ],
 )

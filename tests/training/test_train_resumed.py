@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from diffad.training import train_ddpm
 from diffad.training.checkpoints import list_checkpoints
+from diffad.training.duration import FEWEST_STEPS
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -128,6 +129,55 @@ def test_nothing_to_resume(good, tiny, tmp_path, capsys):
     load(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"--resume_from_checkpoint.*no_such.*'latest'"):
         train(good, tmp_path, "--resume_from_checkpoint", tmp_path / "no_such", start=tiny)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--learning_rate", 1e-6), ("--adam_weight_decay", 0.5)])
+def test_a_resumed_run_takes_no_other_rates(good, tiny, tmp_path, flag, value):
+    train(good, tmp_path, start=tiny)
+    with pytest.raises(ValueError, match=rf"{flag} is {value:g}, but the checkpoint was trained with 0.0001, which a"):
+        train(good, tmp_path, "--resume_from_checkpoint", "latest", flag, value, start=tiny, steps=4)
+    train(good, tmp_path, "--resume_from_checkpoint", "latest", start=tiny, steps=4)
+    assert json.loads((tmp_path / "training.json").read_text())["steps"] == 4
+
+
+def test_a_resumed_run_holds_out_the_images_that_it_began_with(good, tiny, tmp_path, monkeypatch):
+    shutil.copytree(good, data := tmp_path / "data" / "part")
+    more = ("--resume_from_checkpoint", "latest")
+    train(data, output := tmp_path / "run", start=tiny)
+    with pytest.raises(ValueError, match=r"checkpoint-2 has been trained with other images held out.*--seed"):
+        train(data, output, *more, "--seed", 1, start=tiny, steps=3)
+    with pytest.raises(ValueError, match="other images held out"):
+        train(data, output, *more, "--calibration_fraction", 0.3, start=tiny, steps=3)
+    # the folder may be named in another way, and be somewhere else
+    monkeypatch.chdir(tmp_path)
+    train(Path("data", "part"), output, *more, start=tiny, steps=3)
+    train(data.rename(tmp_path / "part"), output, *more, start=tiny, steps=4)
+    # a checkpoint of an earlier version does not tell
+    (output / "checkpoint-4" / "held_out.json").unlink()
+    train(tmp_path / "part", output, *more, "--seed", 1, start=tiny, steps=5)
+
+
+def test_minutes_are_counted_anew_where_no_checkpoint_was_left(good, tiny, tmp_path, monkeypatch):
+    arguments = flags(good, tmp_path, start=tiny)
+    at = arguments.index("--max_train_steps")
+    arguments = [*arguments[:at], *arguments[at + 2 :], "--resume_from_checkpoint", "latest", "--minutes"]
+    asked = []
+
+    def killed(model, batch_loss, data_loader, args, *more):
+        asked.append(args.max_train_steps)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_ddpm, "train", killed)
+    for minutes in (0.001, 60):
+        with pytest.raises(KeyboardInterrupt):
+            train_ddpm.main([*arguments, str(minutes)])
+    assert asked[0] == FEWEST_STEPS
+    assert asked[1] > FEWEST_STEPS
+    # with a checkpoint, the number that the run began with counts
+    (tmp_path / "checkpoint-1").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        train_ddpm.main([*arguments, "0.001"])
+    assert asked[2] == asked[1]
 
 
 def test_the_seed_decides(good, tiny, tmp_path):
