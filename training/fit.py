@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Fits the Gaussian of good images' features alone: a detector in a minute or two, with nothing trained.
+"""Keeps what features of good images are like: a detector in a minute or two, with nothing trained.
 
     accelerate launch training/fit.py --train_data_dir DIR --output_dir runs/parts
 
-PaDiM (Defard et al., "PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection and Localization", 2021) as
-an `AnomalyDenoisePipeline` without a denoiser: the same call, calibration, commands and card. Any number of processes
-share the images.
+A Gaussian at each position (Defard et al., "PaDiM: a Patch Distribution Modeling Framework for Anomaly Detection and
+Localization", 2021) and patches to measure distances from (Roth et al., "Towards Total Recall in Industrial Anomaly
+Detection", 2022), as an `AnomalyDenoisePipeline` without a denoiser: the same call, calibration, commands and card. Any
+number of processes share the images.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ STANDARDIZATION_IMAGES = 32  # some 80,000 positions, which tell a channel's mea
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = FlagParser(description="Fits the Gaussian of good images' features alone, with nothing trained.")
+    parser = FlagParser(description="Keeps what features of good images are like: a detector with nothing trained.")
     data = parser.add_argument_group("data")
     add_source_arguments(data, with_region=True)
     data.add_argument(

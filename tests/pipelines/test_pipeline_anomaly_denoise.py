@@ -227,7 +227,7 @@ def test_contrast_changes_outlines_and_no_verdict(how):
     settings: dict = {"score_fraction": 0.1} if how == "fraction" else {}
     options: dict = {"smallest area": {"smallest_area": 0.03}}.get(how, {})
     if how == "region":
-        options["roi"] = np.pad(np.ones((10, 10), bool), 3)
+        options["roi"] = np.pad(np.ones((14, 14), bool), 1)
     if how == "one category of two":
         settings["categories"], options["category"] = ["a", "b"], "b"
     pipes = [
