@@ -35,6 +35,7 @@ from diffad.model_commands import convert, export, push
 from diffad.model_folder import MODEL_LOCK_NAME, check_model_folder
 from diffad.predict_command import predict
 from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
+from diffad.unicode_forms import same_name
 
 app = typer.Typer(
     help="Finds defects, having seen only good parts. Also: --version and --debug.",
@@ -274,6 +275,11 @@ def calibrate(
         folder.mkdir(parents=True, exist_ok=True)
         on_main(accelerator, lambda: stack.enter_context(locked_folder(folder, MODEL_LOCK_NAME, "`output`")))
         pipeline = load_pipeline(model, device or (str(accelerator.device) if accelerator else None))
+        if not pipeline.categories and category is not None and same_name(category, {*good["category"]}) is None:
+            raise ValueError(
+                f"`category` is {category!r}, but the model is of one category without a name, and the images are of "
+                f"{good['category'][0]!r}. Leave it out."
+            )
         leave_one_out = part_pattern is None and pipeline.leaves_each_out(len(good))
         pipeline.calibrate(
             images,

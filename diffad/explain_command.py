@@ -47,6 +47,8 @@ def explain(
     if good_paths is not None and category is None and len(pipeline.categories) > 1:
         names = ", ".join(pipeline.categories)
         raise ValueError(f"`good_images` are of one category: say which by `category`, of {names}.")
+    if good_paths is not None:
+        good_paths = readable_of(good_paths)
     num_told = 0
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]
@@ -55,6 +57,22 @@ def explain(
             print(as_line(path, why, nearest) if as_json else as_text(path, why, nearest), flush=True)
     if not num_told:
         raise typer.Exit(4)
+
+
+def readable_of(paths: Sequence[Path]) -> list[Path]:
+    """The images that can be read; of each other one a line tells why not."""
+    from diffad.grey_depth import UnreadableImageError
+    from diffad.image_files import read_image
+
+    readable = []
+    for path in paths:
+        try:
+            read_image(path, reduce_large=True)
+        except UnreadableImageError as error:
+            console.print(f"[red]not compared with:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        else:
+            readable.append(path)
+    return readable
 
 
 def explain_batch(

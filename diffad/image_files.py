@@ -10,15 +10,16 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from diffad.grey_depth import TooManyPixelsError, UnreadableImageError, check_values
+from diffad.grey_depth import TooManyPixelsError, UnreadableImageError, check_values, is_deep
 from diffad.image_metadata import turn_upright, upright_size, without_metadata
 from diffad.warn_once import warn_once
 
 MAX_PIXELS = 500_000_000  # of one image: 2 GB as Pillow decodes it
 LARGE_PIXELS = 2**24  # images above this are reduced where only a much smaller one is looked at
 REDUCED_SIDE = 4096  # the least to which such a JPEG image is reduced while decoding, in pixels a side
+PNG_DEPTH = 24  # where a PNG file says how many bits a channel has
 
 _PILLOW_LIMIT = threading.Lock()
 _LARGE_IMAGE = threading.RLock()
@@ -49,6 +50,7 @@ def read_image(path: str | os.PathLike | None, content: bytes | None = None, red
             if reduce_large and image.width * image.height > LARGE_PIXELS:
                 image.draft(None, (REDUCED_SIDE, REDUCED_SIDE))
             _warn_of_others(image)
+            _warn_of_lost_depth(image)
             upright = turn_upright(image)
         check_values(upright)
         return upright
@@ -118,6 +120,25 @@ def _warn_of_others(image: Image.Image) -> None:
                     "There are files with several images (pages, frames), of which the first one counts. Save the "
                     "others as files of their own."
                 )
+
+
+def _warn_of_lost_depth(image: Image.Image) -> None:
+    """Says, once, that Pillow reads colours, and grey with alpha, of 16 bits as 8."""
+    if is_deep(image.mode):
+        return
+    bits: tuple[int, ...] = ()
+    if image.format == "TIFF":
+        bits = (getattr(image, "tag_v2", None) or {}).get(ExifTags.Base.BitsPerSample, ())
+    elif image.format == "PNG" and (file := getattr(image, "fp", None)) is not None:
+        place = file.tell()
+        file.seek(PNG_DEPTH)
+        bits = tuple(file.read(1))
+        file.seek(place)
+    if 16 in bits:
+        warn_once(
+            "There are files of 16 bits a channel in colour or with alpha, of which the upper 8 are read. Save grey "
+            "images without alpha to keep all 16."
+        )
 
 
 def _open(file: Any) -> Image.Image:

@@ -41,6 +41,7 @@ VERDICTS = ("normal", "anomalous", "unreadable", "scored")
 SCORES_NAME, JOURNAL_NAME = "scores.csv", "scores.partial.csv"
 CALIBRATION_NAME = "calibration.json"  # beside scores.csv: what its scores are ranked among
 ENCODING: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+READ_ENCODING = ENCODING | {"encoding": "utf-8-sig"}  # Excel begins what it saves with a byte order mark
 
 
 class Input(NamedTuple):
@@ -79,21 +80,29 @@ def distinct_inputs(paths: Sequence[Path | Input]) -> list[Input]:
 def read_rows(path: Path) -> Iterator[dict[str, str]]:
     """Rows of a table that is whole or, killed, broken off in its last line."""
     if path.is_file():
-        with open(path, **ENCODING) as file:
+        with open(path, **READ_ENCODING) as file:
             for row in csv.DictReader(_whole_lines(file)):  # half a number would pass for one
                 if None not in row.values() and None not in row and row.get("verdict") in VERDICTS:
                     yield {column: row.get(column, "") for column in COLUMNS}
 
 
 def check_scores(output_dir: Path) -> None:
-    """Raises where a table of another program's stands in the place of ours."""
+    """Raises where a table of another program's stands in the place of ours, or ours has columns of another's."""
     for name in (SCORES_NAME, JOURNAL_NAME):
         path = output_dir / name
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder in the table's place. Give another `output_dir`, or take it away.")
         if path.is_file():
-            with open(path, **ENCODING) as file:
+            with open(path, **READ_ENCODING) as file:
                 header = next(csv.reader(file), [])
             if header and not {"path", "score", "verdict"} <= set(header):
                 raise ValueError(f"{path} is no table of diffad's, and would be replaced. Give another `output_dir`.")
+            known = COLUMNS if name == SCORES_NAME else JOURNAL_COLUMNS
+            if others := [column for column in header if column not in known]:
+                raise ValueError(
+                    f"{path} has the column {others[0]!r}, which would be lost: keep it in a file of its own, and take "
+                    "it out of this one, or give another `output_dir`."
+                )
 
 
 class Inputs(Protocol):
@@ -138,7 +147,7 @@ def read_journal(path: Path) -> Iterator[list[str]]:
     """
     if not path.is_file():
         return
-    with open(path, **ENCODING) as file:
+    with open(path, **READ_ENCODING) as file:
         rows = csv.reader(_whole_lines(file))
         if next(rows, None) == list(JOURNAL_COLUMNS):
             yield from (row for row in rows if len(row) == len(JOURNAL_COLUMNS) and row[VERDICT] in VERDICTS)
@@ -151,7 +160,7 @@ def _has_places(path: Path) -> bool:
     """Whether a journal is there, and none of an earlier version."""
     if not path.is_file():
         return False
-    with open(path, **ENCODING) as file:
+    with open(path, **READ_ENCODING) as file:
         return next(csv.reader(file), None) == list(JOURNAL_COLUMNS)
 
 

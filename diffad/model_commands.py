@@ -39,10 +39,11 @@ def export(
     images = None
     if data is not None:
         from diffad.data import load_anomaly_dataset
-        from diffad.data.checks import good_of_one_category
+        from diffad.data.checks import good_of_one_category, without_copies
 
         why = "int8 takes a model of one. Give its own images."
-        images = good_of_one_category(load_anomaly_dataset(data, "train"), f"`data`: {data}", why)["image"]
+        good = good_of_one_category(load_anomaly_dataset(data, "train"), f"`data`: {data}", why)
+        images = without_copies(good)["image"]
     input_type = "uint8" if uint8 else "float32"
     pipeline = load_pipeline(model, "cpu")
     path = export_pipeline(pipeline, output, format, precision, images, input_type)

@@ -20,14 +20,14 @@ def check_local(path: str | Path) -> None:
 
 
 def check_folder(path: Path) -> Path:
-    """`path`, unless a file stands there, of which diffusers says nothing, or it is a URL.
+    """`path`, unless a file stands there or above, of which diffusers says nothing, or it is a URL.
 
     Raises:
         ValueError: one of both.
     """
     check_local(path)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"The output goes into a folder, but {path} is a file. Give another one.")
+    if file := next((one for one in (path, *path.parents) if one.exists() and not one.is_dir()), None):
+        raise ValueError(f"The output goes into a folder, but {file} is a file. Give another one.")
     return path
 
 

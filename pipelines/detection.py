@@ -503,15 +503,16 @@ def divided(num_images: int, num_statistics: int | None, leave_one_out: bool) ->
     Raises:
         ValueError: they are too few.
     """
+    for_scores: list[int]
     if leave_one_out:
-        return [*range(num_images)], []
-    if num_statistics is None:
+        for_statistics, for_scores = [*range(num_images)], []
+    elif num_statistics is None:
         for_statistics = spread(range(1, num_images, 2), MAX_STATISTICS_IMAGES)
         for_scores = sorted({*range(num_images)} - {*for_statistics})
     else:
         for_statistics = spread(range(num_statistics), MAX_STATISTICS_IMAGES)
         for_scores = [*range(num_images)]
-    if not for_statistics or not for_scores:
+    if not for_statistics or not (for_scores or leave_one_out):
         raise ValueError(
             f"`images` holds {num_images} good images and `statistics_images` {len(for_statistics)}, too few to "
             "calibrate: it takes 1 of each, or 2 `images`, and deserves 100."

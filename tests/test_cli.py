@@ -153,6 +153,19 @@ def test_calibrate_changes_thresholds_in_place(model, tmp_path):
     assert calibration.normal_scores.shape == (1, 5)
 
 
+def test_a_model_of_one_category_is_calibrated_by_one_of_several(model, tmp_path):
+    """The data tell the categories apart; of the model itself the name says nothing."""
+    from diffad import AnomalyDenoisePipeline
+
+    data = write_mvtec(tmp_path / "data", {"tile": 8, "wood": 8})
+    run("calibrate", model, "--data", data, "--category", "wood", "--output", tmp_path / "new")
+    run(
+        "calibrate", model, "--data", data / "wood" / "train" / "good", "--category", "good", "--output", tmp_path / "2"
+    )
+    one, other = (AnomalyDenoisePipeline.from_pretrained(tmp_path / name).calibration for name in ("new", "2"))
+    assert torch.equal(one.normal_scores, other.normal_scores)
+
+
 def test_calibrate_keeps_the_photographs_of_a_part_together(model, tmp_path):
     """Thresholds from other photographs of parts that the statistics know would not hold for new parts."""
     from diffad import AnomalyDenoisePipeline
@@ -305,6 +318,9 @@ def damaged(model, tmp_path) -> Path:
         ("export {model} x.onnx --precision int8 --data two", ["--data: two holds tile, wood"]),
         ("export {model} x.onnx --precision int8 --data parts", ["--data holds 3 good images", "at least 20"]),
         ("calibrate org/name --data parts", ["--output is needed", "org/name is not a folder"]),
+        ("calibrate {model} --data parts --category nuts", ["--category is 'nuts'", "of 'parts'", "Leave it out"]),
+        ("fit parts --output parts/000.png/x", ["parts/000.png is a file", "Give another"]),
+        ("export {model} x.foo", ["The output must end in .onnx", "but is x.foo."]),
         ("convert sgd x.ckpt out", ["'diad' and 'taef2'"]),
         ("convert taef2 parts out", ["parts", "taef2_encoder.safetensors"]),
         ("convert diad x.ckpt out", ["CHECKPOINT: no file at x.ckpt", ".safetensors"]),

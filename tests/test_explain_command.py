@@ -72,6 +72,17 @@ def test_an_unreadable_image_stops_no_other(model, tmp_path):
     run(model, tmp_path / "a.png", code=4)
 
 
+def test_an_unreadable_good_image_stops_no_comparison(model, tmp_path):
+    part = write_png(tmp_path / "part.png", texture(3, 32))
+    good = write_folder(tmp_path / "good", 5, 32)
+    (good / "002.png").write_bytes(b"no picture")
+    arguments = ["explain", str(model), str(part), "--category", "nut", "--good-images", str(good)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert f"Most like: {good / '003.png'} (" in result.stdout
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("not compared with:"))
+    assert "002.png cannot be read" in line
+
+
 def test_what_explains_nothing_is_refused(model, tmp_path, capsys):
     part = write_png(tmp_path / "part.png", texture(3, 32))
 

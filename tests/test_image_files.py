@@ -285,3 +285,45 @@ def test_of_several_images_in_a_file_the_first_counts_and_it_is_said(kind, caplo
     warn_once.cache_clear()
     read_image("page", encode(first, kind))
     assert not caplog.text
+
+
+def tiff_of_16_bits(values: np.ndarray) -> bytes:
+    """An RGB image (H, W, 3), which Pillow does not write; the shortest form of TIFF 6.0."""
+    height, width, _ = values.shape
+    data = values.astype("<u2").tobytes()
+    short, long = 3, 4
+    tags = [(256, short, width), (257, short, height), (258, short, 8), (259, short, 1), (262, short, 2)]
+    tags += [(273, long, 14), (277, short, 3), (278, short, height), (279, long, len(data))]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 3 if tag == 258 else 1, value) for tag, kind, value in tags)
+    head = b"II*\0" + struct.pack("<IHHH", 14 + len(data), 16, 16, 16)
+    return head + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def png_of_16_bits(values: np.ndarray, colour_type: int) -> bytes:
+    """(H, W, channels); Pillow writes grey alone."""
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))
+    return PNG_SIGNATURE + header + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+
+
+def test_a_depth_that_is_not_read_is_told(caplog):
+    values = np.arange(24 * 16 * 3, dtype=np.uint16).reshape(16, 24, 3)
+    deep = {
+        "rgb.png": png_of_16_bits(values, 2),
+        "grey_and_alpha.png": png_of_16_bits(values[..., :2], 4),
+        "rgb.tif": tiff_of_16_bits(values),
+    }
+    for name, content in deep.items():
+        warn_once.cache_clear()
+        caplog.clear()
+        assert np.array_equal(np.asarray(read_image(name, content))[..., 0], values[..., 0] >> 8)
+        assert "16 bits a channel in colour or with alpha, of which the upper 8 are read" in caplog.text
+    warn_once.cache_clear()
+    caplog.clear()
+    grey = Image.fromarray(values[..., 0])
+    assert np.array_equal(np.asarray(read_image("grey.png", encode(grey, "PNG"))), values[..., 0])
+    for kind in ("PNG", "TIFF", "JPEG", "BMP"):
+        read_image("8 bits", encode(Image.fromarray(texture(0)), kind))
+        read_image("8 bits", encode(Image.fromarray(texture(0)).convert("1"), kind))
+    assert not caplog.text

@@ -91,6 +91,42 @@ def test_a_second_run_does_only_what_is_new(calibrated, tmp_path):
     assert all(after[path] == row for path, row in before.items())
 
 
+def test_a_column_that_somebody_added_is_not_lost(calibrated, tmp_path):
+    paths = find_images([write_folder(tmp_path / "parts", 3)])
+    predict_files(calibrated, paths, tmp_path / "out")
+    rows = [{**row, "operator": "Bob"} for row in read_scores(tmp_path / "out")]
+    with open(tmp_path / "out" / "scores.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(ValueError, match=r"scores\.csv has the column 'operator', which would be lost"):
+        predict_files(calibrated, paths, tmp_path / "out")
+    assert read_scores(tmp_path / "out") == rows
+
+
+@pytest.mark.parametrize("name", ["scores.csv", "scores.partial.csv"])
+def test_a_table_that_excel_has_saved_is_taken_up(calibrated, tmp_path, name):
+    """Its "CSV UTF-8" begins with a byte order mark."""
+    paths = find_images([write_folder(tmp_path / "parts", 3)])
+    predict_files(calibrated, paths, tmp_path / "out")
+    rows = read_scores(tmp_path / "out")
+    content = (tmp_path / "out" / "scores.csv").read_bytes()
+    (tmp_path / "out" / "scores.csv").unlink()
+    (tmp_path / "out" / name).write_bytes(b"\xef\xbb\xbf" + content)
+    assert predict_files(calibrated, paths, tmp_path / "out")["skipped"] == 3
+    assert read_scores(tmp_path / "out") == rows
+
+
+def test_a_folder_in_the_tables_place_is_named_before_any_work(calibrated, tmp_path):
+    (tmp_path / "out" / "scores.csv").mkdir(parents=True)
+    scored: list[dict] = []
+    with pytest.raises(ValueError, match=r"scores\.csv is a folder in the table's place. Give another `output_dir`"):
+        predict_files(
+            calibrated, find_images([write_folder(tmp_path / "parts", 3)]), tmp_path / "out", report=scored.append
+        )
+    assert not scored
+
+
 def test_a_half_written_line_of_a_killed_run_is_done_again(calibrated, tmp_path):
     paths = find_images([write_folder(tmp_path / "parts", 3)])
     out = tmp_path / "out"

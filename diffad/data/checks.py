@@ -5,20 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
 
 from diffad.data.image_feature import ImageFile, read_stored, stored_content
 from diffad.data.masks import has_soft_edges
-from diffad.grey_depth import UnreadableImageError, is_deep, value_range_of
+from diffad.grey_depth import BAND_PIXELS, UnreadableImageError, is_deep, value_range_of
+from diffad.image_arrays import image_to_rgb
 from diffad.image_files import image_file_header, one_large_at_a_time, read_image
 
-FEWEST_DISTINCT = 3  # with which a model can be fitted
 SOFT_MASKS = "pixels from half of a mask's largest value on count as defect. Save masks as PNG, 0 and 255."
 
 
@@ -169,34 +167,35 @@ def good_of_one_category(dataset: Dataset, what: str, why: str) -> Dataset:
 def without_copies(good: Dataset) -> Dataset:
     """Good images less copies of others of their category; a warning counts them and names one.
 
-    An image whose copy is among the statistics is no new one: its score says nothing of a new part's. Files are
-    compared byte by byte, and where they are of several formats, images pixel by pixel. A category keeps its copies
-    where fewer than `FEWEST_DISTINCT` would be left, as for a trial with a picture or two.
+    An image whose copy is among the statistics is no new one: its score says nothing of a new part's. Pixels are
+    compared, as a program that saves an image anew changes its file alone.
     """
     undecoded = cast_images(good, decode=False)
-    endings = {os.path.splitext(path or "")[1].lower() for path in undecoded["path"]}
-    suffixes = {{".jpeg": ".jpg", ".tiff": ".tif"}.get(ending, ending) for ending in endings}
-
-    def digest_at(index: int) -> bytes:
-        stored = undecoded[index]["image"]
-        if len(suffixes) > 1:
-            image = read_stored(stored)
-            return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).digest()
-        content = stored_content(stored)
-        return hashlib.sha256(Path(stored["path"]).read_bytes() if content is None else content).digest()
-
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(digest_at, range(len(undecoded))))
-    categories = list(good["category"])
+        digests = list(pool.map(lambda i: _pixel_digest(undecoded[i]["image"]), range(len(undecoded))))
     first: dict[tuple[str, bytes], int] = {}
-    of_first = [first.setdefault(key, i) for i, key in enumerate(zip(categories, digests, strict=True))]
-    distinct = Counter(category for category, _ in first)
-    copies = [i for i, of in enumerate(of_first) if of != i and distinct[categories[i]] >= FEWEST_DISTINCT]
+    of_first = [first.setdefault(key, i) for i, key in enumerate(zip(good["category"], digests, strict=True))]
+    copies = [i for i, of in enumerate(of_first) if of != i]
     if not copies:
         return good
     one, other = (good["path"][i] or f"the image of row {i}" for i in (copies[0], of_first[copies[0]]))
     warnings.warn(f"Left out {len(copies)} good images that are copies of others: {one} of {other}.", stacklevel=2)
     return good.select(sorted({*range(len(good))} - {*copies}))
+
+
+def _pixel_digest(stored: dict) -> bytes:
+    """The same for images of an undecoded row that networks see as the same, whatever their files' format."""
+    path, content = stored["path"], stored_content(stored)
+    (width, height), _ = image_file_header(path, content)
+    with one_large_at_a_time(width * height):
+        image = read_image(path, content)
+        if not is_deep(image.mode):
+            image = image_to_rgb(image)  # indices of a palette are no colours
+        found = hashlib.sha256(f"{image.mode} {image.size}".encode())
+        rows = max(1, BAND_PIXELS // image.width)  # Pillow holds two copies of what it gives as bytes
+        for top in range(0, image.height, rows):
+            found.update(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes())
+    return found.digest()
 
 
 def dataset_sizes(dataset: Dataset) -> list[tuple[int, int]]:

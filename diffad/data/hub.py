@@ -26,6 +26,10 @@ from diffad.inputs import images_below
 from diffad.unicode_forms import composed
 
 TABLES = (".parquet", ".arrow")
+COLUMNS = ("image", "mask", "label", "defect", "category")  # that are read
+TELL_GOOD = {"label", "defect", "mask"}  # of these
+LIKE_LABELS = {"labels", "class", "classes", "defects", "defective", "anomaly", "mask_file_name"}  # but not read
+UNLABELLED = ("", "na", "n/a", "nan", "null", "-1")  # a `ClassLabel` of no class is -1
 # a part of a folder's name by which `datasets` takes what is in it for a split
 SPLIT_NAME = re.compile(
     r"(^|[-._ 0-9])(train|training|validation|valid|dev|val|test|testing|eval|evaluation)($|[-._ 0-9])"
@@ -55,6 +59,12 @@ def _visible_files(root: Path) -> Iterator[Path]:
 
 def _metadata_columns(file: Path) -> set[str]:
     """The columns of a table that lists images as `datasets`' image folders do; none of any other file."""
+    columns = _header(file)
+    return columns if any(re.fullmatch(r"(.+_)?file_names?", column) for column in columns) else set()
+
+
+def _header(file: Path) -> set[str]:
+    """The columns of a metadata.csv or metadata.jsonl, in small letters; none of any other file."""
     columns: set[str] = set()
     if file.name not in ("metadata.csv", "metadata.jsonl"):
         return columns
@@ -67,7 +77,27 @@ def _metadata_columns(file: Path) -> set[str]:
         else:
             for line in lines:  # each may leave columns out
                 columns.update(map(str, json.loads(line)))
-    return columns if any(re.fullmatch(r"(.+_)?file_names?", column) for column in columns) else set()
+    return {_plain(column) for column in columns}
+
+
+def _plain(column: str) -> str:
+    return column.strip().casefold()
+
+
+def warn_of_unread_labels(root: Path) -> None:
+    """Says of tables beside images, all of which count as good, that they seem to have labels, and why none is read."""
+    for file in _visible_files(root):
+        columns = _header(file)
+        if not columns or any(is_good_name(one.name) for one in file.parent.iterdir() if one.is_dir()):
+            continue
+        if len(columns) == 1 and len(split := {_plain(one) for one in re.split("[;\t]", *columns)}) > 1:
+            columns, reason = split, "its columns are not divided by commas"
+        elif found := sorted(LIKE_LABELS & columns):
+            reason = f"its column is called {found[0]!r}, not 'label'"
+        else:
+            reason = "it has no column 'file_name', which names the images"
+        if columns & {*LIKE_LABELS, "label", "defect"}:
+            warnings.warn(f"{file} seems to have labels, but {reason}. So all images count as good.", stacklevel=3)
 
 
 def load_hub_dataset(
@@ -95,11 +125,15 @@ def load_hub_dataset(
     except ValueError as error:
         advice = f" {FILES_COUNT}" if os.path.isdir(path) else ""
         raise ValueError(f"{path}: {str(error).rstrip('.')}.{advice}") from error
+    loaded = _with_plain_columns(loaded)
     features = loaded.features or {}
     if "image" not in features:
         raise ValueError(
             f"{path} has no column 'image', only {list(features)}: rename the one with images. {FILES_COUNT}"
         )
+    others = sorted(LIKE_LABELS & {_plain(name) for name in features})
+    if others and not TELL_GOOD & features.keys():
+        warnings.warn(f"{path} has the column {others[0]!r}, not 'label'. So all images count as good.", stacklevel=3)
     for column in {"image", "mask"} & features.keys():
         loaded = loaded.cast_column(column, datasets.Image(decode=False))
     if streaming:
@@ -107,10 +141,12 @@ def load_hub_dataset(
 
     describing = [column for column in _describing_columns(features) if column in features]
     rows = loaded.select_columns(describing) if describing else [{}] * len(loaded)
-    records = [_describe(row, features, path) for row in rows]
-    columns = {name: [record[name] for record in records] for name in ("label", "category", "defect")}
     stored_images = loaded.select_columns("image").with_format("arrow")[:]["image"]
-    columns["path"] = [name or "" for name in pyarrow.compute.struct_field(stored_images, "path").to_pylist()]
+    paths = [name or "" for name in pyarrow.compute.struct_field(stored_images, "path").to_pylist()]
+    names = [name or f"{path}: the image of row {i}" for i, name in enumerate(paths)]
+    records = [_describe(row, features, path, name) for row, name in zip(rows, names, strict=True)]
+    columns = {name: [record[name] for record in records] for name in ("label", "category", "defect")}
+    columns["path"] = paths
     if "mask" not in features:
         columns["mask"] = [None] * len(records)
     pixels = loaded.select_columns([column for column in ("image", "mask") if column in features])
@@ -157,6 +193,16 @@ def _check_image_folder(root: Path) -> dict[str, Any]:
     return arguments
 
 
+def _with_plain_columns(loaded: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Those of `COLUMNS` under these names, whatever their capitals and spaces."""
+    features = loaded.features or {}
+    renamed: dict[str, str] = {}
+    for name in features:
+        if (plain := _plain(name)) in COLUMNS and plain not in {*features, *renamed.values()}:
+            renamed[name] = plain
+    return loaded.rename_columns(renamed) if renamed else loaded
+
+
 def _stream_records(
     loaded: IterableDataset,
     features: Features,
@@ -178,7 +224,8 @@ def _is_wanted(wanted: set[str], category: str) -> bool:
 
 
 def _record(row: dict, features: Features, path: str) -> dict[str, Any]:
-    image, described = row["image"], _describe(row, features, path)
+    image = row["image"]
+    described = _describe(row, features, path, image["path"] or f"{path}: an image")
     return {"image": image, "mask": row.get("mask"), **described, "path": image["path"] or ""}
 
 
@@ -187,8 +234,8 @@ def _describing_columns(features: Features) -> tuple[str, ...]:
     return ("label", "defect", "category", *tells_good)
 
 
-def _describe(row: dict, features: Features, path: str) -> dict[str, Any]:
-    """Label, category and defect of a row with undecoded images."""
+def _describe(row: dict, features: Features, path: str, name: str) -> dict[str, Any]:
+    """Label, category and defect of a row with undecoded images; errors call it `name`."""
 
     def text(column: str) -> str | None:
         feature, value = features.get(column), row.get(column)
@@ -196,7 +243,16 @@ def _describe(row: dict, features: Features, path: str) -> dict[str, Any]:
             return None
         return (feature.int2str(value) if isinstance(feature, ClassLabel) else str(value)).strip()
 
-    label, defect, mask = text("label"), text("defect"), row.get("mask")
+    def told(column: str) -> str | None:
+        value = None if row.get(column) == -1 else text(column)
+        return None if value is None or value.casefold() in UNLABELLED else value
+
+    label, defect, mask = told("label"), told("defect"), row.get("mask")
+    if label is None and defect is None and (columns := [one for one in ("label", "defect") if one in features]):
+        raise ValueError(
+            f"{name} has no `{columns[0]}` (it is empty, NA or -1). Write there whether the part is good, as in other "
+            "rows, or take its row out."
+        )
     if label is not None:
         classes = getattr(features["label"], "names", None) or ["good"]
         if not any(map(_is_good, classes)):

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from diffad.data.checks import check_images, check_names
-from diffad.data.hub import is_loadable, load_hub_dataset
+from diffad.data.hub import is_loadable, load_hub_dataset, warn_of_unread_labels
 from diffad.data.layouts import (
     LAYOUTS,
     choose_categories,
@@ -77,6 +77,8 @@ def load_anomaly_dataset(
         )
     if dataset is None:
         dataset, found = _find_layout(root)
+        if dataset == "folder":
+            warn_of_unread_labels(root)
     elif dataset != "hub":
         found = LAYOUTS[dataset].find(root)
         if not found:

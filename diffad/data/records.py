@@ -33,6 +33,9 @@ GOOD_NAMES = {
     "passed",
     "defectfree",
     "nodefect",
+    "nodefects",
+    "notdefective",
+    "undamaged",
     "nondefective",
     "healthy",
     "faultless",
@@ -42,7 +45,7 @@ GOOD_NAMES = {
 def is_good_name(name: str) -> bool:
     """Whether a folder or label of this name is of good images: `Good`, `OK `, `defect-free`, `good_parts`, ..."""
     letters = re.sub(r"[-_\s]+", "", name).casefold()  # tables that people write have spaces behind names
-    return letters in GOOD_NAMES or re.sub("(parts|images)$", "", letters) in GOOD_NAMES
+    return letters in GOOD_NAMES or re.sub("(parts|images|samples|photos|pictures|pics)$", "", letters) in GOOD_NAMES
 
 
 def make_record(image: Path, category: str, defect: str, mask: Path | None) -> dict[str, Any]:

@@ -87,11 +87,10 @@ def export_pipeline(
     format = FORMATS.get(path.suffix) if format is None else format
     suffix = next((ending for ending, name in FORMATS.items() if name == format), None)
     if suffix is None or path.suffix != suffix:
-        raise ValueError(
-            f"`path` must end in .onnx, with `format` onnx, or in .xml, with openvino, but is {path} and {format}."
-        )
+        given = f"{path}" if format is None else f"{path} and {format}"
+        raise ValueError(f"The output must end in .onnx (`format` onnx) or .xml (openvino), but is {given}.")
     if folder := next(filter(Path.is_dir, graph_files(path)), None):  # before all the work
-        raise ValueError(f"`path` must name a file, but {folder} is a folder. Give another name, or take it away.")
+        raise ValueError(f"The output must be a file, but {folder} is a folder. Give another name, or take it away.")
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be fp32, fp16 or int8, but is {precision!r}.")
     if input_type not in ("float32", "uint8"):

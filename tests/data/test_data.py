@@ -17,7 +17,7 @@ import PIL.Image
 import pytest
 
 from diffad.data import load_anomaly_dataset
-from diffad.data.checks import check_images
+from diffad.data.checks import check_images, without_copies
 from diffad.data.masks import mask_to_array, resize_image_and_mask
 from diffad.data.parts import halve_parts, part_index
 from diffad.images import image_to_rgb
@@ -1098,7 +1098,10 @@ def test_a_part_pattern_needs_paths():
 # Names and files that other tools and other people use
 
 
-@pytest.mark.parametrize("good", ["Good", "OK", "normal", "defect-free", "No defect", "good_parts", "OK-Images"])
+@pytest.mark.parametrize(
+    "good",
+    ["Good", "OK", "normal", "defect-free", "No defect", "good_parts", "OK-Images", "No Defects", "good_samples"],
+)
 @pytest.mark.parametrize("place", ["{}", "test/{}", "bottle/{}", "bottle/test/{}"])
 def test_good_images_are_good_by_any_usual_name(tmp_path: Path, good: str, place: str):
     folder = place.format(good)
@@ -1238,3 +1241,88 @@ def test_links_and_service_folders_in_a_data_set(tmp_path: Path):
     (tmp_path / "line/good/cam2").symlink_to(tmp_path / "camera2")
     (tmp_path / "line/good/cam2/back").symlink_to(tmp_path / "line/good")
     assert relative(load_anomaly_dataset(tmp_path / "line"), tmp_path / "line") == ["good/1.png", "good/cam2/2.gif"]
+
+
+def test_copies_are_what_networks_see_as_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("diffad.data.checks.BAND_PIXELS", 3 * SIZE[0])  # several bands an image
+    grey = PIL.Image.fromarray(np.arange(96, dtype=np.uint8).reshape(SIZE[::-1]))
+    changed = grey.copy()
+    changed.putpixel((11, 7), 0)
+    indices = grey.convert("P")
+    indices.putpalette([value for i in range(256) for value in (i, 0, 0)])
+    images = {"a.png": grey, "b.bmp": grey.convert("RGB"), "c.png": changed, "d.gif": indices, "e.png": grey}
+    for name, image in images.items():
+        image.save(tmp_path / name, compress_level=1 if name == "e.png" else 6)
+    with pytest.warns(UserWarning, match=r"Left out 2 good images that are copies of others: .*b\.bmp of .*a\.png"):
+        good = without_copies(load_anomaly_dataset(tmp_path))
+    assert relative(good, tmp_path) == ["a.png", "c.png", "d.gif"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("label", ["good", "bent", ""]),
+        ("label", ["0", "1", ""]),
+        ("label", ["0", "1", "-1"]),
+        ("defect", ["good", "bent", "NA"]),
+    ],
+)
+def test_a_row_that_says_nothing_is_not_good(tmp_path: Path, column: str, values: list[str], streaming: bool):
+    write_metadata(tmp_path / "parts", ["0.png", "1.png", "2.png"])
+    lines = [f"{i}.png,{value}\n" for i, value in enumerate(values)]
+    (tmp_path / "parts/metadata.csv").write_text(f"file_name,{column}\n" + "".join(lines))
+    with pytest.raises(ValueError, match=rf"parts/2\.png has no `{column}`.*take its row out"):
+        list(load_anomaly_dataset(tmp_path / "parts", streaming=streaming))
+
+
+def test_a_row_without_a_class_is_named_by_its_number(tmp_path: Path):
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["good", "bent"])}
+    columns = {"image": [pil(1), pil(2)], "label": [0, -1]}
+    with pytest.raises(ValueError, match=r"parts: the image of row 1 has no `label`"):
+        load_anomaly_dataset(write_parquet(tmp_path / "parts", columns, features))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("column", ["Label", " label", "Label ", "DEFECT"])
+def test_capitals_and_spaces_in_a_tables_header_do_not_count(tmp_path: Path, column: str, streaming: bool):
+    for i, name in enumerate(["good", "bent"]):
+        write_image(tmp_path / f"parts/{i}.png", i)
+        with (tmp_path / "parts/metadata.csv").open("a") as file:
+            file.write(f"file_name,{column}\n" * (i == 0) + f"{i}.png,{name}\n")
+    rows = load_anomaly_dataset(tmp_path / "parts", streaming=streaming)
+    assert [(row["label"], row["defect"]) for row in rows] == [(0, "good"), (1, "bent")]
+    columns = {"image": [pil(1), pil(2)], column: ["good", "bent"]}
+    write_parquet(tmp_path / "table", columns, {"image": datasets.Image(), column: datasets.Value("string")})
+    rows = load_anomaly_dataset(tmp_path / "table", streaming=streaming)
+    assert [(row["label"], row["defect"]) for row in rows] == [(0, "good"), (1, "bent")]
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ("file_name,labels", "its column is called 'labels', not 'label'"),
+        ("file_name,Class", "its column is called 'class', not 'label'"),
+        ("file_name;label", "its columns are not divided by commas"),
+        ("filename,label", "it has no column 'file_name'"),
+        ("file_name,operator", None),
+        ("file_name;operator", None),
+    ],
+)
+def test_labels_that_are_not_read_are_told(tmp_path: Path, header: str, reason: str | None):
+    write_image(tmp_path / "0.png")
+    (tmp_path / "metadata.csv").write_text(f"{header}\n0.png{header[9 - header.startswith('filename')]}bent\n")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        load_anomaly_dataset(tmp_path)
+        load_anomaly_dataset(tmp_path, dataset="folder")  # asked for the files alone
+    told = [str(one.message) for one in caught if "metadata.csv seems to have labels" in str(one.message)]
+    assert len(told) == (reason is not None)
+    assert all(reason in one and "all images count as good" in one for one in told)
+
+
+def test_a_table_with_classes_instead_of_labels_is_told(tmp_path: Path):
+    features = {"image": datasets.Image(), "class": datasets.Value("string")}
+    folder = write_parquet(tmp_path / "parts", {"image": [pil()], "class": ["bent"]}, features)
+    with pytest.warns(UserWarning, match="parts has the column 'class', not 'label'. So all images count as good"):
+        load_anomaly_dataset(folder)

@@ -247,6 +247,20 @@ def test_int8_says_what_it_costs(tmp_path, capsys):
     assert "AUROC" not in capsys.readouterr().err
 
 
+def test_int8_counts_copies_once(tmp_path):
+    without = without_denoiser()
+    without.calibrate(textures(24), false_alarm_rate=0.2)
+    without.save_pretrained(tmp_path / "model")
+    good = write_folder(tmp_path / "good", 12)
+    for path in list(good.iterdir()):
+        shutil.copy(path, path.with_name(f"{path.stem} - Copy.png"))
+    with (
+        pytest.warns(UserWarning, match="Left out 12 good images"),
+        pytest.raises(ValueError, match="holds 12 good images, and int8 takes at least 20"),
+    ):
+        export(str(tmp_path / "model"), tmp_path / "int8.onnx", precision="int8", data=str(good))
+
+
 def test_a_region_of_interest_and_a_smallest_area_are_inside(tmp_path):
     pipeline = without_denoiser()
     region = np.zeros((32, 32), dtype=bool)
@@ -316,8 +330,8 @@ def test_tiles_are_refused_with_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("model.bin", {}, "`path` must end in .onnx"),
-        ("model.onnx", {"format": "openvino"}, "`path` must end in .onnx"),
+        ("model.bin", {}, r"The output must end in .onnx .*, but is .*model.bin\.$"),
+        ("model.onnx", {"format": "openvino"}, "The output must end in .*, but is .*model.onnx and openvino"),
         ("model.onnx", {"precision": "int4"}, "`precision` must be fp32, fp16 or int8"),
         ("model.onnx", {"input_type": "int16"}, "`input_type` must be float32 or uint8"),
         ("model.onnx", {"precision": "int8"}, "int8 takes `images`, good ones"),
@@ -334,7 +348,7 @@ def test_wrong_arguments_are_named(models, tmp_path, name, options, message):
 @pytest.mark.parametrize(("name", "folder"), [("m.onnx", "m.onnx"), ("m.xml", "m.xml"), ("m.xml", "m.bin")])
 def test_a_folder_in_the_files_place_is_named_before_any_work(models, tmp_path, name, folder):
     (tmp_path / folder).mkdir()
-    with pytest.raises(ValueError, match=rf"`path` must name a file, but .*{folder} is a folder. Give another name"):
+    with pytest.raises(ValueError, match=rf"The output must be a file, but .*{folder} is a folder. Give another name"):
         models("features")[0].export(tmp_path / name)
     assert [one.name for one in tmp_path.rglob("*")] == [folder]
 

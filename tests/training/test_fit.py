@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 
@@ -121,10 +122,21 @@ def test_copies_of_good_images_count_once(tmp_path, suffix):
     folder = write_folder(tmp_path / "good", 10, size=32)
     alone = fit(folder, tmp_path / "alone")
     for path in [*folder.iterdir()][:5]:
-        Image.open(path).save(path.with_name(f"{path.stem} - Copy{suffix}"))
+        Image.open(path).save(path.with_name(f"{path.stem} - Copy{suffix}"), compress_level=1)  # other bytes
     with pytest.warns(UserWarning, match="Left out 5 good images that are copies of others: .* - Copy"):
         copied = fit(folder, tmp_path / "copied")
     assert torch.equal(copied.calibration.normal_scores, alone.calibration.normal_scores)
+
+
+def test_copies_of_two_images_are_two_images(tmp_path):
+    """With thresholds from the copies every new part would raise an alarm."""
+    folder = write_folder(tmp_path / "good", 2, size=32)
+    for i in range(2, 20):
+        shutil.copy(folder / f"{i % 2:03}.png", folder / f"{i:03}.png")
+    with pytest.warns(UserWarning, match="Left out 18 good images that are copies of others"):
+        pipeline = fit(folder, tmp_path / "model")
+    assert not pipeline.has_thresholds
+    assert pipeline([texture(500, 32)]).is_anomalous is None
 
 
 def test_a_folder_of_images_is_of_the_category_that_is_named(tmp_path):
