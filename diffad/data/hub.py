@@ -90,7 +90,7 @@ def warn_of_unread_labels(root: Path) -> None:
         columns = _header(file)
         if not columns or any(is_good_name(one.name) for one in file.parent.iterdir() if one.is_dir()):
             continue
-        if len(columns) == 1 and len(split := {_plain(one) for one in re.split("[;\t]", *columns)}) > 1:
+        if len(columns) == 1 and len(split := {_plain(one) for one in re.split("[;\t]", next(iter(columns)))}) > 1:
             columns, reason = split, "its columns are not divided by commas"
         elif found := sorted(LIKE_LABELS & columns):
             reason = f"its column is called {found[0]!r}, not 'label'"
