@@ -72,6 +72,8 @@ def readable_of(paths: Sequence[Path]) -> list[Path]:
             console.print(f"[red]not compared with:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         else:
             readable.append(path)
+    if not readable:
+        console.print("[red]No good image could be read:[/red] nothing is compared.")
     return readable
 
 

@@ -176,6 +176,12 @@ def copy_records(
     return training, report, pictures
 
 
+def has_report_before(folder: str | os.PathLike, seconds: float) -> bool:
+    """Whether a folder holds a report that was written before a time, in seconds since the epoch."""
+    report = Path(folder, REPORT_NAME)
+    return report.is_file() and report.stat().st_mtime < seconds
+
+
 def remove_reports(folder: str | os.PathLike) -> None:
     """Removes `report.json`, its tables, page and pictures, which speak of a model as it was before; nothing else."""
     report = Path(folder, REPORT_NAME)

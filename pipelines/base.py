@@ -14,7 +14,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import CommitInfo, create_repo
 from huggingface_hub.errors import HfHubHTTPError
 
-from diffad.model_card import remove_reports
+from diffad.model_card import has_report_before, remove_reports
 from diffad.pipelines.checks import category_indices
 from diffad.pipelines.saving import finish_saving, save_whole
 from diffad.pipelines.sharing import add_records_and_card, records_folder, remove_local_paths
@@ -30,7 +30,7 @@ Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 class AnomalyPipeline(DiffusionPipeline):
     """Base of the pipelines: names of categories, saving and sharing. A call does not pass through here."""
 
-    is_calibrated_anew = False  # since it was loaded, so that reports beside it speak of another calibration
+    calibrated_at = 0.0  # seconds since the epoch, if since it was loaded: earlier reports are of another calibration
 
     @property
     def categories(self) -> list[str]:
@@ -134,7 +134,7 @@ class AnomalyPipeline(DiffusionPipeline):
         with save_whole(save_directory, variant) as unfinished:
             super().save_pretrained(unfinished, variant=variant, max_shard_size=max_shard_size)
         remove_code(save_directory)
-        if self.is_calibrated_anew:
+        if has_report_before(save_directory, self.calibrated_at):
             remove_reports(save_directory)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
@@ -180,7 +180,7 @@ class AnomalyPipeline(DiffusionPipeline):
             FileNotFoundError: no folder stands at `folder`.
         """
         records = records_folder(self, folder)
-        with_report = folder is not None or not self.is_calibrated_anew
+        with_report = records is None or not has_report_before(records, self.calibrated_at)
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with TemporaryDirectory() as staging:
             self.save_pretrained(staging, safe_serialization, variant)

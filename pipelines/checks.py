@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffad.calibration.recorded_settings import SMOOTHS_INSIDE
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.grey_depth import warn_of_found_range
 from diffad.images import ImageSequence, Side, as_size
@@ -244,7 +245,7 @@ def check_calibration(
     if calibration is not None:
         calibration.check_category(category, names)
         calibration.warn_of_precision(precision)
-        calibration.warn_of_settings(settings)
+        calibration.warn_of_settings(settings if calibration.region is None else {**settings, SMOOTHS_INSIDE: True})
         if own_noise is not None:
             calibration.warn_of_noise(own_noise)
         return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 
 from diffad.calibration.category_features import mean_features, nearest_category
 from diffad.calibration.fitting import CalibrationFit, ScoreFunctions
-from diffad.calibration.recorded_settings import OWN_NOISE
+from diffad.calibration.recorded_settings import OWN_NOISE, SMOOTHS_INSIDE
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.grey_depth import warn_of_found_range
 from diffad.images import ImageSequence, as_size, common_value_range, images_to_pixel_values, resize_images
@@ -219,7 +220,7 @@ class DetectionPipeline(AnomalyPipeline):
             calibrate_large(self, shown, held_out, index, generators, batch_size, **options)
             self.maybe_free_model_hooks()
             self._keep_category_moments(index, moments)
-            self.is_calibrated_anew = True
+            self.calibrated_at = time.time()
             return self
         fit = self.calibration_fit(
             index,
@@ -247,7 +248,7 @@ class DetectionPipeline(AnomalyPipeline):
         self.maybe_free_model_hooks()
         self.register_modules(calibration=fit.finish())
         self._keep_category_moments(index, moments)
-        self.is_calibrated_anew = True
+        self.calibrated_at = time.time()
         return self
 
     def recognise(self, images: ImageSequence, batch_size: int) -> list[int]:
@@ -321,7 +322,7 @@ class DetectionPipeline(AnomalyPipeline):
             region = self.region.cpu().clone()
             own = F.adaptive_max_pool2d(own[None, None].float(), region.shape[1:])[0, 0] > 0.5
         region[category] = own
-        return region.to(self._execution_device)
+        return None if bool(region.all()) else region.to(self._execution_device)
 
     def score_inside(self, anomaly_map: torch.Tensor, category: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Joined maps (N, H, W) as they come out, 0 where nothing counts, and the scores (N,) of what does."""
@@ -405,6 +406,8 @@ class DetectionPipeline(AnomalyPipeline):
         """
         names = set(setting_names(type(self))) - {"contrast"}  # which moves no score
         settings = {name: value for name, value in self.config.items() if name in names} | self.scheduler_settings
+        if region is not None:
+            settings[SMOOTHS_INSIDE] = True
         if not self.scores_features:
             settings[OWN_NOISE] = own_noise
         return CalibrationFit(

@@ -156,8 +156,7 @@ def join_large(
     if calibrations.of_image is None or calibrations.of_tiles is None:
         return join_views(of_tiles, of_image)
     joined = join_views(calibrations.of_tiles.normalize_places(of_tiles, category), of_image)
-    inside = calibrations.of_image.inside(category, joined.shape)  # (1, 1, rows, columns)
-    inside = None if inside is None else inside[0].to(joined.device)
+    inside = inside_region(calibrations.of_image.region, torch.tensor([category]), joined.shape)  # (1, rows, columns)
     return cut_small_peaks(joined[None], calibrations.of_image.smallest_area, inside)[0]
 
 

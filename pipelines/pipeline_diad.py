@@ -77,9 +77,14 @@ StepCallback = Callable[["DiADPipeline", int, torch.Tensor, dict[str, torch.Tens
 
 SCHEDULER_SETTINGS = (  # which a calibration holds for
     "algorithm_type",
+    "beta_end",
     "beta_schedule",
+    "beta_start",
+    "num_train_timesteps",
     "prediction_type",
+    "rescale_betas_zero_snr",
     "solver_order",
+    "steps_offset",
     "timestep_spacing",
     "use_karras_sigmas",
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -167,7 +168,7 @@ def learn_good_images(
             measurement = measured(pixel_values)[0]
             learn(measurement if mine else empty_measurement(measurement))
     pipeline.register_modules(calibration=fit.finish(), feature_extractor=extractor)
-    pipeline.is_calibrated_anew = True
+    pipeline.calibrated_at = time.time()
     pipeline.maybe_free_model_hooks()
     return alarms
 

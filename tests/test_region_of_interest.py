@@ -18,6 +18,7 @@ from tiny_diad import tiny_diad
 from typer.testing import CliRunner
 
 from diffad import AnomalyDenoisePipeline
+from diffad.calibration.recorded_settings import SMOOTHS_INSIDE
 from diffad.cli import app
 from diffad.data.regions_of_interest import read_roi
 from diffad.moments import FeatureMoments, MomentSums
@@ -26,6 +27,7 @@ from diffad.region_of_interest import hide_outside, inside_region, stand_ins
 from diffad.resizing import region_at
 from diffad.scoring import cut_small_peaks, gaussian_smooth, outline_by_positions, resize_maps
 from diffad.training.data import load_region
+from diffad.warn_once import warn_once
 
 pytestmark = [pytest.mark.usefixtures("fresh_accelerate"), pytest.mark.filterwarnings("ignore:.*cannot vouch")]
 SIZE = 32
@@ -255,6 +257,17 @@ def test_the_false_alarm_rate_holds(name):
         images = [with_clutter(one, i) for i, one in enumerate(textures(40, 40, 1000 * seed + 400))]
         alarms.append(pipe(images).is_anomalous.mean())
     assert 0.05 <= np.mean(alarms) <= 0.35  # 240 images; one set's own rate has a deviation of 0.09
+
+
+def test_a_model_with_a_region_of_an_earlier_version_warns(caplog):
+    warn_once.cache_clear()
+    pipe = calibrate("features", textures(12, SIZE), roi=MASK)
+    pipe(texture(1, SIZE))
+    assert "other settings" not in caplog.text
+    settings = {name: one for name, one in pipe.calibration.config.settings.items() if name != SMOOTHS_INSIDE}
+    pipe.calibration.register_to_config(settings=settings)
+    pipe(texture(1, SIZE))
+    assert "calibrated with other settings (smooths_inside)" in caplog.text
 
 
 def test_images_left_out_in_turn_tell_a_threshold_that_defects_pass():

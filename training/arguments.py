@@ -351,7 +351,7 @@ def given_flags(argv: Sequence[str], names: set[str]) -> list[str]:
         >>> given_flags(["--backbone=resnet50", "--seed", "1"], {"backbone"})
         ['--backbone']
     """
-    return [flag for flag in (one.split("=")[0] for one in argv) if flag[2:] in names]
+    return [flag for flag in (one.split("=")[0] for one in argv) if flag.startswith("--") and flag[2:] in names]
 
 
 def warn_of_overruled(given: list[str], why: str = OWN_NETWORKS) -> None:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Sampler, Subset
 from torch.utils.data import Dataset as TorchDataset
 
 from diffad.data import load_anomaly_dataset
-from diffad.data.checks import dataset_value_range, without_copies
+from diffad.data.checks import cast_images, dataset_value_range, without_copies
 from diffad.data.image_feature import ImageFile, stored_content
 from diffad.data.parts import part_index
 from diffad.data.records import FEATURES
@@ -47,14 +47,22 @@ def load_good_images(args: argparse.Namespace) -> tuple[Dataset, Dataset, list[s
 
 
 def held_out_digest(args: argparse.Namespace, *held_out: Dataset) -> str:
-    """SHA-256 of the held-out images' paths, which a checkpoint keeps (`diffad.training.checkpoints`).
+    """SHA-256 of what names the held-out images, which a checkpoint keeps (`diffad.training.checkpoints`).
 
-    Paths are taken from the data's folder on, as that may have been moved, or be named in another way.
+    Paths are taken from the data's folder on, as that may have been moved, or be named in another way. An image without
+    a path, as in parquet files, is named by its bytes.
     """
-    paths = [path for images in held_out for path in images["path"]]
-    if args.train_data_dir is not None and os.path.isdir(args.train_data_dir):
-        paths = [os.path.relpath(path, args.train_data_dir) for path in paths]
-    return hashlib.sha256("\n".join(sorted(paths)).encode("utf-8", "surrogateescape")).hexdigest()
+    folder = args.train_data_dir if args.train_data_dir is not None and os.path.isdir(args.train_data_dir) else None
+    names = []
+    for images in held_out:
+        paths = images["path"]
+        undecoded = images if all(paths) else cast_images(images, decode=False)
+        for i, path in enumerate(paths):
+            if not path:
+                names.append(hashlib.sha256(stored_content(undecoded[i]["image"]) or b"").hexdigest())
+            else:
+                names.append(os.path.relpath(path, folder) if folder and os.path.isabs(path) else path)
+    return hashlib.sha256("\n".join(sorted(names)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def read_good_images(args: argparse.Namespace) -> Dataset:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 # Share by which one image's score may differ from call to call, by the order of float32 sums. Thresholds stand above
 # their score by as much, so that the image which set them raises no alarm.
-ROUNDING = 1e-5
+ROUNDING = 5e-6
 
 
 def conformal_threshold(sorted_scores: Sequence[float], false_alarm_rate: float) -> float:

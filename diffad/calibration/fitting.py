@@ -27,7 +27,7 @@ from diffad.calibration.coreset import (
     sample_patches,
 )
 from diffad.calibration.feature_gaussian import feature_gaussian, shared_feature_gaussian
-from diffad.calibration.recorded_settings import OWN_NOISE, changed_settings
+from diffad.calibration.recorded_settings import OWN_NOISE, SMOOTHS_INSIDE, changed_settings
 from diffad.calibration.residual_gaussian import residual_gaussian, residual_grid, residual_size
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.moments import FeatureMoments, MomentSums
@@ -440,7 +440,10 @@ class CalibrationFit:
                 "`calibration` holds other categories' statistics of other scores than this pipeline's settings give, "
                 "or an earlier version's. Load the pipeline with `calibration=None` and calibrate every category."
             )
-        if knows_others and (changed := changed_settings(config.settings, self.record.get("settings"))):
+        settings = dict(self.record.get("settings") or {})
+        if previous.region is None:
+            settings.pop(SMOOTHS_INSIDE, None)  # the others have no region
+        if knows_others and (changed := changed_settings(config.settings, settings)):
             named = ["generator" if name == OWN_NOISE else name for name in changed]
             raise ValueError(
                 f"The other categories were calibrated with other settings ({', '.join(named)}). Use the same, or "

@@ -8,8 +8,9 @@ from typing import Any
 from diffad.image_sizes import as_side
 
 OWN_NOISE = "own_noise"  # beside the settings: whether statistics were taken with the model's noise, where there is any
+SMOOTHS_INSIDE = "smooths_inside"  # likewise, where there is a region: whether maps are smoothed of it alone
 # what an earlier version did, which had no such setting to record
-BEFORE_RECORDED = {"position_trust": 1.0, "weights": None, OWN_NOISE: False}
+BEFORE_RECORDED = {"position_trust": 1.0, "weights": None, OWN_NOISE: False, SMOOTHS_INSIDE: False}
 # a setting of earlier versions, at the value that did nothing
 GONE = {"suppression": 0.0}
 

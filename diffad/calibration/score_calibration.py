@@ -172,8 +172,8 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
                 self.register_buffer(name, None)
         # made of the buffers when they are used, and anew where those change
         self._whitening: dict[tuple[str, int], list[torch.Tensor]] = {}  # `triangle_parts`
-        self._inside: dict[tuple[int, int], torch.Tensor | None] = {}  # by size
-        self.register_load_state_dict_post_hook(lambda module, _: module._forget())
+        self._inside: dict[tuple[int, int], torch.Tensor] = {}  # by size, of which a model has few
+        self.register_load_state_dict_post_hook(forget)
         self._graph_whitening: dict[str, list[torch.Tensor]] = {}  # of all categories, while a graph is exported
         coreset = None if coreset_shape is None else torch.zeros(num_categories, *coreset_shape).half()
         self.register_buffer("coreset", coreset)
@@ -200,7 +200,7 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ScoreCalibration:
         # Follows a move to another device, not one to another dtype: thresholds rounded to bfloat16 (three digits)
         # would no longer hold their false-alarm rate.
-        self._forget()
+        forget(self)
         return super()._apply(in_precision_of_tensor(fn), recurse)
 
     @property
@@ -501,10 +501,6 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         finally:
             self._graph_whitening.clear()
 
-    def _forget(self) -> None:
-        self._whitening.clear()
-        self._inside.clear()
-
     def inside(self, category: Any, size: Sequence[int]) -> torch.Tensor | None:
         """Which positions of maps of a size count, (N, 1, *size) bool; None where all do.
 
@@ -516,11 +512,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         if key not in self._inside:
             every = torch.arange(len(self.region), device=self.region.device)
             inside = inside_region(self.region, every, key)
-            self._inside[key] = None if inside is None or bool(inside.all()) else inside
-        of_all = self._inside[key]
-        if of_all is None:
-            return None
-        found = of_all[category]
+            assert inside is not None
+            self._inside[key] = inside
+        found = self._inside[key][category]
         return found[:, None] if found.ndim == 3 else found[None, None]
 
     def _whitening_parts(self, name: str, category: Any) -> list[torch.Tensor]:
@@ -612,6 +606,12 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         maxima = self.good_maxima(category) or (self.good_scores(category) if is_maximum else None)
         threshold = float(self.pixel_threshold[category])
         return thresholds_at(self.good_scores(category), maxima, threshold, false_alarm_rate)
+
+
+def forget(calibration: ScoreCalibration, *_: Any) -> None:
+    """Lets go of what was made of the buffers, which have changed."""
+    calibration._whitening.clear()
+    calibration._inside.clear()
 
 
 def of_each_category(category: torch.Tensor | int) -> list[tuple[Any, Any]]:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
+from PIL import Image
 
 from diffad.data.image_feature import ImageFile, read_stored, stored_content
 from diffad.data.masks import has_soft_edges
@@ -17,6 +18,8 @@ from diffad.grey_depth import BAND_PIXELS, UnreadableImageError, is_deep, value_
 from diffad.image_arrays import image_to_rgb
 from diffad.image_files import image_file_header, one_large_at_a_time, read_image
 
+MOST_DIGESTS = 100_000  # that are kept, some 30 MB
+_digests: dict[tuple[str, int, int], bytes] = {}  # of good images' files: decoding them again would take as long
 SOFT_MASKS = "pixels from half of a mask's largest value on count as defect. Save masks as PNG, 0 and 255."
 
 
@@ -100,7 +103,7 @@ def _problems(row: dict, name: str) -> Problems:
     mask_name = None if row["mask"] is None else row["mask"]["path"] or f"the mask of {name}"
     file_name, soft_mask = name, None
     try:
-        size = _decoded_size(row["image"], name)
+        size = _decoded_size(row["image"], name, is_good=row.get("label") == 0)
         if mask_name is None:
             return Problems()
         file_name = mask_name
@@ -117,12 +120,24 @@ def _problems(row: dict, name: str) -> Problems:
     return Problems(soft_mask=soft_mask)
 
 
-def _decoded_size(stored: dict, name: str) -> tuple[int, int]:
-    """Width and height of an image whose pixels can be read; they are let go at once."""
+def _decoded_size(stored: dict, name: str, is_good: bool) -> tuple[int, int]:
+    """Width and height of an image whose pixels can be read; they are let go at once.
+
+    Of a good image's file a digest of the pixels stays, for `without_copies`.
+    """
     path, content = stored["path"] or name, stored_content(stored)
     (width, height), _ = image_file_header(path, content)
     with one_large_at_a_time(width * height):
-        return read_image(path, content).size
+        image = read_image(path, content)
+        if is_good and content is None and len(_digests) < MOST_DIGESTS:
+            _digests[_file_key(path)] = _digest_of(image)
+        return image.size
+
+
+def _file_key(path: str) -> tuple[str, int, int]:
+    """Tells a file, as it is now, from others."""
+    status = os.stat(path)
+    return path, status.st_size, status.st_mtime_ns
 
 
 def _report(unreadable: list[str], mismatches: list[str], on_bad_image: str) -> None:
@@ -186,15 +201,21 @@ def without_copies(good: Dataset) -> Dataset:
 def _pixel_digest(stored: dict) -> bytes:
     """The same for images of an undecoded row that networks see as the same, whatever their files' format."""
     path, content = stored["path"], stored_content(stored)
+    if content is None and (known := _digests.get(_file_key(path))) is not None:
+        return known
     (width, height), _ = image_file_header(path, content)
     with one_large_at_a_time(width * height):
-        image = read_image(path, content)
-        if not is_deep(image.mode):
-            image = image_to_rgb(image)  # indices of a palette are no colours
-        found = hashlib.sha256(f"{image.mode} {image.size}".encode())
-        rows = max(1, BAND_PIXELS // image.width)  # Pillow holds two copies of what it gives as bytes
-        for top in range(0, image.height, rows):
-            found.update(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes())
+        return _digest_of(read_image(path, content))
+
+
+def _digest_of(image: Image.Image) -> bytes:
+    """Of an image's pixels, as RGB where they have 8 bits: indices of a palette are no colours."""
+    if not is_deep(image.mode):
+        image = image_to_rgb(image)
+    found = hashlib.sha256(f"{image.mode} {image.size}".encode())
+    rows = max(1, BAND_PIXELS // image.width)  # Pillow holds two copies of what it gives as bytes
+    for top in range(0, image.height, rows):
+        found.update(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes())
     return found.digest()
 
 

@@ -250,8 +250,8 @@ def _describe(row: dict, features: Features, path: str, name: str) -> dict[str, 
     label, defect, mask = told("label"), told("defect"), row.get("mask")
     if label is None and defect is None and (columns := [one for one in ("label", "defect") if one in features]):
         raise ValueError(
-            f"{name} has no `{columns[0]}` (it is empty, NA or -1). Write there whether the part is good, as in other "
-            "rows, or take its row out."
+            f"{name} has no `{columns[0]}` (it is empty, NA or -1). Write 0 or 'good' there, or 1 or the defect's "
+            "name, or take its row out."
         )
     if label is not None:
         classes = getattr(features["label"], "names", None) or ["good"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 
 import numpy as np
@@ -357,6 +358,13 @@ def test_a_second_fit_replaces_the_first():
     before = distance_of(calibration, new, category)
     fitted(calibration, 0, residuals(100, spread=10.0))
     assert (distance_of(calibration, new, category) - before).abs().min() > 1e-3
+
+
+def test_it_can_be_pickled():
+    calibration = fitted(ScoreCalibration(1, (1, 4, 5), (3, 4, 5)), 0, residuals(100))
+    again = pickle.loads(pickle.dumps(calibration))
+    new, category = residuals(2, seed=7), torch.zeros(2, dtype=torch.long)
+    assert torch.equal(distance_of(again, new, category), distance_of(calibration, new, category))
 
 
 def test_loaded_statistics_replace_those_that_were_used():

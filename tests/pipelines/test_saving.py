@@ -152,3 +152,6 @@ def test_reports_of_another_calibration_go(tmp_path):
     loaded.calibrate(textures(9), false_alarm_rate=0.25)
     loaded.save_pretrained(tmp_path)
     assert not (tmp_path / "report.json").exists()
+    (tmp_path / "report.json").write_text("{}")  # of the new one
+    loaded.save_pretrained(tmp_path)
+    assert (tmp_path / "report.json").exists()

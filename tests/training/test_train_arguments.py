@@ -105,6 +105,12 @@ def test_wrong_arguments_end_in_one_clear_line(arguments, config, words, tmp_pat
     assert re.search(f"error: .*{words}", last), last
 
 
+def test_values_are_no_flags():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_ddpm.parse_args([*DATA, "--output_dir", "./alpha"])
+
+
 def test_flags_that_a_pretrained_pipeline_overrules_are_named():
     with pytest.warns(UserWarning, match="--backbone and --resolution do not count: the pipeline of --pretrained"):
         train_ddpm.parse_args([*DATA, "--pretrained_model_name_or_path", "m", "--backbone=a", "--resolution", "8"])

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
-from conftest import generator, texture, write_folder, write_mvtec
+from conftest import generator, texture, textures, write_folder, write_mvtec
+from datasets import Dataset, Features
+from datasets import Image as HubImage
+from PIL import Image
 
 from diffad.seeding import step_generator
 from diffad.training import train_ddpm
@@ -35,6 +38,17 @@ def test_the_same_share_of_every_category_is_held_out_by_the_seed(tmp_path):
     other = load_good_images(shared(train_data_dir=str(data), calibration_fraction=0.3, seed=1))[1]
     assert again["path"] == held_out["path"]
     assert other["path"] != held_out["path"]
+
+
+def test_images_without_a_path_are_held_out_by_what_they_show(tmp_path):
+    images = [Image.fromarray(one) for one in textures(12)]
+    Dataset.from_dict({"image": images}, features=Features({"image": HubImage()})).to_parquet(tmp_path / "a.parquet")
+    digests = []
+    for seed in (0, 0, 1):
+        args = shared(train_data_dir=str(tmp_path), calibration_fraction=0.3, seed=seed)
+        load_good_images(args)
+        digests.append(args.held_out_digest)
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_all_photographs_of_a_part_are_held_out_or_none(tmp_path):
