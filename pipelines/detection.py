@@ -260,8 +260,8 @@ class DetectionPipeline(AnomalyPipeline):
         calibration = self.calibration
         if calibration is None or calibration.category_mean is None or not calibration.category_mean.isfinite().all():
             raise ValueError(
-                f"`category` is needed: this model knows {', '.join(self.categories)}, and its calibration not all by "
-                "which to recognise them. Pass one of them, or calibrate all of them again."
+                f"`category` is needed: this model knows {', '.join(self.categories)}, and its calibration not what "
+                "they all look like. Pass one of them, or calibrate it again for each."
             )
         found = [
             nearest_category(features, calibration.category_mean, calibration.category_covariance)

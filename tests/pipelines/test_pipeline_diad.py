@@ -655,7 +655,7 @@ def test_one_model_of_two_categories_differs_in_calibration_alone():
         good = textures(6, first_seed=100 * number)
         pipe.calibrate(good, false_alarm_rate=0.3, category=name, generator=generator())
         if name == "cable":
-            with pytest.raises(ValueError, match="its calibration not all by which to recognise them"):
+            with pytest.raises(ValueError, match="its calibration not what they all look like"):
                 pipe(texture(0))  # which may be a tile
     cable, tile = (pipe(texture(0), name, latents=noise(1)) for name in ("cable", "tile"))
     assert not np.allclose(cable.anomaly_map, tile.anomaly_map)
