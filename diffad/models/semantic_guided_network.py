@@ -16,6 +16,7 @@ from torch import nn
 
 GUIDANCE_OUTPUTS = ("middle", "sgdb3", "sgdb4")
 FUSIONS = ("instance_norm_silu", "batch_norm_relu")
+SILU_GAIN = 1.68  # 1 / sqrt(E[silu(x)^2]) of a normal x: with it, variance stays the same from layer to layer
 
 
 # Fields have defaults, unlike those of diffusers' `ControlNetOutput`: accelerate's offloading hooks need them.
@@ -77,7 +78,8 @@ class SemanticGuidedNetwork(ControlNetModel):
     A skip that receives nothing has no zero convolution, and its place in the output holds a scalar zero.
 
     The published training starts both the zero convolutions and the SFF block's convolutions at zero. Their product
-    then has no gradient, so that the block never leaves zero. Here the zero convolutions alone start at zero.
+    then has no gradient, so that the block never leaves zero. Here the zero convolutions alone start at zero, and, with
+    `initialize_beside_untrained`, not even they.
 
     Args:
         conditioning_channels: the image's channels.
@@ -254,6 +256,24 @@ class SemanticGuidedNetwork(ControlNetModel):
                 strict=False,
             )
         return network
+
+    @torch.no_grad()
+    def initialize_beside_untrained(self) -> None:
+        """Random weights in the place of zero convolutions, for a denoiser that is trained from scratch.
+
+        A pretrained denoiser is what the zeros protect. An untrained one has nothing to protect, and learns without
+        guidance first: Zhang et al., "Adding Conditional Control" (ICCV 2023) see ControlNet heed its condition only
+        after thousands of steps. The stack that embeds the image (eq. 7) is initialised as He et al., "Delving Deep
+        into Rectifiers" (ICCV 2015) do, so that at first an image is as strong as the noise that it is added to.
+        """
+        stack = self.controlnet_cond_embedding
+        for convolution in (stack.conv_in, *stack.blocks, stack.conv_out):
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="linear")
+            convolution.weight.mul_(SILU_GAIN)
+            nn.init.zeros_(convolution.bias)
+        for convolution in (*self.controlnet_down_blocks.values(), self.controlnet_mid_block):
+            if isinstance(convolution, nn.Conv2d):  # without guidance of the middle block there is none
+                convolution.reset_parameters()
 
     @apply_forward_hook  # moves an offloaded network to its device, as a call of `forward` does
     def embed_condition(self, pixel_values: torch.Tensor) -> torch.Tensor:

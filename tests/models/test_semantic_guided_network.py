@@ -156,6 +156,21 @@ def test_every_weight_learns():
         assert not still, guidance_outputs
 
 
+@pytest.mark.parametrize(
+    ("guidance_outputs", "fusion"), [(("middle", "sgdb4"), "instance_norm_silu"), (("sgdb3",), None)]
+)
+def test_beside_an_untrained_denoiser_the_image_counts_from_the_first_step(guidance_outputs, fusion):
+    """With zero convolutions, a denoiser trained from scratch draws the same part for every image for long."""
+    unet, inputs = make_unet(), make_inputs()
+    network = make_network(unet, guidance_outputs=guidance_outputs, fusion=fusion).train()
+    other = {**inputs, "pixel_values": inputs["pixel_values"].flip(0)}
+    assert torch.equal(denoise(unet, network, inputs), denoise(unet, network, other))
+    network.initialize_beside_untrained()
+    assert not torch.allclose(denoise(unet, network, inputs), denoise(unet, network, other), atol=1e-4)
+    denoise(unet, network, inputs).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in network.parameters())
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     unet, inputs = make_unet(), make_inputs()
     gradients = []
