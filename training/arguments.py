@@ -320,6 +320,10 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
             text = written.get(name, value)
             if value is False and name == "mixed_precision":  # so YAML reads `no`
                 configured += ["--mixed_precision", "no"]
+            elif value is False and name in ("report_to", "roi"):  # none of them, and no file called so
+                continue
+            elif name not in with_value and not isinstance(value, bool | None):
+                parser.error(f"--config: {path}: {name} must be true or false, but is {text}")
             elif isinstance(value, list):
                 configured += [f"--{name}", *map(str, text)]
             elif isinstance(value, bool) and name not in with_value:

@@ -7,14 +7,21 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
 HELD_OUT_NAME = "held_out.json"  # in a checkpoint, which images its run has held out
+SETTINGS_NAME = "settings.json"  # in a checkpoint, the flags that its weights depend on
 
 
-def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, step: int) -> None:
-    """Saves `checkpoint-STEP`: written under another name and renamed, so a killed run leaves no half checkpoint."""
+def save_checkpoint(
+    accelerator: Accelerator, args: argparse.Namespace, step: int, settings: dict[str, Any] | None = None
+) -> None:
+    """Saves `checkpoint-STEP`: written under another name and renamed, so a killed run leaves no half checkpoint.
+
+    `settings` are kept in it for `check_settings`.
+    """
     folder = Path(args.output_dir, f"checkpoint-{step}")
     unfinished = folder.with_name(f"unfinished-{folder.name}")
     if accelerator.is_main_process:
@@ -25,6 +32,8 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, step: in
     if accelerator.is_main_process:
         if digest := getattr(args, "held_out_digest", None):
             (unfinished / HELD_OUT_NAME).write_text(json.dumps({"sha256": digest}) + "\n")
+        if settings:
+            (unfinished / SETTINGS_NAME).write_text(json.dumps(settings, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
         earlier = [path for path in list_checkpoints(args.output_dir) if step_of(path) <= step]  # not another run's
@@ -62,8 +71,11 @@ def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
     return folder
 
 
-def resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
-    """Loads the checkpoint asked for and returns its step; 0 where there is none yet."""
+def resume(accelerator: Accelerator, args: argparse.Namespace, settings: dict[str, Any] | None = None) -> int:
+    """Loads the checkpoint asked for and returns its step; 0 where there is none yet.
+
+    `settings` must be those that it was saved with.
+    """
     folder = checkpoint_to_resume(args)
     if not args.resume_from_checkpoint:
         if earlier := list_checkpoints(args.output_dir):
@@ -88,6 +100,7 @@ def resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
             f"{'Add' if averaged else 'Leave out'} --use_ema, or start anew in another --output_dir."
         )
     check_held_out(folder, getattr(args, "held_out_digest", None))
+    check_settings(folder, settings or {})
     try:
         accelerator.load_state(str(folder))
     except Exception as error:  # each file has a format, and errors, of its own
@@ -119,3 +132,30 @@ def check_held_out(checkpoint: Path, digest: str | None) -> None:
             "that now set the thresholds. Give the data, --category, --seed, --calibration_fraction, --part_pattern "
             "and --choose that it began with, or start anew in another --output_dir."
         )
+
+
+def check_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """Half of a run with one loss or network, and half with another, is no run of either.
+
+    Args:
+        checkpoint: what the run goes on from. One of an earlier version does not tell.
+        settings: by the names of their flags, what the weights depend on.
+
+    Raises:
+        ValueError: one is another.
+    """
+    kept = checkpoint / SETTINGS_NAME
+    known = json.loads(kept.read_text()) if kept.is_file() else {}
+    given = json.loads(json.dumps(settings))
+    for name, value in given.items():
+        if known.get(name, value) != value:
+            now, before = ("not given" if one is None else shown(one) for one in (value, known[name]))
+            raise ValueError(
+                f"--{name} is {now}, but {checkpoint} was trained with {before}. Give that, or start anew in another "
+                "--output_dir."
+            )
+
+
+def shown(value: Any) -> str:
+    """A flag's value as a command line has it."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

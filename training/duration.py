@@ -48,7 +48,13 @@ def steps_in(
     """
     kept = Path(args.output_dir, KEPT_NAME)
     if checkpoint_to_resume(args) is not None and kept.is_file():
-        return int(json.loads(kept.read_text())["max_train_steps"])
+        known = json.loads(kept.read_text())
+        accelerator.print(
+            f"It goes on with the {known['max_train_steps']} steps that it began with, of {known['minutes']:g} "
+            "minutes: --max_train_steps asks for others."
+        )
+        args.minutes = known["minutes"]  # for the record
+        return int(known["max_train_steps"])
     model = copy.deepcopy(unet).to(accelerator.device).train()
     optimizer = torch.optim.AdamW(model.parameters())
     seconds = []
@@ -70,4 +76,5 @@ def steps_in(
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         write_text_whole(kept, json.dumps({"minutes": args.minutes, "max_train_steps": steps}) + "\n")
+    accelerator.print(f"{args.minutes:g} minutes are {steps} steps: --max_train_steps repeats it.")
     return steps

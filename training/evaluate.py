@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from datasets import Dataset
 
 from diffad.command_models import is_exported, load_model
 from diffad.data import load_anomaly_dataset
@@ -78,6 +79,19 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def tell_of_one_kind(tests: dict[str, Dataset], accelerator: Accelerator) -> None:
+    """Says of which categories, and so of which mean, some metrics will be missing, as all images are of one kind."""
+    kinds = {name: set(images["label"]) for name, images in tests.items()}
+    for name, labels in kinds.items():
+        if len(labels) == 1:
+            which = "defective" if 1 in labels else "good"
+            of_mean = ", and so it does in the mean: choose the others with --category" if len(tests) > 1 else ""
+            accelerator.print(
+                f"All images of {name} are {which}: what compares both kinds (AUROC, AP, F1-max, PRO) stays empty"
+                f"{of_mean}."
+            )
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = create_parser()
     args = parser.parse_args(argv)
@@ -114,12 +128,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         baselines.remove("padim")
     tests, goods = split_by_category(dataset), split_by_category(training)
 
-    for name, images in tests.items():
-        if len(labels := set(images["label"])) == 1:
-            kind = "defective" if 1 in labels else "good"
-            accelerator.print(
-                f"All images of {name} are {kind}: what compares both kinds (AUROC, AP, F1-max, PRO) stays empty."
-            )
+    tell_of_one_kind(tests, accelerator)
 
     # 2. A new report, or what an interrupted run left of one
     report: dict[str, Any] = {

@@ -30,6 +30,7 @@ from diffad.training.arguments import (
     check_source,
     local_path,
 )
+from diffad.training.pretrained import check_method
 from diffad.unicode_forms import same_name
 
 
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.time()
 
     # 1. The pipeline, and good images of its categories
+    check_method(args.model, "--model", "AnomalyDenoisePipeline")
     pipeline = AnomalyDenoisePipeline.from_pretrained(args.model).to(accelerator.device)
     data = args.train_data_dir or args.dataset_name
     good = load_anomaly_dataset(

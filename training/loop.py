@@ -90,6 +90,7 @@ def train(
     accelerator: Accelerator,
     save_pictures: Callable[[Path], None] | None = None,
     held_out_loss: Callable[[nn.Module], torch.Tensor] | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Trains a model, which ends in evaluation mode, with the averaged weights where `args.use_ema`.
 
@@ -107,6 +108,7 @@ def train(
             process, with the model in evaluation mode.
         held_out_loss: of images that are not trained on, as `HeldOutLoss` takes it: the run ends early where it no
             longer falls.
+        settings: the script's own flags that the weights depend on, by name: a run that goes on must have the same.
 
     Returns:
         For `training.json`: `steps`, `training_seconds` of this call and, where it was measured, `held_out_loss` by
@@ -128,7 +130,9 @@ def train(
     model, optimizer, data_loader, schedule = accelerator.prepare(model, optimizer, data_loader, schedule)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # others where it is sharded
     ema = create_ema(trained, args, accelerator)
-    step = first_step = resume(accelerator, args)
+    settings = {**(settings or {}), **({"ema_decay": args.ema_decay} if args.use_ema else {})}
+    step = first_step = resume(accelerator, args, settings)
+    check_steps(step, args)
     check_rates(optimizer, schedule, args, images_a_step)
     if ema is not None:
         ema.to(accelerator.device)  # a checkpoint is loaded into memory, beside a GPU
@@ -183,7 +187,7 @@ def train(
                     save_pictures(Path(args.output_dir, "validation", f"step-{step}.png"))
                 model.train()
             if is_saved:
-                save_checkpoint(accelerator, args, step)
+                save_checkpoint(accelerator, args, step, settings)
             if stop:
                 progress.close()
                 accelerator.print(f"Stopped at step {step}. Add --resume_from_checkpoint latest to go on.")
@@ -236,13 +240,28 @@ def create_optimizer(
     else:
         optimizer = torch.optim.AdamW(parameters, fused=True, **options)
     # accelerate steps the schedule once for every process
-    schedule = get_scheduler(
-        args.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
-    )
+    try:
+        schedule = get_scheduler(
+            args.lr_scheduler,
+            optimizer=optimizer,
+            num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+            num_training_steps=args.max_train_steps * accelerator.num_processes,
+        )
+    except ValueError as error:  # the polynomial one ends at 1e-7
+        raise ValueError(f"--lr_scheduler {args.lr_scheduler}, --learning_rate {options['lr']:g}: {error}") from error
     return optimizer, schedule
+
+
+def check_steps(step: int, args: argparse.Namespace) -> None:
+    """Raises a ValueError where the checkpoint has more steps than are asked for: its weights are not those."""
+    if step > args.max_train_steps:
+        flag = "--max_train_steps is"
+        if args.num_train_epochs is not None:
+            flag = f"--num_train_epochs {args.num_train_epochs} makes"
+        raise ValueError(
+            f"{flag} {args.max_train_steps}, but the checkpoint has been trained for {step} steps. Give as many or "
+            "more, an earlier checkpoint to --resume_from_checkpoint, or start anew in another --output_dir."
+        )
 
 
 def step_rate(args: argparse.Namespace, images_a_step: int) -> float:

@@ -6,8 +6,8 @@
 `training/configs/tables/` holds the tables. What rows share is done once: all rows of a model that look at the same
 noise levels or the same reconstructions share one pass of the networks, in the calibration as in the test. Every row is
 calibrated alike, on the good images of the training split, with noise of each image's own, by --seed. Rows that need a
-model of their own (`train`) are trained first, with `--train_config` and the row's changes to it; a model that is there
-already is taken as it is. This file is long so that what rows share stands in one place.
+model of their own (`train`) are trained first, with `--train_config` and the row's changes to it; a model that was
+trained so already is taken as it is. This file is long so that what rows share stands in one place.
 """
 
 from __future__ import annotations
@@ -42,14 +42,16 @@ from diffad.evaluation.detectors import category_index, evaluate_detectors, spli
 from diffad.evaluation.metric_names import MEAN
 from diffad.evaluation.report import command_line, describe_machine, markdown_table, with_mean, write_files
 from diffad.images import ImageSequence, as_size, images_to_pixel_values
+from diffad.model_card import TRAINING_NAME
 from diffad.pipelines.detection import DetectionPipeline, setting_names
 from diffad.precision import resolve_precision
 from diffad.process_share import process_share
 from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import draw_noise, image_generator
 from diffad.training.arguments import POSITIVE, SEED, FlagParser, local_path
+from diffad.training.checkpoints import list_checkpoints
 from diffad.training.choice import with_settings
-from diffad.training.evaluate import add_evaluation_arguments
+from diffad.training.evaluate import add_evaluation_arguments, tell_of_one_kind
 
 TABLES = files("diffad.training") / "configs" / "tables"
 METHODS: dict[str, type[DetectionPipeline]] = {"AnomalyDenoise": AnomalyDenoisePipeline, "DiAD": DiADPipeline}
@@ -71,6 +73,8 @@ FIXED = (
     "tile_size",
     "tile_overlap",
 )
+# in the folder of a row's own model, what it is trained with
+ROW_FILE = "row.json"
 # the last row of every table
 PADIM = {"name": "PaDiM", "baseline": "padim"}
 
@@ -323,13 +327,21 @@ def train_row(
     """The folder of a row's own model, trained now where it is not there; in a process of its own.
 
     Raises:
-        ValueError: it has to be trained, and cannot be.
+        ValueError: it has to be trained, and cannot be; or what is there was trained with other flags.
     """
     name = "-".join(filter(None, [folder_name(row["name"]), category]))
     folder = Path(args.output).with_suffix("") / name
-    if (folder / "model_index.json").is_file():
+    is_trained = (folder / "model_index.json").is_file()
+    chosen = [category] if category else args.category
+    config = Path(args.train_config or "")
+    configuration = load_yaml(config) if config.is_file() else None
+    data = os.path.realpath(args.data) if Path(args.data).exists() else args.data
+    asked = {"seed": args.seed, "data": data, "category": chosen, "train_config": configuration, "train": row["train"]}
+    if is_trained or list_checkpoints(folder):
+        check_row(folder, asked)
+    if is_trained:
         return folder
-    if args.train_config is None or not Path(args.train_config).is_file():
+    if configuration is None:
         raise ValueError(
             f"--train_config must be a file of training flags: the row {row['name']!r} trains a model of its own."
         )
@@ -337,7 +349,6 @@ def train_row(
         raise ValueError("Rows train in one process. Run this once without `accelerate launch`, then with it.")
     if args.dataset is not None:
         raise ValueError("--dataset cannot be forced on training: it finds the layout of --data by itself.")
-    configuration = load_yaml(Path(args.train_config))
     flags: list[str] = ["--train_data_dir", args.data, "--output_dir", str(folder), "--seed", str(args.seed)]
     if args.mixed_precision is not None:
         flags += ["--mixed_precision", args.mixed_precision]
@@ -345,7 +356,6 @@ def train_row(
         if "max_train_steps" not in configuration:
             raise ValueError(f"--train_config: {args.train_config} must set max_train_steps for a row with all_steps.")
         flags += ["--max_train_steps", str(configuration["max_train_steps"] * num_categories)]
-    chosen = [category] if category else args.category
     flags += ["--category", *chosen] if chosen else []
     flags += ["--tile_size", "none"] if table["method"] == "AnomalyDenoise" else []  # rows score whole images
     for flag, value in row["train"].items():
@@ -355,8 +365,47 @@ def train_row(
     command = [sys.executable, "-m", module, "--config", args.train_config, *flags]
     command += ["--resume_from_checkpoint", "latest"]
     print(f"{row['name']}: training {folder}", flush=True)
+    write_files(folder / ROW_FILE, {".json": json.dumps(asked, indent=2, default=str) + "\n"})
     subprocess.run(command, check=True)
     return folder
+
+
+def check_row(folder: Path, asked: dict[str, Any]) -> None:
+    """Raises a ValueError where a row's model in `folder` was trained with other flags than `asked` for now.
+
+    Without `ROW_FILE`, as earlier versions left it, only the seed is known. Without --train_config, any is taken.
+    """
+    known: dict[str, Any] = {}
+    if (path := folder / ROW_FILE).is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+    elif (path := folder / TRAINING_NAME).is_file():
+        arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+        known = {name: value for name, value in arguments.items() if name == "seed"}
+    asked = json.loads(json.dumps(asked, default=str))
+    for name, value in known.items():
+        if asked[name] == value or (name == "train_config" and asked[name] is None):
+            continue
+        what = "another `train` of its row" if name == "train" else f"another --{name}"
+        values = "" if name == "train_config" else f" ({json.dumps(value)}, not {json.dumps(asked[name])})"
+        raise ValueError(f"--output: {folder} was trained with {what}{values}. Give that, or choose another --output.")
+
+
+def check_table_path(path: Path) -> None:
+    """Raises a ValueError where a table at `path`, or its .md beside it, would replace another program's files."""
+    if path.suffix != ".json":
+        raise ValueError(f"--output must end in .json, but is {path}.")
+    if path.is_dir():
+        raise ValueError(f"--output must be a file, but {path} is a folder.")
+    if not path.exists():
+        if (beside := path.with_suffix(".md")).exists():
+            raise ValueError(f"--output: {beside} would be replaced, and is of no table. Give another file.")
+        return
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        table = None
+    if not isinstance(table, dict) or not isinstance(table.get("rows"), list):
+        raise ValueError(f"--output: {path} is no table of make_table.py, and would be replaced. Give another file.")
 
 
 def row_folders(
@@ -409,8 +458,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = create_parser()
     args = parser.parse_args(argv)
     table = load_table(args.table)
-    if Path(args.output).suffix != ".json":
-        raise ValueError(f"--output must end in .json, but is {args.output}.")
+    check_table_path(Path(args.output))
     if args.model is None and not all("train" in row for row in table["rows"]):
         raise ValueError("--model is needed: not every row of this table trains its own.")
 
@@ -422,6 +470,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     limit_threads()
     accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision))
     args.mixed_precision = accelerator.mixed_precision  # also where accelerate's own settings say so
+    tell_of_one_kind(tests, accelerator)
     goods = split_by_category(
         load_training_images(args.data, args.category, args.dataset, images, accelerator, args.on_bad_image)
     )

@@ -29,7 +29,7 @@ import diffad
 from diffad import TimmFeatureExtractor
 from diffad.images import denormalize_images, images_to_pixel_values, images_to_tensors, normalize_images
 from diffad.latents import encode_latents
-from diffad.pipelines.saving import finish_saving, save_whole
+from diffad.pipelines.saving import save_whole
 from diffad.registration import COMPONENTS
 from diffad.training.arguments import (
     NOT_NEGATIVE,
@@ -48,6 +48,7 @@ from diffad.training.data import (
 )
 from diffad.training.finish import save_record
 from diffad.training.loop import create_accelerator, held_output_dir, train
+from diffad.training.pretrained import check_there, pipeline_class
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 AUTOENCODER_PRESETS: dict[str, dict[str, Any]] = {
@@ -63,6 +64,11 @@ AUTOENCODER_PRESETS: dict[str, dict[str, Any]] = {
         "mid_block_add_attention": False,
     },
 }
+
+# flags that the weights depend on, beside those of the loop
+OF_LOSS = ("preset", "resolution", "image_mean", "image_std", "reconstruction_loss", "kl_weight", "perceptual_weight")
+OF_PERCEPTUAL_LOSS = ["perceptual_loss", "backbone", "backbone_weights", "feature_strides", "feature_layers"]
+OF_PERCEPTUAL_LOSS += ["feature_image_size"]
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -98,20 +104,38 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_autoencoder(name_or_path: str, revision: str | None = None, variant: str | None = None) -> Any:
-    """An autoencoder of diffusers or of this package, or the one in the `vae` folder of a pipeline."""
-    if Path(name_or_path).is_dir():
-        finish_saving(name_or_path)
+def load_autoencoder(
+    name_or_path: str, revision: str | None = None, variant: str | None = None, flag: str = "--vae_path"
+) -> Any:
+    """An autoencoder of diffusers or of this package, or the one in the `vae` folder of a pipeline.
+
+    Raises:
+        OSError: there is none, said with the name of the flag that gives it.
+        ValueError: what is there is no autoencoder.
+    """
+    check_there(name_or_path, flag)
     options: dict[str, Any] = {"revision": revision}
     try:
         config = AutoencoderKL.load_config(name_or_path, **options)
     except OSError:  # no config.json at the top: a pipeline
         options["subfolder"] = "vae"
-        config = AutoencoderKL.load_config(name_or_path, **options)
+        try:
+            config = AutoencoderKL.load_config(name_or_path, **options)
+        except OSError as error:
+            what = "no autoencoder (neither config.json nor vae/config.json there)"
+            if not Path(name_or_path).is_dir():
+                what = f"no autoencoder that the Hub gives ({error})"
+            elif Path(name_or_path, "model_index.json").is_file():
+                what = f"a pipeline of the class {pipeline_class(name_or_path, flag)}, which has no autoencoder"
+            raise FileNotFoundError(
+                f"{flag}: {name_or_path} holds {what}. Give what train_autoencoder.py has saved, or a pipeline of "
+                "latent diffusion."
+            ) from error
     name = config.get("_class_name", "")
     known = getattr(diffad if name in COMPONENTS else diffusers, name, None)
     if not name.startswith("Autoencoder") or known is None:
-        raise ValueError(f"{name_or_path} holds a {name or 'model of no class'}, and no autoencoder of diffusers.")
+        kind = name or "model of no class"
+        raise ValueError(f"{flag}: {name_or_path} holds a {kind}, and no autoencoder of diffusers.")
     return known.from_pretrained(name_or_path, variant=variant, **options)
 
 
@@ -245,7 +269,9 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         vae = AutoencoderKL(**AUTOENCODER_PRESETS[args.preset])
         args.resolution = args.resolution or vae.config.sample_size
     else:
-        vae = load_autoencoder(args.pretrained_model_name_or_path, args.revision, args.variant)
+        vae = load_autoencoder(
+            args.pretrained_model_name_or_path, args.revision, args.variant, "--pretrained_model_name_or_path"
+        )
         if not isinstance(vae, AutoencoderKL):
             raise ValueError(
                 f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} holds a {type(vae).__name__}, "
@@ -295,7 +321,9 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         load_pictures(held_out, 4, args.value_range) if args.validation_steps and accelerator.is_main_process else []
     )
     data_loader = create_data_loader(images, args)
-    record = train(Autoencoding(vae), batch_loss, data_loader, args, accelerator, save_pictures)
+    of_weights = [*OF_LOSS, *(OF_PERCEPTUAL_LOSS if extractor is not None else ())]
+    settings = {name: getattr(args, name) for name in of_weights}
+    record = train(Autoencoding(vae), batch_loss, data_loader, args, accelerator, save_pictures, None, settings)
 
     # 4. Scale the latents of a new autoencoder, and save it
     with accelerator.autocast():

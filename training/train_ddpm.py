@@ -75,6 +75,7 @@ from diffad.training.feature_sizes import (
 )
 from diffad.training.finish import finish
 from diffad.training.loop import create_accelerator, held_output_dir, train
+from diffad.training.pretrained import check_method
 from diffad.unicode_forms import same_name
 from diffad.visualization import heat_map, save_rows, to_uint8
 
@@ -82,8 +83,10 @@ HELD_OUT_IMAGES = 32  # with one noise each: on the same every time, few show a 
 # flags that say what networks are like
 OF_NETWORKS = {"preset", "resolution", "backbone", "backbone_weights", "feature_strides", "feature_layers"}
 OF_NETWORKS |= {"feature_image_size", "feature_resolution", "beta_schedule"}
+OF_LOSS = {"feature_loss_weight", "timestep_exponent"}
 # what --choose sets
 CHOSEN = {"alpha", "feature_sigma", "kl_sigma", "contrast", "position_trust"}
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 AUTOMATIC = Path(__file__).parent / "configs" / "automatic.yaml"
 
 
@@ -114,7 +117,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument(
         "--feature_resolution", type=POSITIVE, help="side of the predicted features (default: the preset's)"
     )
-    model.add_argument("--beta_schedule", default="linear", help="diffusers' name (linear)")
+    model.add_argument("--beta_schedule", choices=BETA_SCHEDULES, default="linear", help="diffusers' name (linear)")
 
     model.add_argument(
         "--minutes",
@@ -188,6 +191,7 @@ def create_components(
         ratio: of the images, height over width, which counts where `args` names no resolution.
     """
     if args.pretrained_model_name_or_path:
+        check_method(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", "AnomalyDenoisePipeline")
         trained = AnomalyDenoisePipeline.from_pretrained(args.pretrained_model_name_or_path)
         if trained.unet is None:
             raise ValueError(
@@ -455,8 +459,9 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         held_out_loss = same_loss(batch_loss, list(DataLoader(others, args.train_batch_size)), accelerator)
     if args.minutes is not None:
         args.max_train_steps = steps_in(args, time.time() - started, unet, batch_loss, data_loader, accelerator)
-        accelerator.print(f"{args.minutes:g} minutes are {args.max_train_steps} steps: --max_train_steps repeats it.")
-    record = train(unet, batch_loss, data_loader, args, accelerator, save_pictures, held_out_loss)
+    of_weights = OF_LOSS if args.pretrained_model_name_or_path else OF_LOSS | OF_NETWORKS
+    settings = {name: getattr(args, name) for name in sorted(of_weights)}
+    record = train(unet, batch_loss, data_loader, args, accelerator, save_pictures, held_out_loss, settings)
 
     # 4. Calibrate on good images and save the pipeline
     pipeline = create_pipeline(unet, scheduler, extractor, names, args)

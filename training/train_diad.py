@@ -33,7 +33,7 @@ from diffad import DiADPipeline, SemanticGuidedNetwork, TimmFeatureExtractor
 from diffad.data.synthetic_defects import SMALLEST_SIDE
 from diffad.files import write_text_whole
 from diffad.images import IMAGENET_MEAN, IMAGENET_STD, denormalize_images, images_to_pixel_values, normalize_images
-from diffad.latents import encode_latents, has_scale, latent_statistics
+from diffad.latents import encode_latents, has_scale, latent_factor, latent_statistics
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import FUSIONS, GUIDANCE_OUTPUTS
 from diffad.pipelines.feature_maps import FEATURE_WEIGHTS
@@ -65,13 +65,24 @@ from diffad.training.diad_presets import DIAD_PRESETS, SCHEDULER
 from diffad.training.drawn_defects import draw_defects
 from diffad.training.finish import finish
 from diffad.training.loop import create_accelerator, held_output_dir, train
+from diffad.training.pretrained import check_method
 from diffad.training.sharded_networks import is_sharded, whole_network
 from diffad.training.train_autoencoder import load_autoencoder
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 STATISTICS_NAME = "latent_statistics.json"
-OF_NETWORKS = {"guidance_outputs", "fusion", "backbone", "backbone_weights", "feature_strides", "feature_layers"}
-OF_NETWORKS |= {"feature_image_size"}
+OF_NETWORKS = {"guidance_outputs", "fusion", "zero_convolutions", "backbone", "backbone_weights"}
+OF_NETWORKS |= {"feature_strides", "feature_layers", "feature_image_size"}
+# flags that the weights depend on, beside those of the loop and of the guidance
+OF_WEIGHTS = (
+    "preset",
+    "resolution",
+    "image_mean",
+    "image_std",
+    "train_whole_unet",
+    "zero_convolutions",
+    "defect_share",
+)
 STATISTICS_IMAGES = 64  # spread over all categories, which tell the latents' mean and deviation
 
 
@@ -116,6 +127,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     model.add_argument(
         "--fusion", choices=(*FUSIONS, "none"), default="instance_norm_silu", help="SFF block (instance_norm_silu)"
+    )
+    model.add_argument(
+        "--zero_convolutions",
+        action=argparse.BooleanOptionalAction,
+        help="start as if without guidance (default: but with --preset, where it would take long to be learnt)",
     )
     model.add_argument(
         "--defect_share",
@@ -171,6 +187,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--defect_share draws on what guides, and --guidance_outputs none guides by nothing: make it 0")
     if args.train_whole_unet is None:
         args.train_whole_unet = args.preset is not None
+    if args.zero_convolutions is None:
+        args.zero_convolutions = args.preset is None
+    if not args.zero_convolutions and args.preset is None:
+        parser.error("--no-zero_convolutions is for a denoiser trained from scratch, with --preset: leave it out")
     if args.pretrained_model_name_or_path and (given := given_flags(argv, OF_NETWORKS)) and is_trained(args):
         warn_of_overruled(given)
     return args
@@ -181,9 +201,10 @@ def is_trained(args: argparse.Namespace) -> bool:
 
     Raises:
         OSError: there is no such folder or repository.
+        ValueError: it holds another pipeline of this package.
     """
-    config = DiADPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
-    return config["_class_name"] == "DiADPipeline"
+    flag = "--pretrained_model_name_or_path"
+    return check_method(args.pretrained_model_name_or_path, flag, "DiADPipeline", args.revision) == "DiADPipeline"
 
 
 def create_components(args: argparse.Namespace) -> dict[str, Any]:
@@ -197,10 +218,14 @@ def create_components(args: argparse.Namespace) -> dict[str, Any]:
         channels = components["vae"].config.latent_channels
         unet = UNet2DConditionModel(**preset["unet"], in_channels=channels, out_channels=channels)
         stack = preset["conditioning_embedding_out_channels"]
+        guide = guidance and SemanticGuidedNetwork.from_unet(
+            unet, guidance, fusion, conditioning_embedding_out_channels=stack
+        )
+        if guide and not args.zero_convolutions:
+            guide.initialize_beside_untrained()
         components |= {
             "unet": unet,
-            "sg_network": guidance
-            and SemanticGuidedNetwork.from_unet(unet, guidance, fusion, conditioning_embedding_out_channels=stack),
+            "sg_network": guide,
             "scheduler": DDIMScheduler(**{**SCHEDULER, **preset["scheduler"]}),
             # zeros, as the preset's denoiser does not attend to a prompt
             "prompt_embedding": PromptEmbedding(length=1, width=unet.config.cross_attention_dim),
@@ -245,7 +270,9 @@ def create_components(args: argparse.Namespace) -> dict[str, Any]:
         components["vae"] = (
             load_autoencoder(args.vae_path)
             if args.vae_path
-            else load_autoencoder(args.pretrained_model_name_or_path, args.revision, args.variant)
+            else load_autoencoder(
+                args.pretrained_model_name_or_path, args.revision, args.variant, "--pretrained_model_name_or_path"
+            )
         )
     # the paper fine-tunes Stable Diffusion's autoencoder on ImageNet's colours; all others take [-1, 1]
     fine_tuned = isinstance(components["vae"], AutoencoderKL)
@@ -280,8 +307,13 @@ def create_pipeline(components: dict[str, Any], categories: list[str], args: arg
     """The pipeline, not yet trained, with the frozen networks frozen.
 
     Raises:
-        ValueError: `--resolution` does not fit the autoencoder, or other flags the networks.
+        ValueError: `--resolution` does not fit the autoencoder, or other flags the networks or the scheduler.
     """
+    multiple, most = latent_factor(components["vae"]), components["scheduler"].config.num_train_timesteps
+    if args.resolution % multiple:
+        raise ValueError(f"--resolution must be a multiple of {multiple} for this autoencoder, not {args.resolution}.")
+    if args.num_inference_steps > most:
+        raise ValueError(f"--num_inference_steps must be at most {most} here, but is {args.num_inference_steps}.")
     pipeline = DiADPipeline(
         **components,
         num_inference_steps=args.num_inference_steps,
@@ -300,9 +332,6 @@ def create_pipeline(components: dict[str, Any], categories: list[str], args: arg
         image_mean=args.image_mean,
         image_std=args.image_std,
     )
-    multiple = pipeline.size_multiple
-    if args.resolution % multiple:
-        raise ValueError(f"--resolution must be a multiple of {multiple} for this autoencoder, not {args.resolution}.")
     if args.defect_share and pipeline.sg_network is None:
         raise ValueError("--defect_share draws on what guides, and this pipeline has no `sg_network`. Leave it out.")
     if args.defect_share and args.resolution < SMALLEST_SIDE:
@@ -444,9 +473,9 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if args.resolution is None:
         args.resolution = DIAD_PRESETS[args.preset]["resolution"] if args.preset else 256
     training, held_out, categories = load_good_images(args)
+    forward_process = training_scheduler(components["scheduler"])
     pipeline = create_pipeline(components, categories, args)
     pipeline.to(accelerator.device)
-    forward_process = training_scheduler(pipeline.scheduler)
     choose_trained(pipeline.unet, pipeline.sg_network, args.train_whole_unet)
     model = GuidedDenoiser(pipeline.unet, pipeline.sg_network)
     if not is_sharded(accelerator):  # which takes no other order of a weight's numbers
@@ -506,7 +535,11 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
             model.sg_network.enable_gradient_checkpointing()
     wanted = args.validation_steps and accelerator.is_main_process
     pictures = load_pictures(held_out, 4, args.value_range) if wanted else []
-    record = train(model, batch_loss, create_data_loader(examples, args), args, accelerator, save_pictures)
+    settings = {name: getattr(args, name) for name in OF_WEIGHTS}
+    guidance = {} if pipeline.sg_network is None else pipeline.sg_network.config
+    settings |= {name: guidance.get(name) for name in ("guidance_outputs", "fusion")}
+    data_loader = create_data_loader(examples, args)
+    record = train(model, batch_loss, data_loader, args, accelerator, save_pictures, None, settings)
 
     if is_sharded(accelerator):
         guide = model.sg_network and whole_network(SemanticGuidedNetwork, model.sg_network)

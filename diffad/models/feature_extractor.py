@@ -294,10 +294,13 @@ def _choose_layers(
     """Indices of the backbone's layers, as timm counts them, and their strides.
 
     Raises:
-        ValueError: there are no such layers, or a stride is that of several.
+        ValueError: timm does not know the backbone, there are no such layers, or a stride is that of several.
     """
-    with torch.device("meta"):  # only to read which strides there are
-        available = [layer["reduction"] for layer in _create_backbone(backbone, None, False).feature_info.info]
+    try:
+        with torch.device("meta"):  # only to read which strides there are
+            available = [layer["reduction"] for layer in _create_backbone(backbone, None, False).feature_info.info]
+    except RuntimeError as error:
+        raise ValueError(f"`backbone`: timm does not give {backbone!r}: {error}. See timm.list_models().") from error
     if out_indices is not None:
         indices = list(out_indices)
         if not indices or indices != sorted({i for i in indices if 0 <= i < len(available)}):

@@ -71,6 +71,12 @@ def test_wrong_strides_are_refused_with_the_right_ones(strides):
         TimmFeatureExtractor(BACKBONE, strides)
 
 
+@pytest.mark.parametrize("name", ["nope", "resnet18.nope"])
+def test_a_backbone_that_timm_does_not_know_is_refused(name):
+    with pytest.raises(ValueError, match=rf"`backbone`: timm does not give '{name}': .*timm.list_models"):
+        TimmFeatureExtractor(name)
+
+
 def test_a_transformers_layers_are_chosen_by_index(tmp_path):
     """All of its blocks have one stride: the first of them was taken, without a word."""
     with pytest.raises(ValueError, match=r"`strides`: 12 layers of 'vit_tiny_patch16_224' have stride 16.*out_indices"):

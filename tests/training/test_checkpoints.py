@@ -41,6 +41,21 @@ def test_a_new_training_beside_checkpoints_of_an_earlier_one_says_so(run, capsys
     assert "holds checkpoints of an earlier training, checkpoint-3 last" in capsys.readouterr().out
 
 
+def test_settings_that_the_weights_depend_on_stay(run):
+    accelerator, args = run
+    save_checkpoint(accelerator, args, 4, {"beta_schedule": "linear", "feature_strides": (2, 4), "preset": None})
+    same = {"beta_schedule": "linear", "feature_strides": [2, 4], "preset": None}
+    assert resume(accelerator, args, {**same, "of_a_later_version": 1}) == 4
+    for change, words in (
+        ({"feature_strides": [2]}, "--feature_strides is 2, but .*checkpoint-4 was trained with 2 4. Give that, or"),
+        ({"preset": "cpu-64"}, "--preset is cpu-64, but .* was trained with not given"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            resume(accelerator, args, {**same, **change})
+    args.resume_from_checkpoint = str(Path(args.output_dir, "checkpoint-3"))  # an earlier version's does not tell
+    assert resume(accelerator, args, same) == 3
+
+
 def test_a_renamed_checkpoint(run):
     accelerator, args = run
     renamed = Path(args.output_dir, "checkpoint-3").rename(Path(args.output_dir, "best"))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import relative_error, texture, tiny_pipeline, write_folder, write_mvtec
 from launching import launch
+from test_pipeline_diad import make_pipeline
 
 from diffad import AnomalyDenoisePipeline, GaussianFeatureModel
 from diffad.training import fit_gaussian
@@ -147,6 +148,9 @@ def test_wrong_arguments_end_in_one_clear_line(saved, good, tmp_path, capsys):
         assert words.split(".*")[0] in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="no_such"):
         fit(saved, tmp_path / "no_such")
+    make_pipeline().save_pretrained(tmp_path / "diad")
+    with pytest.raises(ValueError, match=r"--model: .*diad holds .* DiADPipeline, which .*Give one of the class Ano"):
+        fit(tmp_path / "diad", good)
 
 
 def test_an_interrupted_write_leaves_the_old_one(saved, good, monkeypatch):

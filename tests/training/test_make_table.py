@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,22 @@ def test_rows_that_train_their_own_model(data, tmp_path):
     written = weights.stat().st_mtime_ns
     assert run(table, None, data, tmp_path / "t.json") == results  # nothing is trained again
     assert weights.stat().st_mtime_ns == written
+    # nor is a model taken that was trained with other flags
+    other = write_mvtec(tmp_path / "other", {"tile": 2})
+    config.write_text(yaml.safe_dump({**flags, "false_alarm_rate": 0.5}))
+    same_name = [{"name": "2 x 2", "train": {"feature_resolution": 4}}, rows[1]]
+    for wanted, of, more, words in (
+        (table, data, ("--seed", 1), r"another --seed \(0, not 1\)"),
+        (table, other, (), r"another --data \(.*, not .*other\"\)"),
+        (table, data, ("--train_config", config), "another --train_config"),
+        (write_table(tmp_path / "s.yaml", same_name), data, (), r"another `train` of its row"),
+    ):
+        with pytest.raises(ValueError, match=rf"--output: .*2-x-2 was trained with {words}.*choose another --output"):
+            run(wanted, None, of, tmp_path / "t.json", *more)
+    assert weights.stat().st_mtime_ns == written
+    (tmp_path / "t" / "2-x-2" / "row.json").unlink()  # as in a folder of an earlier version
+    with pytest.raises(ValueError, match=r"another --seed \(0, not 1\)"):
+        run(table, None, data, tmp_path / "t.json", "--seed", 1)
 
 
 def test_padim_has_a_row_over_the_features_of_each_model(model, data, tmp_path):
@@ -203,6 +220,38 @@ def test_a_row_may_have_another_scheduler(data, tmp_path):
 def test_wrong_tables_say_what_is_wrong(rows, more, message, model, data, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(write_table(tmp_path / "t.yaml", rows), model, data, tmp_path / "t.json", *more)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("t.json", '{"results": {}}', "t.json is no table of make_table.py"),
+        ("t.json", "notes", "t.json is no table of make_table.py"),
+        ("t.md", "notes", "t.md would be replaced, and is of no table"),
+    ],
+)
+def test_only_a_table_is_replaced(name, content, words, model, data, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"--output: .*{words}.*Give another file"):
+        run("noise_levels", model, data, tmp_path / "t.json")
+    assert (tmp_path / name).read_text() == content
+
+
+def test_a_table_takes_the_place_of_an_earlier_one(model, data, tmp_path):
+    table = write_table(tmp_path / "t.yaml", [{"name": "a", "calibrated": False}])
+    assert run(table, model, data, tmp_path / "t.json") == run(table, model, data, tmp_path / "t.json")
+
+
+def test_a_category_of_good_images_alone_is_told(model, tmp_path, capsys):
+    data = write_mvtec(tmp_path / "data", {"cup": 2, "tile": 2})
+    for folder in (data / "cup" / "test").iterdir():
+        if folder.name != "good":
+            shutil.rmtree(folder)
+    table = write_table(tmp_path / "t.yaml", [{"name": "a", "calibrated": False}])
+    run(table, model, data, tmp_path / "t.json")
+    words = "All images of cup are good: what compares both kinds (AUROC, AP, F1-max, PRO) stays empty, and so it does"
+    assert f"{words} in the mean: choose the others with --category." in capsys.readouterr().out
+    assert run(table, model, data, tmp_path / "t.json", "--category", "tile")["a"]["image_auroc"] >= 0.0
 
 
 def test_a_table_of_diad_compares_reconstructions_unless_its_rows_weigh_more():

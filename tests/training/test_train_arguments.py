@@ -88,6 +88,9 @@ def test_the_shipped_configurations_are_valid(name, data):
         (DATA, "max_train_step: 5\nlearning_rates: 1\n", "sets unknown flags learning_rates, max_train_step"),
         (DATA, "preset: gpu-9000\n", "preset.*gpu-9000"),
         (DATA, "max_train_steps: many\n", "--max_train_steps.*'many'"),
+        (DATA, "use_ema: 1\n", "--config: .*run.yaml: use_ema must be true or false, but is 1"),
+        (DATA, "use_ema: 'true'\n", "use_ema must be true or false"),
+        ((*DATA, "--beta_schedule", "foo"), None, "--beta_schedule.*'foo'.*scaled_linear"),
         (DATA, "- max_train_steps\n", "--config"),
         (DATA, "a: [1\n", "--config"),
         (DATA, "category: größe\n".encode("latin-1"), "--config: .*run.yaml is not YAML"),
@@ -151,6 +154,13 @@ def test_a_configuration_is_read_alike_in_every_locale(tmp_path, encoding):
 def test_a_configuration_may_say_no_to_mixed_precision(tmp_path):
     (config := tmp_path / "config.yaml").write_text("mixed_precision: no\n")  # False, as YAML reads it
     assert train_ddpm.parse_args(["--config", str(config), *DATA]).mixed_precision == "no"
+
+
+def test_a_configuration_may_say_no_to_a_tracker_and_a_region(tmp_path):
+    (config := tmp_path / "config.yaml").write_text("report_to: no\nroi: false\n")  # False, as YAML reads it
+    args = train_ddpm.parse_args(["--config", str(config), *DATA])
+    assert (args.report_to, args.roi) == (None, None)
+    assert train_ddpm.parse_args(["--config", str(config), *DATA, "--roi", "mask.png"]).roi == "mask.png"
 
 
 @pytest.mark.parametrize(

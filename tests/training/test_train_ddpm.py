@@ -23,6 +23,7 @@ from conftest import (
 )
 from ddpm_runs import flags, good, load, tiny, train  # noqa: F401 (fixtures)
 from PIL import Image
+from test_pipeline_diad import make_pipeline
 
 from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
 from diffad.images import images_to_tensors
@@ -302,6 +303,23 @@ def test_no_images_too_few_images_no_folder(tiny, tmp_path):
         train(write_folder(tmp_path / "part", 2), tmp_path / "run", start=tiny)
     with pytest.raises(ValueError, match=r"`category`.*\['tile'\]"):
         train(write_mvtec(tmp_path / "tree"), tmp_path / "run", "--category", "bolt", start=tiny)
+
+
+def test_what_is_no_pipeline_to_start_from_is_told_with_its_flag(good, tiny, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "diad")
+    flag = "--pretrained_model_name_or_path"
+    with pytest.raises(ValueError, match=rf"{flag}: .*diad holds .* DiADPipeline, which train_diad.py trains"):
+        train(good, tmp_path / "run", start=tmp_path / "diad")
+    with pytest.raises(FileNotFoundError, match=rf"{flag}: there is no folder .*daid. Did you mean .*diad\?"):
+        train(good, tmp_path / "run", start=tmp_path / "daid")
+    with pytest.raises(FileNotFoundError, match=rf"{flag}: .*part holds no pipeline \(no model_index.json there"):
+        train(good, tmp_path / "run", start=good)
+
+
+def test_rates_that_the_schedule_cannot_take_are_told_with_their_flags(good, tiny, tmp_path):
+    more = ("--lr_scheduler", "polynomial", "--learning_rate", 1e-8)
+    with pytest.raises(ValueError, match=r"--lr_scheduler polynomial, --learning_rate 1e-08: lr_end"):
+        train(good, tmp_path, *more, start=tiny)
 
 
 def test_three_images_are_enough(tiny, tmp_path):

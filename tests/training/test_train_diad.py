@@ -16,7 +16,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import generator, texture, textures, write_folder, write_mvtec, write_png
+from conftest import generator, texture, textures, tiny_pipeline, write_folder, write_mvtec, write_png
 from diad_runs import (  # noqa: F401 (fixtures)
     SG_NETWORK,
     UNET,
@@ -82,8 +82,13 @@ def test_from_a_folder_of_good_images_alone(tmp_path):
     assert pipeline.calibration.normal_scores.shape == (1, 1)
     # with nothing trained to keep, the encoder is trained too
     torch.manual_seed(0)
-    start = train_diad.create_components(train_diad.parse_args([str(argument) for argument in arguments]))["unet"]
-    assert moved(start.state_dict(), pipeline.unet.state_dict()) == set(start.state_dict())
+    start = train_diad.create_components(train_diad.parse_args([str(argument) for argument in arguments]))
+    assert moved(start["unet"].state_dict(), pipeline.unet.state_dict()) == set(start["unet"].state_dict())
+    # and the guidance does not begin at nothing
+    assert all(conv.weight.any() for conv in start["sg_network"].controlnet_down_blocks.values())
+    arguments.append("--zero_convolutions")
+    start = train_diad.create_components(train_diad.parse_args([str(argument) for argument in arguments]))
+    assert not any(conv.weight.any() for conv in start["sg_network"].controlnet_down_blocks.values())
     record = json.loads((output / "training.json").read_text())
     assert record["steps"] == 2
     assert record["arguments"]["train_whole_unet"] is True
@@ -209,7 +214,7 @@ def test_a_trained_pipelines_scheduler_stays_and_its_noise_is_trained_on(
     ("scheduler", "named"),
     [
         (DDIMScheduler(**{**SCHEDULER, "prediction_type": "sample"}), "DDIMScheduler has the prediction_type 'sample'"),
-        (diffusers.FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler has the prediction_type None"),
+        (diffusers.CMStochasticIterativeScheduler(), "CMStochasticIterativeScheduler has the prediction_type None"),
     ],
 )
 def test_a_denoiser_that_predicts_neither_noise_nor_velocity_is_refused(good, other, tmp_path, scheduler, named):
@@ -506,5 +511,38 @@ def test_what_only_the_networks_know_is_told_before_training(good, tiny, start_v
         train(good, tmp_path, tiny, resolution=15)
     with pytest.raises(ValueError, match="--resolution must be a multiple of 2 for this autoencoder, but is 15"):
         train_vae(good, tmp_path, "--pretrained_model_name_or_path", start_vae, resolution=15)
+    with pytest.raises(ValueError, match="--num_inference_steps must be at most 1000 here, but is 2000"):
+        train(good, tmp_path, tiny, "--num_inference_steps", 2000)
     with pytest.raises(ValueError, match=r"`strength` of 0.1 leaves none of 2 steps"):
         train(good, tmp_path, tiny, "--strength", 0.1)
+
+
+def test_what_is_no_model_to_start_from_is_told_with_its_flag(good, tiny, tmp_path):
+    tiny_pipeline().save_pretrained(other := tmp_path / "other")
+    start = "--pretrained_model_name_or_path"
+    with pytest.raises(ValueError, match=rf"{start}: .* AnomalyDenoisePipeline, which train_ddpm.py trains"):
+        train(good, tmp_path / "run", other)
+    with pytest.raises(FileNotFoundError, match=rf"{start}: there is no folder .*ohter. Did you mean .*other\?"):
+        train(good, tmp_path / "run", tmp_path / "ohter")
+    with pytest.raises(FileNotFoundError, match=rf"{start}: there is no folder /typo"):
+        train_vae(good, tmp_path / "run", start, "/typo")
+    for vae, words in (
+        (other, "AnomalyDenoisePipeline, which has no autoencoder. Give what train_autoencoder.py has saved"),
+        (good, "holds no autoencoder .neither config.json nor vae/config.json there"),
+        (tmp_path / "no_such", "no folder .*no_such"),
+    ):
+        with pytest.raises(FileNotFoundError, match=rf"--vae_path: .*{words}"):
+            train(good, tmp_path / "run", tiny, "--vae_path", vae)
+
+
+def test_a_resumed_run_has_the_loss_that_it_began_with(good, tiny, start_vae, tmp_path):
+    more = ("--resume_from_checkpoint", "latest")
+    train(good, tmp_path / "diad", tiny)
+    with pytest.raises(ValueError, match=r"--train_whole_unet is True, but .*checkpoint-2 was trained with False"):
+        train(good, tmp_path / "diad", tiny, *more, "--train_whole_unet", steps=3)
+    train(good, tmp_path / "diad", tiny, *more, "--sigma", 2, steps=3)
+    start = ("--pretrained_model_name_or_path", start_vae)
+    train_vae(good, tmp_path / "vae", *start)
+    with pytest.raises(ValueError, match=r"--kl_weight is 0.5, but .*checkpoint-2 was trained with 1e-06"):
+        train_vae(good, tmp_path / "vae", *start, *more, "--kl_weight", 0.5, steps=3)
+    train_vae(good, tmp_path / "vae", *start, *more, "--backbone", "resnet18", steps=3)  # of no loss here

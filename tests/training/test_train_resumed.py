@@ -140,6 +140,36 @@ def test_a_resumed_run_takes_no_other_rates(good, tiny, tmp_path, flag, value):
     assert json.loads((tmp_path / "training.json").read_text())["steps"] == 4
 
 
+def test_a_resumed_run_has_no_fewer_steps_than_its_checkpoint(good, tiny, tmp_path):
+    train(good, tmp_path, start=tiny, steps=4)
+    before = (tmp_path / "training.json").read_text()
+    more = ("--resume_from_checkpoint", "latest")
+    with pytest.raises(ValueError, match="--max_train_steps is 2, but the checkpoint has been trained for 4 steps"):
+        train(good, tmp_path, *more, start=tiny, steps=2)
+    with pytest.raises(ValueError, match="--num_train_epochs 1 makes 3, but the checkpoint has been trained for 4"):
+        train(good, tmp_path, "--num_train_epochs", 1, *more, start=tiny)
+    assert (tmp_path / "training.json").read_text() == before
+
+
+def test_a_resumed_run_has_the_loss_and_the_networks_that_it_began_with(good, tiny, tmp_path):
+    more = ("--resume_from_checkpoint", "latest")
+    train(good, tmp_path / "new", "--use_ema")
+    for flag, value in (
+        ("--beta_schedule", "scaled_linear"),
+        ("--timestep_exponent", 2.0),
+        ("--feature_image_size", 32),
+        ("--ema_decay", 0.5),
+    ):
+        with pytest.raises(ValueError, match=rf"{flag} is {value}, but .*checkpoint-2 was trained with .*Give that"):
+            train(good, tmp_path / "new", "--use_ema", flag, value, *more, steps=3)
+    train(good, tmp_path / "new", "--use_ema", *more, steps=3)
+    # a pipeline that is trained further has its own networks, whatever the flags say of them
+    train(good, tmp_path / "further", start=tiny)
+    train(good, tmp_path / "further", "--beta_schedule", "scaled_linear", *more, start=tiny, steps=3)
+    with pytest.raises(ValueError, match=r"--feature_loss_weight is 3.0, but .*checkpoint-3 was trained with 1.0"):
+        train(good, tmp_path / "further", "--feature_loss_weight", 3, *more, start=tiny, steps=4)
+
+
 def test_a_resumed_run_holds_out_the_images_that_it_began_with(good, tiny, tmp_path, monkeypatch):
     shutil.copytree(good, data := tmp_path / "data" / "part")
     more = ("--resume_from_checkpoint", "latest")
@@ -157,27 +187,30 @@ def test_a_resumed_run_holds_out_the_images_that_it_began_with(good, tiny, tmp_p
     train(tmp_path / "part", output, *more, "--seed", 1, start=tiny, steps=5)
 
 
-def test_minutes_are_counted_anew_where_no_checkpoint_was_left(good, tiny, tmp_path, monkeypatch):
+def test_minutes_are_counted_anew_where_no_checkpoint_was_left(good, tiny, tmp_path, monkeypatch, capsys):
     arguments = flags(good, tmp_path, start=tiny)
     at = arguments.index("--max_train_steps")
     arguments = [*arguments[:at], *arguments[at + 2 :], "--resume_from_checkpoint", "latest", "--minutes"]
     asked = []
 
     def killed(model, batch_loss, data_loader, args, *more):
-        asked.append(args.max_train_steps)
+        asked.append((args.max_train_steps, args.minutes))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_ddpm, "train", killed)
     for minutes in (0.001, 60):
         with pytest.raises(KeyboardInterrupt):
             train_ddpm.main([*arguments, str(minutes)])
-    assert asked[0] == FEWEST_STEPS
-    assert asked[1] > FEWEST_STEPS
+    assert asked[0] == (FEWEST_STEPS, 0.001)
+    assert asked[1][0] > FEWEST_STEPS
+    assert f"60 minutes are {asked[1][0]} steps: --max_train_steps repeats it." in capsys.readouterr().out
     # with a checkpoint, the number that the run began with counts
     (tmp_path / "checkpoint-1").mkdir()
     with pytest.raises(KeyboardInterrupt):
         train_ddpm.main([*arguments, "0.001"])
     assert asked[2] == asked[1]
+    words = f"It goes on with the {asked[1][0]} steps that it began with, of 60 minutes: --max_train_steps asks for"
+    assert words in capsys.readouterr().out
 
 
 def test_the_seed_decides(good, tiny, tmp_path):
