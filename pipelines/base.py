@@ -19,6 +19,7 @@ from diffad.pipelines.checks import category_indices
 from diffad.pipelines.saving import finish_saving, save_whole
 from diffad.pipelines.sharing import add_records_and_card, records_folder, remove_local_paths
 from diffad.pipelines.version_0_1 import remove_code, upgrade_index
+from diffad.registration import PIPELINES
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +86,7 @@ class AnomalyPipeline(DiffusionPipeline):
         """Loads a pipeline from a folder or the Hub: diffusers' own, but never from a pickle.
 
         Raises:
+            ValueError: it holds a pipeline of other networks; the message names its class.
             HfHubHTTPError: what the Hub says when it refuses, such as `RepositoryNotFoundError`.
         """
         if os.path.isdir(pretrained_model_name_or_path):
@@ -105,8 +107,17 @@ class AnomalyPipeline(DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        # where diffusers reads `model_index.json`, from a folder and from the Hub
-        return upgrade_index(super()._dict_from_json_file(json_file))
+        # where diffusers reads `model_index.json`, from a folder and from the Hub, before any weights
+        index = upgrade_index(super()._dict_from_json_file(json_file))
+        own = {base.__name__ for base in cls.__mro__} & {*PIPELINES}
+        found = index.get("_class_name")
+        # all others are made of the same networks, and load from each other's folders
+        if own and found in PIPELINES and (found == "DiADPipeline") != ("DiADPipeline" in own):
+            raise ValueError(
+                f"`pretrained_model_name_or_path` holds a {found}, and {cls.__name__} takes other networks: load it "
+                f"with `{found}.from_pretrained`."
+            )
+        return index
 
     def save_pretrained(
         self,
@@ -124,7 +135,8 @@ class AnomalyPipeline(DiffusionPipeline):
         Args:
             save_directory: the folder.
             safe_serialization: always True: weights are saved in safetensors.
-            variant: of the weights' file names, such as "fp16".
+            variant: of the weights' file names, such as "fp16". All variants in a folder share the calibration that was
+                saved last.
             max_shard_size: larger weights are split, as in diffusers.
             push_to_hub: uploads it as well; `kwargs` are those of `push_to_hub`, whose `repo_id` is the folder's name
                 unless given.

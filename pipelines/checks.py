@@ -103,14 +103,63 @@ def check_resolution(resolution: Side, size_multiple: int) -> None:
     sides: list[Any] = list(resolution) if isinstance(resolution, (list, tuple)) else [resolution] * 2
     if len(sides) != 2:
         raise ValueError(f"`processing_resolution` must be one side, or height and width, but is {resolution!r}.")
-    if not all(isinstance(side, int) and side >= size_multiple for side in sides):
-        raise ValueError(f"`processing_resolution` must be at least {size_multiple}, but is {resolution!r}.")
+    if not all(isinstance(side, (int, np.integer)) and side >= size_multiple for side in sides):
+        raise ValueError(
+            f"`processing_resolution` must be at least {size_multiple}, in whole pixels, but is {resolution!r}."
+        )
     if any(side % size_multiple for side in sides):
         nearest = [round(side / size_multiple) * size_multiple for side in sides]
         raise ValueError(
             f"`processing_resolution` must be a multiple of {size_multiple} for this network, but is {resolution}. "
-            f"Try {nearest[0] if isinstance(resolution, int) else nearest}."
+            f"Try {nearest[0] if isinstance(resolution, (int, np.integer)) else nearest}."
         )
+
+
+def check_feature_resolution(resolution: Side | None, largest: tuple[int, int]) -> None:
+    """Raises a ValueError where `feature_resolution` is no grid in images of `largest` pixels (height, width)."""
+    sides: list[Any] = list(resolution) if isinstance(resolution, (list, tuple)) else [resolution] * 2
+    fits = len(sides) == 2 and all(
+        isinstance(side, (int, np.integer)) and 1 <= side <= most for side, most in zip(sides, largest, strict=True)
+    )
+    if resolution is not None and not fits:
+        raise ValueError(
+            "`feature_resolution` must be one side, or rows and columns, from 1 to the "
+            f"{largest[0]} x {largest[1]} pixels that the features are of, but is {resolution!r}."
+        )
+
+
+def check_required(**components: Any) -> None:
+    """Raises a ValueError where a component, given by its name, is None and no pipeline works without."""
+    for name, component in components.items():
+        if component is None:
+            raise ValueError(f"`{name}` is None, and this pipeline does not work without one. Give it one.")
+
+
+def check_denoiser(unet: Any, scheduler: Any, feature_extractor: TimmFeatureExtractor) -> None:
+    """Raises a ValueError where AnomalyDenoise's denoiser does not go with its scheduler or its features."""
+    if (unet is None) != (scheduler is None):
+        raise ValueError("`unet` and `scheduler` go together: give both, or None for both.")
+    if unet is None:
+        return
+    if "clip_sample" not in scheduler.config:
+        raise ValueError(
+            f"`scheduler` is a {type(scheduler).__name__}, which has no posterior to compare with: use DDPMScheduler. "
+            "`denoise` takes another as an argument."
+        )
+    predicted, true = unet.config.feature_channels, feature_extractor.num_channels
+    if predicted != true:
+        raise ValueError(
+            f"`unet` predicts features of {predicted} channels, but `feature_extractor` gives {true}. Use the feature "
+            "extractor that the denoiser was trained with."
+        )
+
+
+def check_timesteps(timesteps: Any, scheduler: Any) -> None:
+    """Raises a ValueError where they are none of the scheduler's, of which there is none without a denoiser."""
+    last = (1000 if scheduler is None else scheduler.config.num_train_timesteps) - 1
+    listed = list(timesteps) if hasattr(timesteps, "__iter__") else []
+    if not listed or any(not isinstance(t, (int, np.integer)) or not 0 <= t <= last for t in listed):
+        raise ValueError(f"`timesteps` must list integers in [0, {last}], but is {timesteps!r}.")
 
 
 def category_indices(
@@ -162,7 +211,9 @@ def scored_layers(score_strides: Sequence[int] | None, feature_extractor: TimmFe
         ValueError: a stride is none of the extractor's.
     """
     strides = list(feature_extractor.config.strides)
-    if score_strides is not None and (not score_strides or any(stride not in strides for stride in score_strides)):
+    strides_or_one: Any = score_strides
+    given = list(strides_or_one) if hasattr(strides_or_one, "__iter__") else [strides_or_one]
+    if score_strides is not None and (not given or any(stride not in strides for stride in given)):
         raise ValueError(f"`score_strides` must be taken from {strides}, the extractor's, but is {score_strides}.")
     of_layers = feature_extractor.layer_strides
     return [i for i, stride in enumerate(of_layers) if score_strides is None or stride in score_strides]
@@ -176,8 +227,8 @@ def check_value_range(value_range: float | None) -> None:
 
 def check_map_settings(position_trust: float, contrast: float) -> None:
     """Raises a ValueError where one is out of its range."""
-    if not 0.0 <= contrast < math.inf:
-        raise ValueError(f"`contrast` must be finite and not negative, but is {contrast}.")
+    if not isinstance(contrast, Real) or not 0.0 <= contrast < math.inf:
+        raise ValueError(f"`contrast` must be finite and not negative, but is {contrast!r}.")
     check_share("position_trust", position_trust)
 
 
@@ -267,11 +318,14 @@ def map_weights(weights: dict[str, float] | None, alpha: float, has_denoiser: bo
 
 def named_weights(weights: dict[str, float], names: Sequence[str]) -> dict[str, float]:
     """The weights of all maps by their names; raises a ValueError where there is one for no map, or none above 0."""
-    unknown = sorted({*weights} - {*names})
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"`weights` must give maps their weights, such as {{{names[0]!r}: 1.0}}, but is {weights!r}.")
+    unknown = sorted(map(str, {*weights} - {*names}))
     if unknown:
         raise ValueError(f"`weights` must be of {', '.join(names)}, but names {', '.join(unknown)}.")
     weights = dict(weights)
-    if any(not 0.0 <= weight < math.inf for weight in weights.values()) or not sum(weights.values()):
+    are_weights = all(isinstance(weight, Real) and 0.0 <= weight < math.inf for weight in weights.values())
+    if not are_weights or not sum(weights.values()):
         raise ValueError(f"`weights` must be finite, not negative and not all 0, but are {weights}.")
     return {name: float(weights.get(name, 0.0)) for name in names}
 

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from diffad.calibration.category_features import mean_features, nearest_category
 from diffad.calibration.fitting import CalibrationFit, ScoreFunctions
-from diffad.calibration.recorded_settings import OWN_NOISE, SMOOTHS_INSIDE
+from diffad.calibration.recorded_settings import OWN_NOISE, RECOGNISES_INSIDE, SMOOTHS_INSIDE
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.grey_depth import warn_of_found_range
 from diffad.images import ImageSequence, as_size, common_value_range, images_to_pixel_values, resize_images
@@ -34,6 +34,7 @@ from diffad.resizing import map_reach
 from diffad.scoring import Measurement, empty_measurement, heighten_contrast
 from diffad.seeding import image_generators
 from diffad.tiling import tile_height_and_width
+from diffad.warn_once import warn_once
 
 FEWEST_IMAGES = 3  # of fewer, none can be left out: the others need a covariance
 FEW_IMAGES = 20  # of which none can be spared for anything but statistics and thresholds
@@ -68,7 +69,7 @@ class DetectionPipeline(AnomalyPipeline):
 
     @property
     def scheduler_settings(self) -> dict[str, Any]:
-        """What a calibration records of the scheduler, of a method whose measurement has steps."""
+        """What a calibration records of the scheduler, `{SCHEDULER: ...}`, or nothing where none counts."""
         return {}
 
     @property
@@ -202,7 +203,7 @@ class DetectionPipeline(AnomalyPipeline):
         shown = ImageSequence.of_rows(statistics_images, for_statistics, self.config.value_range or found)
         own_image = shown[:1] if accelerator is None or accelerator.is_main_process else None  # one process warns
         region = self._new_region(roi, index, own_image)
-        moments = self._category_moments(shown, batch_size, accelerator)
+        moments = self._category_moments(shown, index, region, batch_size, accelerator)
         if self.tile_size is not None:
             if len(for_statistics) < FEWEST_IMAGES:
                 raise ValueError(
@@ -254,6 +255,8 @@ class DetectionPipeline(AnomalyPipeline):
     def recognise(self, images: ImageSequence, batch_size: int) -> list[int]:
         """The index of each image's category, by its features: of a model of several, where none is given.
 
+        Each category looks at its own region of interest alone, in one pass of the feature extractor for each region.
+
         Raises:
             ValueError: not all categories are calibrated, or were by an earlier version, which kept nothing of that.
         """
@@ -263,9 +266,20 @@ class DetectionPipeline(AnomalyPipeline):
                 f"`category` is needed: this model knows {', '.join(self.categories)}, and its calibration not what "
                 "they all look like. Pass one of them, or calibrate it again for each."
             )
+        regions = self.region
+        if regions is not None and not (calibration.config.settings or {}).get(RECOGNISES_INSIDE):
+            regions = None  # an earlier version's means are those of whole images
+            warn_once(
+                "This pipeline was calibrated by an earlier version, which tells categories apart by what lies outside "
+                "of their regions of interest as well. Calibrate it again for each, or pass a `category`."
+            )
+        which = torch.zeros(len(self.categories), dtype=torch.long)  # of the distinct regions each category's is
+        if regions is not None:
+            regions, which = regions.unique(dim=0, return_inverse=True)
+        means, covariances = calibration.category_mean, calibration.category_covariance
         found = [
-            nearest_category(features, calibration.category_mean, calibration.category_covariance)
-            for features in self._category_features(images, batch_size)
+            nearest_category(features[:, which], means, covariances)
+            for features in self._category_features(images, batch_size, regions)
         ]
         return torch.cat(found).tolist()
 
@@ -274,25 +288,44 @@ class DetectionPipeline(AnomalyPipeline):
         several = len(self.categories) > 1 and self.feature_extractor is not None
         return sum(self.feature_extractor.layer_channels) if several else None
 
-    def _category_features(self, images: ImageSequence, batch_size: int) -> Iterator[torch.Tensor]:
-        """(B, C), batch by batch: what of the features tells categories apart."""
+    def _category_features(
+        self, images: ImageSequence, batch_size: int, regions: torch.Tensor | None
+    ) -> Iterator[torch.Tensor]:
+        """(B, D, C), batch by batch: what of the features tells categories apart, of each of D regions (D, h, w) bool.
+
+        Of whole images, (B, 1, C), where there are none.
+        """
         size = as_size(self.input_resolution)
         for start in range(0, len(images), batch_size):
             pixel_values = images_to_pixel_values(images[start : start + batch_size], size)
-            yield mean_features(self.feature_extractor, pixel_values.to(self._execution_device))
+            pixel_values = pixel_values.to(self._execution_device)
+            numbers = torch.arange(1 if regions is None else len(regions), device=pixel_values.device)
+            of_regions = (
+                hide_outside(pixel_values, inside_region(regions, i.expand(len(pixel_values)), size)) for i in numbers
+            )
+            yield torch.stack([mean_features(self.feature_extractor, one) for one in of_regions], dim=1)
 
     def _category_moments(
-        self, images: ImageSequence, batch_size: int, accelerator: Accelerator | None
+        self,
+        images: ImageSequence,
+        category: int,
+        regions: torch.Tensor | None,
+        batch_size: int,
+        accelerator: Accelerator | None,
     ) -> FeatureMoments | None:
-        """Mean and covariance of `_category_features` over good images, of this process's share and then of all."""
+        """Mean and covariance of `_category_features` over good images, of this process's share and then of all.
+
+        `regions` is that of each category, (K, h, w) bool, or None.
+        """
         if self._category_channels is None or len(images) < 2:
             return None
         moments: FeatureMoments | None = None
         mine = process_share(len(images), accelerator)
         chosen = mine or range(1)  # whose features tell the shapes
-        for features in self._category_features(images[chosen.start : chosen.stop : chosen.step], batch_size):
-            moments = moments or FeatureMoments(1, features.shape[1], features.device)
-            moments.update(features[: len(features) if mine else 0, :, None])
+        own = None if regions is None else regions[category : category + 1]
+        for features in self._category_features(images[chosen.start : chosen.stop : chosen.step], batch_size, own):
+            moments = moments or FeatureMoments(1, features.shape[2], features.device)
+            moments.update(features[: len(features) if mine else 0].mT)
         if moments is not None:
             moments.reduce(accelerator)
         return moments
@@ -408,6 +441,8 @@ class DetectionPipeline(AnomalyPipeline):
         settings = {name: value for name, value in self.config.items() if name in names} | self.scheduler_settings
         if region is not None:
             settings[SMOOTHS_INSIDE] = True
+            if self._category_channels is not None:
+                settings[RECOGNISES_INSIDE] = True
         if not self.scores_features:
             settings[OWN_NOISE] = own_noise
         return CalibrationFit(
@@ -534,3 +569,9 @@ def setting_names(pipeline_class: type[DetectionPipeline]) -> list[str]:
     parameters = inspect.signature(pipeline_class.__init__).parameters.values()
     settings = [p.name for p in parameters if p.default is not inspect.Parameter.empty]
     return [name for name in settings if name not in pipeline_class._optional_components]
+
+
+def scheduler_record(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's configuration in the form that a calibration saves."""
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in config.items()}

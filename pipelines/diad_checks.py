@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 
+from diffad.exporting import is_exporting
 from diffad.image_sizes import Side, as_side
 from diffad.latents import latent_factor
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
-from diffad.pipelines.checks import check_smoothing, named_weights
+from diffad.pipelines.checks import check_required, check_smoothing, named_weights
 
 RECONSTRUCTION_MAPS = ("reconstruction", "gaussian", "nearest")  # what DiAD joins
 
@@ -21,9 +24,17 @@ def check_components(
     vae: Any,
     unet: UNet2DConditionModel,
     prompt_embedding: PromptEmbedding,
+    scheduler: Any,
     sg_network: SemanticGuidedNetwork | None,
 ) -> None:
-    """Raises a ValueError where two components do not fit together."""
+    """Raises a ValueError where a component is missing, or two do not fit together."""
+    check_required(vae=vae, unet=unet, prompt_embedding=prompt_embedding, scheduler=scheduler)
+    unknown = [name for name in ("add_noise", "init_noise_sigma") if not hasattr(scheduler, name)]
+    if unknown:
+        raise ValueError(
+            f"`scheduler` is a {type(scheduler).__name__}, which has no `{unknown[0]}`. Use one that goes back from "
+            "noise as DDPM's, such as DDIMScheduler or DPMSolverMultistepScheduler."
+        )
     missing = [name for name in ("block_out_channels", "latent_channels") if name not in vae.config]
     if missing:
         raise ValueError(
@@ -55,11 +66,27 @@ def check_latent_statistics(vae: Any, mean: Sequence[float] | None, std: Sequenc
     if mean is None and std is None:
         return
     channels = vae.config.latent_channels
-    if mean is None or std is None or len(mean) != channels or len(std) != channels or not min(std) > 0.0:
+    if not are_statistics(mean, std, channels):
         raise ValueError(
             f"`latents_mean` and `latents_std` go together: a number for each of the {channels} channels of `vae`, "
             f"above 0 in the latter, but they are {mean} and {std}."
         )
+
+
+def check_colour_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raises a ValueError where they do not normalise the three colours of images."""
+    if not are_statistics(mean, std, 3):
+        raise ValueError(
+            "`image_mean` and `image_std` must be a finite number for each of the 3 colours, above 0 in the latter, "
+            f"but they are {mean} and {std}."
+        )
+
+
+def are_statistics(mean: Any, std: Any, num_channels: int) -> bool:
+    """Whether a mean and a deviation, each a sequence, normalise so many channels."""
+    if not all(hasattr(values, "__len__") and len(values) == num_channels for values in (mean, std)):
+        return False
+    return all(isinstance(one, Real) and math.isfinite(one) for one in (*mean, *std)) and min(std) > 0.0
 
 
 def check_settings(distance: str, sigma: float, pooling_size: int, pooling_rounds: int) -> None:
@@ -67,10 +94,11 @@ def check_settings(distance: str, sigma: float, pooling_size: int, pooling_round
     if distance not in ("cosine", "mahalanobis"):
         raise ValueError(f'`distance` must be "cosine" or "mahalanobis", but is {distance!r}.')
     check_smoothing(sigma=sigma)
-    if pooling_size < 1 or pooling_rounds < 0:
+    are_integers = isinstance(pooling_size, Integral) and isinstance(pooling_rounds, Integral)
+    if not are_integers or pooling_size < 1 or pooling_rounds < 0:
         raise ValueError(
-            "`pooling_size` must be at least 1 and `pooling_rounds` at least 0, but they are "
-            f"{pooling_size} and {pooling_rounds}."
+            "`pooling_size` must be an integer of at least 1 and `pooling_rounds` one of at least 0, but they are "
+            f"{pooling_size!r} and {pooling_rounds!r}."
         )
 
 
@@ -89,6 +117,7 @@ def check_pixel_values(pixel_values: torch.Tensor, vae: Any) -> tuple[int, int]:
         ValueError: another shape.
     """
     multiple = latent_factor(vae)
+    check_tensor("pixel_values", pixel_values)
     if pixel_values.ndim != 4 or pixel_values.shape[1] != vae.config.in_channels:
         raise ValueError(
             f"`pixel_values` must have shape (N, {vae.config.in_channels}, H, W), but has {tuple(pixel_values.shape)}."
@@ -103,7 +132,7 @@ def check_pixel_values(pixel_values: torch.Tensor, vae: Any) -> tuple[int, int]:
 
 
 def check_latents(latents: torch.Tensor | None, vae: Any, sizes: tuple[int, int, int]) -> torch.Tensor | None:
-    """`latents` as they are, if they fit images of `sizes` (N, H, W).
+    """`latents` as they are, if they are finite numbers that fit images of `sizes` (N, H, W).
 
     Raises:
         ValueError: they do not.
@@ -111,12 +140,31 @@ def check_latents(latents: torch.Tensor | None, vae: Any, sizes: tuple[int, int,
     count, height, width = sizes
     factor = latent_factor(vae)
     shape = (count, vae.config.latent_channels, height // factor, width // factor)
-    if latents is not None and tuple(latents.shape) != shape:
+    if latents is None:
+        return None
+    check_tensor("latents", latents)
+    if tuple(latents.shape) != shape:
         raise ValueError(
             f"`latents` must have shape {shape} for {count} images of {height} x {width}, but has "
             f"{tuple(latents.shape)}."
         )
+    if not is_exporting() and not bool(latents.isfinite().all()):  # a graph's are drawn, and have no values yet
+        raise ValueError("`latents` holds NaN or infinity. Give noise, such as torch.randn's, or leave it out.")
     return latents
+
+
+def check_latent_channels(latents: torch.Tensor, vae: Any) -> None:
+    """Raises a ValueError where `latents` are none that an autoencoder decodes."""
+    check_tensor("latents", latents)
+    channels = vae.config.latent_channels
+    if latents.ndim != 4 or latents.shape[1] != channels:
+        raise ValueError(f"`latents` must have shape (N, {channels}, h, w), but has {tuple(latents.shape)}.")
+
+
+def check_tensor(name: str, values: Any) -> None:
+    """Raises a ValueError where an argument is no tensor."""
+    if not isinstance(values, torch.Tensor):
+        raise ValueError(f"`{name}` must be a torch.Tensor, but is of type {type(values).__name__}.")
 
 
 def check_tiled_reverse_process(
@@ -135,10 +183,10 @@ def check_tiled_reverse_process(
 
 def skipped_steps(num_inference_steps: int, strength: float) -> int:
     """How many of the first steps a strength leaves out; both are checked."""
-    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+    if not isinstance(num_inference_steps, Integral) or num_inference_steps < 1:
         raise ValueError(f"`num_inference_steps` must be a positive integer, but is {num_inference_steps!r}.")
-    if not 0.0 < strength <= 1.0:
-        raise ValueError(f"`strength` must lie in (0, 1], but is {strength}.")
+    if not isinstance(strength, Real) or not 0.0 < strength <= 1.0:
+        raise ValueError(f"`strength` must lie in (0, 1], but is {strength!r}.")
     steps = round(num_inference_steps * strength)
     if steps == 0:
         raise ValueError(

@@ -6,7 +6,6 @@ This file is long so that a call stands in one place: from the image over noise 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from diffusers import DDPMScheduler
 
 from diffad.calibration.coreset import patch_layers
 from diffad.calibration.feature_gaussian import feature_grid
+from diffad.calibration.recorded_settings import SCHEDULER
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.images import (
     ImageInput,
@@ -35,17 +35,22 @@ from diffad.pipelines.checks import (
     check_calibration,
     check_call,
     check_class_embeddings,
+    check_denoiser,
+    check_feature_resolution,
     check_map_settings,
+    check_required,
+    check_resolution,
     check_share,
     check_smoothing,
     check_tiled_call,
     check_tiles,
+    check_timesteps,
     check_value_range,
     map_weights,
     scored_layers,
     shares,
 )
-from diffad.pipelines.detection import DetectionPipeline
+from diffad.pipelines.detection import DetectionPipeline, scheduler_record
 from diffad.pipelines.feature_maps import feature_maps, measure_features, outlined
 from diffad.pipelines.large_images import detect_large, grid_of
 from diffad.pipelines.output import AnomalyOutput, ReconstructionOutput, convert_output, threshold_output
@@ -71,6 +76,16 @@ if TYPE_CHECKING:
     from diffad.pipelines.explaining import Explanation
 
 DEFAULT_ALPHA = 0.5  # the paper's
+SCHEDULER_SETTINGS = (  # of the forward process and its posterior, by which a calibration holds
+    "beta_end",
+    "beta_schedule",
+    "beta_start",
+    "clip_sample",
+    "clip_sample_range",
+    "num_train_timesteps",
+    "rescale_betas_zero_snr",
+    "trained_betas",
+)
 
 
 class AnomalyDenoisePipeline(DetectionPipeline):
@@ -171,17 +186,22 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         map_weights(weights, alpha, unet is not None)
         if weights is not None and alpha != DEFAULT_ALPHA:
             warn_once(f"`alpha` of {alpha} does not count where there are `weights`: give these instead.")
-        if (unet is None) != (scheduler is None):
-            raise ValueError("`unet` and `scheduler` go together: give both, or None for both.")
-        timesteps = [5, 50, 100] if timesteps is None else list(timesteps)
-        if scheduler is not None:
-            last = scheduler.config.num_train_timesteps - 1
-            if not timesteps or any(not isinstance(t, Integral) or not 0 <= t <= last for t in timesteps):
-                raise ValueError(f"`timesteps` must list integers in [0, {last}], but is {timesteps}.")
-        elif not feature_extractor.image_sizes and processing_resolution is None:
+        check_required(feature_extractor=feature_extractor)
+        check_denoiser(unet, scheduler, feature_extractor)
+        timesteps = [5, 50, 100] if timesteps is None else timesteps
+        check_timesteps(timesteps, scheduler)
+        if unet is None and not feature_extractor.image_sizes and processing_resolution is None:
             raise ValueError(
                 "`feature_extractor` needs an `image_size` where there is no `unet`: nothing else says one."
             )
+        # the denoiser halves so often
+        self.size_multiple = 1 if unet is None else 2 ** (len(unet.config.block_out_channels) - 1)
+        if processing_resolution is None:
+            processing_resolution = feature_extractor.image_sizes[-1] if unet is None else unet.config.sample_size
+        check_resolution(processing_resolution, self.size_multiple)
+        check_feature_resolution(feature_resolution, as_size(feature_extractor.input_resolution(processing_resolution)))
+        self.scored_layers = scored_layers(score_strides, feature_extractor)
+        self.patch_layers = patch_layers(feature_extractor.layer_strides)
         named = register_categories(categories)
         check_class_embeddings(unet, category_names(named))
         self.register_modules(
@@ -193,7 +213,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             gaussian=gaussian,
         )
         self.register_to_config(
-            timesteps=timesteps,
+            timesteps=list(timesteps),
             alpha=alpha,
             kl_sigma=kl_sigma,
             feature_sigma=feature_sigma,
@@ -202,18 +222,13 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             weights=weights,
             position_trust=position_trust,
             score_strides=None if score_strides is None else sorted(score_strides),
-            processing_resolution=processing_resolution
-            or (feature_extractor.image_sizes[-1] if unet is None else unet.config.sample_size),
+            processing_resolution=as_side(processing_resolution),
             feature_resolution=feature_resolution,
             categories=named,
             value_range=value_range,
             tile_size=tile_size,
             tile_overlap=tile_overlap,
         )
-        # the denoiser halves so often
-        self.size_multiple = 1 if unet is None else 2 ** (len(unet.config.block_out_channels) - 1)
-        self.scored_layers = scored_layers(score_strides, feature_extractor)
-        self.patch_layers = patch_layers(feature_extractor.layer_strides)
 
     @property
     def processing_resolution(self) -> int | tuple[int, int]:
@@ -278,7 +293,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             size = size if match_input_resolution else grid_of(self, images.sizes[0])[:2]
         seen = as_size(self.feature_extractor.input_resolution(resolution))
         own_noise = all(one is None for one in generators) if self.runs_denoiser else None
-        settings = {**self.config, "processing_resolution": as_side(resolution)}
+        settings = {**self.config, **self.scheduler_settings, "processing_resolution": as_side(resolution)}
         check_calibration(calibration, categories, self.categories, self.precision, settings, own_noise)
 
         anomaly_maps, anomaly_scores = [], []
@@ -418,6 +433,14 @@ class AnomalyDenoisePipeline(DetectionPipeline):
     def scores_features(self) -> bool:
         """Whether no map counts that the denoiser has a part in."""
         return not self.runs_denoiser
+
+    @property
+    def scheduler_settings(self) -> dict[str, Any]:
+        """What of the scheduler's configuration says how images are noised and compared, where the denoiser runs."""
+        if not self.runs_denoiser:
+            return {}
+        record = scheduler_record(self.scheduler)
+        return {SCHEDULER: {name: record[name] for name in SCHEDULER_SETTINGS if name in record}}
 
     @property
     def measuring_networks(self) -> tuple[Any, ...]:

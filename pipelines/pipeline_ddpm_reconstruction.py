@@ -115,7 +115,8 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
                 these. Floats lie in [0, 1].
             timestep: how far to noise. More noise hides larger defects, and more of the good parts.
             num_inference_steps: passes of the denoiser; at most `timestep`. It begins at that step of the scheduler's
-                own spacing from which so many are left, which is at most one spacing below `timestep`.
+                own spacing from which so many are left: at most one spacing below `timestep`, or, where that takes
+                more than whole timesteps, up to a tenth of `timestep` lower. Some large numbers of steps have none.
             scheduler: in the place of the pipeline's own.
             category: of a unified model, its name or index, one for all images or one each.
             batch_size: images in one pass of the network.
@@ -160,7 +161,7 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
         self._interrupt = False
 
         # 2. Of as many steps as would go all the way down, the last `num_inference_steps` are taken
-        total_steps = round(num_inference_steps * last / timestep)
+        total_steps = total_inference_steps(scheduler, timestep, num_inference_steps)
         begin = (total_steps - num_inference_steps) * scheduler.order
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         takes_variance = isinstance(scheduler, DDPMScheduler) and "learned" in scheduler.config.variance_type
@@ -214,3 +215,48 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
         # 7. As arrays or pictures
         output = AnomalyOutput(torch.cat(maps), torch.cat(scores), torch.cat(reconstructions))
         return convert_output(output, output_type, return_dict)
+
+
+def total_inference_steps(scheduler: SchedulerMixin, timestep: int, num_inference_steps: int) -> int:
+    """Of how many steps from noise the last `num_inference_steps` begin at `timestep`, or as near below as can be.
+
+    Most schedulers space steps by whole timesteps: of 400 steps they leave out the upper fifth of 1000.
+
+    Args:
+        scheduler: whose timesteps are set, and not kept.
+        timestep: at least 1, at most the scheduler's `num_train_timesteps`.
+        num_inference_steps: at least 1, at most `timestep`.
+
+    Raises:
+        ValueError: all begin more than a tenth of `timestep` and one spacing lower.
+    """
+    last = scheduler.config.num_train_timesteps
+    likely = round(num_inference_steps * last / timestep)
+    found: dict[int, tuple[float, int]] = {}
+    for total in sorted(range(1, last + 1), key=lambda total: abs(total - likely)):
+        for count, shortfall in steps_from(scheduler, timestep, total).items():
+            found[count] = min(found.get(count, (math.inf, 0)), (shortfall, total), key=lambda one: one[0])
+        if num_inference_steps in found and not found[num_inference_steps][0]:
+            break
+    if num_inference_steps in found:
+        return found[num_inference_steps][1]
+    nearest = min(found, key=lambda count: (abs(count - num_inference_steps), count))
+    raise ValueError(
+        f"`num_inference_steps`: the {type(scheduler).__name__} has no {num_inference_steps} evenly spaced steps from "
+        f"about `timestep` {timestep}. The nearest number that it has is {nearest}."
+    )
+
+
+def steps_from(scheduler: SchedulerMixin, timestep: int, total_steps: int) -> dict[int, float]:
+    """How many of the last of so many steps begin at `timestep` or not far below: each number with its shortfall.
+
+    That is by how much the beginning lies more than one spacing below, at most a tenth of `timestep`.
+    """
+    scheduler.set_timesteps(total_steps)
+    timesteps = scheduler.timesteps[:: scheduler.order].tolist()[:total_steps]
+    above = [2 * timesteps[0] - timesteps[1] if len(timesteps) > 1 else math.inf, *timesteps]
+    return {
+        total_steps - i: max(0.0, timestep - above[i])
+        for i, one in enumerate(timesteps)
+        if one <= timestep <= above[i] + timestep / 10 and total_steps - i <= timestep
+    }

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 
 from diffad.calibration.feature_gaussian import feature_grid
+from diffad.calibration.recorded_settings import SCHEDULER
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.exporting import is_exporting
 from diffad.images import (
@@ -39,15 +40,18 @@ from diffad.pipelines.checks import (
     check_call,
     check_callback_inputs,
     check_map_settings,
+    check_resolution,
     check_tiled_call,
     check_tiles,
     check_value_range,
     scored_layers,
     shares,
 )
-from diffad.pipelines.detection import DetectionPipeline
+from diffad.pipelines.detection import DetectionPipeline, scheduler_record
 from diffad.pipelines.diad_checks import (
+    check_colour_statistics,
     check_components,
+    check_latent_channels,
     check_latent_statistics,
     check_latents,
     check_pixel_values,
@@ -73,21 +77,6 @@ from diffad.seeding import draw_noise, noise_generators
 from diffad.tiling import CELL
 
 StepCallback = Callable[["DiADPipeline", int, torch.Tensor, dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-
-
-SCHEDULER_SETTINGS = (  # which a calibration holds for
-    "algorithm_type",
-    "beta_end",
-    "beta_schedule",
-    "beta_start",
-    "num_train_timesteps",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-    "solver_order",
-    "steps_offset",
-    "timestep_spacing",
-    "use_karras_sigmas",
-)
 
 
 class DiADPipeline(DetectionPipeline):
@@ -186,8 +175,12 @@ class DiADPipeline(DetectionPipeline):
         super().__init__()
         check_value_range(value_range)
         check_tiles(tile_size, tile_overlap)
-        check_components(vae, unet, prompt_embedding, sg_network)
+        check_components(vae, unet, prompt_embedding, scheduler, sg_network)
+        check_resolution(processing_resolution, latent_factor(vae))
         check_latent_statistics(vae, latents_mean, latents_std)
+        colour_mean = IMAGENET_MEAN if image_mean is None else image_mean
+        colour_std = IMAGENET_STD if image_std is None else image_std
+        check_colour_statistics(colour_mean, colour_std)
         check_settings(distance, sigma, pooling_size, pooling_rounds)
         if feature_extractor is not None:
             scored_layers(score_strides, feature_extractor)
@@ -215,11 +208,11 @@ class DiADPipeline(DetectionPipeline):
             pooling_rounds=pooling_rounds,
             contrast=contrast,
             position_trust=position_trust,
-            processing_resolution=processing_resolution,
+            processing_resolution=square_side(processing_resolution),
             categories=register_categories(categories),
             value_range=value_range,
-            image_mean=list(image_mean or IMAGENET_MEAN),
-            image_std=list(image_std or IMAGENET_STD),
+            image_mean=list(colour_mean),
+            image_std=list(colour_std),
             latents_mean=None if latents_mean is None else list(latents_mean),
             latents_std=None if latents_std is None else list(latents_std),
             tile_size=tile_size,
@@ -239,9 +232,8 @@ class DiADPipeline(DetectionPipeline):
 
     @property
     def scheduler_settings(self) -> dict[str, Any]:
-        """The scheduler's class, and what of its configuration says where its steps lead."""
-        config = {name: self.scheduler.config[name] for name in SCHEDULER_SETTINGS if name in self.scheduler.config}
-        return {"scheduler": {"class": type(self.scheduler).__name__, **config}}
+        """The scheduler's class and configuration, which say where its steps lead."""
+        return {SCHEDULER: {"class": type(self.scheduler).__name__, **scheduler_record(self.scheduler)}}
 
     @property
     def num_timesteps(self) -> int:
@@ -419,7 +411,11 @@ class DiADPipeline(DetectionPipeline):
 
         Returns:
             (N, 3, f h, f w) float32, f the autoencoder's factor.
+
+        Raises:
+            ValueError: `latents` have another shape.
         """
+        check_latent_channels(latents, self.vae)
         statistics = (self.config.latents_mean, self.config.latents_std)
         return decode_latents(self.vae, latents.to(self._execution_device), *statistics)
 

@@ -27,11 +27,20 @@ from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.models.gaussian_feature_model import GaussianFeatureModel
 from diffad.pipelines.base import AnomalyPipeline, register_categories
-from diffad.pipelines.checks import category_indices, check_call, check_callback_inputs, check_value_range
+from diffad.pipelines.checks import (
+    category_indices,
+    check_batch_size,
+    check_call,
+    check_callback_inputs,
+    check_good_images,
+    check_value_range,
+)
 from diffad.pipelines.output import ReconstructionOutput, convert_output
 from diffad.process_share import process_share
 from diffad.scoring import difference_map, max_score, top_fraction_score
 from diffad.seeding import draw_noise, image_generators, image_seeds, noise_generators
+
+GAUSSIAN_OPTIONS = ("image_size", "feature_size", "num_channels", "epsilon", "sigma", "seed")  # of `fit_gaussian`
 
 
 class GradientDenoisingPipeline(AnomalyPipeline):
@@ -266,9 +275,9 @@ class GradientDenoisingPipeline(AnomalyPipeline):
             generator: makes the noise, and so the result, repeatable.
             learning_rate: as it will be in a call.
             denoise_every: as it will be in a call.
-            config: of a new [`GaussianFeatureModel`], other than backbone and strides, which are the pipeline's own
-                extractor's. By default images are seen at the extractor's size, the largest of several, the grid is a
-                quarter of that, and 100 channels are drawn.
+            config: of a new [`GaussianFeatureModel`], of `GAUSSIAN_OPTIONS`; backbone and layers are those of the
+                pipeline's own extractor. By default images are seen at the extractor's size, the largest of several,
+                the grid is a quarter of that, and 100 channels are drawn.
 
         Returns:
             The pipeline, with `gaussian`.
@@ -278,10 +287,21 @@ class GradientDenoisingPipeline(AnomalyPipeline):
                 fitted before.
         """
         index = self.category_index(category)
+        check_good_images("images", images)
+        if len(images) < 2:
+            raise ValueError(
+                f"`images` holds {len(images)} images: a covariance takes at least 2 good images, and deserves 100."
+            )
+        check_batch_size(batch_size)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"`generator` must be a torch.Generator or None, but is {generator!r}.")
         if not 0.0 < learning_rate < 1.0:
             raise ValueError(f"`learning_rate` must lie in (0, 1), but is {learning_rate!r}.")
         if not isinstance(denoise_every, int) or denoise_every < 1:
             raise ValueError(f"`denoise_every` must be a positive integer, but is {denoise_every!r}.")
+        unknown = sorted({*config} - {*GAUSSIAN_OPTIONS})
+        if unknown:
+            raise ValueError(f"`{unknown[0]}` is no option of the Gaussian, which has {', '.join(GAUSSIAN_OPTIONS)}.")
         gaussian = self._unfitted_gaussian(index, config)
         mine = process_share(len(images), accelerator)
         seeds = image_seeds(generator, len(images))  # of all images, so that processes share them out too
@@ -304,6 +324,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
                 yield clean_samples(self.unet, self.scheduler, noisy, timesteps, category_of).clamp(-1.0, 1.0)
 
         gaussian.fit(batches(), index, accelerator)
+        gaussian.num_images[index] = len(images)  # each of which it has seen twice
         self.maybe_free_model_hooks()
         self.register_modules(gaussian=gaussian)
         return self

@@ -13,15 +13,20 @@ A process that is killed in step 3 leaves the rest to the next that loads from t
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 UNFINISHED, COMPLETE, REPLACED = ".unfinished-model", ".complete-model", ".replaced-model"
 
 BEGINNINGS = ("model_index.json", "config.json")  # of a pipeline, of a network
+# Parts that are float32 in every variant. One configuration goes with one set of weights, which all variants share.
+SHARED_PARTS = ("calibration", "tile_calibration", "gaussian")
+NO_WEIGHTS = ""  # for the variant of a file that holds none
 
 
 @contextlib.contextmanager
@@ -29,7 +34,8 @@ def save_whole(folder: str | os.PathLike, variant: str | None = None) -> Iterato
     """A new folder to save a model into, whose parts take their places in `folder` where the block ends without error.
 
     What else is in `folder` stays; so do files in the parts' own folders, such as weights of another variant. Weights
-    of this one go.
+    of this one go, and of `SHARED_PARTS` those of all variants. Where another variant loses a calibration of its own, a
+    warning says so.
 
     Args:
         folder: is made where there is none.
@@ -44,6 +50,7 @@ def save_whole(folder: str | os.PathLike, variant: str | None = None) -> Iterato
         unfinished.mkdir()
         try:
             yield unfinished
+            _warn_of_other_variants(folder, unfinished, variant)
             for part in unfinished.iterdir():
                 if part.is_dir() and (folder / part.name).is_dir():
                     _keep_others(folder / part.name, part, variant)
@@ -87,7 +94,9 @@ def _put_into_place(complete: Path, folder: Path) -> None:
 def _keep_others(old: Path, new: Path, variant: str | None) -> None:
     """Puts into `new` what `old` alone has, without weights of `variant`, which the new ones replace."""
     for path in old.iterdir():
-        if (new / path.name).exists() or _is_weights_of(path.name, variant):
+        found = _variant_of(path.name)
+        is_replaced = found == variant or (new.name in SHARED_PARTS and found != NO_WEIGHTS)
+        if (new / path.name).exists() or is_replaced:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, new / path.name, symlinks=True, copy_function=_link)
@@ -95,12 +104,41 @@ def _keep_others(old: Path, new: Path, variant: str | None) -> None:
             _link(path, new / path.name)
 
 
-def _is_weights_of(name: str, variant: str | None) -> bool:
+def _warn_of_other_variants(folder: Path, new: Path, variant: str | None) -> None:
+    """Warns where weights of another variant get another calibration than they had, as they stay and it is shared."""
+    parts = [part for part in new.iterdir() if part.is_dir() and (folder / part.name).is_dir()]
+    others = {
+        _variant_of(path.name)
+        for part in parts
+        if part.name not in SHARED_PARTS
+        for path in (folder / part.name).iterdir()
+        if _variant_of(path.name) not in (variant, NO_WEIGHTS)
+    }
+    changed = [
+        part.name
+        for part in parts
+        if part.name in SHARED_PARTS
+        and any(
+            not any(filecmp.cmp(path, one, shallow=False) for one in part.glob("*.safetensors"))
+            for path in (folder / part.name).glob("*.safetensors")
+        )
+    ]
+    if others and changed:
+        names = " and ".join(sorted("no variant" if one is None else f"variant {one!r}" for one in others))
+        warnings.warn(
+            f"{folder} holds weights of {names} as well. All variants share `{'`, `'.join(sorted(changed))}`: what was "
+            f"saved there is replaced, for them too. If they are to keep theirs, save each variant in its own folder.",
+            stacklevel=5,
+        )
+
+
+def _variant_of(name: str) -> str | None:
+    """The variant of a file of weights, None for those without one; `NO_WEIGHTS` of another file."""
     # NAME.safetensors, NAME.fp16.safetensors, NAME.safetensors.index.fp16.json, and shards, of which diffusers has
     # written NAME-00001-of-00002.fp16.safetensors and NAME.fp16-00001-of-00002.safetensors
     shard = r"(?:-\d+-of-\d+)?"
     match = re.fullmatch(rf"[^.]+(?:\.(\w+?){shard})?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", name)
-    return match is not None and (match[1] or match[2]) == variant
+    return NO_WEIGHTS if match is None else match[1] or match[2]
 
 
 def _link(source: str | os.PathLike, destination: str | os.PathLike) -> None:

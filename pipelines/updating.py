@@ -2,7 +2,7 @@
 
 A first fit and an update take the same steps, and end with the same, whatever came in which portion:
 
-1. Each new image is measured once. Its features go into the moments, unless it is held out for the thresholds.
+1. Each new image is measured once. Its features go into the moments, unless it is held out for the thresholds or known.
 2. The channels' scale follows from the moments.
 3. The kept images are measured anew: distances by the Gaussian, which knows all images, patches, scores, thresholds.
 """
@@ -108,7 +108,7 @@ def learn_good_images(
     for start in range(0, len(chosen), batch_size):
         pixel_values = images_to_pixel_values(sequence[start : start + batch_size], size)
         kept = [good_images.keep(pixels) if mine else (True, False) for pixels in to_kept_pixels(pixel_values)]
-        num_known += sum(is_known and not is_held_out for is_held_out, is_known in kept)
+        num_known += sum(is_known for _, is_known in kept)
         measurement, category = measured(pixel_values)
         features = measurement.features  # (B, C, h, w)
         assert features is not None  # by `check_updatable`
@@ -121,8 +121,9 @@ def learn_good_images(
         features = features.flatten(2)  # (B, C, P)
         if good_images.moments is None:
             good_images.moments = FeatureMoments(features.shape[2], features.shape[1], device)
-        good_images.moments.update(features[[not is_held_out for is_held_out, _ in kept]])
-    num_known = sum(of_all_processes(accelerator, num_known)) + good_images.unite(accelerator, former_keys)
+        good_images.moments.update(features[[not is_held_out and not is_known for is_held_out, is_known in kept]])
+    good_images.num_known = num_known = sum(of_all_processes(accelerator, num_known))
+    good_images.unite(accelerator, former_keys)
     alarms = sorted({i for of_process in of_all_processes(accelerator, alarms) for i in of_process})
     if good_images.num_seen < 3 or not good_images.for_thresholds:
         raise ValueError(
@@ -132,7 +133,8 @@ def learn_good_images(
         )
     if num_known and (accelerator is None or accelerator.is_main_process):
         warnings.warn(
-            f"{num_known} of the {len(images)} images are known already: their features count twice.", stacklevel=3
+            f"{num_known} of the {len(images)} images are known already, and left out: each image counts once.",
+            stacklevel=3,
         )
 
     # 2. The channels' scale, by all images of the statistics, to which their moments are brought

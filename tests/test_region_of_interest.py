@@ -21,6 +21,7 @@ from diffad import AnomalyDenoisePipeline
 from diffad.calibration.recorded_settings import SMOOTHS_INSIDE
 from diffad.cli import app
 from diffad.data.regions_of_interest import read_roi
+from diffad.images import ImageSequence
 from diffad.moments import FeatureMoments, MomentSums
 from diffad.predict import predict_files
 from diffad.region_of_interest import hide_outside, inside_region, stand_ins
@@ -71,6 +72,14 @@ def test_a_region_is_a_mask_or_polygons(tmp_path):
     assert read_roi(coco).sum() == 15 * 10
     assert read_roi(coco).shape == (10, 20)
     assert read_roi(np.ones((3000, 1500))).shape == (1024, 512)
+
+
+def test_a_drawn_box_is_a_region(tmp_path):
+    box = {"image_id": 1, "category_id": 1, "segmentation": [], "bbox": [2, 1, 4, 6]}
+    (tmp_path / "box.json").write_text(json.dumps({**COCO, "annotations": [box]}))
+    expected = np.zeros((10, 20), bool)
+    expected[1:8, 2:7] = True
+    assert np.array_equal(read_roi(tmp_path / "box.json", "bottle"), expected)
 
 
 def test_polygons_are_those_of_the_image_that_they_are_drawn_on(tmp_path):
@@ -137,14 +146,22 @@ def test_wrong_regions_are_named(tmp_path):
     (tmp_path / "elsewhere.json").write_text(json.dumps({**COCO, **screw, "images": two, "annotations": [elsewhere]}))
     shares = {"image_id": 1, "category_id": 3, "segmentation": [[0.1, 0.1, 0.5, 0.1, 0.5, 0.9]]}
     (tmp_path / "shares.json").write_text(json.dumps({**COCO, **screw, "annotations": [shares]}))
+    of_screw = {"image_id": 1, "category_id": 3}
+    for name, drawn in (("two", {"segmentation": [[0, 0, 4, 0]]}), ("nothing", {"segmentation": [], "bbox": []})):
+        annotations = [{**of_screw, **drawn}]
+        (tmp_path / f"{name}.json").write_text(json.dumps({**COCO, **screw, "annotations": annotations}))
+    (tmp_path / "text.png").write_text("no picture")
     exact = {**COCO, "images": [{"id": 1, "width": 20.0, "height": 10.0}]}
     (tmp_path / "exact.json").write_text(json.dumps(exact))
     assert read_roi(tmp_path / "exact.json").shape == (10, 20)
     for roi, error, words in (
         (tmp_path / "runs.json", ValueError, r"a mask in run lengths: draw a polygon, or give a PNG"),
         (tmp_path / "nan.json", ValueError, "one of the polygons has a corner that is no number"),
-        (tmp_path / "elsewhere.json", ValueError, "no image has the polygons' `image_id`, 9"),
+        (tmp_path / "elsewhere.json", ValueError, "no image has the polygons' image_id, 9"),
         (tmp_path / "shares.json", ValueError, "at most 1: give them in pixels"),
+        (tmp_path / "two.json", ValueError, "`roi`: .*one of the polygons has fewer than three corners"),
+        (tmp_path / "nothing.json", ValueError, "`roi`: .*neither a polygon nor a box"),
+        (tmp_path / "text.png", ValueError, "`roi`: .*text.png cannot be read as a mask"),
         ("", ValueError, "`roi` is an empty path"),
         (tmp_path / "none.png", FileNotFoundError, "`roi`: no file at"),
         (tmp_path, FileNotFoundError, "screw.png"),
@@ -326,6 +343,58 @@ def test_each_category_has_its_own(tmp_path):
     maps = [pipe(texture(71, SIZE), category=name).anomaly_map[0] for name in ("stripes", "plain")]
     assert (maps[0][:, :12] == 0).all()
     assert (maps[1][:, :12] != 0).any()
+
+
+def shown_inside(category: int, seed: int, outside: int) -> np.ndarray:
+    """A texture or its negative in the middle, and a grey level around it."""
+    pixels, pattern = np.full((SIZE, SIZE, 3), outside, np.uint8), texture(100 * category + seed, 16)
+    pixels[8:24, 8:24] = pattern if category == 0 else 255 - pattern
+    return pixels
+
+
+def test_categories_are_told_apart_by_what_is_inside():
+    middle = np.zeros((SIZE, SIZE), bool)
+    middle[8:24, 8:24] = True
+    pipe = of_features(categories=["a", "b"])
+    for category, outside in ((0, 20), (1, 200)):
+        good = [shown_inside(category, i, outside) for i in range(8)]
+        pipe.calibrate(good, category=category, false_alarm_rate=0.25, roi=middle)
+    images = [shown_inside(category, 50, outside) for category in (0, 1) for outside in (20, 120, 200)]
+    assert pipe.recognise(ImageSequence(images), batch_size=4) == [0, 0, 0, 1, 1, 1]
+    scores = pipe(images).anomaly_score
+    assert scores[0] == scores[1] == scores[2]
+
+
+def test_each_category_is_recognised_by_its_own_region(tmp_path):
+    pipe = of_features(categories=["left", "right"])
+    left, right = np.zeros((2, SIZE, SIZE), bool)
+    left[:, :12], right[:, 20:] = True, True
+    for name, roi in (("left", left), ("right", right)):
+        good = [image if name == "left" else 255 - image for image in textures(8, SIZE)]
+        pipe.calibrate(good, category=name, false_alarm_rate=0.25, roi=roi)
+    pipe.save_pretrained(tmp_path)
+    images = [texture(50, SIZE), 255 - texture(51, SIZE)]
+    images += [image.copy() for image in images]
+    for image in images[2:]:
+        image[:, 12:20] = 255 - image[:, 12:20]  # where no category looks
+    loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path)
+    assert loaded.recognise(ImageSequence(images), batch_size=3) == [0, 1, 0, 1]
+
+
+def test_a_calibration_of_an_earlier_version_recognises_as_it_did(caplog):
+    warn_once.cache_clear()
+    pipe = of_features(categories=["a", "b"])
+    for category, outside in ((0, 20), (1, 200)):
+        good = [shown_inside(category, i, outside) for i in range(8)]
+        pipe.calibrate(good, category=category, false_alarm_rate=0.25)
+    region = torch.zeros(2, SIZE, SIZE, dtype=torch.bool)
+    region[:, 8:24, 8:24] = True
+    pipe.calibration.register_buffer("region", region)
+    images = ImageSequence([shown_inside(0, 50, 20), shown_inside(1, 50, 200)])
+    assert pipe.recognise(images, batch_size=2) == [0, 1]
+    assert "by an earlier version" in caplog.text
+    with pytest.raises(ValueError, match=r"recognises_inside.*calibrate every category"):
+        pipe.calibrate(textures(8, SIZE), category="a", false_alarm_rate=0.25)
 
 
 def test_without_a_region_calibrations_are_as_they_were():

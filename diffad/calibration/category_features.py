@@ -24,7 +24,7 @@ def nearest_category(features: torch.Tensor, means: torch.Tensor, covariances: t
     """(N,): the index of the category whose Gaussian is nearest.
 
     Args:
-        features: (N, C), as of `mean_features`.
+        features: (N, C), as of `mean_features`, or (N, K, C), of each image as each category sees it.
         means: (K, C), of each category's good images; NaN for one that has none yet, which is never taken.
         covariances: (K, C, C), of the same.
 
@@ -37,7 +37,8 @@ def nearest_category(features: torch.Tensor, means: torch.Tensor, covariances: t
     covariance = covariances[known].mean(dim=0)
     diagonal = covariance.diagonal().clamp(min=1e-12).diag()
     factor = torch.linalg.cholesky((1.0 - DIAGONAL_SHARE) * covariance + DIAGONAL_SHARE * diagonal)
-    offsets = features[:, None] - means[known]  # (N, K', C)
+    of_each = features[:, None] if features.ndim == 2 else features[:, known]
+    offsets = of_each - means[known]  # (N, K', C)
     whitened = torch.linalg.solve_triangular(factor, offsets.flatten(0, 1).mT, upper=False)  # (C, N K')
     distances = whitened.square().sum(dim=0).view(offsets.shape[:2])  # (N, K')
     return known.nonzero()[:, 0][distances.argmin(dim=1)]

@@ -27,7 +27,7 @@ from diffad.calibration.coreset import (
     sample_patches,
 )
 from diffad.calibration.feature_gaussian import feature_gaussian, shared_feature_gaussian
-from diffad.calibration.recorded_settings import OWN_NOISE, SMOOTHS_INSIDE, changed_settings
+from diffad.calibration.recorded_settings import OWN_NOISE, RECOGNISES_INSIDE, SMOOTHS_INSIDE, changed_settings
 from diffad.calibration.residual_gaussian import residual_gaussian, residual_grid, residual_size
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.moments import FeatureMoments, MomentSums
@@ -442,7 +442,8 @@ class CalibrationFit:
             )
         settings = dict(self.record.get("settings") or {})
         if previous.region is None:
-            settings.pop(SMOOTHS_INSIDE, None)  # the others have no region
+            for name in (SMOOTHS_INSIDE, RECOGNISES_INSIDE):
+                settings.pop(name, None)  # the others have no region
         if knows_others and (changed := changed_settings(config.settings, settings)):
             named = ["generator" if name == OWN_NOISE else name for name in changed]
             raise ValueError(

@@ -3,7 +3,8 @@
 Means and covariances of features add up, whatever the order. What they cannot give (how far good images are from their
 Gaussian, the patches to be near to, thresholds) comes from images that are kept, as the networks see them: at most K
 for the statistics and K for the thresholds. A hash of an image's content says for which of both it is, and whether it
-is kept. So it matters neither in which order images come nor in how many portions: the same images leave the same.
+is kept. So it matters neither in which order images come nor in how many portions: the same images leave the same. An
+image that comes again counts once, as far as it is known: by the hashes of those that are kept.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class GoodImages:
             raise ValueError(f"`held_out_share` must lie in (0, 1), but is {held_out_share}.")
         self.num_kept, self.held_out_share, self.moments = num_kept, held_out_share, moments
         self.for_statistics, self.for_thresholds = for_statistics or {}, for_thresholds or {}
+        self.num_known = 0  # of the images that the last call has learned from: those that were kept already
 
     def keep(self, pixels: np.ndarray) -> tuple[bool, bool]:
         """Keeps an image, (3, R, R') uint16, or does not, as its hash says.
@@ -77,31 +79,26 @@ class GoodImages:
             del kept[max(kept)]
         return is_held_out, is_known
 
-    def unite(self, accelerator: Accelerator | None, former: set[bytes]) -> int:
+    def unite(self, accelerator: Accelerator | None, former: set[bytes]) -> None:
         """Makes of what each process has seen what one process would have that had seen all; None for one alone.
+
+        Of an image that two of them have seen at once the features count twice: give no copies.
 
         Args:
             accelerator: whose processes have learned, each from images of its own. Moments from before are in those of
                 the main process alone.
             former: the keys of what all of them had kept before.
-
-        Returns:
-            How many of the statistics' images several processes have seen.
         """
         if accelerator is None or accelerator.num_processes == 1:
-            return 0
+            return
         if self.moments is not None:
             self.moments.reduce(accelerator)
-        num_repeated = 0
         for kept in (self.for_thresholds, self.for_statistics):
             new = {key: pixels for key, pixels in kept.items() if key not in former}
-            of_each = of_all_processes(accelerator, new)
-            together = {key: pixels for one in of_each for key, pixels in one.items()}
-            num_repeated = sum(map(len, of_each)) - len(together)  # those of the statistics come last
-            kept |= together
+            for one in of_all_processes(accelerator, new):
+                kept |= one
             for key in sorted(kept)[self.num_kept :]:
                 del kept[key]
-        return num_repeated
 
     @property
     def num_seen(self) -> int:

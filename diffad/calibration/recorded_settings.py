@@ -7,10 +7,18 @@ from typing import Any
 
 from diffad.image_sizes import as_side
 
-OWN_NOISE = "own_noise"  # beside the settings: whether statistics were taken with the model's noise, where there is any
+SCHEDULER = "scheduler"  # beside the settings: those of the scheduler, by their names
+OWN_NOISE = "own_noise"  # likewise, whether statistics were taken with the model's noise, where there is any
 SMOOTHS_INSIDE = "smooths_inside"  # likewise, where there is a region: whether maps are smoothed of it alone
+RECOGNISES_INSIDE = "recognises_inside"  # likewise, of several categories: whether they are told apart by it alone
 # what an earlier version did, which had no such setting to record
-BEFORE_RECORDED = {"position_trust": 1.0, "weights": None, OWN_NOISE: False, SMOOTHS_INSIDE: False}
+BEFORE_RECORDED = {
+    "position_trust": 1.0,
+    "weights": None,
+    OWN_NOISE: False,
+    SMOOTHS_INSIDE: False,
+    RECOGNISES_INSIDE: False,
+}
 # a setting of earlier versions, at the value that did nothing
 GONE = {"suppression": 0.0}
 
@@ -26,9 +34,10 @@ def changed_settings(recorded: Mapping[str, Any] | None, settings: Mapping[str, 
             return as_side(value)
         return list(value) if isinstance(value, (list, tuple)) else value  # a file knows no tuples
 
+    def differs(name: str, old: Any, new: Any) -> bool:
+        if name == SCHEDULER:  # of which earlier versions recorded less
+            return any(differs(of, one, new[of]) for of, one in old.items() if of in new)
+        return plain(name, new) != plain(name, old)
+
     recorded, settings = {**BEFORE_RECORDED, **recorded} if recorded else {}, {**GONE, **settings} if settings else {}
-    return [
-        name
-        for name, value in recorded.items()
-        if name in settings and plain(name, settings[name]) != plain(name, value)
-    ]
+    return [name for name, value in recorded.items() if name in settings and differs(name, value, settings[name])]

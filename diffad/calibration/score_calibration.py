@@ -6,6 +6,7 @@ This file is long so that what is saved, and all that is asked of it, stand in o
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -202,6 +203,13 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         # would no longer hold their false-alarm rate.
         forget(self)
         return super()._apply(in_precision_of_tensor(fn), recurse)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, max_shard_size: int | str = "10GB", **options: Any
+    ) -> None:
+        """As of every network, but without a variant: it is float32, and all variants of a pipeline share it."""
+        options["variant"] = None
+        super().save_pretrained(save_directory, *args, max_shard_size=max_shard_size, **options)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,13 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GaussianFeatureModel:
         # Follows a move to another device, not one to another dtype: half precision would make the distances noise.
         return super()._apply(in_precision_of_tensor(fn), recurse)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, max_shard_size: int | str = "10GB", **options: Any
+    ) -> None:
+        """As of every network, but without a variant: it is float32, and all variants of a pipeline share it."""
+        options["variant"] = None
+        super().save_pretrained(save_directory, *args, max_shard_size=max_shard_size, **options)
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The drawn channels at every position, (N, 3, H, W) in [-1, 1] to (N, C, P) float32."""

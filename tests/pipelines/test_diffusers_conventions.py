@@ -106,6 +106,24 @@ def test_each_component_has_a_precision_of_its_own(tmp_path):
     assert np.corrcoef(mixed.flatten(), expected.flatten())[0, 1] > 0.98
 
 
+@pytest.mark.parametrize("loaded", [AnomalyDenoisePipeline, DiADPipeline, DDPMReconstructionPipeline])
+def test_a_folder_of_other_networks_says_how_it_is_loaded(tmp_path, loaded):
+    saved = AnomalyDenoisePipeline if loaded is DiADPipeline else DiADPipeline
+    make(saved).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"holds a {saved.__name__}.*load it with `{saved.__name__}.from_pretrained`"):
+        loaded.from_pretrained(tmp_path)
+
+
+def test_pipelines_of_the_same_networks_load_each_others_folders(tmp_path):
+    make(AnomalyDenoisePipeline).save_pretrained(tmp_path)
+
+    class Own(AnomalyDenoisePipeline):
+        pass
+
+    for pipeline_class in (DDPMReconstructionPipeline, GradientDenoisingPipeline, Own):
+        assert isinstance(pipeline_class.from_pretrained(tmp_path), pipeline_class)
+
+
 def test_layerwise_casting_stores_weights_in_eight_bits():
     pipeline = make(AnomalyDenoisePipeline)
     expected = call(pipeline).anomaly_map

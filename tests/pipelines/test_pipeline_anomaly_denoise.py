@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import generator, texture, textures, tiny_extractor, tiny_pipeline, tiny_scheduler, tiny_unet, write_png
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
 
 from diffad import AnomalyDenoisePipeline, AnomalyOutput
@@ -158,11 +158,42 @@ def test_a_missing_file_is_named(pipe):
         {"categories": [1, 2]},
         {"value_range": "4095"},
         {"tile_size": 16, "tile_overlap": "0.25"},
+        {"contrast": "x"},
+        {"weights": {"kl": "a"}},
+        {"weights": 0.5},
+        {"timesteps": 5},
+        {"score_strides": 3},
+        {"processing_resolution": 15},
+        {"processing_resolution": [16]},
+        {"processing_resolution": [16, 16, 16]},
+        {"feature_resolution": -1},
+        {"feature_resolution": 1000},
     ],
 )
 def test_wrong_options_are_named(options):
     with pytest.raises(ValueError, match=f"`{list(options)[-1]}`"):
         tiny_pipeline(**options)
+
+
+def test_a_resolution_may_be_numpys(tmp_path):
+    pipe = tiny_pipeline(processing_resolution=np.int64(32))
+    pipe.save_pretrained(tmp_path)
+    assert AnomalyDenoisePipeline.from_pretrained(tmp_path).processing_resolution == 32
+    assert pipe(texture(0), processing_resolution=np.int64(16)).anomaly_map.shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"feature_extractor": None}, "`feature_extractor` is None"),
+        ({"scheduler": EulerDiscreteScheduler()}, "`scheduler` is a EulerDiscreteScheduler.*use DDPMScheduler"),
+        ({"scheduler": DPMSolverMultistepScheduler()}, "`scheduler` is a DPMSolverMultistepScheduler"),
+        ({"unet": tiny_unet(feature_channels=32)}, "`unet` predicts features of 32 channels.* gives 64"),
+    ],
+)
+def test_components_that_do_not_go_together_are_named(pipe, change, words):
+    with pytest.raises(ValueError, match=words):
+        AnomalyDenoisePipeline(**{**pipe.components, **change})
 
 
 # -- outputs -----------------------------------------------------------------------------------------------------
@@ -409,6 +440,20 @@ def test_noise_that_the_statistics_do_not_know_warns_once(pipe, caplog):
     pipe(texture(0))
     pipe.explain(texture(0))
     assert caplog.text.count("calibrated with other noise than its own") == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"beta_schedule": "squaredcos_cap_v2"}, {"clip_sample": False}, {"trained_betas": [1e-3] * 1000}]
+)
+def test_another_scheduler_than_the_calibrations_warns(pipe, tmp_path, caplog, change):
+    warn_once.cache_clear()
+    pipe.calibrate(textures(8), false_alarm_rate=0.3).save_pretrained(tmp_path)
+    loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path)
+    loaded(texture(0))
+    assert "other settings" not in caplog.text
+    loaded.scheduler = tiny_scheduler(**change)
+    loaded(texture(0))
+    assert "calibrated with other settings (scheduler)" in caplog.text
 
 
 def test_a_generator_an_image_makes_images_independent(calibrated):

@@ -21,6 +21,7 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
@@ -315,6 +316,25 @@ def test_a_scheduler_that_the_calibration_does_not_know_warns_once(caplog):
     assert caplog.text.count("scheduler") == 1
 
 
+@pytest.mark.parametrize(
+    "change", [{"clip_sample": True}, {"set_alpha_to_one": True}, {"trained_betas": [1e-3] * 1000}]
+)
+def test_other_settings_of_the_same_scheduler_warn(caplog, change):
+    warn_once.cache_clear()
+    pipe = make_pipeline()
+    pipe.calibrate(textures(6), false_alarm_rate=0.3)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **change)
+    pipe(texture(0))
+    assert "calibrated with other settings (scheduler)" in caplog.text
+
+
+def test_a_record_of_an_earlier_version_says_less_of_the_scheduler():
+    known = {"class": "DDIMScheduler", "beta_end": 0.02}
+    now = {"scheduler": {**known, "clip_sample": True}}
+    assert changed_settings({"scheduler": known}, now) == []
+    assert changed_settings({"scheduler": {**known, "beta_end": 0.012}}, now) == ["scheduler"]
+
+
 def test_callback_sees_each_step_and_may_change_the_latents(pipe):
     seen = []
 
@@ -413,8 +433,11 @@ def test_images_are_normalised_by_the_pipelines_statistics():
         ({"num_inference_steps": 2.5}, "`num_inference_steps`"),
         ({"strength": 0.0}, "`strength` must lie in"),
         ({"strength": 1.5}, "`strength` must lie in"),
+        ({"strength": "a"}, "`strength` must lie in"),
         ({"strength": 0.1}, r"`strength` of 0.1 leaves none of 3 steps. Use at least 0.33"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, r"`latents` must have shape \(1, 4, 8, 8\)"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, "`latents` must be a torch.Tensor"),
+        ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, "`latents` holds NaN"),
         ({"processing_resolution": 17}, "`processing_resolution` must be a multiple of 2.*Try 16"),
         ({"processing_resolution": 4}, "`sample` of 2 x 2 is too small.*larger `processing_resolution`"),
         ({"batch_size": 0}, "`batch_size`"),
@@ -428,7 +451,12 @@ def test_bad_arguments_are_named(pipe, options, words):
 
 
 def test_statistics_of_the_latents_go_together():
-    for mean, std in (([0.0] * 4, None), ([0.0] * 3, [1.0] * 3), ([0.0] * 4, [1.0, 1.0, 0.0, 1.0])):
+    for mean, std in (
+        ([0.0] * 4, None),
+        ([0.0] * 3, [1.0] * 3),
+        ([0.0] * 4, [1.0, 1.0, 0.0, 1.0]),
+        ([float("nan")] * 4, [1.0] * 4),
+    ):
         with pytest.raises(ValueError, match="`latents_mean` and `latents_std` go together: a number for each of"):
             make_pipeline(latents_mean=mean, latents_std=std)
 
@@ -439,6 +467,8 @@ def test_bad_tensors_are_named(pipe):
             call(torch.zeros(1, 3, 15, 16))
         with pytest.raises(ValueError, match=r"`pixel_values` must have shape \(N, 3, H, W\)"):
             call(torch.zeros(3, 16, 16))
+    with pytest.raises(ValueError, match=r"`latents` must have shape \(N, 4, h, w\), but has \(1, 3, 8, 8\)"):
+        pipe.decode(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="`generator` lists 3 generators for 2 images"):
         pipe.denoise(pixel_values(), generator=[generator()] * 3)
 
@@ -463,6 +493,13 @@ def test_components_that_do_not_belong_together():
         ({"sigma": -1.0}, "`sigma`"),
         ({"sigma": float("nan")}, "`sigma`"),
         ({"pooling_size": 0}, "`pooling_size`"),
+        ({"pooling_size": 2.5}, "`pooling_size`"),
+        ({"pooling_rounds": 1.5}, "`pooling_rounds`"),
+        ({"image_mean": [0.5]}, "`image_mean` and `image_std` must be"),
+        ({"image_std": [0.0] * 3}, "`image_mean` and `image_std` must be"),
+        ({"processing_resolution": 17}, "`processing_resolution` must be a multiple of 2"),
+        ({"vae": None}, "`vae` is None"),
+        ({"scheduler": FlowMatchEulerDiscreteScheduler()}, "`scheduler` is a FlowMatchEuler.*no `add_noise`"),
     ):
         with pytest.raises(ValueError, match=words):
             DiADPipeline(**{**parts, **changed})

@@ -17,6 +17,7 @@ from PIL import Image
 
 from diffad import AnomalyDenoisePipeline
 from diffad.images import images_to_pixel_values, images_to_tensors
+from diffad.pipelines.pipeline_ddpm_reconstruction import total_inference_steps
 from diffad.pipelines.pipeline_gradient_denoising import GradientDenoisingPipeline, noise_timesteps
 
 GAUSSIAN = {"num_channels": 16, "feature_size": 8}
@@ -69,7 +70,7 @@ def test_without_a_gaussian_it_says_how_to_get_one(plain):
 
 
 def test_the_gaussian_sees_good_images_and_what_denoising_makes_of_them(pipe):
-    assert pipe.gaussian.num_images.tolist() == [120]
+    assert pipe.gaussian.num_images.tolist() == [60]
     seen = []
     fresh = tiny_pipeline()
     with Watch(fresh) as passes:
@@ -92,9 +93,24 @@ def test_fitting_is_repeatable_and_does_not_depend_on_the_batch_size():
     torch.testing.assert_close(other.whitening, first.whitening, rtol=1e-2, atol=1e-2)
 
 
-def test_one_image_is_too_few_to_fit():
-    with pytest.raises(ValueError, match=r"fewer|at least 2 good images"):
-        tiny_pipeline().fit_gaussian([], **GAUSSIAN)
+@pytest.mark.parametrize("count", [0, 1])
+def test_one_image_is_too_few_to_fit(plain, count):
+    with pytest.raises(ValueError, match=rf"`images` holds {count} images.*at least 2 good images"):
+        plain.fit_gaussian(textures(count), **GAUSSIAN)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"images": "good_parts"}, "`images` must be a sequence.*find_images"),
+        ({"batch_size": 0}, "`batch_size`"),
+        ({"generator": 3}, "`generator`"),
+        ({"num_chanels": 3}, "`num_chanels` is no option of the Gaussian, which has .*num_channels"),
+    ],
+)
+def test_wrong_arguments_of_a_fit_are_named(plain, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        plain.fit_gaussian(**{"images": textures(3), **arguments})
 
 
 # -- gradient denoising ------------------------------------------------------------------------------------------
@@ -370,7 +386,7 @@ def test_each_category_descends_to_its_own_normal():
         pipe.reconstruct(images, category="dark", **FAST)
     dark = [image // 3 for image in textures(30)]
     pipe.fit_gaussian(dark, category="dark", generator=generator(), **GAUSSIAN)
-    assert pipe.gaussian.num_images.tolist() == [60, 60]
+    assert pipe.gaussian.num_images.tolist() == [30, 30]
 
     options = {"num_iterations": 20, "learning_rate": 0.05}
     as_bright = pipe.reconstruct(images, category="bright", **options).reconstruction
@@ -465,6 +481,26 @@ def test_every_scheduler_noises_so_far_and_takes_so_many_steps(plain, name):
             textures(2, (20, 28)), timestep=200, num_inference_steps=10, scheduler=scheduler, generator=generator()
         )
         assert np.array_equal(again.reconstruction, output.reconstruction)  # it was left as it had been
+
+
+@pytest.mark.parametrize(
+    ("timestep", "steps", "begin"),
+    [(250, 50, 245), (300, 50, 294), (700, 88, 696), (310, 50, 294), (1000, 30, 957), (1000, 3, 666)],
+)
+def test_as_many_steps_as_asked_begin_as_near_as_whole_timesteps_allow(plain, timestep, steps, begin):
+    with Watch(plain) as passes:
+        plain.denoise(texture(0), timestep=timestep, num_inference_steps=steps)
+    assert len(passes) == steps
+    assert int(passes[0]) == begin
+
+
+@pytest.mark.parametrize(("timestep", "steps", "nearest"), [(999, 400, 450), (500, 300, 251), (250, 150, 126)])
+def test_steps_that_no_spacing_has_are_named_with_the_nearest_that_one_has(plain, timestep, steps, nearest):
+    with pytest.raises(
+        ValueError, match=rf"`num_inference_steps`.*no {steps} .*`timestep` {timestep}.* is {nearest}\."
+    ):
+        plain.denoise(texture(0), timestep=timestep, num_inference_steps=steps)
+    assert total_inference_steps(plain.scheduler, timestep, nearest) >= nearest
 
 
 def test_ddim_written_out(plain):

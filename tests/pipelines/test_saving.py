@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import textures, tiny_pipeline
+from diffusers import ModelMixin
 
 from diffad import AnomalyDenoisePipeline
 from diffad.calibration import ScoreCalibration
@@ -133,6 +135,38 @@ def test_weights_of_another_variant_stay(tmp_path):
     assert "diffusion_pytorch_model.safetensors" not in names
     assert "diffusion_pytorch_model.fp16.safetensors" in names
     load_pipeline(tmp_path)
+
+
+def test_variants_share_the_calibration_that_was_saved_last(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.calibrate(textures(12), false_alarm_rate=0.25).save_pretrained(tmp_path)
+    half = AnomalyDenoisePipeline.from_pretrained(tmp_path, dtype=torch.float16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the same calibration: nothing is lost
+        half.save_pretrained(tmp_path, variant="fp16")
+    half.calibrate(textures(40, first_seed=100), false_alarm_rate=0.05)
+    with pytest.warns(UserWarning, match="weights of no variant as well. All variants share `calibration`") as told:
+        half.save_pretrained(tmp_path, variant="fp16")
+    assert [Path(one.filename).name for one in told] == [Path(__file__).name]
+    for options in ({}, {"variant": "fp16"}):
+        loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path, **options).calibration
+        assert loaded.false_alarm_rate == 0.05
+        assert loaded.config.precision == half.calibration.config.precision
+        assert torch.equal(loaded.normal_scores, half.calibration.normal_scores)
+    with pytest.warns(UserWarning, match="weights of variant 'fp16' as well"):
+        pipeline.save_pretrained(tmp_path)
+    loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path, variant="fp16").calibration
+    assert torch.equal(loaded.normal_scores, pipeline.calibration.normal_scores)
+
+
+def test_a_variants_own_calibration_of_an_earlier_version_goes_and_is_told(tmp_path):
+    pipeline = pipeline_of(1.0)
+    pipeline.save_pretrained(tmp_path)
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    ModelMixin.save_pretrained(pipeline_of(2.0).calibration, tmp_path / "calibration", variant="fp16")
+    with pytest.warns(UserWarning, match="variant 'fp16'"):
+        pipeline.save_pretrained(tmp_path)
+    assert value_of(AnomalyDenoisePipeline.from_pretrained(tmp_path, variant="fp16")) == 1.0
 
 
 def test_shards_of_a_variant_go_with_its_other_weights(tmp_path):

@@ -123,10 +123,25 @@ def test_what_raised_an_alarm_is_told_and_learned(portions, tmp_path):
     update(model, "--data", tmp_path / "new")
 
 
-def test_images_that_are_known_are_told(portions, tmp_path):
+def test_images_that_are_known_are_told_and_count_once(portions, tmp_path):
     model = fit(portions[0], tmp_path / "model", "--kept_images", 100)
-    with pytest.warns(UserWarning, match="37 of the 40 images are known already"):
-        update(model, "--data", portions[0])
+    shutil.copytree(model, tmp_path / "again")
+    with pytest.warns(UserWarning, match="40 of the 40 images are known already, and left out"):
+        said = update(tmp_path / "again", "--data", portions[0])
+    assert "Learned 0 good images" in said
+    assert_equal_results(tmp_path / "again", model)
+
+
+def test_copies_among_new_images_count_once(portions, tmp_path):
+    model = fit(portions[0], tmp_path / "model", "--kept_images", 8)
+    shutil.copytree(portions[1], tmp_path / "twice")
+    for path in sorted(portions[1].iterdir()):
+        shutil.copy(path, tmp_path / "twice" / f"again-{path.name}")
+    with pytest.warns(UserWarning, match="Left out 30 good images that are copies of others"):
+        said = update(model, "--data", tmp_path / "twice", "--output", tmp_path / "updated")
+    assert "Learned 30 good images" in said
+    update(model, "--data", portions[1])
+    assert_equal_results(tmp_path / "updated", model)
 
 
 def test_a_failed_save_leaves_a_model_that_can_learn(portions, tmp_path, monkeypatch):
