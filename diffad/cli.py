@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -356,12 +357,23 @@ app.command()(push)
 BROUGHT_BY = {"torch": "diffad", "accelerate": "diffad", "diffusers": "diffad", "datasets": "'diffad[train]'"}
 
 
+def why_nothing_is_written(error: Exception) -> str | None:
+    """In the system's words, where a disk is full or may only be read; else None."""
+    told = re.search(r"\(os error (\d+)\)", str(error))  # as safetensors has it
+    number = int(told[1]) if told else getattr(error, "errno", None)
+    return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else None
+
+
 def describe_error(error: Exception, arguments: list[str]) -> str:
     """One line for the one who typed `arguments`.
 
     The library's `batch_size` is --batch-size here, and its dataset='hub' is --dataset hub.
     """
     message = " ".join(str(error).split())
+    if (reason := why_nothing_is_written(error)) is not None:  # such an error names an unfinished file, or none
+        words = [part for word in arguments for part in (word.split("=", 1) if word[:9] == "--output=" else [word])]
+        where = " ".join(words[words.index("--output") :][:2]) if "--output" in words else "the output"
+        return f"{reason}, while {where} was written. Free space there, or give another."
     if not isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):  # nobody foresaw it
         message = f"{type(error).__name__}: {message} (--debug shows where)"
     commands = getattr(typer.main.get_command(app), "commands", {})
@@ -376,6 +388,7 @@ def describe_error(error: Exception, arguments: list[str]) -> str:
             "predict, watch and serve run what `diffad export` has written."
         )
     typed.setdefault("images", typed.get("data", "`images`"))
+    typed.setdefault("output", typed.get("output_dir", typed.get("collect", "`output`")))
     typed.setdefault("precision", typed.get("dtype", "`precision`"))
     typed["path_or_hub_id"] = typed.get("data", "`path_or_hub_id`")
     message = re.sub(r"`(\w+)`", lambda match: typed.get(match[1]) or match[0], message)

@@ -37,8 +37,13 @@ def explain(
 
     Of AnomalyDenoise models that look at whole images. Exits with 4 if no image could be read.
     """
+    from diffad.grey_depth import warn_of_found_range
+    from diffad.input_sources import OTHER_LISTS, SUFFIXES, range_of_inputs
     from diffad.inputs import find_images
 
+    lists = [one for one in images if Path(one).suffix.lower() in (*SUFFIXES, *OTHER_LISTS, ".tar")]
+    if lists and Path(lists[0]).is_file():
+        raise ValueError(f"`images`: {lists[0]} is no image. Give the images themselves, or folders of them.")
     paths = find_images(images)
     good_paths = None if good_images is None else find_images(good_images)
     pipeline = load_pipeline(model, device, dtype)
@@ -49,6 +54,11 @@ def explain(
         raise ValueError(f"`good_images` are of one category: say which by `category`, of {names}.")
     if good_paths is not None:
         good_paths = readable_of(good_paths)
+    if pipeline.value_range is None:  # one for all images, as predict has it: each with its own would get another score
+        value_range = range_of_inputs([*paths, *(good_paths or [])])
+        if value_range is not None:
+            warn_of_found_range(value_range)
+            pipeline.register_to_config(value_range=value_range)
     num_told = 0
     for start in range(0, len(paths), batch_size):
         batch = paths[start : start + batch_size]

@@ -64,6 +64,9 @@ class TarImages(ImageContainers):
                                 f"Links to images in {path} are left out. To have them, pack it with `tar "
                                 "--dereference --hard-dereference`."
                             )
+                    opened.seek(tar.offset)
+                    if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes any end for the end
+                        raise tarfile.ReadError("the block of zeros at its end is missing")
             except tarfile.TarError as error:
                 raise ValueError(f"`images`: {path} is no tar, is compressed, or is not whole ({error}).") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TypeAlias
 
 Side: TypeAlias = int | Sequence[int]  # of a square, or height and width
@@ -10,8 +11,8 @@ Side: TypeAlias = int | Sequence[int]  # of a square, or height and width
 
 def as_size(side: Side) -> tuple[int, int]:
     """Height and width in pixels: of a square where `side` is one number."""
-    if isinstance(side, int):
-        return side, side
+    if isinstance(side, (int, Integral)):  # NumPy's, too
+        return int(side), int(side)
     height, width = side
     return height, width
 

@@ -13,7 +13,7 @@ from diffad.grey_depth import UnreadableImageError
 from diffad.image_arrays import find_value_range
 from diffad.image_containers import ParquetImages, TarImages
 from diffad.image_files import read_image
-from diffad.inputs import describe_suffixes, find_images
+from diffad.inputs import describe_suffixes, find_images, is_image_name
 from diffad.journal import Input
 from diffad.manifest import COLUMN_NAMES, Manifest
 from diffad.parquet_rows import image_column
@@ -21,7 +21,7 @@ from diffad.remote_files import is_url, list_parquet, list_remote
 from diffad.remote_reader import RemoteReader
 
 SUFFIXES = (".csv", ".parquet")
-OTHER_LISTS = (".txt", ".json", ".jsonl")
+OTHER_LISTS = (".txt", ".json", ".jsonl", ".ndjson", ".tsv", ".xlsx", ".xls", ".ods")
 LOOKED_AT, FAR_LOOKED_AT = 100, 5  # images that tell the range of values, where the model says nothing of it
 COMPRESSED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tzst|taz|tlz|tar\.\w+)$", re.IGNORECASE)
 
@@ -32,6 +32,7 @@ def find_inputs(images: Sequence[str | Path], output_dir: str | Path | None = No
     `output_dir` is left out, as there; it may be a URL.
 
     Raises:
+        FailedRequestsError: a store gives no list of what it has.
         FileNotFoundError: a path does not exist.
         ValueError: there are no images, a tar is compressed, a manifest or a tar stands among others, or a list is
             no CSV or parquet file.
@@ -58,6 +59,8 @@ def find_inputs(images: Sequence[str | Path], output_dir: str | Path | None = No
         found: list[Path | Input] = [*find_images(local, output_dir)] if local else []
         for url in (str(one) for one in images if is_url(one)):
             listed = list_remote(url, output_dir if isinstance(output_dir, str) and is_url(output_dir) else None)
+            if not listed and is_image_name(os.path.basename(url)):
+                raise FileNotFoundError(f"`images`: there is no file at {url}.")
             if not listed:
                 raise ValueError(f"There are no images ({describe_suffixes()}) in {url}.")
             found += listed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import threading
@@ -65,7 +66,7 @@ def update(
     Of a model of `diffad fit --kept-images 200`. Give all good parts of whole periods, alarms among them.
     """
     from diffad.data import load_anomaly_dataset
-    from diffad.data.checks import dataset_value_range, good_of_one_category
+    from diffad.data.checks import dataset_value_range, good_of_one_category, without_copies
     from diffad.files import locked_folder
     from diffad.model_card import remove_reports
     from diffad.pipelines.updating import load_good_images, save_updatable
@@ -83,6 +84,7 @@ def update(
         good_images = load_good_images(pipeline, model)
         loaded = load_anomaly_dataset(data, "train", category, dataset, on_bad_image.value)
         good = good_of_one_category(loaded, f"`category` is needed: {data}", "this model is of one.")
+        good = without_copies(good)
         if pipeline.value_range is None and dataset_value_range(good) is not None:
             raise ValueError(
                 f"`data`: images of {data} have more than 8 bits, and {model} learned from images of 8. Give such, or "
@@ -104,9 +106,9 @@ def update(
             soft_wrap=True,
         )
     console.print(
-        f"Learned {len(good)} good images, and saved to {escape(str(folder))}: {good_images.num_seen} are in the "
-        f"statistics ({len(good_images.for_statistics)} kept), {len(good_images.for_thresholds)} set the thresholds: "
-        f"{pipeline.calibration.describe_rate(0)}.",
+        f"Learned {len(good) - good_images.num_known} good images, and saved to {escape(str(folder))}: "
+        f"{good_images.num_seen} are in the statistics ({len(good_images.for_statistics)} kept), "
+        f"{len(good_images.for_thresholds)} set the thresholds: {pipeline.calibration.describe_rate(0)}.",
         highlight=False,
         soft_wrap=True,
     )
@@ -190,6 +192,7 @@ def serve(
         import uvicorn
     if collect is not None:
         check_folder(collect)
+    listening = bound_socket(host, port)  # before the model is loaded
     app = create_app(load_model(model, device), category, token, batch_size, collect=collect)
 
     class Server(uvicorn.Server):
@@ -200,6 +203,25 @@ def serve(
             shown = f"http://{host}:{port}/" + ("" if token is None else "?token=...")
             console.print(f"Serving at {escape(shown)}; Ctrl-C ends it.", highlight=False, soft_wrap=True)
 
-    with suppress(KeyboardInterrupt):
-        Server(uvicorn.Config(app, host=host, port=port, log_level="warning")).run()
+    with listening, suppress(KeyboardInterrupt):
+        Server(uvicorn.Config(app, log_level="warning")).run([listening])
     console.print("Stopped.")
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket for a server, at which nobody is heard yet.
+
+    Raises:
+        ValueError: the port is taken, or the host is none of this machine's.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        if os.name == "posix":  # else a port stays taken for a minute after a server's end
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise ValueError(
+            f"`port`: nobody can be served at {host}:{port} ({error.strerror}). Give another `port` or `host`."
+        ) from error
+    return bound

@@ -92,9 +92,19 @@ class Manifest:
         return open(self.path, mode, **({} if "b" in mode else ENCODING | {"encoding": "utf-8-sig"}))
 
     def _of_csv(self) -> Iterator[str]:
+        num_read = 0  # lines, of whole rows
+
+        def filled_rows() -> Iterator[list[str]]:
+            nonlocal num_read
+            # strict, as a quotation mark that is never closed would swallow the lines behind it
+            reader = csv.reader(file, skipinitialspace=True, strict=True)
+            for row in reader:
+                num_read = reader.line_num
+                if row:
+                    yield row
+
         with self._open("r") as file:
-            reader = csv.reader(file, skipinitialspace=True)
-            rows = (row for row in reader if row)
+            rows = filled_rows()
             try:
                 first = next(rows, [])
                 names = [cell.strip().lower() for cell in first]
@@ -104,8 +114,11 @@ class Manifest:
                     yield first[0]
                 for row in rows:
                     yield row[column or 0] if len(row) > (column or 0) else ""
-            except csv.Error as error:  # such as a quotation mark that is never closed
-                raise ValueError(f"`images`: line {reader.line_num + 1} of {self.path} is no CSV ({error}).") from error
+            except csv.Error as error:
+                raise ValueError(
+                    f"`images`: line {num_read + 1} of {self.path} is no CSV ({error}). Look for a quotation mark "
+                    "without its other."
+                ) from error
 
     def _check_first(self, row: list[str]) -> None:
         """Raises where the first line of a CSV is neither a header that is known nor an image's."""

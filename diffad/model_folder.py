@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from tempfile import TemporaryFile
 
 MODEL_LOCK_NAME = ".diffad-training.lock"  # of what trains or updates a model, in its folder
 
@@ -19,15 +20,29 @@ def check_local(path: str | Path) -> None:
         )
 
 
+def check_writable(folder: Path) -> None:
+    """Raises an OSError where no file can be written to a folder, or to what is there of it: before all the work."""
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
+    try:
+        with TemporaryFile(dir=there) as probe:
+            probe.write(bytes(4096))
+            probe.flush()
+    except OSError as error:
+        why = f"nothing can be written to {there} ({error.strerror})"
+        raise OSError(f"`output`: {why}. Free space there, or give another.") from error
+
+
 def check_folder(path: Path) -> Path:
     """`path`, unless a file stands there or above, of which diffusers says nothing, or it is a URL.
 
     Raises:
         ValueError: one of both.
+        OSError: nothing can be written there.
     """
     check_local(path)
     if file := next((one for one in (path, *path.parents) if one.exists() and not one.is_dir()), None):
         raise ValueError(f"The output goes into a folder, but {file} is a file. Give another one.")
+    check_writable(path)
     return path
 
 

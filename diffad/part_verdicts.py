@@ -42,7 +42,9 @@ def read_parts(path: str | os.PathLike) -> dict[str, str]:
         raise FileNotFoundError(f"`parts`: there is no file at {path}.")
     parts: dict[str, str] = {}
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        rows = csv.DictReader(file)
+        # strict, as a quotation mark that is never closed would swallow the lines behind it
+        rows = csv.DictReader(file, strict=True)
+        lines: list[tuple[int, str, str]] = []
         try:
             rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
             if not {"image", "part"} <= set(rows.fieldnames):
@@ -50,9 +52,13 @@ def read_parts(path: str | os.PathLike) -> dict[str, str]:
                     f"`parts`: {path} must have the columns image and part, with a comma between them, but has "
                     f"{rows.fieldnames}."
                 )
-            lines = [(rows.line_num, row["image"] or "", (row["part"] or "").strip()) for row in rows]
+            for row in rows:
+                lines.append((rows.line_num, row["image"] or "", (row["part"] or "").strip()))
         except csv.Error as error:
-            raise ValueError(f"`parts`: line {rows.line_num + 1} of {path} is no CSV ({error}).") from error
+            begins = (lines[-1][0] if lines else 1) + 1
+            raise ValueError(
+                f"`parts`: line {begins} of {path} is no CSV ({error}). Look for a quotation mark without its other."
+            ) from error
         for number, image, part in lines:
             names = (image, image.strip())  # without spaces beside a comma, unless they are of the file's name
             places = (file_below(folder, name) for name in names for folder in (path.parent, ""))

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from diffad.inputs import DRIFT_NAME, PICTURE_FOLDERS, SHEET_NAME, holds_results, is_image_name, is_input_folder
@@ -25,11 +26,17 @@ def is_url(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def open_remote(url: str, mode: str = "rb") -> Any:
-    """A file by its URL, as a context manager."""
+@contextmanager
+def open_remote(url: str, mode: str = "rb") -> Iterator[Any]:
+    """A file by its URL."""
     with needs_extra("remote", "train"):
         import fsspec
-    return fsspec.open(url, mode, **({"newline": "", "encoding": "utf-8-sig"} if "b" not in mode else {}))
+    file = fsspec.open(url, mode, **({"newline": "", "encoding": "utf-8-sig"} if "b" not in mode else {}))
+    opened = Requests().make(file.__enter__) if is_url(url) else file.__enter__()
+    try:
+        yield opened
+    finally:
+        file.close()
 
 
 def describe_remote(url: str) -> tuple[str, str, str]:
@@ -37,7 +44,7 @@ def describe_remote(url: str) -> tuple[str, str, str]:
     with needs_extra("remote", "train"):
         from fsspec.core import url_to_fs
     files, path = url_to_fs(url)
-    return (url, *_size_and_change(files.info(path)))
+    return (url, *_size_and_change(Requests().make(lambda: files.info(path))))
 
 
 def _size_and_change(info: dict[str, Any]) -> tuple[str, str]:
@@ -50,6 +57,10 @@ def list_remote(url: str, output: str | None = None) -> list[Input]:
 
     The folder `output`, which may lie below, is left out, and what predict has written into any.
     Their `modified` is what the store says of their contents: a digest or a time.
+
+    Raises:
+        FailedRequestsError: the store gives no list.
+        FileNotFoundError: a web server knows no such address.
     """
     return [
         Input(place, place, *_size_and_change(info))
@@ -70,7 +81,14 @@ def _files_below(url: str, output: str | None = None) -> Iterator[tuple[str, dic
     files, path = url_to_fs(url)
     protocol = url.split("://")[0]
     files.invalidate_cache()  # as it is now
-    found = files.find(path, detail=True)
+    # of the web, fsspec would take a folder that it cannot list for an empty one
+    more = {"on_error": "raise"} if protocol in ("http", "https") else {}
+    try:
+        found = Requests().make(lambda: files.find(path, detail=True, **more))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"`images`: there is no file or folder at {url}.") from error
+    except FailedRequestsError as error:
+        raise FailedRequestsError(f"`images`: {url} cannot be listed ({error}).") from error
     own = _results_among(found)
     if output is not None and output.split("://")[0] == protocol:
         left_out = f"{url_to_fs(output)[1]}/"
@@ -123,8 +141,14 @@ class Requests:
                 time.sleep(FIRST_PAUSE * 2.0 ** (i - 1) * random.uniform(0.5, 1.5))
             try:
                 return request()
-            except (ImportError, FileNotFoundError, PermissionError):  # another try would end as this one
+            except (ImportError, PermissionError):  # another try would end as this one
                 raise
+            except FileNotFoundError as error:
+                cause = error.__cause__
+                # fsspec gives it of whatever a web server answers
+                if not isinstance(cause, OSError) and getattr(cause, "status", 0) < 500:
+                    raise
+                failure = cause
             except Exception as error:  # which one depends on the store and on how far the request came
                 failure = error
         reason = f"{TRIES} requests failed, the last by {type(failure).__name__}: {failure}"

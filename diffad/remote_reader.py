@@ -28,17 +28,21 @@ class RemoteReader(Requests):
         Raises:
             FileNotFoundError: the store knows no such file, or does not show it.
             ImportError: the package of such stores is not installed.
-            UnreadableImageError: every try has failed.
+            UnreadableImageError: every try has failed, or a row of a parquet file has a path without bytes.
         """
         if not is_url(one.path):
             return None
         url = str(one.path)
         try:
-            return self.make(lambda: _fetch(url))
+            content = self.make(lambda: _fetch(url))
         except (FileNotFoundError, PermissionError) as error:
             raise FileNotFoundError(f"`image`: no file at {url} ({error}).") from error
         except FailedRequestsError as error:
             raise UnreadableImageError(f"`image`: {url} cannot be read ({error}).", str(error)) from error
+        if is_row(url) and not content:
+            reason = "the row has no bytes of an image, and a path at most: give a column of paths instead, as strings"
+            raise UnreadableImageError(f"`image`: {url} cannot be read ({reason}).", reason)
+        return content
 
 
 def _fetch(url: str) -> bytes:

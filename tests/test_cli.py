@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -14,10 +16,11 @@ import pytest
 import torch
 from conftest import save_tiny_pipeline, textures, tiny_pipeline, write_folder, write_mvtec
 from PIL import Image
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from diffad import __version__, cli
-from diffad.cli import app
+from diffad.cli import app, describe_error
 
 COMMANDS = (
     "demo",
@@ -355,6 +358,34 @@ def test_errors_are_one_line_that_says_what_to_do(
     for word in words:
         assert word in errors[0]
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "m/.unfinished-1234.json"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_told_by_the_output(error):
+    expected = f"{os.strerror(errno.ENOSPC)}, while --output m was written. Free space there, or give another."
+    assert describe_error(error, ["fit", "parts", "--output", "m"]) == expected
+    assert describe_error(error, ["fit", "parts", "--output=m"]) == expected
+    assert "while the output was written" in describe_error(error, ["export", "m", "m.onnx"])
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no folder that takes no files")
+def test_what_cannot_be_written_is_told_before_the_work(model, tmp_path, monkeypatch, capsys):
+    good = write_folder(tmp_path / "good", 4)
+    for command in (
+        ["fit", good, "--output", "/proc/model"],
+        ["evaluate", model, "--data", tmp_path / "none", "--output", "/proc/report.json"],
+        ["export", model, "/proc/model.onnx"],
+        ["predict", model, good, "--output", "/proc/results"],
+    ):
+        said = fail(monkeypatch, capsys, *command)
+        assert "nothing can be written to /proc" in said
+        assert ("OUTPUT" if command[0] == "export" else "--output") in said
 
 
 def test_the_version_can_be_asked_for():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import texture, textures, tiny_extractor, tiny_pipeline, write_folder, write_png
 from tiny_diad import tiny_diad
@@ -12,6 +14,8 @@ from typer.testing import CliRunner
 
 from diffad import AnomalyDenoisePipeline
 from diffad.cli import app, main
+from diffad.inputs import find_images
+from diffad.predict import predict_files
 
 
 def run(*arguments: object, code: int = 0) -> str:
@@ -83,6 +87,23 @@ def test_an_unreadable_good_image_stops_no_comparison(model, tmp_path):
     assert "002.png cannot be read" in line
 
 
+def test_deep_images_have_one_range_and_the_scores_of_predict(model, tmp_path):
+    """A range of its own for each would be another score; a good image of 8 bits is compared with as well."""
+    for i in range(3):
+        deep = texture(i, 32)[..., 0].astype(np.uint16) * 4
+        deep[0, 0] = 4000 if i == 2 else 1000
+        write_png(tmp_path / "parts" / f"{i}.png", deep)
+    good = write_folder(tmp_path / "good", 3, 32)
+    write_png(good / "deep.png", deep)
+    pipeline = AnomalyDenoisePipeline.from_pretrained(model)
+    predict_files(pipeline, find_images([tmp_path / "parts"]), tmp_path / "results", category="nut")
+    with open(tmp_path / "results" / "scores.csv", newline="") as file:
+        expected = [float(row["score"]) for row in csv.DictReader(file)]
+    said = run(model, tmp_path / "parts", "--category", "nut", "--good-images", good, "--json").splitlines()
+    assert [json.loads(line)["score"] for line in said] == pytest.approx(expected, rel=1e-4)
+    assert json.loads(said[2])["nearest"][0]["path"] == str(good / "deep.png")
+
+
 def test_what_explains_nothing_is_refused(model, tmp_path, capsys):
     part = write_png(tmp_path / "part.png", texture(3, 32))
 
@@ -93,6 +114,8 @@ def test_what_explains_nothing_is_refused(model, tmp_path, capsys):
 
     assert "--category, of nut, bolt" in refused(model, part, "--good-images", part)
     assert "--category" in refused(model, part, "--category", "gear")
+    (tmp_path / "manifest.csv").write_text("path\npart.png\n")
+    assert "manifest.csv is no image. Give the images themselves" in refused(model, tmp_path / "manifest.csv")
     tiny_diad().save_pretrained(tmp_path / "diad")
     assert "must be an AnomalyDenoise pipeline" in refused(tmp_path / "diad", part)
     tiny_pipeline().save_pretrained(tmp_path / "plain")

@@ -11,6 +11,7 @@ import pytest
 from conftest import write_folder
 
 from diffad import remote_files
+from diffad.grey_depth import UnreadableImageError
 from diffad.input_sources import find_inputs
 from diffad.remote_reader import RemoteReader
 from diffad.warn_once import warn_once
@@ -28,7 +29,9 @@ def parts(tmp_path) -> Path:
         (b"in/000.png;good\nin/001.png;good\n", "first line of .*commas"),
         (b"id,filename\n0,in/000.png\n", "'id,filename', has none of the columns path, image"),
         ("path\nin/000.png\n".encode("utf-16"), "first line of .*UTF-8"),
-        (b'path\n"in/000.png\n' + b"in/001.png\n" * 15_000, "line [0-9]+ of .*manifest.csv is no CSV"),
+        (b'path\n"in/000.png\n' + b"in/001.png\n" * 15_000, "line 2 of .*manifest.csv is no CSV"),
+        (b'path\nin/000.png\n"in/001.png\nin/000.png\n', "line 3 of .*manifest.csv is no CSV.*quotation mark"),
+        (b'path,label\n"in/000.png,good\n"in/001.png",good\n', "line 2 of .*manifest.csv is no CSV"),
     ],
 )
 def test_a_table_that_names_no_images_is_told_before_any_is_scored(parts, tmp_path, content, message):
@@ -67,7 +70,7 @@ def test_a_parquet_manifest_names_its_column_in_any_case(parts, tmp_path):
     assert list(find_inputs([tmp_path / "parts.parquet"]).entries()) == ["in/000.png"]
 
 
-@pytest.mark.parametrize("name", ["parts.txt", "parts.JSON", "parts.jsonl"])
+@pytest.mark.parametrize("name", ["parts.txt", "parts.JSON", "parts.jsonl", "parts.tsv", "parts.xlsx"])
 def test_a_list_of_another_format_is_told_what_a_manifest_is(parts, tmp_path, name):
     (tmp_path / name).write_text("in/000.png\n")
     with pytest.raises(ValueError, match=f"`images`: .*{name} is no image.* a manifest is a CSV or parquet file"):
@@ -119,7 +122,11 @@ def test_a_row_without_an_image_is_not_asked_for_again(parts, tmp_path):
     images = [{"bytes": (parts / "000.png").read_bytes(), "path": "0.png"}, None, {"bytes": None, "path": "2.png"}]
     parquet.write_table(pa.table({"image": images}), tmp_path / "parts.parquet")
     read = RemoteReader()
-    assert [bool(read(one)) for one in find_inputs([tmp_path / "parts.parquet"]).first(9)] == [True, False, False]
+    first, *others = find_inputs([tmp_path / "parts.parquet"]).first(9)
+    assert read(first) == images[0]["bytes"]
+    for one in others:
+        with pytest.raises(UnreadableImageError, match="no bytes of an image, and a path at most: give a column"):
+            read(one)
     assert read.retried == 0
 
 
@@ -152,6 +159,16 @@ def test_what_is_no_whole_tar_is_named(parts, tmp_path):
     for name in ("packed", "cut", "empty"):
         with pytest.raises(ValueError, match=f"`images`: .*{name}.tar is no tar, is compressed, or is not whole"):
             list(find_inputs([tmp_path / f"{name}.tar"]).entries())
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        last, end = tar.getmembers()[-1], tar.offset
+    whole = (tmp_path / "whole.tar").read_bytes()
+    assert len(list(find_inputs([tmp_path / "whole.tar"]).entries())) == 2
+    for i in (*range(0, end + 1, 256), last.offset_data + last.size, end + 511):  # cut anywhere, it is no whole one
+        (tmp_path / "cut.tar").write_bytes(whole[:i])
+        with pytest.raises(ValueError, match=r"cut.tar is no tar, is compressed, or is not whole|no images"):
+            list(find_inputs([tmp_path / "cut.tar"]).entries())
+    (tmp_path / "cut.tar").write_bytes(whole[: end + 512])  # other programs end a tar by a single block
+    assert len(list(find_inputs([tmp_path / "cut.tar"]).entries())) == 2
     with pytest.raises(FileNotFoundError):
         find_inputs([tmp_path / "missing.tar.gz"])
     for name in ("packed.tar.gz", "packed.TGZ"):

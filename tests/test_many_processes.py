@@ -134,7 +134,7 @@ def test_calibrate_finds_what_one_process_does(model, tmp_path):
 
 
 def test_fit_and_update_find_what_one_process_does(tmp_path):
-    """Also where an image comes twice, to each process once, and where one process has none to look at."""
+    """Also where an image comes twice, and where one process has none to look at."""
     first, second = write_folder(tmp_path / "first", 30, 32), write_folder(tmp_path / "second", 13, 32, first_seed=200)
     write_png(second / "again.png", textures(1, 32, first_seed=201)[0])
     write_png(tmp_path / "third" / "one.png", textures(1, 32, first_seed=300)[0])
@@ -159,8 +159,9 @@ def test_fit_and_update_find_what_one_process_does(tmp_path):
         ]
         assert [text.count("Learned") for text in said[count]] == [1, 1]
     assert_equal_calibrations(tmp_path / "model-1", tmp_path / "model-2")
-    for what in (r"Learned .*", r".*raised an alarm before", r"\d+ of the 14 images are known already"):
-        assert [re.findall(what, text) for text in said[1]] == [re.findall(what, text) for text in said[2]]
+    for what in (r"Learned .*", r".*raised an alarm before", r"Left out \d+ good images"):
+        # each process warns of copies
+        assert [{*re.findall(what, text)} for text in said[1]] == [{*re.findall(what, text)} for text in said[2]]
     kept = [
         load_good_images(AnomalyDenoisePipeline.from_pretrained(folder), folder) for folder in tmp_path.glob("model-*")
     ]

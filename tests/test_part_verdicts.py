@@ -114,6 +114,9 @@ def test_a_wrong_table_of_parts_is_named(tmp_path, monkeypatch):
     table.write_text('image,part\n"' + 200_000 * "x")  # a quotation mark that nothing closes
     with pytest.raises(ValueError, match=r"`parts`: line 2 of .*parts\.csv is no CSV"):
         read_parts(table)
+    table.write_text('image,part\n000.png,a\n000.png,"b\n001.png,c\n')  # so that the second part's name is all the rest
+    with pytest.raises(ValueError, match=r"`parts`: line 3 of .*parts\.csv is no CSV"):
+        read_parts(table)
     with pytest.raises(FileNotFoundError, match="`parts`: there is no file"):
         read_parts(tmp_path / "none.csv")
 

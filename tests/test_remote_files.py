@@ -106,6 +106,38 @@ def test_what_fails_for_good_is_a_row_and_the_next_run_completes(pipeline, parts
     assert scores(tmp_path / "far") == scores(tmp_path / "local")
 
 
+def test_a_listing_that_fails_is_asked_for_again(parts, web):
+    asked: set[str] = set()
+
+    def first_of_each(number: int, path: str) -> str | None:
+        return None if path in asked else asked.add(path) or "error"
+
+    with faulty_proxy(web, first_of_each) as address:
+        found = find_inputs([f"{address}/parts"])
+        assert [one.path for one in found] == [f"{address}/parts/{i:03}.png" for i in range(NUM_IMAGES)]
+
+
+def test_a_far_table_or_tar_that_fails_is_asked_for_again(parts, web, tmp_path):
+    (tmp_path / "m.csv").write_text("path\nparts/000.png\n")
+    write_tar(tmp_path / "t.tar", sorted(parts.iterdir())[:1])
+    for name in ("m.csv", "t.tar"):
+        with faulty_proxy(web, lambda number, path: "error" if number < 4 else None) as address:
+            (one,) = find_inputs([f"{address}/{name}"]).first(9)
+            assert one.path.endswith("000.png")
+
+
+def test_a_server_that_is_not_there_holds_no_empty_folder(parts, web, tmp_path):
+    for url in ("http://127.0.0.1:1/parts", "http://127.0.0.1:1/parts/000.png"):
+        with pytest.raises(OSError, match=f"`images`: {url} cannot be listed .*onnect"):
+            find_inputs([url])
+    for url in (f"{web}/none", f"{web}/parts/none.png"):
+        with pytest.raises(FileNotFoundError, match=f"`images`: there is no file or folder at {url}"):
+            find_inputs([url])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"There are no images .*/empty"):
+        find_inputs([f"{web}/empty"])
+
+
 @pytest.fixture
 def store(parts, monkeypatch):
     """S3, and its bucket with the parts, behind a proxy of which every tenth request fails."""
@@ -132,6 +164,8 @@ def test_a_bucket_is_as_a_folder(pipeline, parts, store, tmp_path):
     assert [row["path"] for row in seen] == [f"s3://{bucket}/parts/001.png"]
     with pytest.raises(ValueError, match=r"no images.*s3://line-.*/none"):
         find_inputs([f"s3://{bucket}/none"])
+    with pytest.raises(FileNotFoundError, match=r"there is no file at s3://line-.*/none\.png"):
+        find_inputs([f"s3://{bucket}/none.png"])
 
 
 def test_a_manifest_in_a_bucket_names_what_lies_beside_it(pipeline, parts, store, tmp_path):

@@ -26,6 +26,7 @@ Layouts, by the name that forces one:
                  metadata.csv or metadata.jsonl with file_name and one of label, defect, category, mask_file_name)
 
 A folder `good` may have another usual name: ok, normal, pass, defect_free, good_parts, ... (`diffad.data.records`).
+So may those of the splits: training, testing, val, valid.
 Where a folder has both `X.*` and `X_mask.*` (or `X_gt.*`), these are the masks of its images. Among good images
 they are left out, with a warning.
 

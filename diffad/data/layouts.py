@@ -35,9 +35,18 @@ def _child(folder: Path, *names: str) -> Path:
     """The folder in a folder that has one of these names, in any case; by the first of them where there is none."""
     exact = next((folder / name for name in names if (folder / name).is_dir()), None)
     if exact is None and folder.is_dir():
-        wanted = {composed(name) for name in names}
-        exact = next((one for one in subfolders(folder) if composed(one.name.casefold()) in wanted), None)
+        exact = _called(subfolders(folder), *names)
     return exact or folder / names[0]
+
+
+def _called(folders: Iterable[Path], *names: str) -> Path | None:
+    """The first of `folders` that has one of these names, in any case."""
+    wanted = {composed(name) for name in names}
+    return next((one for one in folders if composed(one.name.casefold()) in wanted), None)
+
+
+def _split_child(folder: Path, split: str) -> Path:
+    return _child(folder, *SPLITS[split])
 
 
 def _good_folders(folder: Path) -> list[Path]:
@@ -48,7 +57,7 @@ def _has_folder(folder: Path, marker: str) -> bool:
     """Whether a folder has one at `marker`, a path in lower case, whatever its case; `good` is any of its names."""
     for name in marker.split("/"):
         good = _good_folders(folder) if name == "good" else []
-        folder = good[0] if good else _child(folder, name)
+        folder = good[0] if good else _child(folder, *SPLITS.get(name, (name,)))
     return folder.is_dir()
 
 
@@ -80,9 +89,9 @@ def require_good_images(dataset: Dataset, categories: Iterable[str], where: Path
 
 def _split_folder(folder: Path, split: str) -> Path:
     """`folder/split`; where no split has a folder, `folder` itself, which is then both train and test."""
-    available = [name for name in SPLITS if _child(folder, name).is_dir()]
+    available = [name for name in SPLITS if _split_child(folder, name).is_dir()]
     check_split(split, available or ("train", "test"), folder)
-    return _child(folder, split) if available else folder
+    return _split_child(folder, split) if available else folder
 
 
 def _is_mask_folder(folder: Path) -> bool:
@@ -93,13 +102,15 @@ def _find_masks(folder: Path, base: Path, defects: Sequence[Path]) -> Path | Non
     """The folder of masks in a category's folder, or in `base`, in which those of its classes stand.
 
     One by another name than `ground_truth` must hold images, as annotations are often of another kind, and in `base`
-    those of one of the `defects`, as a kind of defect may be called "mask".
+    those of one of the `defects`, as a kind of defect may be called "mask". What `predict` has written is none.
     """
     for place in (folder, base):
+        others = subfolders(place)
         for name in MASK_FOLDERS:
-            masks = _child(place, name)
+            if (masks := _called(others, name)) is None:
+                continue
             inside = [_child(masks, one.name, one.name.casefold()) for one in defects] if place == base else [masks]
-            if masks.is_dir() and (name == MASK_FOLDERS[0] or any(map(images_below, inside))):
+            if name == MASK_FOLDERS[0] or any(map(images_below, inside)):
                 return masks
     return None
 
@@ -287,8 +298,12 @@ def _read_unsorted(category: str, base: Path, split: str, defects: list[Path]) -
     """Images right in a folder, with no folder of good ones beside them: all good."""
     classes = [*defects, *(f for f in subfolders(base) if _is_mask_folder(f))]  # what has a mask is defective
     if any(images_below(f) for f in classes):  # they may be defects, so nothing here is known to be good
-        others = ", ".join(f.name for f in classes)
-        raise ValueError(f"{base} has no good images: expected {base / 'good'}, but there are only {others}.")
+        others, loose = ", ".join(f.name for f in classes), len(list_folder(base).files)
+        raise ValueError(
+            f"{base} has no good images: expected {base / 'good'}, but there are only {others}"
+            + (f", and {loose} images beside them" if loose else "")
+            + f". Move what is good, with its folders, into {base / 'good'}."
+        )
     images, beside = _set_masks_apart([image for image in images_below(base) if image.parent == base])
     if not images:
         raise no_images(base)
@@ -354,9 +369,10 @@ def _find_visa(root: Path) -> dict[str, Any]:
 def _read_mvtec_ad_2(category: str, folder: Path, split: str) -> Iterator[dict]:
     """The test is the public one: the labels of the private ones are not published."""
     if split != "test":
-        check_split(split, [name for name in ("train", "validation") if _child(folder, name).is_dir()], folder)
-        _warn_of_loose_images(_child(folder, split))
-        good = _good_folders(_child(folder, split)) or [_child(folder, split) / "good"]
+        check_split(split, [name for name in ("train", "validation") if _split_child(folder, name).is_dir()], folder)
+        base = _split_child(folder, split)
+        _warn_of_loose_images(base)
+        good = _good_folders(base) or [base / "good"]
         for one in good:
             yield from _read_class(category, "good", one, None)
         return

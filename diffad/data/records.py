@@ -22,7 +22,11 @@ FEATURES = Features(
         "path": Value("string"),
     }
 )
-SPLITS = ("train", "validation", "test")
+SPLITS = {  # and what their folders are called, in any case
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val"),
+    "test": ("test", "testing"),
+}
 GOOD_NAMES = {
     "good",
     "goods",

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from diffad.data.masks import mask_to_array
+from diffad.grey_depth import UnreadableImageError
 from diffad.image_files import MAX_PIXELS, read_image
 from diffad.inputs import images_below
 from diffad.unicode_forms import file_below, same_name
@@ -32,7 +33,7 @@ def read_roi(
         roi: an array that is not 0 where pixels count; a PIL image that is not 0 there, or has at least half of its
             largest value where its edges are soft; the path of such an image; a folder of these, one a category,
             `CATEGORY.png`; or a COCO JSON file, whose polygons of one category of that name count, or all polygons
-            where `category` is None.
+            where `category` is None. A box is drawn where there is no polygon.
         category: the category's name, in a model of several.
         image_size: height and width of one of the images. A region of another ratio covers them by stretching, and is
             warned of.
@@ -55,7 +56,7 @@ def read_roi(
             raise FileNotFoundError(
                 f"`roi`: no file at {path}. Give a mask (PNG), a folder of CATEGORY.png, or COCO JSON."
             )
-        inside = _draw_polygons(path, category) if path.suffix.lower() == ".json" else mask_to_array(read_image(path))
+        inside = _draw_polygons(path, category) if path.suffix.lower() == ".json" else _read_mask(path)
     else:
         inside = mask_to_array(roi) if isinstance(roi, Image.Image) else np.asarray(roi) != 0
     if inside.ndim != 2:
@@ -82,6 +83,30 @@ def _warn_of_other_ratio(drawn: tuple[int, ...], image_size: tuple[int, int]) ->
         )
 
 
+def _read_mask(path: Path) -> np.ndarray:
+    try:
+        return mask_to_array(read_image(path))
+    except UnreadableImageError as error:
+        why = f"cannot be read as a mask ({error.reason})"
+        raise ValueError(f"`roi`: {path} {why}. Give a mask (PNG), or polygons (COCO JSON).") from error
+
+
+def _corners(annotation: dict[str, Any]) -> list[list[float]]:
+    """The polygons of a COCO annotation, or its box where it has none, as x, y, x, y, ..."""
+    polygons = annotation.get("segmentation") or []
+    if not isinstance(polygons, list):
+        raise ValueError("one of the annotations is a mask in run lengths: draw a polygon, or give a PNG")
+    if not polygons:
+        left, top, width, height = annotation.get("bbox") or [0, 0, 0, 0]
+        if not (width > 0 and height > 0):
+            raise ValueError("one of the annotations has neither a polygon nor a box")
+        right, bottom = left + width, top + height
+        polygons = [[left, top, right, top, right, bottom, left, bottom]]
+    if any(len(polygon) < 6 for polygon in polygons):
+        raise ValueError("one of the polygons has fewer than three corners")
+    return [[float(value) for value in polygon] for polygon in polygons]
+
+
 def _draw_polygons(path: Path, category: str | None) -> np.ndarray:
     try:
         coco: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -93,17 +118,14 @@ def _draw_polygons(path: Path, category: str | None) -> np.ndarray:
             raise ValueError(f"polygons on {len(drawn_on)} images: keep those of one")
         own = [one for one in images if one.get("id") in drawn_on]
         if chosen and not own and len(images) > 1:
-            raise ValueError(f"no image has the polygons' `image_id`, {', '.join(map(repr, drawn_on))}")
+            raise ValueError(f"no image has the polygons' image_id, {', '.join(map(repr, drawn_on))}")
         image = (own or images)[0]
         width, height = int(image["width"]), int(image["height"])
         if not 0 < width * height <= MAX_PIXELS:
             raise ValueError(f"an image of {width} x {height} pixels")
         drawn = Image.new("1", (width, height))
         for annotation in chosen:
-            if not isinstance(annotation["segmentation"], list):
-                raise ValueError("one of the annotations is a mask in run lengths: draw a polygon, or give a PNG")
-            for polygon in annotation["segmentation"]:
-                corners = [float(value) for value in polygon]
+            for corners in _corners(annotation):
                 if not all(map(math.isfinite, corners)):
                     raise ValueError("one of the polygons has a corner that is no number")
                 if max(map(abs, corners), default=0.0) <= 1.0 < max(width, height):
@@ -111,7 +133,7 @@ def _draw_polygons(path: Path, category: str | None) -> np.ndarray:
                 ImageDraw.Draw(drawn).polygon(corners, fill=1, outline=1)
     except (AttributeError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         raise ValueError(
-            f"`roi`: {path} is no COCO JSON with `images` (width, height) and `annotations` of polygons ({error})."
+            f"`roi`: {path} is no COCO JSON with images (width, height) and annotations of polygons or boxes ({error})."
         ) from error
     if not chosen:
         of = "" if category is None else f" of {category!r}, but of {', '.join(sorted(set(names.values())))}"

@@ -37,6 +37,7 @@ from diffad.image_arrays import common_value_range, resized_array
 from diffad.image_files import read_image
 from diffad.image_sizes import as_size
 from diffad.installation import needs_extra
+from diffad.model_folder import check_writable
 from diffad.scoring import Measurement
 from diffad.warn_once import warn_once
 
@@ -82,6 +83,7 @@ def export_pipeline(
     Raises:
         ValueError: an argument is wrong, or the pipeline has no graph.
         ImportError: a package is missing; the message names the extra that brings it.
+        OSError: nothing can be written there.
     """
     path = Path(path)
     format = FORMATS.get(path.suffix) if format is None else format
@@ -91,6 +93,7 @@ def export_pipeline(
         raise ValueError(f"The output must end in .onnx (`format` onnx) or .xml (openvino), but is {given}.")
     if folder := next(filter(Path.is_dir, graph_files(path)), None):  # before all the work
         raise ValueError(f"The output must be a file, but {folder} is a folder. Give another name, or take it away.")
+    check_writable(path.parent)
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` must be fp32, fp16 or int8, but is {precision!r}.")
     if input_type not in ("float32", "uint8"):

@@ -24,6 +24,7 @@ from diffad.evaluation.metric_names import BASELINE_TITLES, MEAN, METRIC_TITLES
 from diffad.evaluation.page import render_report_page
 from diffad.files import write_text_whole
 from diffad.inputs import REPORT_SHEETS
+from diffad.model_folder import check_writable
 
 # what a report must agree in with the one that it goes on with
 SETTINGS = ("model", "model_files", "data", "noise", "resolution", "pro_fpr_limit", "mixed_precision")
@@ -104,9 +105,15 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def check_report_path(path: Path) -> None:
-    """Raises a ValueError where a report at `path`, or what goes beside it, would replace another program's files."""
+    """Says before anything is measured that a report cannot stand at `path`.
+
+    Raises:
+        ValueError: it, or what goes beside it, would replace another program's files.
+        OSError: nothing can be written there.
+    """
     if path.is_dir():
         raise ValueError(f"`output` must be a file, but {path} is a folder.")
+    check_writable(path.parent)
     if path.exists():
         read_report(path)
         return

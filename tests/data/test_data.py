@@ -387,6 +387,32 @@ def test_defects_are_not_taken_for_good_images(tmp_path: Path):
                     load_anomaly_dataset(tmp_path, split)
 
 
+def test_good_images_beside_folders_are_told_where_to_go(tmp_path: Path):
+    for name in ("1.png", "2.png", "cam1/1.png", "cam2/1.png"):
+        write_image(tmp_path / name)
+    expected = rf"only cam1, cam2, and 2 images beside them\. Move what is good, with its folders, into {tmp_path}/good"
+    with pytest.raises(ValueError, match=expected):
+        load_anomaly_dataset(tmp_path)
+    (tmp_path / "good").mkdir()
+    for name in ("1.png", "2.png", "cam1", "cam2"):
+        (tmp_path / name).rename(tmp_path / "good" / name)
+    assert len(load_anomaly_dataset(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("good", ["good/", "ok/", ""])
+def test_splits_may_be_called_training_and_testing(tmp_path: Path, good: str):
+    for name in (f"Training/{good}1.png", f"val/{good}2.png", "testing/good/3.png", "testing/ko/4.png"):
+        write_image(tmp_path / name)
+    for split, names in (
+        ("train", [f"Training/{good}1.png"]),
+        ("validation", [f"val/{good}2.png"]),
+        ("test", ["testing/good/3.png", "testing/ko/4.png"]),
+    ):
+        loaded = load_anomaly_dataset(tmp_path, split)
+        assert relative(loaded, tmp_path) == names
+        assert set(loaded["category"]) == {tmp_path.name}
+
+
 def test_categories_whose_good_images_have_other_names_are_all_read(tmp_path: Path):
     write_mvtec_category(tmp_path / "bottle")
     for name, good, bad in (
@@ -458,6 +484,18 @@ def test_a_kind_of_defect_that_is_named_as_masks_is_told(tmp_path: Path):
     write_mask(tmp_path / "ground_truth" / "dent" / "0_mask.png")
     with pytest.warns(UserWarning, match="mask is left out.*If it is a kind of defect, rename it"):
         assert set(load_anomaly_dataset(tmp_path, "test")["defect"]) == {"good", "dent"}
+
+
+@pytest.mark.parametrize("own", ["test", "."])
+def test_masks_that_predict_has_written_are_no_ground_truth(tmp_path: Path, own: str):
+    for image in ("train/good/0.png", "test/good/1.png", "test/dent/2.png"):
+        write_image(tmp_path / image)
+    write_image(tmp_path / own / "masks/dent/2.png", value=255)
+    for name in ("scores.csv", "settings.json"):
+        (tmp_path / own / name).write_text("")
+    assert list(load_anomaly_dataset(tmp_path, "test")["mask"]) == [None, None]
+    write_mask(tmp_path / own / "gt/dent/2.png")
+    assert_masks_mark_the_left(load_anomaly_dataset(tmp_path, "test"))
 
 
 def test_a_folder_named_as_masks_is_no_kind_of_defect(tmp_path: Path):

@@ -23,6 +23,7 @@ from conftest import texture, textures, tiny_pipeline
 from PIL import Image
 
 from diffad.calibration.score_calibration import ScoreCalibration
+from diffad.cli import main
 from diffad.deployment.batching import Batcher, BusyError
 from diffad.deployment.detector import Detector
 
@@ -305,6 +306,19 @@ def test_the_space_is_the_same_service(pipeline, tmp_path, monkeypatch):
 def test_a_token_that_no_header_holds_is_refused(pipeline, token):
     with pytest.raises(ValueError, match="`token` must"):
         create_app(pipeline, token=token, page=False)
+
+
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(tmp_path, capsys):
+    """And not by the status of an alarm."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for where in (["--port", port], ["--host", "no.such.host.invalid"]):
+            with pytest.raises(SystemExit) as ended:
+                main(["serve", str(tmp_path / "no model"), *map(str, where)])
+            assert ended.value.code == 1
+            assert "Give another --port or --host" in capsys.readouterr().err
 
 
 def test_a_category_without_thresholds_is_told_at_the_start():
