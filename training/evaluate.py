@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate import Accelerator
-from datasets import Dataset
 
 from diffad.command_models import is_exported, load_model
 from diffad.data import load_anomaly_dataset
@@ -37,6 +36,9 @@ from diffad.evaluation.report import (
 )
 from diffad.precision import PRECISIONS, resolve_precision
 from diffad.training.arguments import POSITIVE, SHARE, FlagParser, local_path, whole_number
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Of an exported file, by its `Runtime.precision`, as accelerate names them
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}

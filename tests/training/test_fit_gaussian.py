@@ -67,7 +67,7 @@ def test_it_adds_to_the_folder_in_place(saved, good, capsys):
     old.pop("gaussian")
     assert index == old
     gaussian = load(saved).gaussian
-    assert gaussian.num_images.tolist() == [22]  # each image as it is, and denoised
+    assert gaussian.num_images.tolist() == [11]
     assert gaussian.config.feature_size == 8
     assert len(gaussian.channels) == 8
     assert gaussian.config.epsilon == 0.02
@@ -80,7 +80,7 @@ def test_it_saves_the_whole_pipeline_elsewhere(saved, good, tmp_path):
     before = contents(saved)
     fit(saved, good, "--output_dir", tmp_path / "out")
     assert contents(saved) == before
-    assert load(tmp_path / "out").gaussian.num_images.tolist() == [22]
+    assert load(tmp_path / "out").gaussian.num_images.tolist() == [11]
     assert AnomalyDenoisePipeline.from_pretrained(saved).gaussian is None
 
 
@@ -98,7 +98,7 @@ def test_a_unified_tree_fits_each_category_from_its_own_good_images(tmp_path):
     tiny_pipeline(categories=["cable", "tile"]).save_pretrained(model)
     fit(model, data)
     gaussian = load(model, "tile").gaussian
-    assert gaussian.num_images.tolist() == [8, 14]  # none of the test images
+    assert gaussian.num_images.tolist() == [4, 7]  # none of the test images
     assert relative_error(gaussian.mean[0], gaussian.mean[1]) > 0.01
     # one category anew leaves the other as it is
     kept = gaussian.mean[0].clone(), gaussian.whitening[0].clone()
@@ -113,14 +113,14 @@ def test_categories_meet_in_either_unicode_form(tmp_path):
     data = write_mvtec(tmp_path / "data", {unicodedata.normalize("NFD", "Stäbe"): 4, "cable": 4})
     tiny_pipeline(categories=["Stäbe", "cable"]).save_pretrained(tmp_path / "model")
     fit(tmp_path / "model", data)
-    assert load(tmp_path / "model", "cable").gaussian.num_images.tolist() == [8, 8]
+    assert load(tmp_path / "model", "cable").gaussian.num_images.tolist() == [4, 4]
 
 
 def test_a_pipeline_of_one_category_takes_it_under_any_name(tmp_path, good):
     model = tmp_path / "model"
     tiny_pipeline(categories=["tile"]).save_pretrained(model)
     fit(model, good)
-    assert load(model).gaussian.num_images.tolist() == [22]
+    assert load(model).gaussian.num_images.tolist() == [11]
 
 
 def test_wrong_categories_are_named(tmp_path):
@@ -181,6 +181,6 @@ def test_two_processes_give_the_numbers_of_one(saved, good, tmp_path):
     output = launch(Path(fit_gaussian.__file__), *arguments, "--batch_size", 4, processes=2, cwd=tmp_path)
     assert output.count("Saved to") == 1
     one, two = load(tmp_path / "one").gaussian, load(tmp_path / "two").gaussian
-    assert one.num_images.tolist() == two.num_images.tolist() == [22]
+    assert one.num_images.tolist() == two.num_images.tolist() == [11]
     assert relative_error(two.mean, one.mean) < 1e-5
     assert relative_error(two.whitening, one.whitening) < 1e-3
