@@ -117,7 +117,7 @@ class Manifest:
             except csv.Error as error:
                 raise ValueError(
                     f"`images`: line {num_read + 1} of {self.path} is no CSV ({error}). Look for a quotation mark "
-                    "without its other."
+                    "without its other, or for text or a space behind a closing one."
                 ) from error
 
     def _check_first(self, row: list[str]) -> None:

@@ -57,7 +57,8 @@ def read_parts(path: str | os.PathLike) -> dict[str, str]:
         except csv.Error as error:
             begins = (lines[-1][0] if lines else 1) + 1
             raise ValueError(
-                f"`parts`: line {begins} of {path} is no CSV ({error}). Look for a quotation mark without its other."
+                f"`parts`: line {begins} of {path} is no CSV ({error}). Look for a quotation mark without its other, "
+                "or for text or a space behind a closing one."
             ) from error
         for number, image, part in lines:
             names = (image, image.strip())  # without spaces beside a comma, unless they are of the file's name

@@ -145,8 +145,10 @@ class Requests:
                 raise
             except FileNotFoundError as error:
                 cause = error.__cause__
-                # fsspec gives it of whatever a web server answers
-                if not isinstance(cause, OSError) and getattr(cause, "status", 0) < 500:
+                # fsspec gives it of whatever a web server answers, huggingface_hub of a repository that is not there
+                response = getattr(cause, "response", None)
+                answer = getattr(cause, "status", None) or getattr(response, "status_code", None)
+                if answer < 500 if answer else not isinstance(cause, OSError):
                     raise
                 failure = cause
             except Exception as error:  # which one depends on the store and on how far the request came

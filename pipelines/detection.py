@@ -271,7 +271,8 @@ class DetectionPipeline(AnomalyPipeline):
             regions = None  # an earlier version's means are those of whole images
             warn_once(
                 "This pipeline was calibrated by an earlier version, which tells categories apart by what lies outside "
-                "of their regions of interest as well. Calibrate it again for each, or pass a `category`."
+                "of their regions of interest as well. Load it with `calibration=None` and calibrate it for each "
+                "again, or pass a `category`."
             )
         which = torch.zeros(len(self.categories), dtype=torch.long)  # of the distinct regions each category's is
         if regions is not None:

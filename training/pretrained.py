@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 
 from diffad.pipelines.base import AnomalyPipeline
@@ -19,10 +20,10 @@ def check_there(name_or_path: str, flag: str) -> None:
     if folder.is_dir():
         finish_saving(folder)
         return
-    may_be_of_hub = name_or_path.count("/") == 1 and not folder.parent.is_dir()  # org/name
+    others = [one.name for one in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    alike = difflib.get_close_matches(folder.name, others, n=1)
+    may_be_of_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name_or_path) and not alike  # org/name
     if not may_be_of_hub:
-        others = [one.name for one in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        alike = difflib.get_close_matches(folder.name, others, n=1)
         meant = f" Did you mean {folder.parent / alike[0]}?" if alike else ""
         raise FileNotFoundError(
             f"{flag}: there is no folder {name_or_path}.{meant} Give a saved model's folder, or its id on the Hub, "

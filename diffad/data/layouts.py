@@ -89,9 +89,11 @@ def require_good_images(dataset: Dataset, categories: Iterable[str], where: Path
 
 def _split_folder(folder: Path, split: str) -> Path:
     """`folder/split`; where no split has a folder, `folder` itself, which is then both train and test."""
-    available = [name for name in SPLITS if _split_child(folder, name).is_dir()]
+    # beside good images, `val` is a kind of defect as any other name is
+    child = _child if _good_folders(folder) else _split_child
+    available = [name for name in SPLITS if child(folder, name).is_dir()]
     check_split(split, available or ("train", "test"), folder)
-    return _split_child(folder, split) if available else folder
+    return child(folder, split) if available else folder
 
 
 def _is_mask_folder(folder: Path) -> bool:

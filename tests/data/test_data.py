@@ -413,6 +413,13 @@ def test_splits_may_be_called_training_and_testing(tmp_path: Path, good: str):
         assert set(loaded["category"]) == {tmp_path.name}
 
 
+def test_beside_good_images_a_folder_val_is_a_kind_of_defect(tmp_path: Path):
+    for name in ("good/1.png", "scratch/2.png", "val/3.png"):
+        write_image(tmp_path / name)
+    assert relative(load_anomaly_dataset(tmp_path, "train"), tmp_path) == ["good/1.png"]
+    assert set(load_anomaly_dataset(tmp_path, "test")["defect"]) == {"good", "scratch", "val"}
+
+
 def test_categories_whose_good_images_have_other_names_are_all_read(tmp_path: Path):
     write_mvtec_category(tmp_path / "bottle")
     for name, good, bad in (
