@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 NAME_BYTES = 200  # file systems take 255, some encrypted ones 143 of them for names that are short enough
 
@@ -56,6 +58,15 @@ def write_text_whole(path: Path, text: str) -> None:
     """Writes text in UTF-8; a name in it that is no UTF-8 keeps its bytes."""
     with write_whole(path) as unfinished:
         unfinished.write_bytes(text.encode("utf-8", "surrogateescape"))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; an empty one where it holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextlib.contextmanager

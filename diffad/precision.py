@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -57,13 +57,3 @@ def running_precision(networks: Iterable[torch.nn.Module | None], device: torch.
     if torch.is_autocast_enabled(device.type):
         return str(torch.get_autocast_dtype(device.type)).removeprefix("torch.")
     return ", ".join(sorted({str(network.dtype).removeprefix("torch.") for network in networks if network is not None}))
-
-
-def in_precision_of_tensor(move: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A move of tensors, as of `nn.Module._apply`, that takes them to another device and to no other dtype."""
-
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        device = move(tensor.new_empty(0)).device
-        return move(tensor) if device.type == "meta" or tensor.is_meta else tensor.to(device)
-
-    return moved

@@ -148,7 +148,8 @@ class Requests:
                 # fsspec gives it of whatever a web server answers, huggingface_hub of a repository that is not there
                 response = getattr(cause, "response", None)
                 answer = getattr(cause, "status", None) or getattr(response, "status_code", None)
-                if answer < 500 if answer else not isinstance(cause, OSError):
+                is_final = answer < 500 if answer else not isinstance(cause, OSError)
+                if is_final:
                     raise
                 failure = cause
             except Exception as error:  # which one depends on the store and on how far the request came

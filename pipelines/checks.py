@@ -98,9 +98,14 @@ def check_calibration_call(
     check_batch_size(batch_size)
 
 
+def _both_sides(side: Any) -> list[Any]:
+    """Height and width as they were given, whatever they are: of a square where `side` is one."""
+    return list(side) if isinstance(side, (list, tuple)) else [side] * 2
+
+
 def check_resolution(resolution: Side, size_multiple: int) -> None:
     """Raises a ValueError where `processing_resolution`, a side or height and width, is none for a network."""
-    sides: list[Any] = list(resolution) if isinstance(resolution, (list, tuple)) else [resolution] * 2
+    sides = _both_sides(resolution)
     if len(sides) != 2:
         raise ValueError(f"`processing_resolution` must be one side, or height and width, but is {resolution!r}.")
     if not all(isinstance(side, (int, np.integer)) and side >= size_multiple for side in sides):
@@ -117,7 +122,7 @@ def check_resolution(resolution: Side, size_multiple: int) -> None:
 
 def check_feature_resolution(resolution: Side | None, largest: tuple[int, int]) -> None:
     """Raises a ValueError where `feature_resolution` is no grid in images of `largest` pixels (height, width)."""
-    sides: list[Any] = list(resolution) if isinstance(resolution, (list, tuple)) else [resolution] * 2
+    sides = _both_sides(resolution)
     fits = len(sides) == 2 and all(
         isinstance(side, (int, np.integer)) and 1 <= side <= most for side, most in zip(sides, largest, strict=True)
     )
@@ -154,12 +159,13 @@ def check_denoiser(unet: Any, scheduler: Any, feature_extractor: TimmFeatureExtr
         )
 
 
-def check_timesteps(timesteps: Any, scheduler: Any) -> None:
-    """Raises a ValueError where they are none of the scheduler's, of which there is none without a denoiser."""
+def check_timesteps(timesteps: Any, scheduler: Any) -> list[int]:
+    """The timesteps as a list; a ValueError where they are none of the scheduler's (None without a denoiser)."""
     last = (1000 if scheduler is None else scheduler.config.num_train_timesteps) - 1
     listed = list(timesteps) if hasattr(timesteps, "__iter__") else []
     if not listed or any(not isinstance(t, (int, np.integer)) or not 0 <= t <= last for t in listed):
         raise ValueError(f"`timesteps` must list integers in [0, {last}], but is {timesteps!r}.")
+    return listed
 
 
 def category_indices(

@@ -188,8 +188,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             warn_once(f"`alpha` of {alpha} does not count where there are `weights`: give these instead.")
         check_required(feature_extractor=feature_extractor)
         check_denoiser(unet, scheduler, feature_extractor)
-        timesteps = [5, 50, 100] if timesteps is None else timesteps
-        check_timesteps(timesteps, scheduler)
+        timesteps = check_timesteps([5, 50, 100] if timesteps is None else timesteps, scheduler)
         if unet is None and not feature_extractor.image_sizes and processing_resolution is None:
             raise ValueError(
                 "`feature_extractor` needs an `image_size` where there is no `unet`: nothing else says one."
@@ -213,7 +212,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             gaussian=gaussian,
         )
         self.register_to_config(
-            timesteps=list(timesteps),
+            timesteps=timesteps,
             alpha=alpha,
             kl_sigma=kl_sigma,
             feature_sigma=feature_sigma,

@@ -41,6 +41,7 @@ from diffad.evaluation.baselines import evaluate_baseline, load_training_images
 from diffad.evaluation.detectors import category_index, evaluate_detectors, split_by_category
 from diffad.evaluation.metric_names import MEAN
 from diffad.evaluation.report import command_line, describe_machine, markdown_table, with_mean, write_files
+from diffad.files import read_json_object
 from diffad.images import ImageSequence, as_size, images_to_pixel_values
 from diffad.model_card import TRAINING_NAME
 from diffad.pipelines.detection import DetectionPipeline, setting_names
@@ -400,11 +401,7 @@ def check_table_path(path: Path) -> None:
         if (beside := path.with_suffix(".md")).exists():
             raise ValueError(f"--output: {beside} would be replaced, and is of no table. Give another file.")
         return
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        table = None
-    if not isinstance(table, dict) or not isinstance(table.get("rows"), list):
+    if not isinstance(read_json_object(path).get("rows"), list):
         raise ValueError(f"--output: {path} is no table of make_table.py, and would be replaced. Give another file.")
 
 

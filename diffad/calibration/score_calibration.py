@@ -6,7 +6,6 @@ This file is long so that what is saved, and all that is asked of it, stand in o
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
 from diffad.calibration.conformal import (
@@ -29,7 +27,7 @@ from diffad.calibration.feature_gaussian import feature_distances
 from diffad.calibration.recorded_settings import OWN_NOISE, changed_settings
 from diffad.calibration.residual_gaussian import residual_distances
 from diffad.exporting import is_exporting
-from diffad.precision import in_precision_of_tensor
+from diffad.float32_model import Float32Model
 from diffad.region_of_interest import inside_region
 from diffad.scoring import Measurement, resize_maps
 from diffad.triangles import identity_triangle, triangle_parts
@@ -38,7 +36,7 @@ from diffad.warn_once import warn_once
 MOST_UNPACKED_BYTES = 2**30  # of the whitening in full precision, four categories' or more
 
 
-class ScoreCalibration(ModelMixin, ConfigMixin):
+class ScoreCalibration(Float32Model):
     r"""Statistics of good images' scores, saved with a pipeline in safetensors.
 
     A leading dimension K of every tensor holds one set for each category of a unified model. Always float32: moving
@@ -199,17 +197,9 @@ class ScoreCalibration(ModelMixin, ConfigMixin):
         self.register_buffer("pixel_threshold", torch.full((num_categories,), float("inf")))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ScoreCalibration:
-        # Follows a move to another device, not one to another dtype: thresholds rounded to bfloat16 (three digits)
-        # would no longer hold their false-alarm rate.
+        # In float32 still: thresholds rounded to bfloat16 (three digits) would no longer hold their false-alarm rate.
         forget(self)
-        return super()._apply(in_precision_of_tensor(fn), recurse)
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, max_shard_size: int | str = "10GB", **options: Any
-    ) -> None:
-        """As of every network, but without a variant: it is float32, and all variants of a pipeline share it."""
-        options["variant"] = None
-        super().save_pretrained(save_directory, *args, max_shard_size=max_shard_size, **options)
+        return super()._apply(fn, recurse)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -22,7 +22,7 @@ import diffad
 from diffad.evaluation.cases import draw_cases, save_sheets
 from diffad.evaluation.metric_names import BASELINE_TITLES, MEAN, METRIC_TITLES
 from diffad.evaluation.page import render_report_page
-from diffad.files import write_text_whole
+from diffad.files import read_json_object, write_text_whole
 from diffad.inputs import REPORT_SHEETS
 from diffad.model_folder import check_writable
 
@@ -95,11 +95,8 @@ def read_report(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: what stands there is none.
     """
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        report = None
-    if not isinstance(report, dict) or not isinstance(report.get("results"), dict):
+    report = read_json_object(path)
+    if not isinstance(report.get("results"), dict):
         raise ValueError(f"`output`: {path} is no report of diffad's, and would be replaced. Give another file.")
     return report
 

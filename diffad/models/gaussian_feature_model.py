@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 
+from diffad.float32_model import Float32Model
 from diffad.images import ImageInput, ImageSequence, Side, as_side, as_size, images_to_pixel_values, resize_images
 from diffad.models.feature_extractor import LITE0_BACKBONE, TimmFeatureExtractor
 from diffad.moments import FeatureMoments
-from diffad.precision import in_precision_of_tensor
 from diffad.scoring import gaussian_smooth, max_score
 
 
@@ -37,7 +35,7 @@ class GaussianFeatureOutput(BaseOutput):
     anomaly_score: torch.Tensor
 
 
-class GaussianFeatureModel(ModelMixin, ConfigMixin):
+class GaussianFeatureModel(Float32Model):
     r"""A Gaussian of pretrained features at each position of good images, and distances from it.
 
     PaDiM: the features of a frozen backbone at a few strides, resized to one grid and concatenated; all
@@ -145,17 +143,6 @@ class GaussianFeatureModel(ModelMixin, ConfigMixin):
             weights[name] = weights[name][:, -model.feature_extractor.num_channels :]
         model.feature_extractor.load_state_dict(weights)
         return model.to(feature_extractor.device)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GaussianFeatureModel:
-        # Follows a move to another device, not one to another dtype: half precision would make the distances noise.
-        return super()._apply(in_precision_of_tensor(fn), recurse)
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, max_shard_size: int | str = "10GB", **options: Any
-    ) -> None:
-        """As of every network, but without a variant: it is float32, and all variants of a pipeline share it."""
-        options["variant"] = None
-        super().save_pretrained(save_directory, *args, max_shard_size=max_shard_size, **options)
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The drawn channels at every position, (N, 3, H, W) in [-1, 1] to (N, C, P) float32."""
