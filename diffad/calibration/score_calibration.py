@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
 from diffad.calibration.conformal import (
@@ -27,7 +28,7 @@ from diffad.calibration.feature_gaussian import feature_distances
 from diffad.calibration.recorded_settings import OWN_NOISE, changed_settings
 from diffad.calibration.residual_gaussian import residual_distances
 from diffad.exporting import is_exporting
-from diffad.float32_model import Float32Model
+from diffad.float32_part import Float32Part
 from diffad.region_of_interest import inside_region
 from diffad.scoring import Measurement, resize_maps
 from diffad.triangles import identity_triangle, triangle_parts
@@ -36,7 +37,7 @@ from diffad.warn_once import warn_once
 MOST_UNPACKED_BYTES = 2**30  # of the whitening in full precision, four categories' or more
 
 
-class ScoreCalibration(Float32Model):
+class ScoreCalibration(Float32Part, ModelMixin, ConfigMixin):
     r"""Statistics of good images' scores, saved with a pipeline in safetensors.
 
     A leading dimension K of every tensor holds one set for each category of a unified model. Always float32: moving

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 
-from diffad.float32_model import Float32Model
+from diffad.float32_part import Float32Part
 from diffad.images import ImageInput, ImageSequence, Side, as_side, as_size, images_to_pixel_values, resize_images
 from diffad.models.feature_extractor import LITE0_BACKBONE, TimmFeatureExtractor
 from diffad.moments import FeatureMoments
@@ -35,7 +36,7 @@ class GaussianFeatureOutput(BaseOutput):
     anomaly_score: torch.Tensor
 
 
-class GaussianFeatureModel(Float32Model):
+class GaussianFeatureModel(Float32Part, ModelMixin, ConfigMixin):
     r"""A Gaussian of pretrained features at each position of good images, and distances from it.
 
     PaDiM: the features of a frozen backbone at a few strides, resized to one grid and concatenated; all
