@@ -11,12 +11,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub import CommitInfo, create_repo
+from huggingface_hub import CommitInfo, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError
 
 from diffad.model_card import has_report_before, remove_reports
 from diffad.pipelines.checks import category_indices
-from diffad.pipelines.saving import finish_saving, save_whole
+from diffad.pipelines.saving import SHARED_PARTS, finish_saving, save_whole
 from diffad.pipelines.sharing import add_records_and_card, records_folder, remove_local_paths
 from diffad.pipelines.version_0_1 import remove_code, upgrade_index
 from diffad.registration import PIPELINES
@@ -180,7 +180,7 @@ class AnomalyPipeline(DiffusionPipeline):
             create_pr: opens a pull request instead of a commit to `main`.
             safe_serialization: always True, as in `save_pretrained`.
             variant: of the weights' file names, such as "fp16" after `pipe.to(torch.float16)`. The repository keeps its
-                other weights.
+                other weights, and all share this calibration.
             folder: where the records and pictures are; None takes the folder that the pipeline was loaded from.
             license: of the weights, as the Hub names it, for the card; None takes that of the training data where it
                 is known and binds what is made from them, else the card states none.
@@ -198,8 +198,14 @@ class AnomalyPipeline(DiffusionPipeline):
             self.save_pretrained(staging, safe_serialization, variant)
             remove_local_paths(staging)
             add_records_and_card(self, staging, records, repo_id, token, license, with_report)
-            return self._upload_folder(
-                staging, repo_id, token=token, commit_message=commit_message, create_pr=create_pr
+            return upload_folder(
+                repo_id=repo_id,
+                folder_path=staging,
+                token=token,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                create_pr=create_pr,
+                # a variant's own calibration, as version 0.1 pushed it, would be loaded in the place of the shared one
+                delete_patterns=[f"{part}/*.safetensors" for part in SHARED_PARTS],
             )
 
 

@@ -228,8 +228,14 @@ def total_inference_steps(scheduler: SchedulerMixin, timestep: int, num_inferenc
         num_inference_steps: at least 1, at most `timestep`.
 
     Raises:
-        ValueError: all begin more than a tenth of `timestep` and one spacing lower.
+        ValueError: all begin more than a tenth of `timestep` and one spacing lower, or the scheduler takes Runge-Kutta
+            steps first, which have to begin at the noise.
     """
+    if scheduler.config.get("skip_prk_steps") is False:
+        raise ValueError(
+            "`scheduler` takes Runge-Kutta steps first, which cannot begin at `timestep`. Make it with "
+            "`skip_prk_steps=True`."
+        )
     last = scheduler.config.num_train_timesteps
     likely = round(num_inference_steps * last / timestep)
     found: dict[int, tuple[float, int]] = {}
@@ -240,10 +246,11 @@ def total_inference_steps(scheduler: SchedulerMixin, timestep: int, num_inferenc
             break
     if num_inference_steps in found:
         return found[num_inference_steps][1]
-    nearest = min(found, key=lambda count: (abs(count - num_inference_steps), count))
+    nearest = min(found, key=lambda count: (abs(count - num_inference_steps), count), default=None)
+    advice = "Take another `timestep`." if nearest is None else f"The nearest number that it has is {nearest}."
     raise ValueError(
         f"`num_inference_steps`: the {type(scheduler).__name__} has no {num_inference_steps} evenly spaced steps from "
-        f"about `timestep` {timestep}. The nearest number that it has is {nearest}."
+        f"about `timestep` {timestep}. {advice}"
     )
 
 
@@ -252,7 +259,10 @@ def steps_from(scheduler: SchedulerMixin, timestep: int, total_steps: int) -> di
 
     That is by how much the beginning lies more than one spacing below, at most a tenth of `timestep`.
     """
-    scheduler.set_timesteps(total_steps)
+    try:
+        scheduler.set_timesteps(total_steps)
+    except ValueError:  # an `LCMScheduler` has no more steps than it was distilled with
+        return {}
     timesteps = scheduler.timesteps[:: scheduler.order].tolist()[:total_steps]
     above = [2 * timesteps[0] - timesteps[1] if len(timesteps) > 1 else math.inf, *timesteps]
     return {

@@ -48,7 +48,7 @@ def publish(folder: Path) -> dict[str, str]:
     """Alice publishes, Bob proposes; with the records that training and an evaluation leave beside a model."""
     import torch
     from conftest import generator, texture, textures, tiny_pipeline, write_png
-    from huggingface_hub import create_repo, create_tag, upload_folder
+    from huggingface_hub import create_repo, create_tag, upload_file, upload_folder
     from tiny_diad import tiny_diad
     from version_0_1 import as_version_0_1
 
@@ -81,6 +81,9 @@ def publish(folder: Path) -> dict[str, str]:
 
     half = AnomalyDenoisePipeline.from_pretrained(folder / "changed", dtype=torch.float16)
     measure(half, folder / "fp16.npz", category=CATEGORIES * 2)
+    weights = folder / "changed" / "calibration" / "diffusion_pytorch_model.safetensors"
+    stale = "calibration/diffusion_pytorch_model.fp16.safetensors"  # each variant had its own once
+    upload_file(path_or_fileobj=weights, path_in_repo=stale, repo_id="alice/parts", token=ALICE)
     half.push_to_hub("alice/parts", token=ALICE, variant="fp16")
 
     pipeline.push_to_hub("alice/secret", token=ALICE, private=True)

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import generator, texture, textures, tiny_pipeline
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+)
 from PIL import Image
 
 from diffad import AnomalyDenoisePipeline
@@ -501,6 +508,18 @@ def test_steps_that_no_spacing_has_are_named_with_the_nearest_that_one_has(plain
     ):
         plain.denoise(texture(0), timestep=timestep, num_inference_steps=steps)
     assert total_inference_steps(plain.scheduler, timestep, nearest) >= nearest
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "message"),
+    [
+        (PNDMScheduler(), 10, "`scheduler` takes Runge-Kutta steps first.*`skip_prk_steps=True`"),
+        (LCMScheduler(), 100, "`num_inference_steps`: the LCMScheduler has no 100 .* is 12"),
+    ],
+)
+def test_a_scheduler_that_has_no_such_steps_is_told_by_its_name(plain, scheduler, steps, message):
+    with pytest.raises(ValueError, match=message):
+        plain.denoise(texture(0), timestep=250, num_inference_steps=steps, scheduler=scheduler)
 
 
 def test_ddim_written_out(plain):
