@@ -18,8 +18,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from diffad import __version__
-from diffad.command_models import is_exported, load_model, load_pipeline
-from diffad.command_options import (
+from diffad.commands.explain import explain
+from diffad.commands.line import drift, serve, update, watch
+from diffad.commands.models import is_exported, load_model, load_pipeline
+from diffad.commands.options import (
     BadImages,
     BatchSize,
     Category,
@@ -30,13 +32,11 @@ from diffad.command_options import (
     OnBadImage,
     PartPattern,
 )
-from diffad.explain_command import explain
-from diffad.line_commands import drift, serve, update, watch
-from diffad.model_commands import convert, export, push
+from diffad.commands.predict import predict
+from diffad.commands.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
+from diffad.commands.transfer import convert, export, push
 from diffad.model_folder import MODEL_LOCK_NAME, check_model_folder
-from diffad.predict_command import predict
-from diffad.size_options import Resolution, Roi, TakesHeightAndWidth, TileSize
-from diffad.unicode_forms import same_name
+from diffad.reading.unicode_forms import same_name
 
 app = typer.Typer(
     help="Finds defects, having seen only good parts. Also: --version and --debug.",

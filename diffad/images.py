@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from diffad.exporting import is_exporting
-from diffad.grey_depth import is_deep, value_range_of
-from diffad.image_arrays import (
+from diffad.image_sizes import Side, as_side, as_size, size_of_ratio
+from diffad.reading.grey_depth import is_deep, value_range_of
+from diffad.reading.image_arrays import (
     common_value_range,
     find_value_range,
     flatten,
@@ -25,8 +26,7 @@ from diffad.image_arrays import (
     to_arrays,
     upright_image,
 )
-from diffad.image_files import image_file_header, read_image
-from diffad.image_sizes import Side, as_side, as_size, size_of_ratio
+from diffad.reading.image_files import image_file_header, read_image
 from diffad.resizing import Resizing, resize_weights
 
 __all__ = [

@@ -21,7 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from diffad.evaluation.metric_names import BASELINE_TITLES, COUNTS, MEAN, METRICS
 from diffad.images import Side, as_size
-from diffad.inputs import REPORT_SHEETS
+from diffad.reading.inputs import REPORT_SHEETS
 
 CARD_NAME = "README.md"
 TRAINING_NAME = "training.json"

@@ -48,7 +48,7 @@ def check_folder(path: Path) -> Path:
 
 def check_model_folder(path: Path) -> Path:
     """`path`, unless it is a folder of images: beside a model they would be no inputs any more."""
-    from diffad.inputs import list_folder
+    from diffad.reading.inputs import list_folder
 
     check_folder(path)
     if path.is_dir() and (images := list_folder(path).files):

@@ -3,7 +3,7 @@
     accelerate launch -m diffad.predict MODEL IMAGES... --output DIR
 
 is `diffad predict` on any number of processes. How the files are gone through, and what a killed run leaves, stands in
-`diffad.file_scoring`.
+`diffad.prediction.file_scoring`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffad.deployment.runtime import Runtime
-from diffad.detection_call import detection_call, detection_settings
-from diffad.file_scoring import score_files
-from diffad.grey_depth import warn_of_found_range
-from diffad.input_sources import range_of_inputs
-from diffad.inputs import find_images
-from diffad.journal import Input
-from diffad.manifest import Manifest
-from diffad.output_folder import SETTINGS_NAME
+from diffad.prediction.detection_call import detection_call, detection_settings
+from diffad.prediction.file_scoring import score_files
+from diffad.prediction.input_sources import range_of_inputs
+from diffad.prediction.manifest import Manifest
+from diffad.prediction.output_folder import SETTINGS_NAME
+from diffad.prediction.remote_output import opened_output
 from diffad.process_share import of_all_processes, on_main
-from diffad.remote_output import opened_output
+from diffad.reading.grey_depth import warn_of_found_range
+from diffad.reading.input_file import Input
+from diffad.reading.inputs import find_images
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,7 +54,7 @@ def predict_files(
             called by their lines' numbers.
         output_dir: gets `overlays/`, `maps/` (16-bit PNG: map_low at 0, map_high at 65535, both in scores.csv),
             `masks/` (0 or 255), `most_anomalous.png`, `scores.csv` (in order of `paths`, below what earlier runs have
-            scored), `settings.json` and, calibrated, the defects as a list (`diffad.region_files`) and
+            scored), `settings.json` and, calibrated, the defects as a list (`diffad.prediction.region_files`) and
             `calibration.json` (the scores that tell drift). Maps and masks have the size of their image, and so have
             overlays, those of more than 16 megapixels reduced. The pictures of `part.png` are named so too, those of
             `part.jpg` `part.jpg.png`; `picture` in scores.csv says how where a name is too long or another's. May be
@@ -107,7 +107,7 @@ def predict_files(
             spent=spent,
         )
         if pipeline.has_thresholds:
-            from diffad.drift_table import save_calibration_scores
+            from diffad.prediction.drift_table import save_calibration_scores
 
             on_main(accelerator, lambda: save_calibration_scores(output.folder, pipeline, index))
         on_main(accelerator, output.push)

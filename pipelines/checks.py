@@ -13,11 +13,11 @@ import torch
 
 from diffad.calibration.recorded_settings import SMOOTHS_INSIDE
 from diffad.calibration.score_calibration import ScoreCalibration
-from diffad.grey_depth import warn_of_found_range
 from diffad.images import ImageSequence, Side, as_size
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.pipelines.output import OUTPUT_TYPES
-from diffad.unicode_forms import same_name
+from diffad.reading.grey_depth import warn_of_found_range
+from diffad.reading.unicode_forms import same_name
 from diffad.warn_once import warn_once
 
 MAP_NAMES = ("kl", "feature_error", "gaussian", "nearest")  # what AnomalyDenoise joins

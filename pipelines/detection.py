@@ -20,7 +20,6 @@ from diffad.calibration.category_features import mean_features, nearest_category
 from diffad.calibration.fitting import CalibrationFit, ScoreFunctions
 from diffad.calibration.recorded_settings import OWN_NOISE, RECOGNISES_INSIDE, SMOOTHS_INSIDE
 from diffad.calibration.score_calibration import ScoreCalibration
-from diffad.grey_depth import warn_of_found_range
 from diffad.images import ImageSequence, as_size, common_value_range, images_to_pixel_values, resize_images
 from diffad.moments import FeatureMoments
 from diffad.pipelines.base import AnomalyPipeline
@@ -29,6 +28,7 @@ from diffad.pipelines.large_images import calibrate_large, size_of
 from diffad.precision import running_precision
 from diffad.process_share import process_share
 from diffad.read_ahead import read_ahead
+from diffad.reading.grey_depth import warn_of_found_range
 from diffad.region_of_interest import clear_outside, hide_outside, inside_region
 from diffad.resizing import map_reach
 from diffad.scoring import Measurement, empty_measurement, heighten_contrast

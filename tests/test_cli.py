@@ -406,7 +406,7 @@ def test_messages_are_shown_as_they_are(monkeypatch, capsys):
     def broken(*_):
         raise error
 
-    monkeypatch.setattr("diffad.command_models.load_pipeline", broken)
+    monkeypatch.setattr("diffad.commands.models.load_pipeline", broken)
     error: Exception = ImportError('It needs timm:\n  pip install "diffad[demo]"')
     assert fail(monkeypatch, capsys, "benchmark", "m") == 'error: It needs timm: pip install "diffad[demo]"\n'
     error = KeyError("unet")

@@ -18,13 +18,13 @@ from launching import launch, launch_command
 from PIL import Image
 
 from diffad import AnomalyDenoisePipeline
-from diffad.file_scoring import batch_shape
-from diffad.input_sources import find_inputs
-from diffad.inputs import find_images
-from diffad.journal import process_journals
-from diffad.manifest import Manifest
 from diffad.pipelines.updating import load_good_images
 from diffad.predict import predict_files
+from diffad.prediction.file_scoring import batch_shape
+from diffad.prediction.input_sources import find_inputs
+from diffad.prediction.journal import process_journals
+from diffad.prediction.manifest import Manifest
+from diffad.reading.inputs import find_images
 
 TABLES = ("scores.csv", "regions.csv", "regions.json", "regions.jsonl")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 
-from diffad.command_models import load_pipeline
+from diffad.commands.models import load_pipeline
 from diffad.precision import is_bfloat16_fast, resolve_precision, training_device
 
 CPU_FLAGS = Path("/proc/cpuinfo")

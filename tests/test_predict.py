@@ -19,10 +19,10 @@ from conftest import texture, textures, tiny_pipeline, write_folder, write_png
 from PIL import Image
 
 from diffad import AnomalyDenoisePipeline
-from diffad.decoding import decoded_batches
 from diffad.images import image_to_rgb
-from diffad.journal import distinct_inputs
 from diffad.predict import find_images, predict_files
+from diffad.reading.decoding import decoded_batches
+from diffad.reading.input_file import distinct_inputs
 
 
 def read_scores(folder: Path) -> list[dict[str, str]]:

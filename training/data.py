@@ -27,9 +27,9 @@ from diffad.data.parts import part_index
 from diffad.data.records import FEATURES
 from diffad.data.regions_of_interest import read_roi
 from diffad.evaluation.metric_names import check_category_names
-from diffad.image_metadata import turn_upright
 from diffad.images import Side, as_side, as_size, images_to_tensors, resize_image
 from diffad.pipelines.detection import FEW_IMAGES
+from diffad.reading.image_metadata import turn_upright
 from diffad.region_of_interest import hide_outside, inside_region
 from diffad.tiling import MOSTLY, MUCH_LARGER, places_inside, spread_places, tile_grid, tile_views
 from diffad.training.shared_map import shared_map

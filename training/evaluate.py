@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from accelerate import Accelerator
 
-from diffad.command_models import is_exported, load_model
+from diffad.commands.models import is_exported, load_model
 from diffad.data import load_anomaly_dataset
 from diffad.data.checks import dataset_value_range
-from diffad.detection_call import noise_of
 from diffad.evaluation.baselines import evaluate_baseline, load_training_images
 from diffad.evaluation.detectors import check_categories, evaluate_category, promise, split_by_category
 from diffad.evaluation.metric_names import BASELINE_TITLES
@@ -35,6 +34,7 @@ from diffad.evaluation.report import (
     with_mean,
 )
 from diffad.precision import PRECISIONS, resolve_precision
+from diffad.prediction.detection_call import noise_of
 from diffad.training.arguments import POSITIVE, SHARE, FlagParser, local_path, whole_number
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from diffad import AnomalyDenoisePipeline
 from diffad.cores import limit_threads
 from diffad.data import load_anomaly_dataset
 from diffad.pipelines.saving import save_whole
+from diffad.reading.unicode_forms import same_name
 from diffad.training.arguments import (
     NOT_NEGATIVE,
     POSITIVE,
@@ -31,7 +32,6 @@ from diffad.training.arguments import (
     local_path,
 )
 from diffad.training.pretrained import check_method
-from diffad.unicode_forms import same_name
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -33,7 +33,7 @@ from datasets import Dataset
 
 from diffad import AnomalyDenoisePipeline, DiADPipeline, TimmFeatureExtractor
 from diffad.calibration.fitting import CalibrationFit
-from diffad.command_models import load_pipeline
+from diffad.commands.models import load_pipeline
 from diffad.cores import limit_threads
 from diffad.data import load_anomaly_dataset
 from diffad.data.checks import dataset_value_range

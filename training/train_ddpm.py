@@ -33,6 +33,7 @@ from diffad.models.denoising_unet_2d import DENOISING_UNET_PRESETS
 from diffad.pipelines.checks import scored_layers
 from diffad.pipelines.detection import spread
 from diffad.pipelines.feature_maps import FEATURE_WEIGHTS, chosen_contrast
+from diffad.reading.unicode_forms import same_name
 from diffad.tiling import tile_height_and_width
 from diffad.training.arguments import (
     ABOVE_ZERO,
@@ -76,7 +77,6 @@ from diffad.training.feature_sizes import (
 from diffad.training.finish import finish
 from diffad.training.loop import create_accelerator, held_output_dir, train
 from diffad.training.pretrained import check_method
-from diffad.unicode_forms import same_name
 from diffad.visualization import heat_map, save_rows, to_uint8
 
 HELD_OUT_IMAGES = 32  # with one noise each: on the same every time, few show a trend

@@ -14,9 +14,9 @@ from PIL import Image
 
 from diffad.data.image_feature import ImageFile, read_stored, stored_content
 from diffad.data.masks import has_soft_edges
-from diffad.grey_depth import BAND_PIXELS, UnreadableImageError, is_deep, value_range_of
-from diffad.image_arrays import image_to_rgb
-from diffad.image_files import image_file_header, one_large_at_a_time, read_image
+from diffad.reading.grey_depth import BAND_PIXELS, UnreadableImageError, is_deep, value_range_of
+from diffad.reading.image_arrays import image_to_rgb
+from diffad.reading.image_files import image_file_header, one_large_at_a_time, read_image
 
 MOST_DIGESTS = 100_000  # that are kept, some 30 MB
 _digests: dict[tuple[str, int, int], bytes] = {}  # of good images' files: decoding them again would take as long

@@ -22,8 +22,8 @@ from diffad.data.image_feature import ImageFile
 from diffad.data.layouts import choose_categories, require_good_images
 from diffad.data.masks import mask_to_array
 from diffad.data.records import FEATURES, is_good_name
-from diffad.inputs import images_below
-from diffad.unicode_forms import composed
+from diffad.reading.inputs import images_below
+from diffad.reading.unicode_forms import composed
 
 TABLES = (".parquet", ".arrow")
 COLUMNS = ("image", "mask", "label", "defect", "category")  # that are read

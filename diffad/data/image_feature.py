@@ -10,7 +10,7 @@ import fsspec
 from PIL import Image
 
 from diffad.data.masks import unite_masks
-from diffad.image_files import read_image
+from diffad.reading.image_files import read_image
 
 
 class ImageFile(datasets.Image):

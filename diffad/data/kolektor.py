@@ -16,9 +16,9 @@ import numpy as np
 
 from diffad.data.masks import mask_to_array
 from diffad.data.records import check_split, make_record
-from diffad.grey_depth import UnreadableImageError
-from diffad.image_files import read_image
-from diffad.inputs import list_folder, subfolders
+from diffad.reading.grey_depth import UnreadableImageError
+from diffad.reading.image_files import read_image
+from diffad.reading.inputs import list_folder, subfolders
 
 TRAIN_SHARE = 0.7  # of the items of KolektorSDD, which has no split of its own
 

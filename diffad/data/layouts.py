@@ -23,8 +23,8 @@ from datasets import Dataset
 from diffad.data.kolektor import find_kolektor, find_kolektor_2, read_kolektor, read_kolektor_2
 from diffad.data.real_iad import find_real_iad
 from diffad.data.records import SPLITS, check_split, is_good_name, make_record, read_listed
-from diffad.inputs import describe_suffixes, images_below, list_folder, subfolders
-from diffad.unicode_forms import composed, same_name
+from diffad.reading.inputs import describe_suffixes, images_below, list_folder, subfolders
+from diffad.reading.unicode_forms import composed, same_name
 from diffad.warn_once import warn_once
 
 MASK_FOLDERS = ("ground_truth", "groundtruth", "masks", "mask", "gt", "annotations")  # in any case; the first counts

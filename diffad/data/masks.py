@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from diffad.grey_depth import UnreadableImageError
-from diffad.image_files import read_image
-from diffad.image_metadata import turn_upright
 from diffad.images import image_to_rgb
-from diffad.inputs import images_below
+from diffad.reading.grey_depth import UnreadableImageError
+from diffad.reading.image_files import read_image
+from diffad.reading.image_metadata import turn_upright
+from diffad.reading.inputs import images_below
 
 LARGEST_COUNT = 16  # of kinds of defect that are told apart by other values
 LARGEST_LABEL = 63  # masks that number the kinds of defect, as VisA's, count from 1

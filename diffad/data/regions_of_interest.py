@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from diffad.data.masks import mask_to_array
-from diffad.grey_depth import UnreadableImageError
-from diffad.image_files import MAX_PIXELS, read_image
-from diffad.inputs import images_below
-from diffad.unicode_forms import file_below, same_name
+from diffad.reading.grey_depth import UnreadableImageError
+from diffad.reading.image_files import MAX_PIXELS, read_image
+from diffad.reading.inputs import images_below
+from diffad.reading.unicode_forms import file_below, same_name
 
 LARGEST_SIDE = 1024  # pixels of a region that is kept: 1 MB a category
 STRETCHED = 1.1  # the factor between the ratios of two images' sides from which on a word is due

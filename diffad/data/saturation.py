@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffad.image_files import read_image
-from diffad.inputs import images_below
+from diffad.reading.image_files import read_image
+from diffad.reading.inputs import images_below
 
 CONFIG_NAME = "defects_config.json"
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from diffad.calibration.drift import DriftTest
 from diffad.deployment.batching import Batcher
-from diffad.detection_call import detection_call
-from diffad.grey_depth import TooManyPixelsError, check_known_range
-from diffad.image_arrays import image_to_rgb
-from diffad.image_files import image_file_header, one_large_at_a_time, read_image
 from diffad.image_sizes import as_size
+from diffad.prediction.detection_call import detection_call
+from diffad.reading.grey_depth import TooManyPixelsError, check_known_range
+from diffad.reading.image_arrays import image_to_rgb
+from diffad.reading.image_files import image_file_header, one_large_at_a_time, read_image
 from diffad.regions import Region, find_regions, without_small_regions
 from diffad.resizing import fit_map
 

@@ -33,11 +33,11 @@ from diffad.deployment.runtime import (
     sha256_of,
 )
 from diffad.files import write_whole
-from diffad.image_arrays import common_value_range, resized_array
-from diffad.image_files import read_image
 from diffad.image_sizes import as_size
 from diffad.installation import needs_extra
 from diffad.model_folder import check_writable
+from diffad.reading.image_arrays import common_value_range, resized_array
+from diffad.reading.image_files import read_image
 from diffad.scoring import Measurement
 from diffad.warn_once import warn_once
 

@@ -13,10 +13,10 @@ from typing import Any
 from diffad.deployment.batching import BusyError
 from diffad.deployment.detector import Detector, Finding, Sent, TooLargeError, found_regions
 from diffad.files import write_whole
-from diffad.grey_depth import UnreadableImageError
-from diffad.image_files import read_image
-from diffad.inputs import is_image_name
 from diffad.installation import needs_extra
+from diffad.reading.grey_depth import UnreadableImageError
+from diffad.reading.image_files import read_image
+from diffad.reading.inputs import is_image_name
 from diffad.visualization import overlay, to_uint8
 
 with needs_extra("app"):

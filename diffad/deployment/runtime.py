@@ -23,14 +23,14 @@ import diffad
 from diffad.calibration.conformal import ROUNDING
 from diffad.cores import available_cores
 from diffad.deployment.metadata import KEY, OUTPUTS, Metadata
-from diffad.grey_depth import warn_of_found_range
-from diffad.image_arrays import flatten, image_size, resized_array, smallest_common_range
-from diffad.image_files import read_image
 from diffad.image_sizes import as_side, as_size
 from diffad.installation import needs_extra
+from diffad.reading.grey_depth import warn_of_found_range
+from diffad.reading.image_arrays import flatten, image_size, resized_array, smallest_common_range
+from diffad.reading.image_files import read_image
+from diffad.reading.unicode_forms import same_name
 from diffad.regions import Region, find_regions, level_of_area, num_smallest, without_small_regions
 from diffad.resizing import region_at, resize_array
-from diffad.unicode_forms import same_name
 from diffad.warn_once import warn_once
 
 # ONNX Runtime's names of what it computes on

@@ -16,8 +16,8 @@ from PIL import Image
 
 from diffad.deployment.batching import BusyError
 from diffad.deployment.detector import Detector, Finding, Sent, TooLargeError, found_regions
-from diffad.grey_depth import UnreadableImageError
 from diffad.installation import needs_extra
+from diffad.reading.grey_depth import UnreadableImageError
 
 with needs_extra("app"):
     from anyio import to_thread

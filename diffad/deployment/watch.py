@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from diffad.calibration.drift import DriftTest
-from diffad.decoding import Decoded, decoded_batches
 from diffad.deployment.outbox import Outbox
-from diffad.detection_call import DetectionCall, detection_call, detection_settings
-from diffad.drift_table import CalibrationScores, describe, save_calibration_scores
 from diffad.files import bounded_name, digest, locked_folder, write_whole
-from diffad.inputs import LOCK_NAME, images_below, is_image_name, is_input_folder
 from diffad.installation import needs_extra
-from diffad.journal import COLUMNS, ENCODING, SCORES_NAME, Input, describe_input, read_rows
-from diffad.output_folder import begin_settings, check_output, check_settings
-from diffad.picture_files import write_outputs
+from diffad.prediction.detection_call import DetectionCall, detection_call, detection_settings
+from diffad.prediction.drift_table import CalibrationScores, describe, save_calibration_scores
+from diffad.prediction.journal import COLUMNS, ENCODING, SCORES_NAME, read_rows
+from diffad.prediction.output_folder import begin_settings, check_output, check_settings
+from diffad.prediction.picture_files import write_outputs
+from diffad.reading.decoding import Decoded, decoded_batches
+from diffad.reading.input_file import Input, describe_input
+from diffad.reading.inputs import LOCK_NAME, images_below, is_image_name, is_input_folder
 from diffad.warn_once import warn_once
 
 RESCAN_SECONDS = 60.0  # how often the folder is listed beside what the system reports, which may lose some
@@ -248,8 +249,8 @@ def watch_folder(
 
     Args:
         pipeline: an anomaly pipeline; uncalibrated, it gives no masks, no verdicts, and nothing of drift.
-        folder: with its subfolders. What `diffad.inputs` takes for an image counts; hidden files, as programs make
-            while they write, do not.
+        folder: with its subfolders. What `diffad.reading.inputs` takes for an image counts; hidden files, as programs
+            make while they write, do not.
         output_dir: as `predict_files` writes it, without the sheet and the regions' files. `scores.csv` grows by a row
             an event, and rows may be edited or taken away meanwhile: what lacks a row then, the next start does again.
             A picture's name holds the event's number, so that a rewritten file's pictures replace none.

@@ -15,8 +15,8 @@ from PIL import Image
 from diffad.data.masks import mask_to_array
 from diffad.evaluation.detectors import call_for, pixel_threshold
 from diffad.images import image_to_rgb, resize_images
-from diffad.inputs import REPORT_SHEETS
 from diffad.pipelines.output import AnomalyOutput
+from diffad.reading.inputs import REPORT_SHEETS
 from diffad.visualization import beside_overlay, save_rows, to_uint8
 
 IMAGES_A_GROUP = 4  # at most

@@ -28,7 +28,7 @@ from diffad.evaluation.metric_names import check_category_names
 from diffad.evaluation.metrics import AnomalyMetrics
 from diffad.files import bounded_name, write_whole
 from diffad.images import resize_images
-from diffad.journal import name_pictures
+from diffad.prediction.journal import name_pictures
 
 
 class Evaluation(NamedTuple):

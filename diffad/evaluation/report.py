@@ -23,8 +23,8 @@ from diffad.evaluation.cases import draw_cases, save_sheets
 from diffad.evaluation.metric_names import BASELINE_TITLES, MEAN, METRIC_TITLES
 from diffad.evaluation.page import render_report_page
 from diffad.files import read_json_object, write_text_whole
-from diffad.inputs import REPORT_SHEETS
 from diffad.model_folder import check_writable
+from diffad.reading.inputs import REPORT_SHEETS
 
 # what a report must agree in with the one that it goes on with
 SETTINGS = ("model", "model_files", "data", "noise", "resolution", "pro_fpr_limit", "mixed_precision")

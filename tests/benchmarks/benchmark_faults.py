@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import texture, textures, tiny_pipeline, write_folder
 
 from diffad import cli
-from diffad.command_models import load_pipeline
+from diffad.commands.models import load_pipeline
 from diffad.predict import find_images, predict_files
 from diffad.training import train_ddpm
 

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import textures, tiny_extractor, tiny_pipeline, write_folder
 
 from diffad import AnomalyDenoisePipeline
-from diffad.command_models import load_pipeline
-from diffad.manifest import Manifest
+from diffad.commands.models import load_pipeline
 from diffad.predict import predict_files
+from diffad.prediction.manifest import Manifest
 
 NUM_IMAGES, EVERY = 10, 10_000
 

@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from diffad.inputs import find_images
+from diffad.reading.inputs import find_images
 
 SIDES = (64, 160, 224, 256, 384, 512, 640, 800)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from diffad import AnomalyDenoisePipeline
-from diffad.inputs import find_images
+from diffad.reading.inputs import find_images
 
 
 def run(*arguments: object) -> float:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from diffad.inputs import find_images
+from diffad.reading.inputs import find_images
 
 
 def rows_of(output: Path) -> list[dict[str, str]]:

@@ -23,7 +23,7 @@ from PIL import Image, ImageChops, ImageFilter
 
 from diffad.calibration.conformal import threshold_rank
 from diffad.calibration.drift import ALARM_BETS, RANK_BETS, DriftTest, allowance_among, bet, paid_after
-from diffad.inputs import find_images
+from diffad.reading.inputs import find_images
 
 RATE, CHANCE = 0.01, 0.01
 
@@ -109,7 +109,7 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 def print_power(model: str, folder: Path, calibration: int, before: int, streams: int) -> None:
-    from diffad.command_models import load_pipeline
+    from diffad.commands.models import load_pipeline
 
     pipeline = load_pipeline(model)
     images = [Image.open(path).convert("RGB") for path in find_images([folder])]

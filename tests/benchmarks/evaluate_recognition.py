@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diffad.command_models import load_pipeline
+from diffad.commands.models import load_pipeline
 from diffad.data import load_anomaly_dataset
 from diffad.images import ImageSequence
 

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torchmetrics.functional.classification import binary_auroc
 
-from diffad.command_models import load_pipeline
+from diffad.commands.models import load_pipeline
 from diffad.data import load_anomaly_dataset
 from diffad.deployment import Runtime, RuntimeOutput
 from diffad.deployment.export import InspectionGraph
-from diffad.image_arrays import resized_array
 from diffad.image_sizes import as_size
+from diffad.reading.image_arrays import resized_array
 
 MARGIN = 1e-4  # of the score, within which verdicts may differ
 BATCH_SIZE = 16

@@ -20,12 +20,12 @@ from conftest import texture, textures, tiny_extractor, tiny_pipeline, write_fol
 from PIL import Image
 
 from diffad import AnomalyDenoisePipeline, TimmFeatureExtractor
+from diffad.commands.transfer import export
 from diffad.data import load_anomaly_dataset
 from diffad.deployment import Runtime
 from diffad.deployment.export import InspectionGraph, halve_weights, write_graph
 from diffad.deployment.metadata import OUTPUTS
 from diffad.evaluation.detectors import image_auroc
-from diffad.model_commands import export
 from diffad.models.feature_extractor import LITE0_BACKBONE
 
 onnx = pytest.importorskip("onnx")

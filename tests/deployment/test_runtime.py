@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from diffad import AnomalyDenoisePipeline, AnomalyOutput
 from diffad.cli import app
 from diffad.deployment import Runtime, RuntimeOutput
-from diffad.image_arrays import resized_array
 from diffad.images import resize_image
+from diffad.reading.image_arrays import resized_array
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -105,7 +105,7 @@ def test_images_are_resized_as_torch_does(size):
 def test_large_images_are_resized_in_bands(monkeypatch):
     image = Image.fromarray(textures(1, size=(301, 203))[0])
     whole = resized_array(image, (24, 24))
-    monkeypatch.setattr("diffad.image_arrays.BAND_PIXELS", 203 * 17)
+    monkeypatch.setattr("diffad.reading.image_arrays.BAND_PIXELS", 203 * 17)
     assert np.abs(resized_array(image, (24, 24)) - whole).max() < 1e-6
 
 
@@ -176,8 +176,8 @@ def test_predict_without_torch_writes_what_it_writes_with_the_pipeline(model, tm
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
 
-    from diffad.inputs import find_images
     from diffad.predict import predict_files
+    from diffad.reading.inputs import find_images
 
     expected: list[dict] = []
     predict_files(pipeline, find_images([parts]), tmp_path / "with", report=expected.append)

@@ -23,7 +23,7 @@ from PIL import Image
 
 from diffad.deployment.outbox import Outbox, http_sender, mqtt_sender
 from diffad.deployment.watch import SettlingFiles, take_up_table, watch_folder
-from diffad.journal import COLUMNS, ENCODING
+from diffad.prediction.journal import COLUMNS, ENCODING
 
 pytest.importorskip("watchfiles")
 
