@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -401,6 +402,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: an error is one line that says what to do, and with `--debug`, anywhere, a traceback."""
     given = sys.argv[1:] if arguments is None else arguments
     arguments = [word for word in given if word != "--debug"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as of standard error: its encoding may lack a file's name
     warnings.formatwarning = lambda message, *where, **more: f"warning: {' '.join(str(message).split())}\n"
     try:
         for before, word in zip(["", *arguments], arguments, strict=False):

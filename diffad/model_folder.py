@@ -21,8 +21,15 @@ def check_local(path: str | Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises an OSError where no file can be written to a folder, or to what is there of it: before all the work."""
-    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
+    """Makes sure that files can be written to a folder, or to what is there of it: before all the work.
+
+    Raises:
+        ValueError: a file stands there or above.
+        OSError: nothing can be written there.
+    """
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise ValueError(f"The output goes into a folder, but {there} is a file. Give another one.")
     try:
         with TemporaryFile(dir=there) as probe:
             probe.write(bytes(4096))
@@ -33,15 +40,13 @@ def check_writable(folder: Path) -> None:
 
 
 def check_folder(path: Path) -> Path:
-    """`path`, unless a file stands there or above, of which diffusers says nothing, or it is a URL.
+    """`path`, unless it is a URL, or a file stands there or above, of which diffusers says nothing.
 
     Raises:
         ValueError: one of both.
         OSError: nothing can be written there.
     """
     check_local(path)
-    if file := next((one for one in (path, *path.parents) if one.exists() and not one.is_dir()), None):
-        raise ValueError(f"The output goes into a folder, but {file} is a file. Give another one.")
     check_writable(path)
     return path
 

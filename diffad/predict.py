@@ -79,7 +79,8 @@ def predict_files(
         ImportError: the package of the output's store is not installed.
         OSError: the disk is full, or the output's store does not take what is written.
         ValueError: `output_dir` holds results of another calibration, category or manifest, or of images
-            elsewhere, or files of another program's that would be replaced; or the category is unknown.
+            elsewhere, or files of another program's that would be replaced, or a score that somebody has edited into no
+            number; or the category is unknown.
         RuntimeError: another process writes to `output_dir`, or one of `accelerator`'s has ended early.
     """
     index = pipeline.category_index(category)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_pipeline, textures, tiny_pipeline, write_folder, write_mvtec
+from conftest import save_tiny_pipeline, textures, tiny_pipeline, write_folder, write_mvtec, write_png
 from PIL import Image
 from safetensors import SafetensorError
 from typer.testing import CliRunner
@@ -116,6 +118,25 @@ def test_drift_is_told_from_a_table_and_drawn(model, tmp_path):
         assert own.read_bytes() == before
     assert run("predict", model, tmp_path / "out", parts, "--output", tmp_path / "again") == ""
     assert len((tmp_path / "again" / "scores.csv").read_text().splitlines()) == 13  # a plot is no input
+
+
+def test_a_name_that_the_terminal_lacks_ends_nothing(model, tmp_path, monkeypatch):
+    """As of Windows, where output that goes to a file has 256 letters."""
+    write_png(tmp_path / "parts" / "部品.png", textures(1)[0])
+    run("predict", model, tmp_path / "parts", "--output", tmp_path / "out")
+    table = tmp_path / "out" / "scores.csv"
+    calibration = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    with open(table, "a", encoding="utf-8") as file:
+        for i in range(300):
+            file.write(f"部品{i}.png,{min(calibration['normal_scores']) - i:.6g},1,normal,0,1,,,,,\n")
+    for command in (["explain", model, tmp_path / "parts"], ["drift", table]):
+        printed = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+        with monkeypatch.context() as patched:
+            patched.setattr("sys.stdout", printed)
+            with suppress(SystemExit):
+                cli.main([str(word) for word in command])
+        printed.flush()
+        assert b"\\u90e8\\u54c1" in printed.buffer.getvalue()
 
 
 def test_fail_on_anomaly_exits_with_3(tmp_path):
@@ -240,10 +261,15 @@ def test_predict_exits_with_4_where_nothing_could_be_read(model, tmp_path):
     parts = tmp_path / "parts"
     parts.mkdir()
     (parts / "broken.png").write_bytes(b"no image")
+    command = ["predict", str(model), str(parts), "--output", str(tmp_path / "out")]
     for flags in ((), ("--fail-on-anomaly",)):
-        run("predict", model, parts, "--output", tmp_path / "out", *flags, code=4)
+        result = CliRunner().invoke(app, [*command, *flags], catch_exceptions=False)
+        assert result.exit_code == 4
+        assert "most_anomalous" not in result.output  # there is no such file
     write_folder(parts, 1)
-    run("predict", model, parts, "--output", tmp_path / "out")  # one was scored, the other has its row
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0  # one was scored, the other has its row
+    assert f"the most anomalous: {tmp_path / 'out' / 'most_anomalous.png'}" in result.output
     assert "4 if none" in " ".join(run("predict", "--help").split())
 
 

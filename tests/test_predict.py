@@ -117,6 +117,30 @@ def test_a_table_that_excel_has_saved_is_taken_up(calibrated, tmp_path, name):
     assert read_scores(tmp_path / "out") == rows
 
 
+@pytest.mark.parametrize("name", ["scores.csv", "scores.partial.csv"])
+@pytest.mark.parametrize(("column", "text"), [("score", "2,37"), ("score", "n/a"), ("p_value", "nan")])
+def test_a_number_that_somebody_made_none_is_named_before_any_work(calibrated, tmp_path, name, column, text):
+    parts = write_folder(tmp_path / "parts", 3)
+    predict_files(calibrated, find_images([parts]), tmp_path / "out")
+    rows = read_scores(tmp_path / "out")
+    rows[1][column] = text
+    (tmp_path / "out" / "scores.csv").unlink()
+    table = tmp_path / "out" / name
+    with open(table, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    before, scored = table.read_bytes(), []
+    write_png(parts / "new.png", textures(1, first_seed=99)[0])
+    message = rf"{name} holds the {column} '{text}' of .*001\.png: it is no number\. Put the number back, or take"
+    with pytest.raises(ValueError, match=message):
+        predict_files(calibrated, find_images([parts]), tmp_path / "out", report=scored.append)
+    assert not scored
+    assert table.read_bytes() == before
+    table.write_bytes(before.replace(b"\r\n" + before.splitlines()[2], b""))  # the row is taken away
+    assert predict_files(calibrated, find_images([parts]), tmp_path / "out")["skipped"] == 2
+
+
 def test_a_folder_in_the_tables_place_is_named_before_any_work(calibrated, tmp_path):
     (tmp_path / "out" / "scores.csv").mkdir(parents=True)
     scored: list[dict] = []

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffad.deployment.outbox import Outbox
 
 console = Console(stderr=True)  # standard output is for results
+SECONDS_TO_END = 8  # that `serve` gives running requests; Docker gives 10
 
 
 def drift(
@@ -203,8 +204,14 @@ def serve(
             shown = f"http://{host}:{port}/" + ("" if token is None else "?token=...")
             console.print(f"Serving at {escape(shown)}; Ctrl-C ends it.", highlight=False, soft_wrap=True)
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """Waits for running requests, and for no page that is open."""
+            app.state.end_streams()
+            await super().shutdown(sockets)
+
     with listening, suppress(KeyboardInterrupt):
-        Server(uvicorn.Config(app, log_level="warning")).run([listening])
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_END)
+        Server(config).run([listening])
     console.print("Stopped.")
 
 

@@ -38,13 +38,13 @@ def predict(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from diffad.deployment import Runtime
     from diffad.predict import predict_files
     from diffad.prediction.input_sources import find_inputs
     from diffad.prediction.manifest import Manifest
     from diffad.prediction.part_verdicts import check_parts, read_parts, write_part_verdicts
-    from diffad.prediction.remote_output import check_store, output_place, tables_of
+    from diffad.prediction.remote_output import check_store, is_there, output_place, tables_of
     from diffad.process_share import launched_processes, on_main
+    from diffad.reading.inputs import SHEET_NAME
 
     def check_place() -> Path | str:
         place = output_place(output_dir)
@@ -94,7 +94,9 @@ def predict(
         if not is_main:
             return
     summary = ", ".join(f"{count} {name}" for name, count in counts.items() if count and name != "skipped")
-    files = f"{place}/scores.csv; the most anomalous: {place}/most_anomalous.png"
+    files = f"{place}/scores.csv"
+    if is_there(place, SHEET_NAME):
+        files += f"; the most anomalous: {place}/{SHEET_NAME}"
     console.print(
         f"{summary} ({counts['skipped']} done before). Scores: {escape(files)}", highlight=False, soft_wrap=True
     )
@@ -109,7 +111,7 @@ def predict(
     if sum(counts.values()) - counts["skipped"] > MOST_OF_DRIFT:
         of_store = "" if isinstance(place, Path) else ", of a copy beside which calibration.json lies"
         console.print(f"Drift in so many takes a while: diffad drift {escape(str(place))}/scores.csv{of_store}")
-    elif (counts["normal"] or counts["anomalous"]) and not isinstance(pipeline, Runtime):
+    elif counts["normal"] or counts["anomalous"]:
         from diffad.prediction.drift_table import TableDrift
 
         with tables_of(place) as folder:

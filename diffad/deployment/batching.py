@@ -67,12 +67,14 @@ class Batcher:
             self._run([one for one in batch if one is not None])
 
     def _run(self, batch: list[tuple[Any, Future]]) -> None:
-        if not batch:
-            return
-        self._answer(batch)
+        # what nobody waits for any more is left out, and from here on cannot be cancelled
+        wanted = [one for one in batch if one[1].set_running_or_notify_cancel()]
+        if wanted:
+            self._answer(wanted)
         with self.lock:
             self.count -= len(batch)
-        self.report(len(batch))
+        if wanted:
+            self.report(len(wanted))
 
     def _answer(self, batch: list[tuple[Any, Future]]) -> None:
         try:

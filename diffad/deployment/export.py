@@ -38,6 +38,7 @@ from diffad.installation import needs_extra
 from diffad.model_folder import check_writable
 from diffad.reading.image_arrays import common_value_range, resized_array
 from diffad.reading.image_files import read_image
+from diffad.region_of_interest import inside_region
 from diffad.scoring import Measurement
 from diffad.warn_once import warn_once
 
@@ -330,6 +331,8 @@ def quantized(pipeline: Any, images: Sequence[Any], suffix: str, input_type: str
         traced_onnx(InspectionGraph(fitted, input_type)), [as_input(pixels) for pixels in few], WEIGHTS
     )
     run, in_float = loaded_run(model, describe(fitted, "int8"), suffix), InspectionGraph(pipeline)
+    inside = inside_region(pipeline.region, torch.zeros(1, dtype=torch.long), as_size(pipeline.processing_resolution))
+    counted = np.s_[:] if inside is None else inside.numpy()  # (1, H, W); outside, a map's zeros may be its maximum
     errors, before, scores, maxima = [], [], [], []
     for pixels in map(pixels_of, held_out):
         after = dict(zip(OUTPUTS, run({"image": as_input(pixels)}), strict=True))
@@ -339,7 +342,7 @@ def quantized(pipeline: Any, images: Sequence[Any], suffix: str, input_type: str
         errors.append(np.linalg.norm(after["anomaly_map"] - anomaly_map) / np.linalg.norm(anomaly_map))
         before.append(bool(expected["is_anomalous"]))
         scores.append(float(after["anomaly_score"][0]))
-        maxima.append(float(after["anomaly_map"].max()))
+        maxima.append(float(after["anomaly_map"][counted].max()))
     # by the graph's own last digits, in which torch's sums may differ
     calibration = fitted.calibration
     calibration.set_thresholds(0, scores, maxima)

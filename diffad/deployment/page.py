@@ -122,7 +122,14 @@ def build_page(detector: Detector, max_bytes: int, collect: Path | None = None) 
         gr.Markdown("# Is this part good?")
         with gr.Row():
             sources: Any = ["upload", "webcam", "clipboard"]
-            image = gr.Image(label="Part", type="filepath", image_mode=None, sources=sources, elem_id="part")
+            image = gr.Image(
+                label="Part",
+                type="filepath",
+                image_mode=None,
+                sources=sources,
+                webcam_options=gr.WebcamOptions(mirror=False),  # a mirrored part is another one
+                elem_id="part",
+            )
             shown: dict[str, Any] = {"interactive": False, "buttons": ["download", "fullscreen"], "format": "png"}
             picture = gr.Image(label="What is unusual", elem_id="overlay", **shown)
             rebuilt = gr.Image(label="As it would be without", visible=False, **shown)
@@ -163,8 +170,15 @@ def build_page(detector: Detector, max_bytes: int, collect: Path | None = None) 
 
 
 def mount_page(app: FastAPI, detector: Detector, max_bytes: int, collect: Path | None = None) -> FastAPI:
-    """Puts the page at `/`, behind the API's own paths. It loads nothing from elsewhere."""
+    """Puts the page at `/`, behind the API's own paths. It loads nothing from elsewhere.
+
+    `app.state.end_streams`, called by a server that ends, lets go of the pages that somebody has open: each holds a
+    request that would never end.
+    """
     fonts = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
     page = build_page(detector, max_bytes, collect)
-    return gr.mount_gradio_app(app, page, path="/", theme=theme, footer_links=[], max_file_size=max_bytes)
+    app = gr.mount_gradio_app(app, page, path="/", theme=theme, footer_links=[], max_file_size=max_bytes)
+    mounted: Any = app.routes[-1]
+    app.state.end_streams = mounted.app.stop_event.set
+    return app

@@ -10,6 +10,7 @@ import importlib
 import math
 import mmap
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -66,7 +67,7 @@ class RuntimeOutput:
 
 
 class Runtime:
-    """An exported model, called as the pipeline that it was made of.
+    """An exported model, called as the pipeline that it was made of. Threads may share one.
 
     ```python
     runtime = Runtime("model.onnx")
@@ -459,7 +460,10 @@ def load_openvino(path: Path, device: str, precision: str | None) -> tuple[Run, 
     if precision not in (None, taken):
         raise ValueError(f"`precision` {precision} is not there: OpenVINO's {device} takes {taken} instead. Pass that.")
 
+    running = threading.Lock()  # a call's outputs stand in memory that the next one writes to
+
     def run(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        return [np.array(value) for value in compiled(inputs).values()]
+        with running:
+            return [np.array(value) for value in compiled(inputs).values()]
 
     return run, metadata, taken

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hmac
 import io
+import math
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from diffad.deployment.batching import BusyError
 from diffad.deployment.detector import Detector, Finding, Sent, TooLargeError, found_regions
 from diffad.installation import needs_extra
 from diffad.reading.grey_depth import UnreadableImageError
+from diffad.reading.image_files import one_large_at_a_time
 
 with needs_extra("app"):
     from anyio import to_thread
@@ -81,7 +84,7 @@ def create_app(
         except BusyError as error:
             raise HTTPException(429, f"{error} Try again.", headers={"Retry-After": "1"}) from error
         try:
-            findings = [await to_thread.run_sync(future.result) for future in futures]
+            findings = await asyncio.gather(*map(asyncio.wrap_future, futures))  # in no thread, of which there are few
         except ValueError as error:  # such as scores that are NaN
             raise HTTPException(500, str(error)) from error
         metrics.images.inc(len(findings))
@@ -100,13 +103,13 @@ def create_app(
         return JSONResponse({"detail": " ".join(wrong)}, 422)
 
     @app.get("/healthz")
-    def healthz() -> dict[str, Any]:
+    async def healthz() -> dict[str, Any]:
         """Whether the service is up, and whether the world is still as it was calibrated."""
         drift = detector.drift
         return {"status": "ok", "drift": None if drift is None else drift.drifted_at is not None}
 
     @app.get("/metrics")
-    def shown_metrics() -> Response:
+    async def shown_metrics() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.middleware("http")
@@ -137,15 +140,20 @@ def describe(detector: Detector, name: str | None, sent: Sent, finding: Finding,
     answer: dict[str, Any] = {"name": name, "size": list(sent.size), "score": finding.score}
     if finding.is_anomalous is None:
         return answer
-    anomaly_map = detector.map_at(finding, sent, sent.size)
-    threshold = float(detector.pipeline.calibration.pixel_threshold[detector.index])
-    mask, regions = found_regions(anomaly_map, threshold, finding.is_anomalous, detector.smallest_area)
-    answer |= {"p_value": finding.p_value, "is_anomalous": finding.is_anomalous}
-    answer["regions"] = [region._asdict() for region in regions]
-    if with_mask:
-        file = io.BytesIO()
-        Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
-        answer["mask_png"] = base64.b64encode(file.getvalue()).decode()
+    answer |= {"p_value": finding.p_value, "is_anomalous": finding.is_anomalous, "regions": []}
+    if not (finding.is_anomalous or with_mask):
+        return answer
+    with one_large_at_a_time(math.prod(sent.size)):
+        mask = np.zeros(sent.size, bool)
+        if finding.is_anomalous:
+            anomaly_map = detector.map_at(finding, sent, sent.size)
+            threshold = float(detector.pipeline.calibration.pixel_threshold[detector.index])
+            mask, regions = found_regions(anomaly_map, threshold, True, detector.smallest_area)
+            answer["regions"] = [region._asdict() for region in regions]
+        if with_mask:
+            file = io.BytesIO()
+            Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
+            answer["mask_png"] = base64.b64encode(file.getvalue()).decode()
     return answer
 
 

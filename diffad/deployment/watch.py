@@ -270,7 +270,7 @@ def watch_folder(
 
     Raises:
         ValueError: a path is empty, the folder does not exist, or `output_dir` holds results of another calibration or
-            folder.
+            folder, or a score that somebody has edited into no number.
         FileNotFoundError: either folder was renamed or removed meanwhile (the watched one where it is not polled).
             Started again, it goes on.
         RuntimeError: another process writes to `output_dir`.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import heapq
+import math
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -43,12 +44,18 @@ READ_ENCODING = ENCODING | {"encoding": "utf-8-sig"}  # Excel begins what it sav
 
 
 def read_rows(path: Path) -> Iterator[dict[str, str]]:
-    """Rows of a table that is whole or, killed, broken off in its last line."""
+    """Rows of a table that is whole or, killed, broken off in its last line.
+
+    Raises:
+        ValueError: a number has become none, as somebody has edited it.
+    """
     if path.is_file():
         with open(path, **READ_ENCODING) as file:
             for row in csv.DictReader(_whole_lines(file)):  # half a number would pass for one
                 if None not in row.values() and None not in row and row.get("verdict") in VERDICTS:
-                    yield {column: row.get(column, "") for column in COLUMNS}
+                    known = {column: row.get(column, "") for column in COLUMNS}
+                    check_numbers(path, known["path"], known["score"], known["p_value"])
+                    yield known
 
 
 def check_scores(output_dir: Path) -> None:
@@ -68,6 +75,20 @@ def check_scores(output_dir: Path) -> None:
                     f"{path} has the column {others[0]!r}, which would be lost: keep it in a file of its own, and take "
                     "it out of this one, or give another `output_dir`."
                 )
+
+
+def check_numbers(table: Path, image: str, score: str, p_value: str) -> None:
+    """Raises where a row of a table holds what is no number: after the run, nothing could be made of it."""
+    for name, text in (("score", score), ("p_value", p_value)):
+        try:
+            is_number = not text or not math.isnan(float(text))
+        except ValueError:
+            is_number = False
+        if not is_number:
+            raise ValueError(
+                f"{table} holds the {name} {text!r} of {image}: it is no number. Put the number back, or take the row "
+                "away and run again, which scores the image anew."
+            )
 
 
 class Inputs(Protocol):
@@ -108,17 +129,20 @@ def process_journal(output_dir: Path, process: int) -> Path:
 def read_journal(path: Path) -> Iterator[list[str]]:
     """Rows of a journal, as lists with `JOURNAL_COLUMNS`; what a killed process has left of a last line is no row.
 
-    Of an earlier version's, which has no places, all are `EARLIER`.
+    Of an earlier version's, which has no places, all are `EARLIER`. Raises as `read_rows`.
     """
     if not path.is_file():
         return
     with open(path, **READ_ENCODING) as file:
         rows = csv.reader(_whole_lines(file))
         if next(rows, None) == list(JOURNAL_COLUMNS):
-            yield from (row for row in rows if len(row) == len(JOURNAL_COLUMNS) and row[VERDICT] in VERDICTS)
+            for row in rows:
+                if len(row) == len(JOURNAL_COLUMNS) and row[VERDICT] in VERDICTS:
+                    check_numbers(path, row[PATH], row[SCORE], row[P_VALUE])
+                    yield row
             return
-    for row in read_rows(path):
-        yield [str(EARLIER), *row.values()]
+    for known in read_rows(path):
+        yield [str(EARLIER), *known.values()]
 
 
 def _has_places(path: Path) -> bool:

@@ -312,6 +312,14 @@ def opened_output(output: str | PathLike, accelerator: Accelerator | None) -> It
             raise ValueError(str(error).replace(temporary, place)) from error  # nobody knows the former
 
 
+def is_there(place: Path | str, name: str) -> bool:
+    """Whether a file is in an output; a store is asked once."""
+    if isinstance(place, Path):
+        return (place / name).is_file()
+    with RemoteOutput(place) as output:
+        return name in output.listed()
+
+
 @contextmanager
 def tables_of(place: Path | str) -> Iterator[Path]:
     """A folder with a complete output's tables of scores; what is added to it is in the output when the block ends."""

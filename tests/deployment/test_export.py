@@ -228,6 +228,23 @@ def test_int8_is_calibrated_anew(tmp_path, suffix):
     assert found["alarms_before"] == pytest.approx(pipeline(good[::5]).is_anomalous.mean())
 
 
+def test_int8_counts_maxima_inside_a_region_alone(tmp_path):
+    """Outside, maps are 0, which may be above all that is inside."""
+    pytest.importorskip("nncf")
+    pipeline = without_denoiser()
+    region = np.zeros((32, 32), dtype=bool)
+    region[:8, :8] = True
+    pipeline.calibrate(textures(24, 32), false_alarm_rate=0.2, roi=region)
+    good = textures(50, 32, first_seed=300)
+    runtime = Runtime(pipeline.export(tmp_path / "int8.onnx", precision="int8", images=good))
+    maps = runtime(good[::5], batch_size=1, match_input_resolution=False).anomaly_map
+    inside = runtime.inside_region(maps.shape[1:])
+    expected = maps[:, inside].max(axis=1)
+    assert expected.min() < 0.0
+    np.testing.assert_allclose(np.sort(runtime.metadata.normal_maxima[0]), np.sort(expected), rtol=1e-4)
+    assert runtime.metadata.pixel_threshold[0] == pytest.approx(np.sort(expected)[-2], rel=1e-4)  # one of ten is above
+
+
 def test_int8_says_what_it_costs(tmp_path, capsys):
     pytest.importorskip("nncf")
     extractor = TimmFeatureExtractor.from_backbone(LITE0_BACKBONE, (8, 16), 32, weights="random")
@@ -351,6 +368,13 @@ def test_a_folder_in_the_files_place_is_named_before_any_work(models, tmp_path, 
     with pytest.raises(ValueError, match=rf"The output must be a file, but .*{folder} is a folder. Give another name"):
         models("features")[0].export(tmp_path / name)
     assert [one.name for one in tmp_path.rglob("*")] == [folder]
+
+
+def test_a_file_above_it_is_named_before_any_work(models, tmp_path):
+    (tmp_path / "report.txt").touch()
+    with pytest.raises(ValueError, match=r"goes into a folder, but .*report\.txt is a file\. Give another one"):
+        models("features")[0].export(tmp_path / "report.txt" / "new" / "model.onnx")
+    assert [one.name for one in tmp_path.rglob("*")] == ["report.txt"]
 
 
 def test_a_file_of_another_format_is_refused_and_one_of_another_version_read(models, tmp_path, caplog):

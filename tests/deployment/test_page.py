@@ -16,6 +16,9 @@ pytest.importorskip("uvicorn")
 
 from test_service import expected, running
 
+from diffad.deployment.detector import Detector
+from diffad.deployment.page import build_page
+
 OVERLAY = "document.querySelector('#overlay img')"
 OUTLINED = f"""(() => {{
     const canvas = new OffscreenCanvas(64, 64).getContext('2d');
@@ -48,6 +51,13 @@ def set_rate(tab, value: float) -> None:
     setter = "Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set"
     tab.evaluate(f"{setter}.call({field}, '{value}'); {field}.dispatchEvent(new Event('input', {{bubbles: true}}))")
     tab.evaluate(f"{field}.dispatchEvent(new Event('change', {{bubbles: true}})); {field}.blur()")
+
+
+def test_the_camera_s_picture_is_scored_as_it_is_seen():
+    """Gradio mirrors it unless told otherwise, and a good part that is not symmetric would raise an alarm."""
+    page = build_page(Detector(tiny_pipeline()), max_bytes=10**6)
+    [part] = [one for one in page.config["components"] if one["props"].get("elem_id") == "part"]
+    assert part["props"]["webcam_options"]["mirror"] is False
 
 
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium is installed")

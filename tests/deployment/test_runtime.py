@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,7 @@ def test_predict_without_torch_writes_what_it_writes_with_the_pipeline(model, tm
             scale = 65535.0 if folder == "maps" else 255.0
             assert np.abs(pictures[0] - pictures[1]).max() < 0.01 * scale
     assert (tmp_path / "without" / "most_anomalous.png").is_file()
+    assert "No drift in 3 parts" in " ".join(done.stderr.split())
 
 
 WATCH = """
@@ -313,6 +315,16 @@ def openvino_files(model, tmp_path_factory) -> Path:
     model[0].export(folder / "one.xml")
     other.export(folder / "other.xml")
     return folder
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_threads_may_share_one(model, openvino_files, suffix):
+    runtime = Runtime(model[1] if suffix == ".onnx" else openvino_files / "one.xml")
+    images = textures(8)
+    expected = [float(runtime(one).anomaly_score[0]) for one in images]
+    with ThreadPoolExecutor(4) as pool:
+        actual = list(pool.map(lambda i: float(runtime(images[i % 8]).anomaly_score[0]), range(400)))
+    np.testing.assert_allclose(actual, 50 * expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import runpy
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +29,13 @@ from PIL import Image
 from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.cli import main
 from diffad.deployment.batching import Batcher, BusyError
-from diffad.deployment.detector import Detector
+from diffad.deployment.detector import Detector, Sent
 
 pytest.importorskip("gradio")
 httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 
-from diffad.deployment.service import create_app  # noqa: E402
+from diffad.deployment.service import create_app, describe  # noqa: E402
 
 
 @contextmanager
@@ -201,6 +205,71 @@ def test_a_full_queue_says_so():
     assert sizes == [1, 4, 1]  # what came meanwhile ran together
 
 
+def test_what_nobody_waits_for_any_more_is_not_run():
+    begun, go_on = threading.Event(), threading.Event()
+
+    def run(items: list[int]) -> list[int]:
+        begun.set()
+        assert go_on.wait(60)
+        return items
+
+    batcher = Batcher(run, 1, 10)
+    futures = batcher.submit([0, 1, 2])
+    assert begun.wait(60)
+    assert [future.cancel() for future in futures[:2]] == [False, True]  # the first is being run
+    go_on.set()
+    assert [futures[i].result(60) for i in (0, 2)] == [0, 2]
+    batcher.close()
+    assert batcher.count == 0
+
+
+def test_health_and_metrics_are_told_while_many_wait():
+    pipeline = tiny_pipeline().calibrate(textures(19), false_alarm_rate=0.25)
+    go_on = threading.Event()
+
+    def wait(*_) -> None:
+        assert go_on.wait(120)
+
+    hook = pipeline.unet.register_forward_hook(wait)
+    with running(pipeline) as url, ThreadPoolExecutor(60) as pool:
+        try:
+            answers = [pool.submit(post, url, png(texture(i))) for i in range(60)]
+            while "diffad_waiting_images 60.0" not in httpx.get(f"{url}/metrics", timeout=60).text:
+                time.sleep(0.05)
+            assert httpx.get(f"{url}/healthz", timeout=60).json()["status"] == "ok"
+            assert not any(answer.done() for answer in answers)
+        finally:
+            go_on.set()
+            hook.remove()
+        assert {answer.result(60).status_code for answer in answers} == {200}
+
+
+def test_of_large_images_one_map_is_in_memory(pipeline):
+    """And none of an image that raises no alarm."""
+    detector = Detector(pipeline)
+    sent = detector.read("part.png", png(texture(0)))
+    finding = detector.submit([sent])[0].result(60)
+    large = Sent((4100, 4100), None, None)
+
+    def peak(callers: int, is_anomalous: bool, with_mask: bool) -> int:
+        """In bytes, of so many at once."""
+        found = finding._replace(is_anomalous=is_anomalous, anomaly_map=finding.anomaly_map + 100.0 * is_anomalous)
+        tracemalloc.start()
+        with ThreadPoolExecutor(callers) as pool:
+            given = (detector, "part.png", large, found, with_mask)
+            answers = list(pool.map(lambda _: describe(*given), range(callers)))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert [len(answer["regions"]) for answer in answers] == [int(is_anomalous)] * callers
+        return most
+
+    assert peak(3, is_anomalous=False, with_mask=False) < 10 * 2**20
+    assert peak(1, is_anomalous=False, with_mask=True) < 4 * 4100**2  # less than a map
+    alone = peak(1, is_anomalous=True, with_mask=False)
+    assert alone > 4 * 4100**2
+    assert peak(3, is_anomalous=True, with_mask=False) < 1.2 * alone
+
+
 def test_an_error_of_a_batch_reaches_its_callers_and_no_others():
     def run(items: list[int]) -> list[float]:
         return [1 / item for item in items]
@@ -319,6 +388,36 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(tmp_path, capsy
                 main(["serve", str(tmp_path / "no model"), *map(str, where)])
             assert ended.value.code == 1
             assert "Give another --port or --host" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signal reaches one process alone there")
+@pytest.mark.parametrize("open_one", ["page", "half a request"])
+def test_ctrl_c_ends_it_whatever_is_open(pipeline, tmp_path, open_one):
+    pipeline.save_pretrained(tmp_path)
+    command = [sys.executable, "-m", "diffad.cli", "serve", str(tmp_path), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, httpx.Client(timeout=60) as client:
+        try:
+            told = ""
+            while "Ctrl-C ends it" not in told:
+                line = process.stderr.readline()
+                assert line, told
+                told += line
+            url = httpx.URL(told.split("Serving at ")[1].split(";")[0])
+            with socket.create_connection((url.host, url.port)) as connection:
+                if open_one == "page":  # which Gradio keeps asking whether it is still there
+                    connection.sendall(b"GET /gradio_api/heartbeat/visitor HTTP/1.1\r\nHost: x\r\n\r\n")
+                    while b"ALIVE" not in connection.recv(1000):
+                        pass
+                else:
+                    connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+                    assert client.get(url.join("/healthz")).status_code == 200
+                process.send_signal(signal.SIGINT)
+                assert process.wait(60) == 0
+            told = process.stderr.read()
+            assert "Stopped." in told
+            assert open_one != "page" or "Traceback" not in told
+        finally:
+            process.kill()
 
 
 def test_a_category_without_thresholds_is_told_at_the_start():

@@ -230,6 +230,21 @@ def test_a_table_whose_times_were_rounded_is_of_the_same_events(calibrated, tmp_
     assert [Path(row["path"]).name for row in rows_of(out)] == ["000.png", "001.png", "new.png"]
 
 
+def test_a_score_that_somebody_made_none_is_named_at_the_start(calibrated, tmp_path):
+    folder, out = write_folder(tmp_path / "in", 2), tmp_path / "out"
+    with Watching(calibrated, folder, out):
+        wait_for(lambda: len(rows_of(out)) == 2)
+    rows = rows_of(out)
+    rows[1]["score"] = "n/a"
+    with open(out / "scores.csv", "w", **ENCODING) as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(ValueError, match=r"scores\.csv holds the score 'n/a' of .*\.png: it is no number"):
+        watch_until_it_fails(calibrated, folder, out, print)
+    assert rows_of(out) == rows
+
+
 def test_a_table_that_is_saved_or_removed_meanwhile_gets_the_rows_that_follow(calibrated, tmp_path):
     folder, out = write_folder(tmp_path / "in", 2), tmp_path / "out"
     table = out / "scores.csv"
