@@ -157,7 +157,8 @@ def hold_out(good: Dataset, args: argparse.Namespace) -> tuple[Dataset, Dataset,
     from other photographs of these would not hold for new parts.
 
     Raises:
-        ValueError: a category has too few good images or parts, or `--part_pattern` is not in an image's path.
+        ValueError: a category has too few good images or parts, or too few are left by `--calibration_fraction`, or
+            `--part_pattern` is not in an image's path.
     """
     of_image = np.asarray(good["category"])
     part = part_index(good["path"], args.part_pattern, "--part_pattern")
@@ -166,7 +167,8 @@ def hold_out(good: Dataset, args: argparse.Namespace) -> tuple[Dataset, Dataset,
     for number, category in enumerate(categories):
         images = np.flatnonzero(of_image == category)
         parts, num_photographs = np.unique(part[images], return_counts=True)
-        left = max(1, round((args.calibration_fraction or HELD_OUT_FRACTION) * len(images)))
+        fraction = args.calibration_fraction or HELD_OUT_FRACTION
+        left = max(1, round(fraction * len(images)))
         chosen: list[int] = []
         for one in np.random.default_rng([args.seed, number]).permutation(len(parts)):
             if num_photographs[one] <= left:
@@ -175,9 +177,14 @@ def hold_out(good: Dataset, args: argparse.Namespace) -> tuple[Dataset, Dataset,
         is_held_out = np.isin(part[images], parts[chosen or [int(num_photographs.argmin())]])
         if (~is_held_out).sum() < 2:
             of_parts = "" if args.part_pattern is None else f", and of parts by --part_pattern {len(parts)}"
+            has = f"{category!r} of {args.train_data_dir or args.dataset_name} has {len(images)} good images{of_parts}"
+            if len(images) - num_photographs.min() >= 2:
+                raise ValueError(
+                    f"--calibration_fraction {fraction:g} leaves too few to train: category {has}, and it takes 2 that "
+                    f"are not held out. Give a smaller fraction, such as {HELD_OUT_FRACTION}."
+                )
             raise ValueError(
-                f"Category {category!r} of {args.train_data_dir or args.dataset_name} has {len(images)} good images"
-                f"{of_parts}: too few to train and to calibrate. It takes 3, of 2 parts, and deserves 100."
+                f"Category {has}: too few to train and to calibrate. It takes 3, of 2 parts, and deserves 100."
             )
         held_out.extend(images[is_held_out].tolist())
         training.extend(images[~is_held_out].tolist())

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,37 @@ from diffad.data.checks import cast_images, check_images
 from diffad.data.image_feature import ImageFile
 from diffad.data.layouts import choose_categories, require_good_images
 from diffad.data.masks import mask_to_array
-from diffad.data.records import FEATURES, is_good_name
+from diffad.data.records import FEATURES, SPLITS, is_good_name
 from diffad.reading.inputs import images_below
 from diffad.reading.unicode_forms import composed
 
 TABLES = (".parquet", ".arrow")
 COLUMNS = ("image", "mask", "label", "defect", "category")  # that are read
 TELL_GOOD = {"label", "defect", "mask"}  # of these
-LIKE_LABELS = {"labels", "class", "classes", "defects", "defective", "anomaly", "mask_file_name"}  # but not read
+LIKE_LABELS = {  # but not read
+    "labels",
+    "class",
+    "classes",
+    "defects",
+    "defective",
+    "is_defect",
+    "is_defective",
+    "anomaly",
+    "anomalous",
+    "is_anomaly",
+    "quality",
+    "target",
+    "mask_file_name",
+}
+LABEL_TABLE = re.compile(r"(.+[-_ ])?(label|annotation)s?\.(csv|tsv|jsonl)", re.IGNORECASE)  # that nothing reads
 UNLABELLED = ("", "na", "n/a", "nan", "null", "-1")  # a `ClassLabel` of no class is -1
 # a part of a folder's name by which `datasets` takes what is in it for a split
 SPLIT_NAME = re.compile(
     r"(^|[-._ 0-9])(train|training|validation|valid|dev|val|test|testing|eval|evaluation)($|[-._ 0-9])"
+)
+LABELS_ARE = (
+    "Labels are read from metadata.csv or metadata.jsonl, by the columns 'file_name' and 'label' (0 or 'good', or a "
+    "defect). If there are none, give the `dataset` 'folder' (--dataset folder)."
 )
 FILES_COUNT = (
     "If its tables are of another program's (.parquet, .arrow, metadata.*), and the image files count, give the "
@@ -60,7 +79,11 @@ def _visible_files(root: Path) -> Iterator[Path]:
 def _metadata_columns(file: Path) -> set[str]:
     """The columns of a table that lists images as `datasets`' image folders do; none of any other file."""
     columns = _header(file)
-    return columns if any(re.fullmatch(r"(.+_)?file_names?", column) for column in columns) else set()
+    return columns if any(map(_names_files, columns)) else set()
+
+
+def _names_files(column: str) -> bool:
+    return re.fullmatch(r"(.+_)?file_names?", column) is not None
 
 
 def _header(file: Path) -> set[str]:
@@ -85,19 +108,69 @@ def _plain(column: str) -> str:
 
 
 def warn_of_unread_labels(root: Path) -> None:
-    """Says of tables beside images, all of which count as good, that they seem to have labels, and why none is read."""
+    """Says of tables beside images, all of which count as good, that they may have labels, and why none is read."""
     for file in _visible_files(root):
-        columns = _header(file)
-        if not columns or any(is_good_name(one.name) for one in file.parent.iterdir() if one.is_dir()):
+        columns, is_label_table = _header(file), LABEL_TABLE.fullmatch(file.name) is not None
+        if not columns and not is_label_table:
+            continue
+        if any(is_good_name(one.name) for one in file.parent.iterdir() if one.is_dir()):
             continue
         if len(columns) == 1 and len(split := {_plain(one) for one in re.split("[;\t]", next(iter(columns)))}) > 1:
             columns, reason = split, "its columns are not divided by commas"
-        elif found := sorted(LIKE_LABELS & columns):
-            reason = f"its column is called {found[0]!r}, not 'label'"
-        else:
+        elif is_label_table:
+            reason = "a table of this name is not read"
+        elif not any(map(_names_files, columns)):
             reason = "it has no column 'file_name', which names the images"
-        if columns & {*LIKE_LABELS, "label", "defect"}:
-            warnings.warn(f"{file} seems to have labels, but {reason}. So all images count as good.", stacklevel=3)
+        else:
+            reason = f"it has the {_named(_unread(columns))}, not 'label'"
+        seems = is_label_table or columns & {*LIKE_LABELS, "label", "defect"}
+        if seems or (any(map(_names_files, columns)) and _unread(columns)):
+            warnings.warn(
+                f"{file} {'seems to' if seems else 'may'} have labels, but {reason}. So all images count as good. "
+                + LABELS_ARE,
+                stacklevel=3,
+            )
+
+
+def _unread(columns: Iterable[str]) -> list[str]:
+    """Of columns without labels that are read: those that are like labels, or else all that may be any."""
+    further = {one for one in columns if one not in (*COLUMNS, "split") and not re.fullmatch("file_names?", one)}
+    return sorted(LIKE_LABELS & further or further)
+
+
+def _named(columns: list[str]) -> str:
+    names = ", ".join(map(repr, columns[:5])) + (", ..." if len(columns) > 5 else "")
+    return f"column {names}" if len(columns) == 1 else f"columns {names}"
+
+
+def warn_of_other_splits(root: Path, split: str) -> None:
+    """Says of tables that list images of several splits that all of these count, as only folders tell splits."""
+    names = {alias: name for name, aliases in SPLITS.items() for alias in aliases}
+    wanted = {split, *(names.get(word) for word in re.findall(r"\w+", split))}  # it may be "train[:100]"
+    for file in _visible_files(root):
+        if any(map(SPLIT_NAME.search, file.relative_to(root).parts[:-1])):
+            continue
+        others = sorted(value for value in _split_values(file) if names.get(_plain(value), split) not in wanted)
+        if others:
+            warnings.warn(
+                f"{file} has a column 'split', which is not followed: its images of {', '.join(map(repr, others))} "
+                f"count in {split!r}, too. Move those of each split, with their rows, into a folder of that name.",
+                stacklevel=3,
+            )
+
+
+def _split_values(file: Path) -> set[str]:
+    """What the column `split` of a table that lists images holds."""
+    values: set[str] = set()
+    if "split" not in _metadata_columns(file):
+        return values
+    with (
+        contextlib.suppress(OSError, ValueError, TypeError, AttributeError, csv.Error),  # as `_header`
+        file.open(encoding="utf-8-sig", newline="") as lines,
+    ):
+        for row in csv.DictReader(lines) if file.suffix == ".csv" else map(json.loads, lines):
+            values.update(str(value) for name, value in row.items() if _plain(str(name)) == "split")
+    return values
 
 
 def load_hub_dataset(
@@ -124,6 +197,8 @@ def load_hub_dataset(
         ) from error
     except ValueError as error:
         advice = f" {FILES_COUNT}" if os.path.isdir(path) else ""
+        if "`load_from_disk`" in str(error):  # of `datasets`, and no flag does it
+            advice = " Or save it as parquet (`ds.to_parquet`) in a folder of its own, and give that."
         raise ValueError(f"{path}: {str(error).rstrip('.')}.{advice}") from error
     loaded = _with_plain_columns(loaded)
     features = loaded.features or {}
@@ -131,9 +206,12 @@ def load_hub_dataset(
         raise ValueError(
             f"{path} has no column 'image', only {list(features)}: rename the one with images. {FILES_COUNT}"
         )
-    others = sorted(LIKE_LABELS & {_plain(name) for name in features})
-    if others and not TELL_GOOD & features.keys():
-        warnings.warn(f"{path} has the column {others[0]!r}, not 'label'. So all images count as good.", stacklevel=3)
+    if not TELL_GOOD & features.keys() and (others := _unread(map(_plain, features))):
+        warnings.warn(
+            f"{path} has the {_named(others)}, not 'label'. So all images count as good. Call what tells defects "
+            "'label', with 0 or 'good' for good images.",
+            stacklevel=3,
+        )
     for column in {"image", "mask"} & features.keys():
         loaded = loaded.cast_column(column, datasets.Image(decode=False))
     if streaming:

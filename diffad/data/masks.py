@@ -15,6 +15,7 @@ from diffad.reading.image_metadata import turn_upright
 from diffad.reading.inputs import images_below
 
 LARGEST_COUNT = 16  # of kinds of defect that are told apart by other values
+LARGEST_AVERAGED = 16  # pixels in a block, whose averages are told from labels
 LARGEST_LABEL = 63  # masks that number the kinds of defect, as VisA's, count from 1
 
 
@@ -29,7 +30,8 @@ def mask_to_array(mask: PIL.Image.Image) -> np.ndarray:
       than 16 values those near 0 and the largest tell nothing, as JPEG makes such; somewhere they must jump; more than
       a quarter of them must fill areas, and an eighth of the pixels is enough.
     - Others have soft edges, as JPEG and resizing make them: from half of the largest value on it is a defect, so that
-      the mask does not grow.
+      the mask does not grow. So have few values far apart that are even fractions of the largest, as averages of blocks
+      are, where most pixels between 0 and the largest lie beside a larger value.
 
     Where some pixels are transparent, they are ground. Of the others the values count, and all of them are a defect if
     none is above 0: it was drawn in black.
@@ -106,8 +108,15 @@ def _has_soft_edges(values: np.ndarray, levels: np.ndarray) -> bool:
     else:
         steps, first = np.diff(levels.astype(np.float64)), float(levels[levels > 0][0])
         if first >= largest / 8 and steps.min() >= largest / 16:  # edges would hold all that lies between, too
-            return False
+            return _are_averages(levels) and 2 * int((between & (highest > values)).sum()) > int(between.sum())
     return int((between & (lowest == highest)).sum()) < least_flat * int(between.sum())
+
+
+def _are_averages(levels: np.ndarray) -> bool:
+    """Whether all values are even fractions of the largest, but for rounding: those of blocks of two values are."""
+    fractions = levels.astype(np.float64) / float(levels[-1])
+    parts = np.arange(2, LARGEST_AVERAGED + 1)[:, None]
+    return bool((np.abs(fractions - np.round(fractions * parts) / parts).max(axis=1) <= 1 / 255).any())
 
 
 def _of_neighbours(values: np.ndarray, choose: np.ufunc) -> np.ndarray:

@@ -14,6 +14,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
 import pytest
 
 from diffad.data import load_anomaly_dataset
@@ -1030,8 +1031,45 @@ def test_a_mask_with_soft_edges_is_cut_at_half_of_its_largest_value():
 )
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32])
 def test_a_mask_of_labels_marks_all_of_them(values: list[int], dtype: type):
-    labels = np.repeat(np.array(values, dtype)[None], 6, axis=0)
+    labels = np.repeat(np.array(values, dtype)[None], 6, axis=0).repeat(3, axis=1)
     assert (mask_to_array(PIL.Image.fromarray(labels)) == (labels > 0)).all()
+
+
+def scratch_and_blob() -> PIL.Image.Image:
+    mask = PIL.Image.new("L", (160, 160))
+    PIL.ImageDraw.Draw(mask).line([(10, 20), (140, 61)], fill=255, width=3)
+    PIL.ImageDraw.Draw(mask).ellipse([70, 80, 117, 121], fill=255)
+    return mask
+
+
+@pytest.mark.parametrize("times", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_a_mask_made_smaller_by_averages_does_not_grow(times: int, dtype: type):
+    averaged = np.asarray(scratch_and_blob().reduce(times)).astype(dtype)
+    found = mask_to_array(PIL.Image.fromarray(averaged))
+    assert (found == (averaged >= 127.5)).all()
+    area = (np.asarray(scratch_and_blob()) > 0).sum() / times**2
+    assert abs(found.sum() / area - 1) < 0.1  # half a pixel counts
+    assert (averaged > 0).sum() > 1.1 * area
+
+
+@pytest.mark.parametrize("order", [(85, 170, 255), (255, 85, 170), (64, 128, 191), (128, 255, 128)])
+def test_labels_that_are_even_fractions_of_the_largest_are_all_marked(order: tuple[int, ...]):
+    """Thin defects, or areas side by side; of a defect's edge most pixels would have a larger value beside them."""
+    thin, wide = PIL.Image.new("L", (96, 96)), PIL.Image.new("L", (96, 96))
+    for i, value in enumerate(order):
+        PIL.ImageDraw.Draw(thin).line([(10, 10 + 25 * i), (80, 23 + 25 * i)], fill=value, width=2)
+        PIL.ImageDraw.Draw(wide).rectangle([10 + 20 * i, 10, 29 + 20 * i, 40], fill=value)
+    for mask in (thin, wide):
+        assert (mask_to_array(mask) == (np.asarray(mask) > 0)).all()
+
+
+def test_halved_masks_are_told(mvtec: Path):
+    mask = scratch_and_blob().reduce(2)
+    mask.save(mvtec / "bottle/ground_truth/crack/000_mask.png")
+    mask.save(mvtec / "bottle/test/crack/000.png")
+    with pytest.warns(UserWarning, match="1 masks have more than two values, .*crack/000_mask.png first"):
+        load_anomaly_dataset(mvtec, "test")
 
 
 @pytest.mark.parametrize("values", [(1, 255), (20, 255), (7, 99, 100), (10, 128, 200)])
@@ -1346,8 +1384,9 @@ def test_capitals_and_spaces_in_a_tables_header_do_not_count(tmp_path: Path, col
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        ("file_name,labels", "its column is called 'labels', not 'label'"),
-        ("file_name,Class", "its column is called 'class', not 'label'"),
+        ("file_name,labels", "it has the column 'labels', not 'label'"),
+        ("file_name,Class", "it has the column 'class', not 'label'"),
+        ("file_name,is_defect", "it has the column 'is_defect', not 'label'"),
         ("file_name;label", "its columns are not divided by commas"),
         ("filename,label", "it has no column 'file_name'"),
         ("file_name,operator", None),
@@ -1364,6 +1403,80 @@ def test_labels_that_are_not_read_are_told(tmp_path: Path, header: str, reason: 
     told = [str(one.message) for one in caught if "metadata.csv seems to have labels" in str(one.message)]
     assert len(told) == (reason is not None)
     assert all(reason in one and "all images count as good" in one for one in told)
+
+
+def warnings_of(folder: Path, split: str = "train", **options) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        load_anomaly_dataset(folder, split, **options)
+    return [str(one.message) for one in caught if one.category is UserWarning]
+
+
+def test_columns_none_of_which_is_read_are_told_once(tmp_path: Path):
+    write_metadata(tmp_path, ["0.png", "1.png"], "station,found", "3,bent")
+    (told,) = warnings_of(tmp_path)
+    assert "metadata.csv may have labels, but it has the columns 'found', 'station', not 'label'" in told
+    assert "by the columns 'file_name' and 'label'" in told
+    assert "--dataset folder" in told
+    assert not warnings_of(tmp_path, dataset="folder")
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "anomalous": true, "station": 3}\n')
+    (told,) = warnings_of(tmp_path)
+    assert "metadata.jsonl seems to have labels, but it has the column 'anomalous', not 'label'" in told
+
+
+def test_columns_beside_labels_that_are_read_are_not_told(tmp_path: Path):
+    write_metadata(tmp_path / "listed", ["0.png", "1.png"], "is_defect,label", "0,good")
+    assert not warnings_of(tmp_path / "listed")
+    write_metadata(tmp_path / "names", ["0.png", "1.png"], "category", "nut")
+    assert not warnings_of(tmp_path / "names")
+    write_metadata(tmp_path / "sorted/good", ["0.png"])
+    (tmp_path / "sorted/good/metadata.csv").rename(tmp_path / "sorted/labels.csv")
+    write_image(tmp_path / "sorted/bent/1.png")
+    assert not warnings_of(tmp_path / "sorted")
+    for part in ("nut", "bolt"):
+        write_image(tmp_path / f"parts/{part}/good/0.png")
+    (tmp_path / "parts/labels.csv").write_text("image,label\nnut/good/0.png,good\n")
+    assert not warnings_of(tmp_path / "parts")
+
+
+def test_columns_beside_a_category_are_told(tmp_path: Path):
+    write_metadata(tmp_path / "parts", ["0.png", "1.png"], "category,flawed", "nut,yes")
+    (told,) = warnings_of(tmp_path / "parts")
+    assert "parts has the column 'flawed', not 'label'. So all images count as good." in told
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "annotations.csv", "train_labels.csv", "Labels.jsonl"])
+def test_a_table_of_labels_by_another_name_is_told(tmp_path: Path, name: str):
+    write_image(tmp_path / "0.png")
+    (tmp_path / name).write_text("image,label\n0.png,bent\n")
+    (told,) = warnings_of(tmp_path)
+    assert f"{name} seems to have labels, but a table of this name is not read. So all images count as good." in told
+
+
+@pytest.mark.parametrize("labels", ["", ",good"])
+def test_a_column_of_splits_is_told_to_count_for_nothing(tmp_path: Path, labels: str):
+    folder, names = tmp_path / "parts", ["0.png", "1.png", "2.png"]
+    write_metadata(folder, names, "split,label" if labels else "split", "train" + labels)
+    assert not warnings_of(folder)
+    table = (folder / "metadata.csv").read_text()
+    (folder / "metadata.csv").write_text(table.replace("2.png,train", "2.png,Test"))
+    (told,) = warnings_of(folder)
+    assert "metadata.csv has a column 'split', which is not followed: its images of 'Test' count in 'train'" in told
+    for split in ("train", "test"):  # the advice
+        write_metadata(tmp_path / f"moved/{split}", ["0.png"], "split,label", f"{split},good")
+    assert not warnings_of(tmp_path / "moved", "train")
+    assert not warnings_of(tmp_path / "moved", "test")
+
+
+def test_a_data_set_saved_to_disk_is_told_to_become_parquet(tmp_path: Path):
+    saved = datasets.Dataset.from_dict({"image": [pil(1)]}, features=datasets.Features({"image": datasets.Image()}))
+    saved.save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"`load_from_disk` instead\. Or save it as parquet \(`ds\.to_parquet`\)"):
+        load_anomaly_dataset(tmp_path / "saved")
+    (tmp_path / "parts").mkdir()
+    datasets.load_from_disk(tmp_path / "saved").to_parquet(tmp_path / "parts/train.parquet")
+    assert len(load_anomaly_dataset(tmp_path / "parts")) == 1
 
 
 def test_a_table_with_classes_instead_of_labels_is_told(tmp_path: Path):

@@ -71,6 +71,19 @@ def test_all_photographs_of_a_part_are_held_out_or_none(tmp_path):
         load_good_images(args)
 
 
+@pytest.mark.parametrize("fraction", [0.9, 0.99])
+def test_a_fraction_that_leaves_too_few_to_train_is_named(tmp_path, fraction):
+    data = str(write_folder(tmp_path / "part", 15))
+    with pytest.raises(ValueError, match=rf"--calibration_fraction {fraction} .*'part' of .* has 15 good images.*0\.2"):
+        load_good_images(shared(train_data_dir=data, calibration_fraction=fraction))
+    assert len(load_good_images(shared(train_data_dir=data, calibration_fraction=0.2))[0]) == 12
+
+
+def test_too_few_images_are_not_blamed_on_the_fraction(tmp_path):
+    with pytest.raises(ValueError, match="has 2 good images: too few to train and to calibrate"):
+        load_good_images(shared(train_data_dir=str(write_folder(tmp_path / "part", 2)), calibration_fraction=0.9))
+
+
 def test_a_large_part_is_not_held_out_where_smaller_ones_will_do(tmp_path):
     folder = write_folder(tmp_path / "part", 24)
     for i, path in enumerate(sorted(folder.iterdir())):  # lot 1, serial 23 is not lot 12, serial 3
