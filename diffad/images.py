@@ -173,6 +173,8 @@ class ImageSequence:
             is_row = isinstance(image, partial)
             if is_row:
                 image = image()
+                if isinstance(image, (list, tuple)) or (getattr(image, "ndim", 0) == 4 and len(image) != 1):
+                    raise ValueError(f"`{name}` is a batch: make a list of single images of all batches.")
             if isinstance(image, (str, os.PathLike)):
                 image = read_image(image, reduce_large=reduce_large)
             if is_row and self.value_range is None and value_range_of(image) is not None:

@@ -10,15 +10,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import CommitInfo, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError
 
+from diffad.float32_part import Float32Part
 from diffad.model_card import has_report_before, remove_reports
 from diffad.pipelines.checks import category_indices
 from diffad.pipelines.saving import SHARED_PARTS, finish_saving, save_whole
 from diffad.pipelines.sharing import add_records_and_card, records_folder, remove_local_paths
 from diffad.pipelines.version_0_1 import remove_code, upgrade_index
+from diffad.plain_values import plain_value
 from diffad.registration import PIPELINES
 
 if TYPE_CHECKING:
@@ -53,6 +56,16 @@ class AnomalyPipeline(DiffusionPipeline):
         """Whether calls give masks, alarms and p-values: the pipeline is calibrated, and by more than two images."""
         calibration = getattr(self, "calibration", None)
         return calibration is not None and calibration.has_thresholds
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The networks' precision; statistics of good images beside them are float32 whatever it is."""
+        networks = [part for part in self.components.values() if isinstance(part, ModelMixin)]
+        return next((part.dtype for part in networks if not isinstance(part, Float32Part)), super().dtype)
+
+    def register_to_config(self, **settings: Any) -> None:
+        """Keeps settings for `config` and the saved model; NumPy's numbers become Python's, as JSON has no others."""
+        super().register_to_config(**{name: plain_value(value) for name, value in settings.items()})
 
     def category_index(self, category: str | int | None) -> int:
         """A category's index; a model of one category asks for nothing.

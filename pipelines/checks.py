@@ -21,6 +21,10 @@ from diffad.reading.unicode_forms import same_name
 from diffad.warn_once import warn_once
 
 MAP_NAMES = ("kl", "feature_error", "gaussian", "nearest")  # what AnomalyDenoise joins
+NO_POSTERIOR = (
+    "`scheduler` is a {}, which has no posterior to compare with: use DDPMScheduler. `denoise` takes another as an "
+    "argument."
+)
 
 
 def check_call(
@@ -80,6 +84,8 @@ def check_good_images(name: str, images: Any) -> None:
             f"`{name}` must be a sequence of good images, such as a list of paths, but is {images!r}. For a folder "
             "pass `diffad.predict.find_images([folder])`."
         )
+    if hasattr(images, "iloc"):  # a pandas column, which counts by its labels
+        raise ValueError(f"`{name}` is a column of pandas: pass `list({name})`.")
 
 
 def check_calibration_call(
@@ -147,16 +153,29 @@ def check_denoiser(unet: Any, scheduler: Any, feature_extractor: TimmFeatureExtr
     if unet is None:
         return
     if "clip_sample" not in scheduler.config:
-        raise ValueError(
-            f"`scheduler` is a {type(scheduler).__name__}, which has no posterior to compare with: use DDPMScheduler. "
-            "`denoise` takes another as an argument."
-        )
+        raise ValueError(NO_POSTERIOR.format(type(scheduler).__name__))
     predicted, true = unet.config.feature_channels, feature_extractor.num_channels
     if predicted != true:
         raise ValueError(
             f"`unet` predicts features of {predicted} channels, but `feature_extractor` gives {true}. Use the feature "
             "extractor that the denoiser was trained with."
         )
+
+
+def check_forward_process(scheduler: Any, timesteps: Sequence[int]) -> None:
+    """Raises a ValueError where images are not noised as in DDPM (eq. 4), by whose posterior they are compared."""
+    alpha_bar = getattr(scheduler, "alphas_cumprod", None)
+    if alpha_bar is not None:
+        t = torch.tensor(timesteps, device=alpha_bar.device)
+        ones, zeros = torch.ones(len(t), 1, device=t.device), torch.zeros(len(t), 1, device=t.device)
+        try:
+            of_image, of_noise = scheduler.add_noise(ones, zeros, t), scheduler.add_noise(zeros, ones, t)
+        except (IndexError, TypeError):  # a scheduler that knows its own steps alone
+            of_image = of_noise = zeros
+        expected = alpha_bar[t, None]
+        if torch.allclose(of_image**2, expected, atol=1e-4) and torch.allclose(of_noise**2, 1.0 - expected, atol=1e-4):
+            return
+    raise ValueError(NO_POSTERIOR.format(type(scheduler).__name__))
 
 
 def check_timesteps(timesteps: Any, scheduler: Any) -> list[int]:
@@ -198,6 +217,16 @@ def category_indices(
             raise ValueError(f"`category` {name!r} is unknown: this model knows {', '.join(names)}.")
         indices.append(index)
     return torch.tensor(indices)
+
+
+def check_calibrated_categories(calibration: ScoreCalibration | None, categories: Sequence[str]) -> None:
+    """Raises a ValueError where a calibration is not of as many categories as have names."""
+    known, named = 0 if calibration is None else len(calibration.image_threshold), max(1, len(categories))
+    if calibration is not None and known != named:
+        raise ValueError(
+            f"`calibration` is of {known} {'category' if known == 1 else 'categories'}, but `categories` names "
+            f"{len(categories)}. Name the same ones, or load with `calibration=None` and calibrate each."
+        )
 
 
 def check_class_embeddings(unet: Any, categories: Sequence[str]) -> None:
@@ -254,7 +283,7 @@ def check_share(name: str, share: float) -> None:
 def check_tiles(tile_size: Side | None, tile_overlap: float) -> None:
     """Raises a ValueError where one is out of its range."""
     sides: list[Any] = list(tile_size) if isinstance(tile_size, (list, tuple)) else [tile_size] * 2
-    is_size = len(sides) == 2 and all(isinstance(side, int) and side >= 8 for side in sides)
+    is_size = len(sides) == 2 and all(isinstance(side, (int, np.integer)) and side >= 8 for side in sides)
     if tile_size is not None and not is_size:
         raise ValueError(f"`tile_size` must be a side of at least 8 pixels, or height and width, but is {tile_size!r}.")
     if not isinstance(tile_overlap, Real) or not 0.0 <= tile_overlap <= 0.75:

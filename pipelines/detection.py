@@ -187,6 +187,7 @@ class DetectionPipeline(AnomalyPipeline):
         if smallest_area is None:
             smallest_area = 0.0 if self.calibration is None else self.calibration.smallest_area
         check_calibration_call(images, statistics_images, false_alarm_rate, batch_size, generator, smallest_area)
+        false_alarm_rate, smallest_area = float(false_alarm_rate), float(smallest_area)
         leave_one_out = leave_one_out and self.tile_size is None
         if leave_one_out and (not self.scores_features or statistics_images is not None):
             raise ValueError("`leave_one_out` takes a pipeline without a denoiser, and no `statistics_images`.")

@@ -32,11 +32,13 @@ from diffad.pipelines.base import category_names, register_categories
 from diffad.pipelines.checks import (
     MAP_NAMES,
     category_indices,
+    check_calibrated_categories,
     check_calibration,
     check_call,
     check_class_embeddings,
     check_denoiser,
     check_feature_resolution,
+    check_forward_process,
     check_map_settings,
     check_required,
     check_resolution,
@@ -189,6 +191,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         check_required(feature_extractor=feature_extractor)
         check_denoiser(unet, scheduler, feature_extractor)
         timesteps = check_timesteps([5, 50, 100] if timesteps is None else timesteps, scheduler)
+        if scheduler is not None:
+            check_forward_process(scheduler, timesteps)
         if unet is None and not feature_extractor.image_sizes and processing_resolution is None:
             raise ValueError(
                 "`feature_extractor` needs an `image_size` where there is no `unet`: nothing else says one."
@@ -203,6 +207,7 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         self.patch_layers = patch_layers(feature_extractor.layer_strides)
         named = register_categories(categories)
         check_class_embeddings(unet, category_names(named))
+        check_calibrated_categories(calibration, category_names(named))
         self.register_modules(
             unet=unet,
             scheduler=scheduler,
@@ -367,6 +372,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
         if not self.runs_denoiser:  # no noise, and no KL: (N, 0, R, R)
             return Measurement(maps=noise[:, :0, 0], features=features, patches=patches)
         levels = list(self.config.timesteps)
+        if not torch.compiler.is_compiling():  # a graph has one scheduler, which may have been replaced before
+            check_forward_process(self.scheduler, levels)
         count, size = noise.shape[:2], tuple(noise.shape[-2:])
 
         # a. x_t of every image at every level: (N * T, 3, R, R), DDPM eq. 4

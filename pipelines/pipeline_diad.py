@@ -33,9 +33,10 @@ from diffad.models.autoencoder_taef2 import AutoencoderTAEF2
 from diffad.models.feature_extractor import TimmFeatureExtractor, concatenate_layers
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import SemanticGuidedNetwork
-from diffad.pipelines.base import register_categories
+from diffad.pipelines.base import category_names, register_categories
 from diffad.pipelines.checks import (
     category_indices,
+    check_calibrated_categories,
     check_calibration,
     check_call,
     check_callback_inputs,
@@ -187,6 +188,8 @@ class DiADPipeline(DetectionPipeline):
         reconstruction_weights(weights)
         check_map_settings(position_trust, contrast)
         skipped_steps(num_inference_steps, strength)
+        named = register_categories(categories)
+        check_calibrated_categories(calibration, category_names(named))
         self.register_modules(
             vae=vae,
             unet=unet,
@@ -209,7 +212,7 @@ class DiADPipeline(DetectionPipeline):
             contrast=contrast,
             position_trust=position_trust,
             processing_resolution=square_side(processing_resolution),
-            categories=register_categories(categories),
+            categories=named,
             value_range=value_range,
             image_mean=list(colour_mean),
             image_std=list(colour_std),

@@ -27,7 +27,7 @@ from diffad.calibration.good_images import (
 )
 from diffad.images import ImageSequence, as_size, images_to_pixel_values
 from diffad.moments import FeatureMoments
-from diffad.pipelines.checks import check_calibration
+from diffad.pipelines.checks import check_batch_size, check_calibration, check_good_images
 from diffad.process_share import of_all_processes, process_share
 from diffad.region_of_interest import hide_outside, inside_region
 from diffad.scoring import Measurement, empty_measurement
@@ -82,6 +82,8 @@ def learn_good_images(
         ValueError: the pipeline is none of `diffad fit`, or there are too few images.
     """
     check_updatable(pipeline)
+    check_good_images("images", images)
+    check_batch_size(batch_size)
     size, device = as_size(pipeline.input_resolution), pipeline._execution_device
     calibration, former = pipeline.calibration, pipeline.feature_extractor
     unscaled = pipeline.share_components(type(pipeline))
@@ -98,7 +100,7 @@ def learn_good_images(
     extractor.channel_std.fill_(1.0)
     alarms: list[int] = []
     num_known = 0
-    former_keys = {*good_images.for_statistics, *good_images.for_thresholds}
+    former_keys = set(good_images.seen)
     if good_images.moments is not None and accelerator is not None and not accelerator.is_main_process:
         num_positions, num_channels = good_images.moments.total.shape
         good_images.moments = FeatureMoments(num_positions, num_channels, device)  # the main process has the former
@@ -195,12 +197,14 @@ def load_good_images(pipeline: AnomalyDenoisePipeline, folder: str | os.PathLike
     """What is kept beside a pipeline that was loaded from `folder`.
 
     Raises:
-        ValueError: the pipeline is none of `diffad fit`.
+        ValueError: the pipeline is none of `diffad fit`, or was loaded in another precision than float32.
         FileNotFoundError: it keeps nothing, or was calibrated since by another command.
     """
     check_updatable(pipeline)
     if pipeline.calibration is None:
         raise ValueError(f"{folder} is not calibrated, so there is nothing to update. Call `pipe.calibrate`.")
+    if pipeline.feature_extractor.dtype != torch.float32:  # rounded, it is not what the kept images went through
+        raise ValueError(f"`pipeline` is in {pipeline.feature_extractor.dtype}: load it in float32 to update it.")
     digest = calibration_digest(pipeline.calibration, pipeline.feature_extractor)
     return GoodImages.load(folder, digest, pipeline._execution_device)
 

@@ -4,7 +4,7 @@ Means and covariances of features add up, whatever the order. What they cannot g
 Gaussian, the patches to be near to, thresholds) comes from images that are kept, as the networks see them: at most K
 for the statistics and K for the thresholds. A hash of an image's content says for which of both it is, and whether it
 is kept. So it matters neither in which order images come nor in how many portions: the same images leave the same. An
-image that comes again counts once, as far as it is known: by the hashes of those that are kept.
+image that comes again counts once, as the hashes of all are kept, 32 bytes each.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class GoodImages:
         held_out_share: of the images, for the thresholds, in (0, 1).
         moments: of the features (N, C, P), not standardised, of all images that are not held out; None at first.
         for_statistics, for_thresholds: the kept images, (3, R, R') uint16, by the SHA-256 of their bytes.
+        seen: these hashes of all images; None takes those of the kept ones, as earlier versions know no others.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -53,6 +54,7 @@ class GoodImages:
         moments: FeatureMoments | None = None,
         for_statistics: dict[bytes, np.ndarray] | None = None,
         for_thresholds: dict[bytes, np.ndarray] | None = None,
+        seen: set[bytes] | None = None,
     ):
         if num_kept < FEWEST_KEPT:
             raise ValueError(
@@ -62,22 +64,25 @@ class GoodImages:
             raise ValueError(f"`held_out_share` must lie in (0, 1), but is {held_out_share}.")
         self.num_kept, self.held_out_share, self.moments = num_kept, held_out_share, moments
         self.for_statistics, self.for_thresholds = for_statistics or {}, for_thresholds or {}
-        self.num_known = 0  # of the images that the last call has learned from: those that were kept already
+        self.seen = {*self.for_statistics, *self.for_thresholds} if seen is None else seen
+        self.num_known = 0  # of the images of the last call: those that had been seen before
 
     def keep(self, pixels: np.ndarray) -> tuple[bool, bool]:
         """Keeps an image, (3, R, R') uint16, or does not, as its hash says.
 
         Returns:
-            Whether it is held out for the thresholds, and whether it had been kept before.
+            Whether it is held out for the thresholds, and whether it had been seen before.
         """
         key = hashlib.sha256(pixels.tobytes()).digest()
         is_held_out = int.from_bytes(key[:8], "big") < self.held_out_share * 2**64
         kept = self.for_thresholds if is_held_out else self.for_statistics
-        is_known = key in kept
+        if key in self.seen:
+            return is_held_out, True
+        self.seen.add(key)
         kept[key] = pixels.copy()  # a batch's array would stay whole for one of its images
         if len(kept) > self.num_kept:
             del kept[max(kept)]
-        return is_held_out, is_known
+        return is_held_out, False
 
     def unite(self, accelerator: Accelerator | None, former: set[bytes]) -> None:
         """Makes of what each process has seen what one process would have that had seen all; None for one alone.
@@ -87,12 +92,13 @@ class GoodImages:
         Args:
             accelerator: whose processes have learned, each from images of its own. Moments from before are in those of
                 the main process alone.
-            former: the keys of what all of them had kept before.
+            former: the hashes of what all of them had seen before.
         """
         if accelerator is None or accelerator.num_processes == 1:
             return
         if self.moments is not None:
             self.moments.reduce(accelerator)
+        self.seen.update(*of_all_processes(accelerator, self.seen - former))
         for kept in (self.for_thresholds, self.for_statistics):
             new = {key: pixels for key, pixels in kept.items() if key not in former}
             for one in of_all_processes(accelerator, new):
@@ -109,7 +115,8 @@ class GoodImages:
         """Writes a file into a model's folder, and returns its path.
 
         It takes 8 bytes for each number of a covariance, of which there are C (C + 1) / 2 at each position, and 6 for
-        each pixel that is kept: 356 MB for 49 x 49 positions of 192 channels, and 0.3 MB for an image of 224 px.
+        each pixel that is kept: 356 MB for 49 x 49 positions of 192 channels, and 0.3 MB for an image of 224 px. Of
+        every image that was seen it has a hash of 32 bytes.
         """
         assert self.moments is not None
         path = Path(folder, NAME.format(digest))
@@ -119,6 +126,7 @@ class GoodImages:
             keys = sorted(kept)
             tensors[f"{name}_keys"] = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
             tensors[f"{name}_pixels"] = np.stack([kept[key] for key in keys])
+        tensors["seen_keys"] = np.frombuffer(b"".join(sorted(self.seen)), np.uint8).reshape(-1, 32)
         record = {"num_kept": self.num_kept, "held_out_share": self.held_out_share, "count": self.moments.count}
         with write_whole(path) as unfinished:
             save_file(tensors, unfinished, {"diffad": json.dumps(record)})
@@ -146,7 +154,9 @@ class GoodImages:
             for name in ("statistics", "thresholds"):
                 keys, pixels = file.get_tensor(f"{name}_keys"), file.get_tensor(f"{name}_pixels")
                 kept.append({key.tobytes(): one for key, one in zip(keys, pixels, strict=True)})
-        return cls(record["num_kept"], record["held_out_share"], moments, *kept)
+            has_seen = "seen_keys" in file.keys()  # noqa: SIM118 - a file of safetensors is no dictionary
+            seen = {key.tobytes() for key in file.get_tensor("seen_keys")} if has_seen else None
+        return cls(record["num_kept"], record["held_out_share"], moments, kept[0], kept[1], seen)
 
 
 def calibration_digest(calibration: ScoreCalibration, extractor: TimmFeatureExtractor) -> str:

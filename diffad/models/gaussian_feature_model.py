@@ -217,7 +217,10 @@ class GaussianFeatureModel(Float32Part, ModelMixin, ConfigMixin):
             if not 0 <= index < len(fitted):
                 raise ValueError(f"`category` must lie in [0, {len(fitted) - 1}], but holds {index}.")
             if not fitted[index]:
-                raise ValueError(f"Category {index} is not fitted yet. Call `fit` with batches of its good images.")
+                raise ValueError(
+                    f"Category {index} is not fitted yet. Call `fit` with batches of its good images, or a pipeline's "
+                    "`fit_gaussian(images, category=...)`."
+                )
         return indices
 
     def mahalanobis_map(self, pixel_values: torch.Tensor, category: torch.Tensor | int | None = None) -> torch.Tensor:
@@ -239,8 +242,8 @@ class GaussianFeatureModel(Float32Part, ModelMixin, ConfigMixin):
         Returns:
             (N, 3, H, W) float32; an image's gradient does not depend on the others in the batch.
         """
-        with torch.enable_grad():
-            pixel_values = pixel_values.detach().float().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            pixel_values = pixel_values.detach().clone().float().requires_grad_()
             energy = 0.5 * self.squared_distance(pixel_values, category).sum()
             return torch.autograd.grad(energy, pixel_values)[0]
 

@@ -66,6 +66,8 @@ def test_from_pipe_shares_components_and_changes_none(pipeline_class, dtype):
     detector = make(AnomalyDenoisePipeline).to(dtype=dtype)
     if pipeline_class is GradientDenoisingPipeline:
         detector.fit_gaussian(textures(12), generator=generator(), **GAUSSIAN)
+    detector.calibrate(textures(4), false_alarm_rate=0.5)
+    assert detector.dtype == dtype  # whose calibration is float32 in any case
     before = weights(detector)
     other = pipeline_class.from_pipe(detector, dtype=detector.dtype)
     assert other.unet is detector.unet

@@ -10,13 +10,21 @@ import logging
 import math
 import warnings
 import weakref
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import generator, texture, textures, tiny_extractor, tiny_pipeline, tiny_scheduler, tiny_unet, write_png
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 
 from diffad import AnomalyDenoisePipeline, AnomalyOutput
@@ -454,6 +462,64 @@ def test_another_scheduler_than_the_calibrations_warns(pipe, tmp_path, caplog, c
     loaded.scheduler = tiny_scheduler(**change)
     loaded(texture(0))
     assert "calibrated with other settings (scheduler)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "scheduler_class",
+    [
+        DPMSolverMultistepScheduler,
+        EulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        UniPCMultistepScheduler,
+    ],
+)
+def test_a_scheduler_that_noises_in_another_way_is_refused_where_it_was_swapped(calibrated, tmp_path, scheduler_class):
+    scheduler = scheduler_class.from_config(calibrated.scheduler.config)
+    calibrated.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"`scheduler` is a {scheduler_class.__name__}.*use DDPMScheduler"):
+        AnomalyDenoisePipeline.from_pretrained(tmp_path, scheduler=scheduler)
+    calibrated.scheduler = scheduler
+    with pytest.raises(ValueError, match=f"`scheduler` is a {scheduler_class.__name__}.*use DDPMScheduler"):
+        calibrated(texture(0))
+
+
+def test_a_scheduler_that_noises_alike_gives_the_same(calibrated):
+    expected = calibrated(texture(0))
+    calibrated.scheduler = DDIMScheduler.from_config(calibrated.scheduler.config)
+    assert_same(calibrated(texture(0)), expected)
+
+
+@pytest.mark.parametrize(
+    "make_batch", [list, np.stack, lambda images: torch.from_numpy(np.stack(images)).movedim(3, 1)]
+)
+def test_batches_are_no_images_to_calibrate_with(pipe, make_batch):
+    batches = [make_batch(textures(6)), make_batch(textures(6, first_seed=50))]
+    with pytest.raises(ValueError, match=r"`images\[\d\]` is a batch: make a list of single images"):
+        pipe.calibrate(batches, false_alarm_rate=0.3)
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    pipe = tiny_pipeline(
+        kl_sigma=np.float32(1.5),
+        timesteps=np.array([5, 50]),
+        weights={"kl": np.float32(1.0), "feature_error": Fraction(1, 2)},
+        score_strides=np.array([2]),
+        value_range=np.uint16(255),
+    )
+    pipe.calibrate(textures(12), false_alarm_rate=np.float32(0.25), smallest_area=np.float64(0.01))
+    pipe.save_pretrained(tmp_path)
+    assert_same(AnomalyDenoisePipeline.from_pretrained(tmp_path)(texture(0)), pipe(texture(0)))
+
+
+def test_more_categories_than_were_calibrated_are_told(calibrated, tmp_path):
+    calibrated.save_pretrained(tmp_path)
+    names = ["bottle", "cable"]
+    with pytest.raises(ValueError, match=r"`calibration` is of 1 category, but `categories` names 2.*calibration=None"):
+        AnomalyDenoisePipeline.from_pretrained(tmp_path, categories=names)
+    loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path, categories=names, calibration=None)
+    for name in names:
+        loaded.calibrate(textures(12), false_alarm_rate=0.25, category=name)
+    assert loaded(texture(0), category="cable").p_value is not None
 
 
 def test_a_generator_an_image_makes_images_independent(calibrated):

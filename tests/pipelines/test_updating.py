@@ -123,13 +123,29 @@ def test_what_raised_an_alarm_is_told_and_learned(portions, tmp_path):
     update(model, "--data", tmp_path / "new")
 
 
-def test_images_that_are_known_are_told_and_count_once(portions, tmp_path):
-    model = fit(portions[0], tmp_path / "model", "--kept_images", 100)
+@pytest.mark.parametrize("num_kept", [100, 8])
+def test_images_that_are_known_are_told_and_count_once(portions, tmp_path, num_kept):
+    model = fit(portions[0], tmp_path / "model", "--kept_images", num_kept)
     shutil.copytree(model, tmp_path / "again")
     with pytest.warns(UserWarning, match="40 of the 40 images are known already, and left out"):
         said = update(tmp_path / "again", "--data", portions[0])
     assert "Learned 0 good images" in said
     assert_equal_results(tmp_path / "again", model)
+
+
+def test_what_cannot_be_learned_from_is_named(portions, tmp_path):
+    model = fit(portions[0], tmp_path / "model", "--kept_images", 8)
+    pipeline = load(model)
+    good_images = load_good_images(pipeline, model)
+    with pytest.raises(ValueError, match="`images` must be a sequence of good images"):
+        pipeline.update(str(portions[1]), good_images)
+    with pytest.raises(ValueError, match="`batch_size`"):
+        pipeline.update([texture(900, 32)], good_images, batch_size=0)
+    with pytest.raises(ValueError, match=r"`images\[0\]` is a batch"):
+        pipeline.update([np.stack([texture(900, 32), texture(901, 32)])], good_images)
+    half = DiffusionPipeline.from_pretrained(model, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"`pipeline` is in torch.bfloat16: load it in float32"):
+        load_good_images(half, model)
 
 
 def test_copies_among_new_images_count_once(portions, tmp_path):
