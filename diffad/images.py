@@ -173,7 +173,9 @@ class ImageSequence:
             is_row = isinstance(image, partial)
             if is_row:
                 image = image()
-                if isinstance(image, (list, tuple)) or (getattr(image, "ndim", 0) == 4 and len(image) != 1):
+                is_list = isinstance(image, (list, tuple)) and bool(image)
+                holds_images = is_list and (hasattr(image[0], "shape") or isinstance(image[0], (str, Image.Image)))
+                if holds_images or (getattr(image, "ndim", 0) == 4 and len(image) != 1):
                     raise ValueError(f"`{name}` is a batch: make a list of single images of all batches.")
             if isinstance(image, (str, os.PathLike)):
                 image = read_image(image, reduce_large=reduce_large)

@@ -61,4 +61,5 @@ def draw_noise(
     lie on the CPU, the device.
     """
     drawing = noise_generators(generators)
-    return torch.stack([randn_tensor(tuple(shape), generator=g, device=torch.device(device)) for g in drawing])
+    options = {"device": torch.device(device), "dtype": torch.float32}  # of another precision it would be other noise
+    return torch.stack([randn_tensor(tuple(shape), generator=one, **options) for one in drawing])

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from diffusers.models.modeling_utils import ModelMixin
+import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import CommitInfo, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError
@@ -25,7 +25,6 @@ from diffad.plain_values import plain_value
 from diffad.registration import PIPELINES
 
 if TYPE_CHECKING:
-    import torch
     from typing_extensions import Self
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
@@ -59,9 +58,10 @@ class AnomalyPipeline(DiffusionPipeline):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The networks' precision; statistics of good images beside them are float32 whatever it is."""
-        networks = [part for part in self.components.values() if isinstance(part, ModelMixin)]
-        return next((part.dtype for part in networks if not isinstance(part, Float32Part)), super().dtype)
+        """The denoiser's precision, or the first network's; statistics of good images are float32 in any case."""
+        parts: list[Any] = [vars(self).get("unet"), *vars(self).values()]
+        networks = [part for part in parts if isinstance(part, torch.nn.Module) and not isinstance(part, Float32Part)]
+        return networks[0].dtype if networks else super().dtype
 
     def register_to_config(self, **settings: Any) -> None:
         """Keeps settings for `config` and the saved model; NumPy's numbers become Python's, as JSON has no others."""

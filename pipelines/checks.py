@@ -152,8 +152,6 @@ def check_denoiser(unet: Any, scheduler: Any, feature_extractor: TimmFeatureExtr
         raise ValueError("`unet` and `scheduler` go together: give both, or None for both.")
     if unet is None:
         return
-    if "clip_sample" not in scheduler.config:
-        raise ValueError(NO_POSTERIOR.format(type(scheduler).__name__))
     predicted, true = unet.config.feature_channels, feature_extractor.num_channels
     if predicted != true:
         raise ValueError(
@@ -165,15 +163,21 @@ def check_denoiser(unet: Any, scheduler: Any, feature_extractor: TimmFeatureExtr
 def check_forward_process(scheduler: Any, timesteps: Sequence[int]) -> None:
     """Raises a ValueError where images are not noised as in DDPM (eq. 4), by whose posterior they are compared."""
     alpha_bar = getattr(scheduler, "alphas_cumprod", None)
-    if alpha_bar is not None:
+    if alpha_bar is not None and "clip_sample" in scheduler.config and max(timesteps) < len(alpha_bar):
         t = torch.tensor(timesteps, device=alpha_bar.device)
-        ones, zeros = torch.ones(len(t), 1, device=t.device), torch.zeros(len(t), 1, device=t.device)
+        zeros = torch.zeros(len(t), 1, 1, 1, dtype=torch.float32, device=t.device)
         try:
-            of_image, of_noise = scheduler.add_noise(ones, zeros, t), scheduler.add_noise(zeros, ones, t)
-        except (IndexError, TypeError):  # a scheduler that knows its own steps alone
+            of_image, of_noise = scheduler.add_noise(zeros + 1, zeros, t), scheduler.add_noise(zeros, zeros + 1, t)
+        except (
+            AttributeError,
+            IndexError,
+            NotImplementedError,
+            TypeError,
+        ):  # it knows its own steps alone, or none
             of_image = of_noise = zeros
-        expected = alpha_bar[t, None]
-        if torch.allclose(of_image**2, expected, atol=1e-4) and torch.allclose(of_noise**2, 1.0 - expected, atol=1e-4):
+        found = torch.stack([of_image, of_noise]).float().square().flatten(1)  # (2, T)
+        expected = torch.stack([alpha_bar[t], 1.0 - alpha_bar[t]]).float()
+        if torch.allclose(found, expected, atol=1e-4):
             return
     raise ValueError(NO_POSTERIOR.format(type(scheduler).__name__))
 

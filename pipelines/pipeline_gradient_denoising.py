@@ -418,7 +418,7 @@ def clean_samples(
         prediction = unet(part.to(unet.dtype), timestep, class_labels=class_labels).sample
         mean, log_variance = predicted_mean_log_variance(scheduler, prediction, part, timestep)
         if t > 0:  # at t = 0 the mean is the clean image
-            noise = randn_tensor(part.shape, [generators[i] for i in joined.tolist()], part.device)
+            noise = randn_tensor(part.shape, [generators[i] for i in joined.tolist()], part.device, part.dtype)
             mean = mean + torch.exp(0.5 * log_variance) * noise
         sample[joined] = mean
     return sample

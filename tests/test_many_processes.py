@@ -168,6 +168,7 @@ def test_fit_and_update_find_what_one_process_does(tmp_path):
     for name in ("for_statistics", "for_thresholds"):
         assert getattr(kept[0], name).keys() == getattr(kept[1], name).keys()
     assert kept[0].num_seen == kept[1].num_seen
+    assert kept[0].seen == kept[1].seen
 
 
 # -- manifests -----------------------------------------------------------------------------------------------------

@@ -43,6 +43,11 @@ LIKE_LABELS = {  # but not read
     "target",
     "mask_file_name",
 }
+# which tell of an image, and not what is wrong with it
+NO_LABELS = re.compile(
+    r"|unnamed: \d+"
+    r"|(.+_)?(id|index|text|caption|prompt|width|height|size|path|url|sha256|md5|bytes|date|time|timestamp)"
+)
 LABEL_TABLE = re.compile(r"(.+[-_ ])?(label|annotation)s?\.(csv|tsv|jsonl)", re.IGNORECASE)  # that nothing reads
 UNLABELLED = ("", "na", "n/a", "nan", "null", "-1")  # a `ClassLabel` of no class is -1
 # a part of a folder's name by which `datasets` takes what is in it for a split
@@ -51,7 +56,7 @@ SPLIT_NAME = re.compile(
 )
 LABELS_ARE = (
     "Labels are read from metadata.csv or metadata.jsonl, by the columns 'file_name' and 'label' (0 or 'good', or a "
-    "defect). If there are none, give the `dataset` 'folder' (--dataset folder)."
+    "defect). If all are good, give the `dataset` 'folder' (--dataset folder)."
 )
 FILES_COUNT = (
     "If its tables are of another program's (.parquet, .arrow, metadata.*), and the image files count, give the "
@@ -61,7 +66,12 @@ FILES_COUNT = (
 
 def is_loadable(root: Path) -> bool:
     """Whether a folder holds parquet or arrow files, or metadata of an image folder with a column that is read here."""
-    return any(file.suffix in TABLES or _describes_images(file) for file in _visible_files(root))
+    return holds_tables(root) or any(map(_describes_images, _visible_files(root)))
+
+
+def holds_tables(root: Path) -> bool:
+    """Whether a folder holds parquet or arrow files, which are then read, and no metadata."""
+    return any(file.suffix in TABLES for file in _visible_files(root))
 
 
 def _describes_images(file: Path) -> bool:
@@ -134,8 +144,9 @@ def warn_of_unread_labels(root: Path) -> None:
 
 def _unread(columns: Iterable[str]) -> list[str]:
     """Of columns without labels that are read: those that are like labels, or else all that may be any."""
-    further = {one for one in columns if one not in (*COLUMNS, "split") and not re.fullmatch("file_names?", one)}
-    return sorted(LIKE_LABELS & further or further)
+    read = {*COLUMNS, "split"}
+    further = {one for one in columns if one not in read and not _names_files(one) and not NO_LABELS.fullmatch(one)}
+    return sorted(LIKE_LABELS & {*columns} or further)
 
 
 def _named(columns: list[str]) -> str:
@@ -144,11 +155,15 @@ def _named(columns: list[str]) -> str:
 
 
 def warn_of_other_splits(root: Path, split: str) -> None:
-    """Says of tables that list images of several splits that all of these count, as only folders tell splits."""
+    """Says of tables that list images of several splits that all of these count, as only folders tell splits.
+
+    Images in a folder named after a split are in that, and where a folder is named `good`, folders tell what counts.
+    """
     names = {alias: name for name, aliases in SPLITS.items() for alias in aliases}
     wanted = {split, *(names.get(word) for word in re.findall(r"\w+", split))}  # it may be "train[:100]"
     for file in _visible_files(root):
-        if any(map(SPLIT_NAME.search, file.relative_to(root).parts[:-1])):
+        beside = [one.name for one in file.parent.iterdir() if one.is_dir()]
+        if any(map(SPLIT_NAME.search, file.relative_to(root).parts[:-1])) or any(map(is_good_name, beside)):
             continue
         others = sorted(value for value in _split_values(file) if names.get(_plain(value), split) not in wanted)
         if others:
@@ -160,7 +175,7 @@ def warn_of_other_splits(root: Path, split: str) -> None:
 
 
 def _split_values(file: Path) -> set[str]:
-    """What the column `split` of a table that lists images holds."""
+    """What the column `split` of a table that lists images holds, of those that no folder's name puts into a split."""
     values: set[str] = set()
     if "split" not in _metadata_columns(file):
         return values
@@ -169,7 +184,10 @@ def _split_values(file: Path) -> set[str]:
         file.open(encoding="utf-8-sig", newline="") as lines,
     ):
         for row in csv.DictReader(lines) if file.suffix == ".csv" else map(json.loads, lines):
-            values.update(str(value) for name, value in row.items() if _plain(str(name)) == "split")
+            named = {_plain(str(name)): str(value) for name, value in row.items()}
+            folders = [part for name, value in named.items() if _names_files(name) for part in value.split("/")[:-1]]
+            if not any(map(SPLIT_NAME.search, folders)):
+                values.add(named.get("split", ""))
     return values
 
 
@@ -209,7 +227,7 @@ def load_hub_dataset(
     if not TELL_GOOD & features.keys() and (others := _unread(map(_plain, features))):
         warnings.warn(
             f"{path} has the {_named(others)}, not 'label'. So all images count as good. Call what tells defects "
-            "'label', with 0 or 'good' for good images.",
+            "'label', with 0 or 'good' for good images; if all are, add such a column.",
             stacklevel=3,
         )
     for column in {"image", "mask"} & features.keys():

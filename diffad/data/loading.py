@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from diffad.data.checks import check_images, check_names
-from diffad.data.hub import is_loadable, load_hub_dataset, warn_of_other_splits, warn_of_unread_labels
+from diffad.data.hub import holds_tables, is_loadable, load_hub_dataset, warn_of_other_splits, warn_of_unread_labels
 from diffad.data.layouts import (
     LAYOUTS,
     choose_categories,
@@ -87,7 +87,7 @@ def load_anomaly_dataset(
             raise ValueError(f"`dataset`={dataset!r}: expected {root / LAYOUTS[dataset].expected}")
     if dataset == "hub":
         loadable = str(root) if root.is_dir() else name
-        if root.is_dir():
+        if root.is_dir() and not holds_tables(root):
             warn_of_other_splits(root, split)
         return load_hub_dataset(loadable, split, category, on_bad_image, streaming, load_dataset_kwargs)
 

@@ -114,6 +114,8 @@ def _has_soft_edges(values: np.ndarray, levels: np.ndarray) -> bool:
 
 def _are_averages(levels: np.ndarray) -> bool:
     """Whether all values are even fractions of the largest, but for rounding: those of blocks of two values are."""
+    if len(levels) < 5:  # labels may be even fractions, too: 0, 127 and 255
+        return False
     fractions = levels.astype(np.float64) / float(levels[-1])
     parts = np.arange(2, LARGEST_AVERAGED + 1)[:, None]
     return bool((np.abs(fractions - np.round(fractions * parts) / parts).max(axis=1) <= 1 / 255).any())

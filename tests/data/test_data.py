@@ -1031,7 +1031,7 @@ def test_a_mask_with_soft_edges_is_cut_at_half_of_its_largest_value():
 )
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32])
 def test_a_mask_of_labels_marks_all_of_them(values: list[int], dtype: type):
-    labels = np.repeat(np.array(values, dtype)[None], 6, axis=0).repeat(3, axis=1)
+    labels = np.repeat(np.array(values, dtype)[None], 6, axis=0)
     assert (mask_to_array(PIL.Image.fromarray(labels)) == (labels > 0)).all()
 
 
@@ -1051,6 +1051,15 @@ def test_a_mask_made_smaller_by_averages_does_not_grow(times: int, dtype: type):
     area = (np.asarray(scratch_and_blob()) > 0).sum() / times**2
     assert abs(found.sum() / area - 1) < 0.1  # half a pixel counts
     assert (averaged > 0).sum() > 1.1 * area
+
+
+@pytest.mark.parametrize("label", [64, 85, 127, 128])
+def test_two_labels_that_touch_are_both_marked(label: int):
+    mask = PIL.Image.new("L", (96, 96))
+    for row, value in ((20, label), (21, 255)):
+        PIL.ImageDraw.Draw(mask).line([(10, row), (80, row + 13)], fill=value, width=1)
+    PIL.ImageDraw.Draw(mask).ellipse([20, 50, 60, 80], fill=255, outline=label, width=2)
+    assert (mask_to_array(mask) == (np.asarray(mask) > 0)).all()
 
 
 @pytest.mark.parametrize("order", [(85, 170, 255), (255, 85, 170), (64, 128, 191), (128, 255, 128)])
@@ -1389,8 +1398,8 @@ def test_capitals_and_spaces_in_a_tables_header_do_not_count(tmp_path: Path, col
         ("file_name,is_defect", "it has the column 'is_defect', not 'label'"),
         ("file_name;label", "its columns are not divided by commas"),
         ("filename,label", "it has no column 'file_name'"),
-        ("file_name,operator", None),
-        ("file_name;operator", None),
+        ("file_name,text", None),
+        ("file_name;text", None),
     ],
 )
 def test_labels_that_are_not_read_are_told(tmp_path: Path, header: str, reason: str | None):
@@ -1467,6 +1476,27 @@ def test_a_column_of_splits_is_told_to_count_for_nothing(tmp_path: Path, labels:
         write_metadata(tmp_path / f"moved/{split}", ["0.png"], "split,label", f"{split},good")
     assert not warnings_of(tmp_path / "moved", "train")
     assert not warnings_of(tmp_path / "moved", "test")
+
+
+def test_a_column_of_splits_that_folders_have_as_well_is_not_told(tmp_path: Path):
+    rows = ["train/0.png,train", "test/good/1.png,test"]
+    for row in rows:
+        write_image(tmp_path / "above" / row.split(",")[0])
+    (tmp_path / "above/metadata.csv").write_text("\n".join(["file_name,split", *rows]))
+    assert not warnings_of(tmp_path / "above")
+    folder = write_parquet(tmp_path / "table", {"image": [pil(1)]}, {"image": datasets.Image()})
+    write_metadata(folder / "raw", ["0.png", "1.png"], "split", "test")
+    assert not warnings_of(folder)
+    for kind in ("good", "bent"):
+        write_image(tmp_path / f"sorted/{kind}/{kind}.png")
+    (tmp_path / "sorted/metadata.csv").write_text("file_name,split\ngood/good.png,train\nbent/bent.png,test\n")
+    assert not warnings_of(tmp_path / "sorted")
+
+
+@pytest.mark.parametrize("columns", ["text", "image_id,width,height", ",sha256", "caption,timestamp"])
+def test_columns_that_are_no_labels_are_not_told(tmp_path: Path, columns: str):
+    write_metadata(tmp_path, ["0.png", "1.png"], columns, ",".join("1" for _ in columns.split(",")))
+    assert not warnings_of(tmp_path)
 
 
 def test_a_data_set_saved_to_disk_is_told_to_become_parquet(tmp_path: Path):

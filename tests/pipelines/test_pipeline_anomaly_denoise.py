@@ -14,15 +14,18 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import generator, texture, textures, tiny_extractor, tiny_pipeline, tiny_scheduler, tiny_unet, write_png
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from PIL import Image
@@ -471,6 +474,7 @@ def test_another_scheduler_than_the_calibrations_warns(pipe, tmp_path, caplog, c
         EulerDiscreteScheduler,
         FlowMatchEulerDiscreteScheduler,
         UniPCMultistepScheduler,
+        DDIMInverseScheduler,
     ],
 )
 def test_a_scheduler_that_noises_in_another_way_is_refused_where_it_was_swapped(calibrated, tmp_path, scheduler_class):
@@ -481,6 +485,21 @@ def test_a_scheduler_that_noises_in_another_way_is_refused_where_it_was_swapped(
     calibrated.scheduler = scheduler
     with pytest.raises(ValueError, match=f"`scheduler` is a {scheduler_class.__name__}.*use DDPMScheduler"):
         calibrated(texture(0))
+
+
+def test_a_scheduler_that_does_not_say_whether_it_clips_is_refused_where_it_was_swapped(calibrated):
+    calibrated.scheduler = PNDMScheduler()
+    with pytest.raises(ValueError, match=r"`scheduler` is a PNDMScheduler.*use DDPMScheduler"):
+        calibrated(texture(0))
+
+
+def test_a_call_does_not_depend_on_the_default_precision(calibrated):
+    expected = calibrated(texture(0))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_same(calibrated(texture(0)), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_scheduler_that_noises_alike_gives_the_same(calibrated):
@@ -496,6 +515,13 @@ def test_batches_are_no_images_to_calibrate_with(pipe, make_batch):
     batches = [make_batch(textures(6)), make_batch(textures(6, first_seed=50))]
     with pytest.raises(ValueError, match=r"`images\[\d\]` is a batch: make a list of single images"):
         pipe.calibrate(batches, false_alarm_rate=0.3)
+
+
+def test_columns_of_pandas_are_named(pipe):
+    column = pd.Series(textures(12))[2:]
+    with pytest.raises(ValueError, match=r"`images` is a column of pandas: pass `list\(images\)`"):
+        pipe.calibrate(column, false_alarm_rate=0.3)
+    pipe.calibrate(list(column), false_alarm_rate=0.3)
 
 
 def test_numbers_of_numpy_are_saved(tmp_path):

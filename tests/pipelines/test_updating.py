@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import BACKBONE, texture, textures, tiny_extractor, tiny_pipeline, write_folder, write_mvtec, write_png
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from diffad import AnomalyDenoisePipeline
@@ -131,6 +133,20 @@ def test_images_that_are_known_are_told_and_count_once(portions, tmp_path, num_k
         said = update(tmp_path / "again", "--data", portions[0])
     assert "Learned 0 good images" in said
     assert_equal_results(tmp_path / "again", model)
+
+
+def test_a_model_that_knows_the_kept_images_alone_can_learn(portions, tmp_path):
+    """As earlier versions saved it."""
+    model = fit(portions[0], tmp_path / "model", "--kept_images", 8)
+    [path] = model.glob("good_images-*.safetensors")
+    with safe_open(path, "numpy") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    assert len(tensors.pop("seen_keys")) == 40
+    shutil.copytree(model, tmp_path / "former")
+    save_file(tensors, tmp_path / "former" / path.name, metadata)
+    for folder in (model, tmp_path / "former"):
+        update(folder, "--data", portions[1])
+    assert_equal_results(tmp_path / "former", model)
 
 
 def test_what_cannot_be_learned_from_is_named(portions, tmp_path):
