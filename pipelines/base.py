@@ -59,8 +59,10 @@ class AnomalyPipeline(DiffusionPipeline):
     @property
     def dtype(self) -> torch.dtype:
         """The denoiser's precision, or the first network's; statistics of good images are float32 in any case."""
-        parts: list[Any] = [vars(self).get("unet"), *vars(self).values()]
-        networks = [part for part in parts if isinstance(part, torch.nn.Module) and not isinstance(part, Float32Part)]
+        parts = [vars(self).get("unet"), *vars(self).values()]
+        networks: list[Any] = [
+            part for part in parts if isinstance(part, torch.nn.Module) and not isinstance(part, Float32Part)
+        ]
         return networks[0].dtype if networks else super().dtype
 
     def register_to_config(self, **settings: Any) -> None:
