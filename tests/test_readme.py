@@ -340,7 +340,7 @@ def test_what_diad_reaches_at_256_px_is_what_its_record_says():
     def shown(metrics: dict, names: Sequence[str]) -> str:
         return " / ".join(f"{100 * metrics[name]:.1f}" for name in names if name in metrics)
 
-    reached, steps, rebuilt, started = tables(RESULTS, "DiAD at 256 px")
+    reached, steps, rebuilt, started, of_seed = tables(RESULTS, "DiAD at 256 px")
     parts = [re.split(r"[ ,]", row[0])[0] for row in reached[1:-1]]
     means = {part: {name: mean for name, (mean, _) in record["results"][part].items()} for part in parts}
     for part, row in zip(parts, reached[1:], strict=False):
@@ -364,6 +364,10 @@ def test_what_diad_reaches_at_256_px_is_what_its_record_says():
     whats = ("reconstruction", "reconstruction, kinds alike", "reconstruction uneven light")
     assert started[1][1:] == [f"{record['rebuilding'][part]['reconstruction']:.1f}" for part in at_random]
     assert [row[1:] for row in started[2:]] == [[f"{one[what]:.1f}" for one in at_random.values()] for what in whats]
+    for part, (name, *values) in zip(parts, of_seed[1:], strict=True):
+        joined, alone = (record["random_start"]["feature_weights"][part][share] for share in ("3/4", "0"))
+        assert name.startswith(part)
+        assert values == [shown(one, names) for one in (joined, alone) for names in (IMAGE[:1], PIXEL)]
     _, bottle, _ = tables(RESULTS, "Parts for which no setting was chosen")
     [values] = [row[1:3] for row in bottle if row[0].startswith("DiAD at 256 px")]
     assert values == [shown(means["bottle"], names) for names in (IMAGE[:1], PIXEL)]
