@@ -88,7 +88,7 @@ def test_one_that_is_killed_ends_the_others_and_another_number_goes_on(model, pa
     output = tmp_path / "out"
     command = launch_command("diffad.predict", *arguments(model, parts, output)[1:], processes=2)
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
-        deadline = time.time() + 120
+        deadline = time.time() + 300
         while time.time() < deadline and not process_journals(output):
             time.sleep(0.005)
         children = [child.pid for child in psutil.Process(run.pid).children()]
