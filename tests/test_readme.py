@@ -363,7 +363,9 @@ def test_what_diad_reaches_at_256_px_is_what_its_record_says():
     at_random = record["random_start"]["rebuilding"]
     whats = ("reconstruction", "reconstruction, kinds alike", "reconstruction uneven light")
     assert started[1][1:] == [f"{record['rebuilding'][part]['reconstruction']:.1f}" for part in at_random]
-    assert [row[1:] for row in started[2:]] == [[f"{one[what]:.1f}" for one in at_random.values()] for what in whats]
+    assert [row[1:] for row in started[2:5]] == [[f"{one[what]:.1f}" for one in at_random.values()] for what in whats]
+    again = record["random_start"]["other_seeds"]["1"]
+    assert started[5][1:] == [f"{again[p]['rebuilding'][whats[0]]:.1f}" if p in again else "" for p in at_random]
     for part, (name, *values) in zip(parts, of_seed[1:], strict=True):
         joined, alone = (record["random_start"]["feature_weights"][part][share] for share in ("3/4", "0"))
         assert name.startswith(part)
