@@ -6,20 +6,17 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
-
 
 def plain_value(value: Any) -> Any:
-    """A setting with NumPy's scalars and arrays, and other numbers such as fractions, as Python's own.
+    """A setting with numbers and arrays of NumPy or torch, and others such as fractions, as Python's own.
 
     Example:
+        >>> import numpy as np
         >>> plain_value({"kl": np.float32(0.5), "sides": (np.int64(2), 3)})
         {'kl': 0.5, 'sides': (2, 3)}
     """
-    if isinstance(value, np.ndarray):
+    if hasattr(value, "tolist"):  # of an array, a tensor, or a scalar of theirs
         return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, Real) and not isinstance(value, (bool, int, float)):
         return int(value) if isinstance(value, Integral) else float(value)
     if isinstance(value, Mapping):

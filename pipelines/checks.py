@@ -99,9 +99,14 @@ def check_calibration_call(
         raise ValueError(f"`false_alarm_rate` must lie in (0, 1), but is {false_alarm_rate!r}.")
     if not isinstance(smallest_area, Real) or not 0.0 <= smallest_area < 1.0:
         raise ValueError(f"`smallest_area` is a share of the image's area, in [0, 1), but is {smallest_area!r}.")
+    check_generator(generator)
+    check_batch_size(batch_size)
+
+
+def check_generator(generator: Any) -> None:
+    """Raises a ValueError where it is neither a generator nor None."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"`generator` must be a torch.Generator or None, but is {generator!r}.")
-    check_batch_size(batch_size)
 
 
 def _both_sides(side: Any) -> list[Any]:
@@ -168,13 +173,8 @@ def check_forward_process(scheduler: Any, timesteps: Sequence[int]) -> None:
         zeros = torch.zeros(len(t), 1, 1, 1, dtype=torch.float32, device=t.device)
         try:
             of_image, of_noise = scheduler.add_noise(zeros + 1, zeros, t), scheduler.add_noise(zeros, zeros + 1, t)
-        except (
-            AttributeError,
-            IndexError,
-            NotImplementedError,
-            TypeError,
-        ):  # it knows its own steps alone, or none
-            of_image = of_noise = zeros
+        except (AttributeError, IndexError, NotImplementedError, TypeError):
+            of_image = of_noise = zeros  # it noises to no step, or to its own alone
         found = torch.stack([of_image, of_noise]).float().square().flatten(1)  # (2, T)
         expected = torch.stack([alpha_bar[t], 1.0 - alpha_bar[t]]).float()
         if torch.allclose(found, expected, atol=1e-4):
@@ -286,7 +286,7 @@ def check_share(name: str, share: float) -> None:
 
 def check_tiles(tile_size: Side | None, tile_overlap: float) -> None:
     """Raises a ValueError where one is out of its range."""
-    sides: list[Any] = list(tile_size) if isinstance(tile_size, (list, tuple)) else [tile_size] * 2
+    sides = _both_sides(tile_size)
     is_size = len(sides) == 2 and all(isinstance(side, (int, np.integer)) and side >= 8 for side in sides)
     if tile_size is not None and not is_size:
         raise ValueError(f"`tile_size` must be a side of at least 8 pixels, or height and width, but is {tile_size!r}.")

@@ -25,6 +25,7 @@ from diffad.moments import FeatureMoments
 from diffad.pipelines.base import AnomalyPipeline
 from diffad.pipelines.checks import check_calibration_call, check_value_range
 from diffad.pipelines.large_images import calibrate_large, size_of
+from diffad.plain_values import plain_value
 from diffad.precision import running_precision
 from diffad.process_share import process_share
 from diffad.read_ahead import read_ahead
@@ -575,5 +576,4 @@ def setting_names(pipeline_class: type[DetectionPipeline]) -> list[str]:
 
 def scheduler_record(scheduler: Any) -> dict[str, Any]:
     """A scheduler's configuration in the form that a calibration saves."""
-    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in config.items()}
+    return {name: plain_value(value) for name, value in scheduler.config.items() if not name.startswith("_")}

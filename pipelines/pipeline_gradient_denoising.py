@@ -32,6 +32,7 @@ from diffad.pipelines.checks import (
     check_batch_size,
     check_call,
     check_callback_inputs,
+    check_generator,
     check_good_images,
     check_value_range,
 )
@@ -293,8 +294,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
                 f"`images` holds {len(images)} images: a covariance takes at least 2 good images, and deserves 100."
             )
         check_batch_size(batch_size)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise ValueError(f"`generator` must be a torch.Generator or None, but is {generator!r}.")
+        check_generator(generator)
         if not 0.0 < learning_rate < 1.0:
             raise ValueError(f"`learning_rate` must lie in (0, 1), but is {learning_rate!r}.")
         if not isinstance(denoise_every, int) or denoise_every < 1:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +37,16 @@ def launch_command(script: str | Path, *arguments: object, processes: int = 1) -
     command += ["--num_processes", processes, "--num_machines", 1, "--main_process_port", free_port()]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     return [str(part) for part in (*command, *module, script, *arguments)]
+
+
+def read_until_serving(process: subprocess.Popen) -> str:
+    """What a command that runs until Ctrl-C says on standard error, up to where it says that."""
+    told = ""
+    while "Ctrl-C ends it" not in told:
+        line = process.stderr.readline()
+        assert line, told
+        told += line
+    return told
 
 
 def launch(script: str | Path, *arguments: object, processes: int = 1, cwd: Path) -> str:

@@ -21,6 +21,7 @@ import pytest
 from conftest import BACKBONE, textures, tiny_extractor, tiny_pipeline, write_folder, write_mvtec, write_png
 from diffusers import AutoencoderKL
 from hub_server import running_hub
+from launching import read_until_serving
 from scipy import stats
 from test_pipeline_diad import make_pipeline
 from tiny_taef2 import save_as_published, tiny_taef2
@@ -117,11 +118,7 @@ def test_examples_that_run_until_ctrl_c_end_by_it(words, workplace):
     command = [sys.executable, "-m", "diffad.cli", *words[1:], *(["--port", "0"] if words[1] == "serve" else [])]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            told = ""
-            while "Ctrl-C ends it" not in told:
-                line = process.stderr.readline()
-                assert line, told
-                told += line
+            read_until_serving(process)
             table = Path("runs/line/scores.csv")
             while words[1] == "watch" and not (table.is_file() and table.read_text().count("\n") == 4):
                 assert process.poll() is None

@@ -79,7 +79,11 @@ def _describes_images(file: Path) -> bool:
     columns = _metadata_columns(file)
     if {"label", "defect", "mask_file_name"} & columns:
         return True
-    return "category" in columns and not any(is_good_name(one.name) for one in file.parent.iterdir() if one.is_dir())
+    return "category" in columns and not _has_good_folder(file.parent)
+
+
+def _has_good_folder(folder: Path) -> bool:
+    return any(is_good_name(one.name) for one in folder.iterdir() if one.is_dir())
 
 
 def _visible_files(root: Path) -> Iterator[Path]:
@@ -123,7 +127,7 @@ def warn_of_unread_labels(root: Path) -> None:
         columns, is_label_table = _header(file), LABEL_TABLE.fullmatch(file.name) is not None
         if not columns and not is_label_table:
             continue
-        if any(is_good_name(one.name) for one in file.parent.iterdir() if one.is_dir()):
+        if _has_good_folder(file.parent):
             continue
         if len(columns) == 1 and len(split := {_plain(one) for one in re.split("[;\t]", next(iter(columns)))}) > 1:
             columns, reason = split, "its columns are not divided by commas"
@@ -162,11 +166,9 @@ def warn_of_other_splits(root: Path, split: str) -> None:
     names = {alias: name for name, aliases in SPLITS.items() for alias in aliases}
     wanted = {split, *(names.get(word) for word in re.findall(r"\w+", split))}  # it may be "train[:100]"
     for file in _visible_files(root):
-        beside = [one.name for one in file.parent.iterdir() if one.is_dir()]
-        if any(map(SPLIT_NAME.search, file.relative_to(root).parts[:-1])) or any(map(is_good_name, beside)):
-            continue
         others = sorted(value for value in _split_values(file) if names.get(_plain(value), split) not in wanted)
-        if others:
+        is_in_split = any(map(SPLIT_NAME.search, file.relative_to(root).parts[:-1]))
+        if others and not is_in_split and not _has_good_folder(file.parent):
             warnings.warn(
                 f"{file} has a column 'split', which is not followed: its images of {', '.join(map(repr, others))} "
                 f"count in {split!r}, too. Move those of each split, with their rows, into a folder of that name.",

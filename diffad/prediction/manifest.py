@@ -19,6 +19,8 @@ from diffad.reading.remote_files import is_url, open_remote
 from diffad.reading.unicode_forms import file_below
 
 COLUMN_NAMES = ("path", "image", "url", "file_name")
+# where a table is no CSV
+LOOK_FOR = "Look for a quotation mark without its other, or for text or a space behind a closing one."
 IN_A_FOLDER = 1000  # pictures
 FAR_LOOKED_AT = 5  # images that tell whether a manifest names those of a store
 ROWS_AT_ONCE = 65_536  # of a parquet file, in memory
@@ -117,8 +119,7 @@ class Manifest:
                     yield row[column or 0] if len(row) > (column or 0) else ""
             except csv.Error as error:
                 raise ValueError(
-                    f"`images`: line {num_read + 1} of {self.path} is no CSV ({error}). Look for a quotation mark "
-                    "without its other, or for text or a space behind a closing one."
+                    f"`images`: line {num_read + 1} of {self.path} is no CSV ({error}). {LOOK_FOR}"
                 ) from error
 
     def _check_first(self, row: list[str]) -> None:

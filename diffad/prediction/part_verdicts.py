@@ -18,6 +18,7 @@ from typing import Any
 
 from diffad.files import write_whole
 from diffad.prediction.journal import ENCODING, SCORES_NAME, read_rows
+from diffad.prediction.manifest import LOOK_FOR
 from diffad.reading.unicode_forms import file_below
 
 PART_VERDICTS_NAME = "part_verdicts.csv"
@@ -56,10 +57,7 @@ def read_parts(path: str | os.PathLike) -> dict[str, str]:
                 lines.append((rows.line_num, row["image"] or "", (row["part"] or "").strip()))
         except csv.Error as error:
             begins = (lines[-1][0] if lines else 1) + 1
-            raise ValueError(
-                f"`parts`: line {begins} of {path} is no CSV ({error}). Look for a quotation mark without its other, "
-                "or for text or a space behind a closing one."
-            ) from error
+            raise ValueError(f"`parts`: line {begins} of {path} is no CSV ({error}). {LOOK_FOR}") from error
         for number, image, part in lines:
             names = (image, image.strip())  # without spaces beside a comma, unless they are of the file's name
             places = (file_below(folder, name) for name in names for folder in (path.parent, ""))

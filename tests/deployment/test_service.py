@@ -24,6 +24,7 @@ import pytest
 import torch
 import yaml
 from conftest import texture, textures, tiny_pipeline
+from launching import read_until_serving
 from PIL import Image
 
 from diffad.calibration.score_calibration import ScoreCalibration
@@ -397,11 +398,7 @@ def test_ctrl_c_ends_it_whatever_is_open(pipeline, tmp_path, open_one):
     command = [sys.executable, "-m", "diffad.cli", "serve", str(tmp_path), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, httpx.Client(timeout=60) as client:
         try:
-            told = ""
-            while "Ctrl-C ends it" not in told:
-                line = process.stderr.readline()
-                assert line, told
-                told += line
+            told = read_until_serving(process)
             url = httpx.URL(told.split("Serving at ")[1].split(";")[0])
             with socket.create_connection((url.host, url.port)) as connection:
                 if open_one == "page":  # which Gradio keeps asking whether it is still there
