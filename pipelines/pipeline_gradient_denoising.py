@@ -32,6 +32,7 @@ from diffad.pipelines.checks import (
     check_batch_size,
     check_call,
     check_callback_inputs,
+    check_forward_process,
     check_generator,
     check_good_images,
     check_value_range,
@@ -178,6 +179,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         resolution = self.processing_resolution if processing_resolution is None else processing_resolution
         check_call(images, batch_size, resolution, self.size_multiple, match_input_resolution, generator, output_type)
         self._check_iterations(num_iterations, learning_rate, denoise_every)
+        check_forward_process(self.scheduler, [0])
         check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         categories = category_indices(category, self.categories, len(images)).to(self._execution_device)
         generators = None
@@ -295,6 +297,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
             )
         check_batch_size(batch_size)
         check_generator(generator)
+        check_forward_process(self.scheduler, [0])
         if not 0.0 < learning_rate < 1.0:
             raise ValueError(f"`learning_rate` must lie in (0, 1), but is {learning_rate!r}.")
         if not isinstance(denoise_every, int) or denoise_every < 1:

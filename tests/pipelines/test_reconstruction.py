@@ -17,6 +17,7 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
 )
@@ -452,6 +453,16 @@ def test_detection_does_not_change_with_a_gaussian(pipe, plain, caplog):
 def test_wrong_arguments_are_named(pipe, arguments, words):
     with pytest.raises(ValueError, match=f"(?s){words}"):
         pipe.reconstruct(**{"image": texture(0), **arguments})
+
+
+@pytest.mark.parametrize(
+    "call", [lambda pipe: pipe.reconstruct(texture(0)), lambda pipe: pipe.fit_gaussian(textures(3), **GAUSSIAN)]
+)
+def test_a_scheduler_that_noises_otherwise_is_refused(call):
+    swapped = fitted(count=4)
+    swapped.scheduler = EulerDiscreteScheduler.from_config(swapped.scheduler.config)
+    with pytest.raises(ValueError, match=r"`scheduler` is a EulerDiscreteScheduler.*use DDPMScheduler"):
+        call(swapped)
 
 
 def test_a_missing_file_is_named(pipe):
