@@ -14,7 +14,16 @@ def identity_triangle(num_channels: int) -> torch.Tensor:
 
 
 def inverse_factor(covariance: torch.Tensor) -> torch.Tensor:
-    """W, lower triangular, for which W^T W is the inverse of a covariance (..., C, C): of its Cholesky factor."""
+    """W, lower triangular, for which W^T W is the inverse of a covariance (..., C, C): of its Cholesky factor.
+
+    Raises:
+        ValueError: the covariance holds NaN or infinity.
+    """
+    if not covariance.isfinite().all():
+        raise ValueError(
+            "What the networks make of a good image holds NaN or infinity: run them in float32 (`dtype`). Where they "
+            "are, their weights are damaged."
+        )
     factor = torch.linalg.cholesky(covariance)
     identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -114,6 +115,16 @@ class AnomalyPipeline(DiffusionPipeline):
                 raise error.__cause__ from None
             raise
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """Another pipeline of the same components and settings: diffusers' own, which casts them to `dtype`.
+
+        Where it takes no calibration, it keeps the range of pixel values that the calibration found.
+        """
+        if isinstance(pipeline, AnomalyPipeline) and "calibration" not in inspect.signature(cls).parameters:
+            kwargs.setdefault("value_range", pipeline.value_range)
+        return super().from_pipe(pipeline, **kwargs)
+
     def to_json_string(self) -> str:
         """`model_index.json`, without the path that the pipeline was loaded from: it tells another reader nothing."""
         index = json.loads(super().to_json_string())
@@ -158,6 +169,9 @@ class AnomalyPipeline(DiffusionPipeline):
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization=False` would write pickles, which can run code. Leave it out.")
+        if variant is not None and not re.fullmatch(r"[\w-]+", variant):
+            raise ValueError(f"`variant` must be of letters, digits, - and _, such as 'fp16', but is {variant!r}.")
+        self._check_is_of_this_class(save_directory)
         with save_whole(save_directory, variant) as unfinished:
             super().save_pretrained(unfinished, variant=variant, max_shard_size=max_shard_size)
         remove_code(save_directory)
@@ -166,6 +180,20 @@ class AnomalyPipeline(DiffusionPipeline):
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, variant=variant, **{"folder": save_directory, **kwargs})
+
+    def _check_is_of_this_class(self, folder: str | os.PathLike) -> None:
+        """Raises a ValueError where a pipeline's folder would lose what one of the same networks has no place for."""
+        try:
+            index = json.loads(Path(folder, self.config_name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # there is no model
+            return
+        found, own = index.get("_class_name"), type(self).__name__
+        if "calibration" in index and "calibration" not in inspect.signature(type(self)).parameters:
+            raise ValueError(
+                f"`save_directory` {folder} holds a {found}, whose calibration and settings would be lost: a {own} has "
+                f"no place for them. Save it in a folder of its own, or save the {found}, of which `fit_gaussian` is "
+                "a method as well."
+            )
 
     def push_to_hub(
         self,
@@ -244,6 +272,7 @@ def category_names(categories: Sequence[str] | Mapping[str, str] | None) -> list
     """
     if not isinstance(categories, Mapping):
         return list(categories or ())
+    categories = {str(i): name for i, name in categories.items()}
     if sorted(categories) != sorted(map(str, range(len(categories)))):
         raise ValueError(f"`categories` must be numbered from 0 on, but its keys are {list(categories)}.")
     return [categories[str(i)] for i in range(len(categories))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -155,8 +155,18 @@ def check_denoiser(unet: Any, scheduler: Any, feature_extractor: TimmFeatureExtr
     """Raises a ValueError where AnomalyDenoise's denoiser does not go with its scheduler or its features."""
     if (unet is None) != (scheduler is None):
         raise ValueError("`unet` and `scheduler` go together: give both, or None for both.")
+    if not hasattr(feature_extractor, "num_channels"):
+        raise ValueError(
+            f"`feature_extractor` is a {type(feature_extractor).__name__}, which gives no maps of features: use "
+            "TimmFeatureExtractor."
+        )
     if unet is None:
         return
+    if "feature_channels" not in unet.config:
+        raise ValueError(
+            f"`unet` is a {type(unet).__name__}, which predicts no features: use DenoisingUNet2DModel, as "
+            "training/train_ddpm.py trains it."
+        )
     predicted, true = unet.config.feature_channels, feature_extractor.num_channels
     if predicted != true:
         raise ValueError(
@@ -168,7 +178,12 @@ def check_denoiser(unet: Any, scheduler: Any, feature_extractor: TimmFeatureExtr
 def check_forward_process(scheduler: Any, timesteps: Sequence[int]) -> None:
     """Raises a ValueError where images are not noised as in DDPM (eq. 4), by whose posterior they are compared."""
     alpha_bar = getattr(scheduler, "alphas_cumprod", None)
-    if alpha_bar is not None and "clip_sample" in scheduler.config and max(timesteps) < len(alpha_bar):
+    if alpha_bar is not None and max(timesteps) >= len(alpha_bar):
+        raise ValueError(
+            f"`scheduler` has {len(alpha_bar)} timesteps, and the pipeline's `timesteps` go to {max(timesteps)}. Use "
+            "the scheduler that the denoiser was trained with."
+        )
+    if alpha_bar is not None and "clip_sample" in scheduler.config:
         t = torch.tensor(timesteps, device=alpha_bar.device)
         zeros = torch.zeros(len(t), 1, 1, 1, dtype=torch.float32, device=t.device)
         try:
@@ -186,7 +201,7 @@ def check_timesteps(timesteps: Any, scheduler: Any) -> list[int]:
     """The timesteps as a list; a ValueError where they are none of the scheduler's (None without a denoiser)."""
     last = (1000 if scheduler is None else scheduler.config.num_train_timesteps) - 1
     listed = list(timesteps) if hasattr(timesteps, "__iter__") else []
-    if not listed or any(not isinstance(t, (int, np.integer)) or not 0 <= t <= last for t in listed):
+    if not listed or any(not isinstance(t, Integral) or isinstance(t, bool) or not 0 <= t <= last for t in listed):
         raise ValueError(f"`timesteps` must list integers in [0, {last}], but is {timesteps!r}.")
     return listed
 
@@ -250,12 +265,10 @@ def scored_layers(score_strides: Sequence[int] | None, feature_extractor: TimmFe
         ValueError: a stride is none of the extractor's.
     """
     strides = list(feature_extractor.config.strides)
-    strides_or_one: Any = score_strides
-    given = list(strides_or_one) if hasattr(strides_or_one, "__iter__") else [strides_or_one]
-    if score_strides is not None and (not given or any(stride not in strides for stride in given)):
-        raise ValueError(f"`score_strides` must be taken from {strides}, the extractor's, but is {score_strides}.")
-    of_layers = feature_extractor.layer_strides
-    return [i for i, stride in enumerate(of_layers) if score_strides is None or stride in score_strides]
+    given = strides if score_strides is None else list(score_strides) if hasattr(score_strides, "__iter__") else []
+    if not given or any(stride not in strides for stride in given):
+        raise ValueError(f"`score_strides` must be taken from {strides}, the extractor's, but is {score_strides!r}.")
+    return [i for i, stride in enumerate(feature_extractor.layer_strides) if stride in given]
 
 
 def check_value_range(value_range: float | None) -> None:

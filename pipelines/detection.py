@@ -404,6 +404,11 @@ class DetectionPipeline(AnomalyPipeline):
         """
         check_value_range(value_range)
         if self.config.value_range is not None:
+            if value_range not in (None, self.config.value_range):
+                raise ValueError(
+                    f"`value_range` is {value_range:g}, but the pipeline's own is {self.config.value_range:g}. Leave "
+                    "it out, or load the pipeline with another."
+                )
             return None
         found = common_value_range(*sets) if value_range is None else value_range
         if found is not None and value_range is None:

@@ -29,12 +29,7 @@ def check_components(
 ) -> None:
     """Raises a ValueError where a component is missing, or two do not fit together."""
     check_required(vae=vae, unet=unet, prompt_embedding=prompt_embedding, scheduler=scheduler)
-    unknown = [name for name in ("add_noise", "init_noise_sigma") if not hasattr(scheduler, name)]
-    if unknown:
-        raise ValueError(
-            f"`scheduler` is a {type(scheduler).__name__}, which has no `{unknown[0]}`. Use one that goes back from "
-            "noise as DDPM's, such as DDIMScheduler or DPMSolverMultistepScheduler."
-        )
+    check_scheduler(scheduler)
     missing = [name for name in ("block_out_channels", "latent_channels") if name not in vae.config]
     if missing:
         raise ValueError(
@@ -59,6 +54,21 @@ def check_components(
                 f"`sg_network` makes the image {stack_factor} times smaller and `vae` {factor} times. Give the "
                 "network's `conditioning_embedding_out_channels` as many widths as the autoencoder has levels."
             )
+
+
+def check_scheduler(scheduler: Any, skipped: int = 0) -> None:
+    """Raises a ValueError where it does not go back from noise, or cannot leave out its first `skipped` steps."""
+    unknown = [name for name in ("add_noise", "init_noise_sigma") if not hasattr(scheduler, name)]
+    if unknown:
+        raise ValueError(
+            f"`scheduler` is a {type(scheduler).__name__}, which has no `{unknown[0]}`. Use one that goes back from "
+            "noise as DDPM's, such as DDIMScheduler or DPMSolverMultistepScheduler."
+        )
+    if skipped and scheduler.config.get("skip_prk_steps") is False:
+        raise ValueError(
+            "`scheduler` takes Runge-Kutta steps first, which cannot begin below its last timestep, as `strength` "
+            "below 1 does. Make it with `skip_prk_steps=True`."
+        )
 
 
 def check_latent_statistics(vae: Any, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from diffad.images import ImageInput, ImageSequence, as_size, images_to_pixel_values
-from diffad.pipelines.checks import MAP_NAMES, check_good_images, shares
+from diffad.pipelines.checks import (
+    MAP_NAMES,
+    check_batch_size,
+    check_calibration,
+    check_generator,
+    check_good_images,
+    shares,
+)
 from diffad.region_of_interest import hide_outside, inside_region
 from diffad.scoring import outline_by_positions
 from diffad.triangles import unpack_triangle
@@ -81,6 +89,10 @@ def explain(
     """
     if good_images is not None:
         check_good_images("good_images", good_images)
+    check_batch_size(batch_size)
+    check_generator(generator)
+    if not isinstance(num_nearest, Integral) or num_nearest < 1:
+        raise ValueError(f"`num_nearest` must be a positive integer, but is {num_nearest!r}.")
     images = ImageSequence(image, pipeline.value_range)
     if len(images) != 1:
         raise ValueError(f"`image` must be one image, but holds {len(images)}. Call `explain` for each.")
@@ -94,11 +106,12 @@ def explain(
         category = pipeline.recognise(images, 1)[0]
     index = pipeline.category_index(category)
 
-    if pipeline.runs_denoiser:
-        pipeline.calibration.warn_of_noise(own_noise=generator is None)
+    of_category = torch.full((1,), index, device=pipeline._execution_device)
+    own_noise = generator is None if pipeline.runs_denoiser else None
+    settings = {**pipeline.config, **pipeline.scheduler_settings}
+    check_calibration(pipeline.calibration, of_category, pipeline.categories, pipeline.precision, settings, own_noise)
 
     # 1. The maps (1, S, H, W), the joined map and its peak
-    of_category = torch.full((1,), index, device=pipeline._execution_device)
     measurement = pipeline.measure_images(images, of_category, [generator], pipeline.region)
     calibration = pipeline.calibration
     maps = pipeline.score_maps(measurement, of_category, calibration)

@@ -74,6 +74,17 @@ class ReconstructionOutput(AnomalyOutput):
 Output = TypeVar("Output", bound=AnomalyOutput)
 
 
+def check_scores(scores: torch.Tensor) -> None:
+    """Raises a ValueError where one of the scores (N,) is NaN."""
+    # a graph that is exported or compiled has no values to look at
+    wrong = [] if torch.compiler.is_compiling() else scores.isnan().nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"The scores of images {wrong} of this call are NaN, which is no verdict. Run the networks in float32 "
+            "(`dtype`); where they are, their weights are damaged."
+        )
+
+
 def threshold_output(output: Output, category: torch.Tensor, calibration: ScoreCalibration | None) -> Output:
     """Adds masks, alarms and p-values to an output of tensors; as it is where there is no calibration.
 
@@ -85,14 +96,7 @@ def threshold_output(output: Output, category: torch.Tensor, calibration: ScoreC
     Raises:
         ValueError: a score is NaN, which no threshold could tell from that of a good image.
     """
-    # a graph that is exported or compiled has no values to look at
-    is_traced = torch.compiler.is_compiling()
-    wrong = [] if is_traced else torch.as_tensor(output.anomaly_score).isnan().nonzero().flatten().tolist()
-    if wrong:
-        raise ValueError(
-            f"The scores of images {wrong} of this call are NaN, which is no verdict. Run the networks in float32 "
-            "(`dtype`); where they are, their weights are damaged."
-        )
+    check_scores(torch.as_tensor(output.anomaly_score))
     if calibration is None or not calibration.has_thresholds:
         return output
     indices = category.to(calibration.map_mean.device)

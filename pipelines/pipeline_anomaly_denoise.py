@@ -572,6 +572,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
     def reconstruct(self, image: ImageInput, **options: Any) -> ReconstructionOutput | tuple:
         """The image as it would be without its defect (eqs. 12-13): a call of [`GradientDenoisingPipeline`].
 
+        It looks at the whole image, also where the calibration has a region of interest.
+
         Args:
             image: as a call takes it.
             options: `num_iterations`, `learning_rate`, `denoise_every`, ..., of that pipeline's call.
@@ -589,6 +591,8 @@ class AnomalyDenoisePipeline(DetectionPipeline):
 
     def denoise(self, image: ImageInput, **options: Any) -> AnomalyOutput | tuple:
         """The reverse process from the noised image: a call of [`DDPMReconstructionPipeline`].
+
+        It looks at the whole image, also where the calibration has a region of interest.
 
         Args:
             image: as a call takes it.
@@ -619,9 +623,10 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             >>> pipe.fit_gaussian(good_images).save_pretrained("runs/parts")  # doctest: +SKIP
         """
         self._require_denoiser("fit_gaussian")
-        self.register_modules(
-            gaussian=self.share_components(GradientDenoisingPipeline).fit_gaussian(images, **options).gaussian
-        )
+        fitted = self.share_components(GradientDenoisingPipeline).fit_gaussian(images, **options)
+        self.register_modules(gaussian=fitted.gaussian)
+        if self.value_range is None:
+            self.register_to_config(value_range=fitted.value_range)
         return self
 
     def _require_denoiser(self, method: str) -> None:

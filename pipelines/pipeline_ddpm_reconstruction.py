@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from diffad.models.denoising_unet_2d import DenoisingUNet2DModel
 from diffad.models.feature_extractor import TimmFeatureExtractor
 from diffad.pipelines.base import AnomalyPipeline, register_categories
 from diffad.pipelines.checks import category_indices, check_call, check_callback_inputs, check_value_range
-from diffad.pipelines.output import AnomalyOutput, convert_output
+from diffad.pipelines.output import AnomalyOutput, check_scores, convert_output
 from diffad.scoring import difference_map, max_score, top_fraction_score
 from diffad.seeding import draw_noise, image_generators, noise_generators
 
@@ -145,11 +146,13 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
         check_callback_inputs(callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         device = self._execution_device
         categories = category_indices(category, self.categories, len(images)).to(device)
+        if scheduler is not None and not isinstance(scheduler, SchedulerMixin):
+            raise ValueError(f"`scheduler` must be one of diffusers, such as DDIMScheduler(), but is {scheduler!r}.")
         scheduler = copy.deepcopy(self.scheduler if scheduler is None else scheduler)  # it keeps the state of a run
         last = scheduler.config.num_train_timesteps
-        if not isinstance(timestep, int) or not 1 <= timestep <= last:
+        if not isinstance(timestep, Integral) or not 1 <= timestep <= last:
             raise ValueError(f"`timestep` must be an integer in [1, {last}], but is {timestep!r}.")
-        if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= timestep:
+        if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= timestep:
             raise ValueError(
                 f"`num_inference_steps` must be an integer in [1, {timestep}], the latter being `timestep`, but is "
                 f"{num_inference_steps!r}."
@@ -213,6 +216,7 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
         self.maybe_free_model_hooks()
 
         # 7. As arrays or pictures
+        check_scores(torch.cat(scores))
         output = AnomalyOutput(torch.cat(maps), torch.cat(scores), torch.cat(reconstructions))
         return convert_output(output, output_type, return_dict)
 
@@ -238,14 +242,16 @@ def total_inference_steps(scheduler: SchedulerMixin, timestep: int, num_inferenc
         )
     last = scheduler.config.num_train_timesteps
     likely = round(num_inference_steps * last / timestep)
-    found: dict[int, tuple[float, int]] = {}
+    # a spacing ends at 0 or one above: the total may be off by what one step more or fewer makes of it
+    enough = last / timestep + 1.0
+    found: dict[int, tuple[float, float, int]] = {}
     for total in sorted(range(1, last + 1), key=lambda total: abs(total - likely)):
-        for count, shortfall in steps_from(scheduler, timestep, total).items():
-            found[count] = min(found.get(count, (math.inf, 0)), (shortfall, total), key=lambda one: one[0])
-        if num_inference_steps in found and not found[num_inference_steps][0]:
+        if abs(total - likely) > enough and not found.get(num_inference_steps, (math.inf,))[0]:
             break
+        for count, below in steps_from(scheduler, timestep, total).items():
+            found[count] = min(found.get(count, (math.inf, math.inf, 0)), (*below, total), key=lambda one: one[:2])
     if num_inference_steps in found:
-        return found[num_inference_steps][1]
+        return found[num_inference_steps][2]
     nearest = min(found, key=lambda count: (abs(count - num_inference_steps), count), default=None)
     advice = "Take another `timestep`." if nearest is None else f"The nearest number that it has is {nearest}."
     raise ValueError(
@@ -254,10 +260,11 @@ def total_inference_steps(scheduler: SchedulerMixin, timestep: int, num_inferenc
     )
 
 
-def steps_from(scheduler: SchedulerMixin, timestep: int, total_steps: int) -> dict[int, float]:
-    """How many of the last of so many steps begin at `timestep` or not far below: each number with its shortfall.
+def steps_from(scheduler: SchedulerMixin, timestep: int, total_steps: int) -> dict[int, tuple[float, float]]:
+    """How many of the last of so many steps begin at `timestep` or not far below: each number with two distances.
 
-    That is by how much the beginning lies more than one spacing below, at most a tenth of `timestep`.
+    The first is by how much the beginning lies more than one spacing below, at most a tenth of `timestep`; the second
+    how far it lies below in all. At 0 nothing is noised, so none begins there, but for a `timestep` of 1.
     """
     try:
         scheduler.set_timesteps(total_steps)
@@ -266,7 +273,7 @@ def steps_from(scheduler: SchedulerMixin, timestep: int, total_steps: int) -> di
     timesteps = scheduler.timesteps[:: scheduler.order].tolist()[:total_steps]
     above = [2 * timesteps[0] - timesteps[1] if len(timesteps) > 1 else math.inf, *timesteps]
     return {
-        total_steps - i: max(0.0, timestep - above[i])
+        total_steps - i: (max(0.0, timestep - above[i]), timestep - one)
         for i, one in enumerate(timesteps)
-        if one <= timestep <= above[i] + timestep / 10 and total_steps - i <= timestep
+        if min(1, timestep - 1) <= one <= timestep <= above[i] + timestep / 10 and total_steps - i <= timestep
     }

@@ -56,6 +56,7 @@ from diffad.pipelines.diad_checks import (
     check_latent_statistics,
     check_latents,
     check_pixel_values,
+    check_scheduler,
     check_settings,
     check_tiled_reverse_process,
     reconstruction_weights,
@@ -513,6 +514,7 @@ class DiADPipeline(DetectionPipeline):
 
     def set_timesteps(self, num_inference_steps: int, skipped: int) -> torch.Tensor:
         """The scheduler's timesteps without the first `skipped` steps, at which it then begins."""
+        check_scheduler(self.scheduler, skipped)  # it may have been replaced
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(skipped * self.scheduler.order)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ from diffad.pipelines.checks import (
     check_good_images,
     check_value_range,
 )
-from diffad.pipelines.output import ReconstructionOutput, convert_output
+from diffad.pipelines.output import ReconstructionOutput, check_scores, convert_output
 from diffad.process_share import process_share
+from diffad.reading.grey_depth import warn_of_found_range
 from diffad.scoring import difference_map, max_score, top_fraction_score
 from diffad.seeding import draw_noise, image_generators, image_seeds, noise_generators
 
@@ -243,6 +245,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         self.maybe_free_model_hooks()
 
         # 8. As arrays or pictures
+        check_scores(torch.cat(scores))
         output = ReconstructionOutput(torch.cat(maps), torch.cat(scores), torch.cat(reconstructions))
         if return_trajectory:  # of batches that an interruption cut short, the last image stays
             longest = max(states.shape[1] for states in trajectories)
@@ -298,9 +301,8 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         check_batch_size(batch_size)
         check_generator(generator)
         check_forward_process(self.scheduler, [0])
-        if not 0.0 < learning_rate < 1.0:
-            raise ValueError(f"`learning_rate` must lie in (0, 1), but is {learning_rate!r}.")
-        if not isinstance(denoise_every, int) or denoise_every < 1:
+        _check_learning_rate(learning_rate)
+        if not isinstance(denoise_every, Integral) or denoise_every < 1:
             raise ValueError(f"`denoise_every` must be a positive integer, but is {denoise_every!r}.")
         unknown = sorted({*config} - {*GAUSSIAN_OPTIONS})
         if unknown:
@@ -310,7 +312,10 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         seeds = image_seeds(generator, len(images))  # of all images, so that processes share them out too
         noise_variance = torch.tensor([1.0 - (1.0 - learning_rate**2) ** denoise_every])
 
-        value_range = self.value_range or common_value_range(images)
+        if self.value_range is None and (found := common_value_range(images)) is not None:
+            warn_of_found_range(found)
+            self.register_to_config(value_range=found)  # calls are about the same
+        value_range = self.value_range
 
         def batches() -> Iterator[torch.Tensor]:
             for start in range(0, len(mine), batch_size):
@@ -352,11 +357,10 @@ class GradientDenoisingPipeline(AnomalyPipeline):
                 "This pipeline has no `gaussian`, whose gradient `reconstruct` descends. Fit one to good images with "
                 "`training/fit_gaussian.py --model DIR --train_data_dir DIR`, or with `pipe.fit_gaussian(images)`."
             )
-        if not isinstance(num_iterations, int) or num_iterations < 1:
+        if not isinstance(num_iterations, Integral) or num_iterations < 1:
             raise ValueError(f"`num_iterations` must be a positive integer, but is {num_iterations!r}.")
-        if not 0.0 < learning_rate < 1.0:
-            raise ValueError(f"`learning_rate` must lie in (0, 1), but is {learning_rate!r}.")
-        if denoise_every is not None and (not isinstance(denoise_every, int) or denoise_every < 1):
+        _check_learning_rate(learning_rate)
+        if denoise_every is not None and (not isinstance(denoise_every, Integral) or denoise_every < 1):
             raise ValueError(f"`denoise_every` must be a positive integer, or None, but is {denoise_every!r}.")
 
     def _unfitted_gaussian(self, index: int, config: dict[str, Any]) -> GaussianFeatureModel:
@@ -380,6 +384,11 @@ class GradientDenoisingPipeline(AnomalyPipeline):
             )
             return gaussian.to(self._execution_device)
         return self.gaussian
+
+
+def _check_learning_rate(learning_rate: float) -> None:
+    if not isinstance(learning_rate, Real) or not 0.0 < learning_rate < 1.0:
+        raise ValueError(f"`learning_rate` must lie in (0, 1), but is {learning_rate!r}.")
 
 
 def noise_timesteps(scheduler: SchedulerMixin, variance: torch.Tensor) -> torch.Tensor:

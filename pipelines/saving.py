@@ -137,7 +137,7 @@ def _variant_of(name: str) -> str | None:
     # NAME.safetensors, NAME.fp16.safetensors, NAME.safetensors.index.fp16.json, and shards, of which diffusers has
     # written NAME-00001-of-00002.fp16.safetensors and NAME.fp16-00001-of-00002.safetensors
     shard = r"(?:-\d+-of-\d+)?"
-    match = re.fullmatch(rf"[^.]+(?:\.(\w+?){shard})?\.safetensors(?:\.index(?:\.(\w+))?\.json)?", name)
+    match = re.fullmatch(rf"[^.]+(?:\.([\w-]+?){shard})?\.safetensors(?:\.index(?:\.([\w-]+))?\.json)?", name)
     return NO_WEIGHTS if match is None else match[1] or match[2]
 
 

@@ -204,6 +204,14 @@ def test_a_read_only_array_is_taken_without_a_warning(recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("end", [-2e-7, 1.0 + 2.4e-7])
+def test_what_resizing_leaves_beyond_the_range_is_cut_off(end):
+    image = np.full((5, 7), end, np.float32)
+    tensor = images_to_tensors(image)[0]
+    assert float(tensor.min()) == float(tensor.max()) == round(end)
+    assert image[0, 0] == np.float32(end)  # the caller's own stays
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------
 
 

@@ -197,6 +197,16 @@ class ScoreCalibration(Float32Part, ModelMixin, ConfigMixin):
         self.register_buffer("image_threshold", torch.full((num_categories,), float("inf")))
         self.register_buffer("pixel_threshold", torch.full((num_categories,), float("inf")))
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+        """As of every network, but half precision stays half, where an explicit `dtype` would double it."""
+        loaded = super().from_pretrained(*args, **options)
+        calibration = loaded[0] if isinstance(loaded, tuple) else loaded  # with `output_loading_info`
+        for name in ("feature_whitening", "coreset"):
+            if (values := getattr(calibration, name)) is not None:
+                setattr(calibration, name, values.half())
+        return loaded
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ScoreCalibration:
         # In float32 still: thresholds rounded to bfloat16 (three digits) would no longer hold their false-alarm rate.
         forget(self)
@@ -492,8 +502,6 @@ class ScoreCalibration(Float32Part, ModelMixin, ConfigMixin):
         """Meanwhile the whitening is there as a graph's constants (`triangle_parts`)."""
         for name in ("residual", "feature"):
             if (packed := getattr(self, f"{name}_whitening")) is not None:
-                if name == "feature":
-                    packed = packed.half()  # as it is saved: a pipeline that is loaded in float32 has no more digits
                 self._graph_whitening[name] = triangle_parts(packed, getattr(self, f"{name}_mean").shape[2])
         try:
             yield

@@ -91,6 +91,10 @@ class GaussianFeatureModel(Float32Part, ModelMixin, ConfigMixin):
         super().__init__()
         if epsilon <= 0.0:
             raise ValueError(f"`epsilon` must be positive, but is {epsilon}.")
+        if not 0.0 <= sigma < math.inf:
+            raise ValueError(f"`sigma` must be a number of pixels, finite and not negative, but is {sigma}.")
+        if feature_size is not None and min(as_size(feature_size)) < 1:
+            raise ValueError(f"`feature_size` must be at least 1, but is {feature_size}.")
         self.feature_extractor = TimmFeatureExtractor(backbone, strides, one_size(image_size), out_indices)
         self.register_to_config(strides=self.feature_extractor.config.strides)
         available = self.feature_extractor.num_channels

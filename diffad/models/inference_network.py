@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -39,7 +40,8 @@ def inference_network(network: Any, images: torch.Tensor) -> Any:
 
 
 def equal(found: torch.Tensor, layer: torch.Tensor) -> bool:
-    return torch.allclose(found, layer, rtol=0.0, atol=ROUNDING * float(layer.abs().max()))
+    largest = float(layer.abs().max())
+    return math.isfinite(largest) and torch.allclose(found, layer, rtol=0.0, atol=ROUNDING * largest)
 
 
 def fold_batch_norms(network: nn.Module) -> int:

@@ -9,6 +9,7 @@ from conftest import generator, texture, textures, tiny_extractor, tiny_pipeline
 
 from diffad import AnomalyDenoisePipeline
 from diffad.pipelines.explaining import nearest_shares
+from diffad.warn_once import warn_once
 
 
 @pytest.fixture(scope="module")
@@ -125,4 +126,20 @@ def test_what_cannot_be_explained_is_refused(of_features):
         of_features.explain(texture(0), good_images="good_parts")
     with pytest.raises(ValueError, match="calibrated"):
         tiny_pipeline().explain(texture(0))
+    for wrong in ({"num_nearest": -1}, {"num_nearest": "3"}, {"batch_size": 0}, {"generator": 3}):
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}`"):
+            of_features.explain(texture(0), **wrong)
     assert isinstance(of_features.explain(torch.zeros(3, 32, 32)).score, float)
+
+
+def test_it_checks_the_calibration_as_a_call_does(caplog):
+    warn_once.cache_clear()
+    unified = AnomalyDenoisePipeline(None, None, tiny_extractor(image_size=32), categories=["a", "b"])
+    unified.calibrate(textures(12, 32), category="a", false_alarm_rate=0.3)
+    with pytest.raises(ValueError, match=r"'b' is not calibrated.*category='b'"):
+        unified.explain(texture(0, 32), category="b")
+    unified.explain(texture(0, 32), category="a")
+    assert "other settings" not in caplog.text
+    unified.register_to_config(feature_sigma=3.0)
+    unified.explain(texture(0, 32), category="a")
+    assert "calibrated with other settings (feature_sigma)" in caplog.text

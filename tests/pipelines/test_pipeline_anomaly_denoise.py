@@ -21,14 +21,17 @@ from conftest import generator, texture, textures, tiny_extractor, tiny_pipeline
 from diffusers import (
     DDIMInverseScheduler,
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    UNet2DModel,
     UniPCMultistepScheduler,
 )
 from PIL import Image
+from transformers import CLIPImageProcessor
 
 from diffad import AnomalyDenoisePipeline, AnomalyOutput
 from diffad.images import images_to_pixel_values, images_to_tensors
@@ -200,6 +203,8 @@ def test_a_resolution_may_be_numpys(tmp_path):
         ({"scheduler": EulerDiscreteScheduler()}, "`scheduler` is a EulerDiscreteScheduler.*use DDPMScheduler"),
         ({"scheduler": DPMSolverMultistepScheduler()}, "`scheduler` is a DPMSolverMultistepScheduler"),
         ({"unet": tiny_unet(feature_channels=32)}, "`unet` predicts features of 32 channels.* gives 64"),
+        ({"unet": UNet2DModel(16)}, "`unet` is a UNet2DModel, which predicts no features"),
+        ({"feature_extractor": CLIPImageProcessor()}, "`feature_extractor` is a CLIPImageProcessor"),
     ],
 )
 def test_components_that_do_not_go_together_are_named(pipe, change, words):
@@ -490,6 +495,9 @@ def test_a_scheduler_that_noises_in_another_way_is_refused_where_it_was_swapped(
 def test_a_scheduler_that_does_not_say_whether_it_clips_is_refused_where_it_was_swapped(calibrated):
     calibrated.scheduler = PNDMScheduler()
     with pytest.raises(ValueError, match=r"`scheduler` is a PNDMScheduler.*use DDPMScheduler"):
+        calibrated(texture(0))
+    calibrated.scheduler = DDPMScheduler(50)
+    with pytest.raises(ValueError, match=r"`scheduler` has 50 timesteps.*`timesteps` go to 100"):
         calibrated(texture(0))
 
 

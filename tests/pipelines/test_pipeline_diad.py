@@ -23,6 +23,8 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    IPNDMScheduler,
+    PNDMScheduler,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
@@ -505,6 +507,17 @@ def test_components_that_do_not_belong_together():
             DiADPipeline(**{**parts, **changed})
     with pytest.raises(ValueError, match=r"`prompt_embeds` must have shape \(1, L, D\)"):
         PromptEmbedding.from_tensor(torch.zeros(2, 3, 4))
+
+
+def test_a_scheduler_that_cannot_begin_so_late_is_refused():
+    pipe = make_pipeline()
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match=r"Runge-Kutta steps first.*`skip_prk_steps=True`"):
+        pipe.denoise(pixel_values(), num_inference_steps=10, strength=0.3)
+    assert pipe.denoise(pixel_values(), num_inference_steps=10).isfinite().all()
+    pipe.scheduler = IPNDMScheduler()
+    with pytest.raises(ValueError, match=r"`scheduler` is a IPNDMScheduler.*no `add_noise`"):
+        pipe.denoise(pixel_values())
 
 
 def test_without_features_it_denoises_and_says_what_a_call_needs():

@@ -23,7 +23,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from diffad import AnomalyDenoisePipeline
+from diffad import AnomalyDenoisePipeline, DDPMReconstructionPipeline
 from diffad.images import images_to_pixel_values, images_to_tensors
 from diffad.pipelines.pipeline_ddpm_reconstruction import total_inference_steps
 from diffad.pipelines.pipeline_gradient_denoising import GradientDenoisingPipeline, noise_timesteps
@@ -114,6 +114,9 @@ def test_one_image_is_too_few_to_fit(plain, count):
         ({"batch_size": 0}, "`batch_size`"),
         ({"generator": 3}, "`generator`"),
         ({"num_chanels": 3}, "`num_chanels` is no option of the Gaussian, which has .*num_channels"),
+        ({"feature_size": 0}, "`feature_size`"),
+        ({"sigma": -1.0}, "`sigma`"),
+        ({"learning_rate": "a"}, "`learning_rate`"),
     ],
 )
 def test_wrong_arguments_of_a_fit_are_named(plain, arguments, words):
@@ -465,6 +468,42 @@ def test_a_scheduler_that_noises_otherwise_is_refused(call):
         call(swapped)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda pipe: pipe.reconstruct(texture(0), num_iterations=np.int64(2)),
+        lambda pipe: pipe.denoise(texture(0), timestep=np.int64(20), num_inference_steps=np.int64(2)),
+    ],
+)
+def test_counts_may_be_numpys_and_nan_is_no_verdict(call):
+    damaged = fitted(count=4)
+    assert np.isfinite(call(damaged).anomaly_score).all()
+    with torch.no_grad():
+        next(damaged.unet.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="are NaN, which is no verdict"):
+        call(damaged)
+    for fit in (damaged.calibrate, damaged.fit_gaussian):
+        with pytest.raises(ValueError, match="of a good image holds NaN or infinity"):
+            fit(textures(6))
+
+
+def test_the_range_of_twelve_bits_stays(plain):
+    deep = [(image * 16.0).astype(np.uint16) for image in textures(40)]  # uint8 x 16
+    pipe = tiny_pipeline().calibrate(deep, false_alarm_rate=0.25).fit_gaussian(deep, generator=generator(), **GAUSSIAN)
+    assert pipe.value_range == 4095
+    dark = deep[0] // 16
+    for other, call in (
+        (GradientDenoisingPipeline, pipe.reconstruct),
+        (DDPMReconstructionPipeline, lambda image: pipe.denoise(image, timestep=20, num_inference_steps=2)),
+    ):
+        options = {} if other is GradientDenoisingPipeline else {"timestep": 20, "num_inference_steps": 2}
+        of_pipe = other.from_pipe(pipe, dtype=pipe.dtype)
+        assert np.array_equal(of_pipe(dark, **options).reconstruction, call(dark).reconstruction)
+    fresh = tiny_pipeline().fit_gaussian(deep, generator=generator(), **GAUSSIAN)
+    assert fresh.value_range == 4095
+    assert np.array_equal(fresh.reconstruct(dark).reconstruction, pipe.reconstruct(dark).reconstruction)
+
+
 def test_a_missing_file_is_named(pipe):
     with pytest.raises(FileNotFoundError, match=r"`image`.*no_such\.png"):
         pipe.reconstruct("no_such.png")
@@ -505,7 +544,10 @@ def test_every_scheduler_noises_so_far_and_takes_so_many_steps(plain, name):
 
 @pytest.mark.parametrize(
     ("timestep", "steps", "begin"),
-    [(250, 50, 245), (300, 50, 294), (700, 88, 696), (310, 50, 294), (1000, 30, 957), (1000, 3, 666)],
+    [
+        *((250, 50, 245), (300, 50, 294), (700, 88, 696), (310, 50, 294), (1000, 30, 957), (1000, 3, 666)),
+        *((250, 2, 250), (250, 3, 250), (250, 5, 248), (250, 10, 243)),
+    ],
 )
 def test_as_many_steps_as_asked_begin_as_near_as_whole_timesteps_allow(plain, timestep, steps, begin):
     with Watch(plain) as passes:
@@ -514,7 +556,9 @@ def test_as_many_steps_as_asked_begin_as_near_as_whole_timesteps_allow(plain, ti
     assert int(passes[0]) == begin
 
 
-@pytest.mark.parametrize(("timestep", "steps", "nearest"), [(999, 400, 450), (500, 300, 251), (250, 150, 126)])
+@pytest.mark.parametrize(
+    ("timestep", "steps", "nearest"), [(999, 400, 450), (500, 300, 251), (250, 150, 126), (250, 1, 2)]
+)
 def test_steps_that_no_spacing_has_are_named_with_the_nearest_that_one_has(plain, timestep, steps, nearest):
     with pytest.raises(
         ValueError, match=rf"`num_inference_steps`.*no {steps} .*`timestep` {timestep}.* is {nearest}\."
@@ -538,8 +582,8 @@ def test_a_scheduler_that_has_no_such_steps_is_told_by_its_name(plain, scheduler
 def test_ddim_written_out(plain):
     image, noise = pixel_values([texture(0)]), torch.randn(1, 3, 16, 16, generator=generator(4))
     scheduler = DDIMScheduler.from_config(plain.scheduler.config)
-    scheduler.set_timesteps(20)
-    timesteps = scheduler.timesteps[-5:]  # five steps of twenty: from t = 200
+    scheduler.set_timesteps(16)
+    timesteps = scheduler.timesteps[-5:]  # five steps of sixteen: from t = 248
     sample = scheduler.add_noise(image, noise, timesteps[:1])
     with torch.no_grad():
         for t in timesteps:
@@ -607,6 +651,7 @@ def test_the_baseline_takes_categories_and_half_precision():
         ({"output_type": "latent"}, "`output_type`"),
         ({"category": "bottle"}, "`category` 'bottle' is unknown"),
         ({"image": []}, "`image` is an empty list"),
+        ({"scheduler": "ddim"}, "`scheduler` must be one of diffusers"),
     ],
 )
 def test_wrong_arguments_of_the_baseline_are_named(plain, arguments, words):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import textures, tiny_pipeline
+from conftest import textures, tiny_extractor, tiny_pipeline
 from diffusers import ModelMixin
 
-from diffad import AnomalyDenoisePipeline
+from diffad import AnomalyDenoisePipeline, DDPMReconstructionPipeline, GradientDenoisingPipeline
 from diffad.calibration import ScoreCalibration
 from diffad.pipelines import saving
 from diffad.pipelines.loading import load_pipeline
@@ -169,12 +169,43 @@ def test_a_variants_own_calibration_of_an_earlier_version_goes_and_is_told(tmp_p
     assert value_of(AnomalyDenoisePipeline.from_pretrained(tmp_path, variant="fp16")) == 1.0
 
 
-def test_shards_of_a_variant_go_with_its_other_weights(tmp_path):
+@pytest.mark.parametrize("variant", ["fp16", "non-ema"])
+def test_shards_of_a_variant_go_with_its_other_weights(tmp_path, variant):
     pipeline = tiny_pipeline()
-    pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="50KB")
-    pipeline.save_pretrained(tmp_path, variant="fp16")
+    pipeline.save_pretrained(tmp_path, variant=variant, max_shard_size="50KB")
+    pipeline_of(2.0).save_pretrained(tmp_path, variant=variant)
     names = sorted(path.name for path in Path(tmp_path, "unet").glob("*.safetensors"))
-    assert names == ["diffusion_pytorch_model.fp16.safetensors"]
+    assert names == [f"diffusion_pytorch_model.{variant}.safetensors"]
+    assert value_of(AnomalyDenoisePipeline.from_pretrained(tmp_path, variant=variant)) == 2.0
+
+
+@pytest.mark.parametrize("variant", ["fp16.v1", "a/b", ""])
+def test_a_variant_that_no_load_finds_is_refused(tmp_path, variant):
+    with pytest.raises(ValueError, match="`variant` must be of letters"):
+        tiny_pipeline().save_pretrained(tmp_path, variant=variant)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipeline_of_the_same_networks_does_not_replace_the_model(tmp_path):
+    pipeline_of(1.0).save_pretrained(tmp_path)
+    for other in (GradientDenoisingPipeline, DDPMReconstructionPipeline):
+        with pytest.raises(ValueError, match="holds a AnomalyDenoisePipeline, whose calibration and settings would be"):
+            other.from_pretrained(tmp_path).save_pretrained(tmp_path)
+        other.from_pretrained(tmp_path).save_pretrained(tmp_path / other.__name__)
+        other.from_pretrained(tmp_path / other.__name__).save_pretrained(tmp_path / other.__name__)
+    assert value_of(AnomalyDenoisePipeline.from_pretrained(tmp_path)) == 1.0
+
+
+def test_a_dtype_makes_no_file_larger(tmp_path):
+    pipeline = AnomalyDenoisePipeline(
+        None, None, tiny_extractor(image_size=32), position_trust=0.0, weights={"gaussian": 1.0, "nearest": 1.0}
+    )
+    pipeline.calibrate(textures(12, 32), false_alarm_rate=0.25).save_pretrained(tmp_path / "first")
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = AnomalyDenoisePipeline.from_pretrained(tmp_path / "first", dtype=dtype)
+        loaded.save_pretrained(tmp_path / "again")
+        first, again = (next((tmp_path / name / "calibration").glob("*.safetensors")) for name in ("first", "again"))
+        assert first.read_bytes() == again.read_bytes()
 
 
 def test_reports_of_another_calibration_go(tmp_path):
