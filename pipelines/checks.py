@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -201,7 +201,9 @@ def check_timesteps(timesteps: Any, scheduler: Any) -> list[int]:
     """The timesteps as a list; a ValueError where they are none of the scheduler's (None without a denoiser)."""
     last = (1000 if scheduler is None else scheduler.config.num_train_timesteps) - 1
     listed = list(timesteps) if hasattr(timesteps, "__iter__") else []
-    if not listed or any(not isinstance(t, Integral) or isinstance(t, bool) or not 0 <= t <= last for t in listed):
+    if not listed or any(
+        not isinstance(t, (int, np.integer)) or isinstance(t, bool) or not 0 <= t <= last for t in listed
+    ):
         raise ValueError(f"`timesteps` must list integers in [0, {last}], but is {timesteps!r}.")
     return listed
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -91,7 +91,7 @@ def explain(
         check_good_images("good_images", good_images)
     check_batch_size(batch_size)
     check_generator(generator)
-    if not isinstance(num_nearest, Integral) or num_nearest < 1:
+    if not isinstance(num_nearest, (int, np.integer)) or num_nearest < 1:
         raise ValueError(f"`num_nearest` must be a positive integer, but is {num_nearest!r}.")
     images = ImageSequence(image, pipeline.value_range)
     if len(images) != 1:

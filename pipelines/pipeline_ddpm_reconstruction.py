@@ -6,9 +6,9 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -150,9 +150,9 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
             raise ValueError(f"`scheduler` must be one of diffusers, such as DDIMScheduler(), but is {scheduler!r}.")
         scheduler = copy.deepcopy(self.scheduler if scheduler is None else scheduler)  # it keeps the state of a run
         last = scheduler.config.num_train_timesteps
-        if not isinstance(timestep, Integral) or not 1 <= timestep <= last:
+        if not isinstance(timestep, (int, np.integer)) or not 1 <= timestep <= last:
             raise ValueError(f"`timestep` must be an integer in [1, {last}], but is {timestep!r}.")
-        if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= timestep:
+        if not isinstance(num_inference_steps, (int, np.integer)) or not 1 <= num_inference_steps <= timestep:
             raise ValueError(
                 f"`num_inference_steps` must be an integer in [1, {timestep}], the latter being `timestep`, but is "
                 f"{num_inference_steps!r}."

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
@@ -302,7 +303,7 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         check_generator(generator)
         check_forward_process(self.scheduler, [0])
         _check_learning_rate(learning_rate)
-        if not isinstance(denoise_every, Integral) or denoise_every < 1:
+        if not isinstance(denoise_every, (int, np.integer)) or denoise_every < 1:
             raise ValueError(f"`denoise_every` must be a positive integer, but is {denoise_every!r}.")
         unknown = sorted({*config} - {*GAUSSIAN_OPTIONS})
         if unknown:
@@ -357,10 +358,10 @@ class GradientDenoisingPipeline(AnomalyPipeline):
                 "This pipeline has no `gaussian`, whose gradient `reconstruct` descends. Fit one to good images with "
                 "`training/fit_gaussian.py --model DIR --train_data_dir DIR`, or with `pipe.fit_gaussian(images)`."
             )
-        if not isinstance(num_iterations, Integral) or num_iterations < 1:
+        if not isinstance(num_iterations, (int, np.integer)) or num_iterations < 1:
             raise ValueError(f"`num_iterations` must be a positive integer, but is {num_iterations!r}.")
         _check_learning_rate(learning_rate)
-        if denoise_every is not None and (not isinstance(denoise_every, Integral) or denoise_every < 1):
+        if denoise_every is not None and (not isinstance(denoise_every, (int, np.integer)) or denoise_every < 1):
             raise ValueError(f"`denoise_every` must be a positive integer, or None, but is {denoise_every!r}.")
 
     def _unfitted_gaussian(self, index: int, config: dict[str, Any]) -> GaussianFeatureModel:

@@ -207,10 +207,10 @@ def per_region_overlap(histogram: Histogram, fpr_limit: float, row: int = PER_RE
 def per_image_overlap(histogram: Histogram, bounds: tuple[float, float]) -> float:
     """AUPIMO: each image's share of defective pixels that is found, averaged over false-positive rates and images.
 
-    Rates are those of the good images' pixels alone, and averaged over by their logarithm. A pixel is found at all
-    rates from that of its own score on: so it counts the share of the logarithmic range that lies above, and no curve
-    of an image need be kept (Bertoldo et al., "AUPIMO: Redefining Visual Anomaly Detection Benchmarks with High Speed
-    and Low Tolerance", BMVC 2024, section 3).
+    Rates are those of all good images' pixels together (the paper's mean over images, where all are of one size), and
+    averaged over by their logarithm. A pixel is found at all rates from that of its own score on: so it counts the
+    share of the logarithmic range that lies above, and no curve of an image need be kept (Bertoldo et al., "AUPIMO:
+    Redefining Visual Anomaly Detection Benchmarks with High Speed and Low Tolerance", BMVC 2024, section 3).
 
     Args:
         histogram: of pixels.
