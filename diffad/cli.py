@@ -355,7 +355,8 @@ app.command()(push)
 
 
 # Where an exported file is all there is, `diffad` was installed without what it needs
-BROUGHT_BY = {"torch": "diffad", "accelerate": "diffad", "diffusers": "diffad", "datasets": "'diffad[train]'"}
+BROUGHT_BY = dict.fromkeys(("torch", "accelerate", "diffusers", "matplotlib"), "diffad")
+BROUGHT_BY["datasets"] = "'diffad[train]'"
 
 
 def why_nothing_is_written(error: Exception) -> str | None:
@@ -392,6 +393,7 @@ def describe_error(error: Exception, arguments: list[str]) -> str:
     typed.setdefault("output", typed.get("output_dir", typed.get("collect", "`output`")))
     typed.setdefault("precision", typed.get("dtype", "`precision`"))
     typed["path_or_hub_id"] = typed.get("data", "`path_or_hub_id`")
+    message = re.sub(r"Call `pipe\.calibrate\(.*category=(.+?)\)`", r"Run `diffad calibrate --category \1`", message)
     message = re.sub(r"`(\w+)`", lambda match: typed.get(match[1]) or match[0], message)
     return re.sub(
         r"\b(\w+)='(\w+)'", lambda match: f"{typed[match[1]]} {match[2]}" if match[1] in typed else match[0], message

@@ -68,7 +68,9 @@ def predict_files(
         max_pictures: of more images there are no overlays, maps and masks, but scores, regions and the sheet.
         accelerator: whose processes share the images. The tables are those of one process.
         spent: gets `seconds`, the time spent on batches, `waiting`, how much of it the networks have waited for images,
-            and `retried`, requests to stores that were made again; all summed over the processes.
+            and `retried`, requests to stores that were made again; all summed over the processes. And
+            `without_pictures`: of the images that were skipped, those that an earlier run gave no pictures, where this
+            one draws them.
 
     Returns:
         Counts of "normal", "anomalous", "unreadable" and, uncalibrated, "scored" images, and of those "skipped"

@@ -88,6 +88,19 @@ def test_predict_prints_json_lines_and_fails_on_anomaly_when_asked(model, tmp_pa
     run("predict", model, parts, "--output", tmp_path / "a", "--fail-on-anomaly", code=3 if alarm else 0)
 
 
+def test_a_second_run_tells_of_pictures_that_it_does_not_draw(model, tmp_path):
+    parts = write_folder(tmp_path / "parts", 2)
+    (tmp_path / "manifest.csv").write_text("parts/000.png\nparts/001.png\n")
+    for name, inputs in (("of_folder", parts), ("of_manifest", tmp_path / "manifest.csv")):
+        command = ["predict", str(model), str(inputs), "--output", str(tmp_path / name)]
+        for flags, is_told in ((("--max-pictures", "0"), False), (("--max-pictures", "0"), False), ((), True)):
+            shown = " ".join(CliRunner().invoke(app, [*command, *flags], catch_exceptions=False).output.split())
+            told = "2 of those done before have no pictures: give another --output" in shown
+            assert told == is_told
+    again = CliRunner().invoke(app, ["predict", str(model), str(parts), "--output", str(tmp_path / "again")])
+    assert "no pictures" not in again.output
+
+
 def test_drift_is_told_from_a_table_and_drawn(model, tmp_path):
     """From what `predict` wrote, and from the same with parts added that score otherwise."""
     parts = write_folder(tmp_path / "parts", 12, first_seed=100)
@@ -312,6 +325,7 @@ def damaged(model, tmp_path) -> Path:
         ("predict {model} parts --output out --device gpu", ["--device must be cpu, cuda", "'gpu'"]),
         ("export parts.onnx other.onnx", ["MODEL must be a saved pipeline", "parts.onnx is an exported file"]),
         ("fit nowhere --output out", ["DATA", "--dataset hub"]),
+        ("fit parts.zip --output out", ["DATA", "parts.zip is a file", "unpack an archive"]),
         ("fit mean --output out", ["A category is named 'mean'", "Rename it"]),
         ("benchmark nowhere/at/all", ["holds no pipeline"]),
         ("drift missing.csv", ["no table at missing.csv", "Give the scores.csv"]),
@@ -371,6 +385,7 @@ def test_errors_are_one_line_that_says_what_to_do(
     for name, text in (
         ("mine.csv", "1"),
         ("other.json", "[1]"),
+        ("parts.zip", "PK"),
         ("scores.csv", "path,score,verdict\na.png,none,normal\n"),
         ("semicolons.csv", "path;score;verdict\na.png;1.0;normal\n"),
     ):
@@ -401,6 +416,16 @@ def test_a_full_disk_is_told_by_the_output(error):
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no folder that takes no files")
+def test_a_category_without_thresholds_is_told_what_calibrates_it():
+    pipeline = tiny_pipeline(categories=["bolt", "tile"])
+    pipeline.calibrate(textures(4), category="tile", false_alarm_rate=0.5)
+    with pytest.raises(ValueError, match="not calibrated") as raised:
+        pipeline(textures(1), category="bolt")
+    expected = "Category 'bolt' is not calibrated. Run `diffad calibrate --category 'bolt'` first."
+    for command in ("predict", "evaluate", "watch", "explain"):
+        assert describe_error(raised.value, [command, "model", "--category", "bolt"]) == expected
+
+
 def test_what_cannot_be_written_is_told_before_the_work(model, tmp_path, monkeypatch, capsys):
     good = write_folder(tmp_path / "good", 4)
     for command in (

@@ -45,9 +45,15 @@ def drift(
     plot = output or scores.with_name(DRIFT_NAME)
     if plot.is_dir() or (plot.is_file() and not is_png(plot)):  # such as the table, or what lies beside it
         raise ValueError(f"`output` must be the plot's own file, such as drift.png, but is {plot}.")
-    draw_drift(found, plot)
     print(found.sentence().encode("utf-8", "replace").decode())  # a name in it may be no UTF-8
-    console.print(f"Plot: {escape(str(plot))}", highlight=False, soft_wrap=True)
+    try:
+        draw_drift(found, plot)
+        told = f"Plot: {plot}"
+    except ModuleNotFoundError:
+        if output is not None:
+            raise
+        told = "No plot, which takes matplotlib: pip install matplotlib brings it."
+    console.print(escape(told), highlight=False, soft_wrap=True)
     if fail_on_drift and found.test.drifted_at is not None:
         raise typer.Exit(3)
 
@@ -132,13 +138,13 @@ def watch(
 
     Started again, it goes on. A receiver may get an event twice: `event` tells.
     """
-    from diffad.deployment.outbox import Outbox, http_sender, mqtt_sender
+    from diffad.deployment.outbox import Outbox, http_sender, mqtt_sender, without_secrets
     from diffad.deployment.watch import watch_folder
 
     check_folder(output_dir)
     senders = {}
     if on_anomaly is not None:
-        senders["anomaly"] = (http_sender(on_anomaly), on_anomaly)
+        senders["anomaly"] = (http_sender(on_anomaly), without_secrets(on_anomaly))
     if mqtt is not None:
         senders["all"] = (mqtt_sender(mqtt), "The MQTT broker")
     pipeline = load_model(model, device)

@@ -100,6 +100,12 @@ def predict(
     console.print(
         f"{summary} ({counts['skipped']} done before). Scores: {escape(files)}", highlight=False, soft_wrap=True
     )
+    if spent["without_pictures"]:
+        console.print(
+            f"{spent['without_pictures']} of those done before have no pictures: give another --output to have them.",
+            highlight=False,
+            soft_wrap=True,
+        )
     if (new := sum(counts.values()) - 2 * counts["skipped"]) > 0:
         retried = f" {spent['retried']:.0f} requests were made again." if spent["retried"] else ""
         console.print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import glob
 import json
 import os
 import re
@@ -207,6 +208,12 @@ def load_hub_dataset(
     or strings. Without it, `defect` tells which images are good, then whether `mask` is above 0 anywhere;
     with none of these, all are good. `category` defaults to the data set's name. A mask of a good image stays.
     """
+    place = os.path.realpath(path)
+    if os.path.isdir(path) and (glob.has_magic(place) or "::" in place):  # images of other folders, or none, were read
+        raise ValueError(
+            f"`path_or_hub_id`: {place} has one of *, ?, [ and :: in it, which `datasets` takes for a pattern or a "
+            "chain of URLs. Rename that folder."
+        )
     try:
         if os.path.isdir(path) and not load_dataset_kwargs:
             load_dataset_kwargs = _check_image_folder(Path(path))

@@ -54,8 +54,8 @@ def load_anomaly_dataset(
 
     Raises:
         FileNotFoundError: there is no such folder, data set or mask.
-        ValueError: an unknown category, split or layout, no (good) images, images that cannot be read, or a
-            mask of another size than its image.
+        ValueError: an unknown category, split or layout, no (good) images, images that cannot be read, a mask
+            of another size than its image, or tables in a folder that `datasets` takes for a pattern.
         ImportError: `"elpv"` without the package elpv-dataset.
     """
     name = os.fspath(path_or_hub_id)
@@ -71,6 +71,11 @@ def load_anomaly_dataset(
         dataset, root, category = "elpv", installed_elpv(), subset or category
     elif dataset is None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not root.parent.exists():
         dataset = "hub"
+    elif root.is_file():
+        raise FileNotFoundError(
+            f"`path_or_hub_id`: {root} is a file. Give the folder of the images: unpack an archive, and of a parquet "
+            "file give the folder."
+        )
     elif dataset != "hub" and not root.is_dir():
         raise FileNotFoundError(
             f"`path_or_hub_id`: there is no folder at {root}. For a Hub data set pass dataset='hub'."

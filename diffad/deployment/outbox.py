@@ -105,6 +105,12 @@ def _split(url: str) -> SplitResult | None:
         return None
 
 
+def without_secrets(url: str) -> str:
+    """A URL for messages, without user, password and query."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
 def http_sender(url: str) -> Deliver:
     """Posts events as JSON; any answer of 200 to 299 is a delivery."""
     parts = _split(url)
@@ -116,7 +122,9 @@ def http_sender(url: str) -> Deliver:
     def deliver(event: dict[str, Any]) -> None:
         content = json.dumps(event)  # in ASCII, as a file's name may be no UTF-8
         headers = {"Content-Type": "application/json"}
-        httpx.post(url, content=content, headers=headers, timeout=SECONDS).raise_for_status()
+        answer = httpx.post(url, content=content, headers=headers, timeout=SECONDS)
+        if not answer.is_success:  # httpx's own error has the URL in it, with its password
+            raise OSError(f"it answers {answer.status_code} {answer.reason_phrase}")
 
     return deliver
 

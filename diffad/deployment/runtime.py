@@ -27,7 +27,7 @@ from diffad.deployment.metadata import KEY, OUTPUTS, Metadata
 from diffad.image_sizes import as_side, as_size
 from diffad.installation import needs_extra
 from diffad.reading.grey_depth import warn_of_found_range
-from diffad.reading.image_arrays import flatten, image_size, resized_array, smallest_common_range
+from diffad.reading.image_arrays import BEYOND, flatten, image_size, resized_array, smallest_common_range
 from diffad.reading.image_files import read_image
 from diffad.reading.unicode_forms import same_name
 from diffad.regions import Region, find_regions, level_of_area, num_smallest, without_small_regions
@@ -251,14 +251,24 @@ class Runtime:
         return RuntimeOutput(**values)
 
     def run(self, pixels: np.ndarray, category: int = 0) -> RuntimeOutput:
-        """The graph alone: a batch (N, *input_size, 3) float32 in [0, 1], all of one category, by its index.
+        """The graph alone: a batch (N, *input_size, 3), uint8 or float in [0, 1], all of one category, by its index.
 
         Raises:
-            ValueError: the shape is another, or the category unknown or not calibrated.
+            ValueError: the shape, type or range is another, or the category unknown or not calibrated.
         """
         pixels, shape = np.asarray(pixels), (*self.metadata.input_size, 3)
         if pixels.shape[1:] != shape or not len(pixels):
             raise ValueError(f"`pixels` must be (N, {', '.join(map(str, shape))}), but its shape is {pixels.shape}.")
+        if pixels.dtype == np.uint8:
+            pixels = pixels / np.float32(255.0)
+        elif pixels.dtype.kind != "f":
+            raise ValueError(f"`pixels` must be uint8, or floating point in [0, 1], but are {pixels.dtype}.")
+        lowest, highest = float(pixels.min()), float(pixels.max())
+        if not (lowest >= -BEYOND and highest <= 1.0 + BEYOND):  # nor NaN
+            raise ValueError(
+                f"`pixels` must lie in [0, 1] where they are floating point, but span [{lowest:.4g}, {highest:.4g}]. "
+                "Divide by 255 or pass uint8."
+            )
         category = self.category_index(category)
         if self.metadata.input_type == "uint8":
             pixels = np.rint(np.clip(pixels, 0.0, 1.0) * 255.0)

@@ -122,6 +122,7 @@ def score_files(
         on_main(accelerator, lambda: write_tables(run, (name for _, _, segments in of_all for name in segments)))
     if spent is not None:
         spent |= {name: sum(one[name] for _, one, _ in of_all) for name in own_spent}
+        spent["without_pictures"] = inputs.num_without_pictures if run.with_pictures else 0
     new = sum((counts for counts, _, _ in of_all), Counter())
     found = {verdict: inputs.counts[verdict] + new[verdict] for verdict in VERDICTS}
     return found | {"skipped": sum(inputs.counts.values())}

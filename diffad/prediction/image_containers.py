@@ -24,12 +24,14 @@ class ImageContainers(Manifest):
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: there are no images.
+        ValueError: there are no images, or a local path holds `::`.
     """
 
     def __init__(self, paths: Sequence[str | Path]):
         self.paths = [os.fspath(path) if is_url(path) else os.path.abspath(path) for path in paths]
         for path in self.paths:
+            if "::" in path and not is_url(path):  # images are read by URLs that begin with it
+                raise ValueError(f"`images`: {path} has :: in it, which divides chained URLs. Rename that.")
             self._begin(path)
         if next(self.entries(), None) is None:
             raise ValueError(f"There are no images ({describe_suffixes()}) in {', '.join(map(str, paths))}.")

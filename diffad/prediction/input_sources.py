@@ -23,7 +23,7 @@ from diffad.reading.remote_reader import RemoteReader
 SUFFIXES = (".csv", ".parquet")
 OTHER_LISTS = (".txt", ".json", ".jsonl", ".ndjson", ".tsv", ".xlsx", ".xls", ".ods")
 LOOKED_AT, FAR_LOOKED_AT = 100, 5  # images that tell the range of values, where the model says nothing of it
-COMPRESSED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tzst|taz|tlz|tar\.\w+)$", re.IGNORECASE)
+COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tzst|taz|tlz|tar\.\w+|zip|7z|rar)$", re.IGNORECASE)
 
 
 def find_inputs(images: Sequence[str | Path], output_dir: str | Path | None = None) -> list[Path | Input] | Manifest:
@@ -34,11 +34,12 @@ def find_inputs(images: Sequence[str | Path], output_dir: str | Path | None = No
     Raises:
         FailedRequestsError: a store gives no list of what it has.
         FileNotFoundError: a path does not exist.
-        ValueError: there are no images, a tar is compressed, a manifest or a tar stands among others, or a list is
-            no CSV or parquet file.
+        ValueError: there are no images, a file is compressed, a manifest or a tar stands among others, or a list is no
+            CSV or parquet file.
     """
     for one in images:
-        if COMPRESSED_TAR.search(os.fspath(one)) and (is_url(one) or os.path.isfile(one)):
+        is_there = os.path.isfile(one) or (is_url(one) and "::" not in os.fspath(one))  # a chain reads what is in it
+        if is_there and COMPRESSED.search(os.fspath(one)):
             raise ValueError(f"`images`: {one} is compressed, and images are read by their place in a tar. Unpack it.")
     tars = [one for one in images if is_tar(one)]
     if tars and len(tars) == len(images):

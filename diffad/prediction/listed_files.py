@@ -37,12 +37,14 @@ class ListedFiles:
     Attributes:
         root: the folder that names start from: that of earlier results, or `common_root`.
         counts: of the files that are done, by verdict.
+        num_without_pictures: of these.
     """
 
     def __init__(self, paths: Sequence[Path | Input]):
         self.inputs = distinct_inputs(paths)
         self.root = ""
         self.counts = dict.fromkeys(VERDICTS, 0)
+        self.num_without_pictures = 0
         self._index = {one.file: i for i, one in enumerate(self.inputs)}
         self._done: dict[str, int] = {}  # the place of its row, by file
         self._pictures: dict[str, str] = {}  # the file that a picture shows, by its name as `picture_key`
@@ -82,6 +84,7 @@ class ListedFiles:
         place = self._done[file] = EARLIER if is_earlier or index is None else index
         if index is not None:
             self.counts[row[VERDICT]] += 1
+            self.num_without_pictures += not row[PICTURE]
         if row[PICTURE]:
             self._pictures[picture_key(row[PICTURE])] = file
         return place

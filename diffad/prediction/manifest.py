@@ -12,8 +12,8 @@ from typing import Any
 
 from diffad.files import bounded_name
 from diffad.installation import needs_extra
-from diffad.prediction.journal import ENCODING, MESSAGE, PLACE, VERDICT, VERDICTS
-from diffad.reading.input_file import Input
+from diffad.prediction.journal import ENCODING, FILE, MESSAGE, MODIFIED, PICTURE, PLACE, SIZE, VERDICT, VERDICTS
+from diffad.reading.input_file import Input, describe_input
 from diffad.reading.inputs import is_image_name
 from diffad.reading.remote_files import is_url, open_remote
 from diffad.reading.unicode_forms import file_below
@@ -41,6 +41,7 @@ class Manifest:
     Attributes:
         root: the folder that paths count from.
         counts: of the lines that are done, by verdict.
+        num_without_pictures: of these.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -60,6 +61,7 @@ class Manifest:
         self.folder = os.path.dirname(self.path)
         self.root = self.folder if is_url(self.path) else os.path.realpath(self.folder)
         self.counts = dict.fromkeys(VERDICTS, 0)
+        self.num_without_pictures = 0
         self._done = bytearray()  # a bit a line
 
     @property
@@ -159,12 +161,20 @@ class Manifest:
     def take(self, row: list[str], is_complete: bool) -> int | None:
         """As of `diffad.prediction.journal.Inputs`: a row's place is its line's."""
         place = int(row[PLACE])
-        if row[VERDICT] == "unreadable" or row[MESSAGE] or self._is_done(place):
+        if row[VERDICT] == "unreadable" or row[MESSAGE] or self._is_done(place) or self._is_replaced(row):
             return None
         self._done.extend(bytes(max(0, place // 8 + 1 - len(self._done))))
         self._done[place // 8] |= 1 << place % 8
         self.counts[row[VERDICT]] += 1
+        self.num_without_pictures += not row[PICTURE]
         return place
+
+    def _is_replaced(self, row: list[str]) -> bool:
+        """Whether a local file is another one than was scored; what is gone, or lies in a store, is taken to be it."""
+        if not row[SIZE] or is_url(row[FILE]):
+            return False
+        now = self._input(row[FILE])
+        return bool(now.size) and (row[SIZE], row[MODIFIED]) != (now.size, now.modified)
 
     def _is_done(self, place: int) -> bool:
         return place // 8 < len(self._done) and bool(self._done[place // 8] >> place % 8 & 1)
@@ -195,4 +205,6 @@ class Manifest:
         if not entry:
             return Input("", "", "", "")
         path = entry if is_url(entry) else os.path.join(self.folder, entry)
-        return Input(path if is_url(path) else file_below(self.folder, entry), entry, "", "")
+        if is_url(path):
+            return Input(path, entry, "", "")
+        return describe_input(file_below(self.folder, entry))._replace(file=entry)

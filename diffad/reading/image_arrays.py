@@ -22,7 +22,7 @@ from diffad.reading.image_files import image_file_header, read_image
 from diffad.reading.image_metadata import turn_upright
 from diffad.resizing import Resizing, resize_array
 
-ROUNDING = 1e-3  # by which resizing leaves [0, 1]
+BEYOND = 1e-3  # by which resizing leaves [0, 1]
 CACHED_PIXELS = 2**18  # in floating point, 3 MB of colours
 
 
@@ -127,7 +127,7 @@ def to_arrays(image: Any, name: str, value_range: float | None) -> np.ndarray:
         lowest, highest = float(image.min()), float(image.max())  # NaN passes through min and max
         if not (np.isfinite(lowest) and np.isfinite(highest)):
             raise ValueError(f"`{name}` holds NaN or infinity. Clean it before the call.")
-        if lowest < -ROUNDING or highest > 1.0 + ROUNDING:
+        if lowest < -BEYOND or highest > 1.0 + BEYOND:
             raise ValueError(
                 f"`{name}` must lie in [0, 1] when it is floating point, but spans [{lowest:.4g}, {highest:.4g}]. "
                 "Divide by 255 or pass uint8."

@@ -109,8 +109,9 @@ def _report_sheets(names: set[str]) -> set[str]:
 
 
 def _holds_model(names: set[str]) -> bool:
-    marks = {"model_index.json", "training.json"}
-    return bool(marks & names) or any(re.fullmatch(r"(unfinished-)?checkpoint-\d+", name) for name in names)
+    if "model_index.json" in names or {"config.json", "training.json"} <= names:  # the latter of an autoencoder
+        return True  # a training.json alone may be somebody's annotations
+    return any(re.fullmatch(r"(unfinished-)?checkpoint-\d+", name) for name in names)
 
 
 class _Walk:

@@ -28,11 +28,15 @@ def is_url(path: str | os.PathLike) -> bool:
 
 @contextmanager
 def open_remote(url: str, mode: str = "rb") -> Iterator[Any]:
-    """A file by its URL."""
+    """A file by its URL, or a local one, in bytes."""
+    if not is_url(url):  # fsspec would take a `::` in its name for a chain of URLs
+        with open(url, mode) as opened:
+            yield opened
+        return
     with needs_extra("remote", "train"):
         import fsspec
     file = fsspec.open(url, mode, **({"newline": "", "encoding": "utf-8-sig"} if "b" not in mode else {}))
-    opened = Requests().make(file.__enter__) if is_url(url) else file.__enter__()
+    opened = Requests().make(file.__enter__)
     try:
         yield opened
     finally:
@@ -76,6 +80,8 @@ def list_parquet(url: str) -> list[str]:
 
 def _files_below(url: str, output: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """URL and description of each file at a URL and below, sorted, without folders that hold no inputs."""
+    if "::" in url:  # the names that are listed lack what is behind it
+        raise ValueError(f"`images`: {url} is a chain of URLs, which is not listed. Give a manifest of its images.")
     with needs_extra("remote", "train"):
         from fsspec.core import url_to_fs
     files, path = url_to_fs(url)
@@ -93,10 +99,19 @@ def _files_below(url: str, output: str | None = None) -> Iterator[tuple[str, dic
     if output is not None and output.split("://")[0] == protocol:
         left_out = f"{url_to_fs(output)[1]}/"
         own += (left_out,) if left_out.startswith(f"{path.rstrip('/')}/") and left_out.rstrip("/") != path else ()
+    # with its host or root, which the store's own names may lack
+    begin = url.rstrip("/") if path.strip("/") else url
     for name, info in sorted(found.items()):
-        *folders, _ = name[len(path) :].lstrip("/").split("/")
-        if all(map(is_input_folder, folders)) and not name.startswith(own):
-            yield name if is_url(name) else f"{protocol}://{name.lstrip('/')}", info
+        below = name[len(path) :].lstrip("/")
+        *folders, _ = below.split("/")
+        if not all(map(is_input_folder, folders)) or name.startswith(own):
+            continue
+        if is_url(name):
+            yield name, info
+        elif not name.startswith(path):
+            yield f"{protocol}://{name.lstrip('/')}", info
+        else:
+            yield f"{begin}{'/' if below and not begin.endswith('/') else ''}{below}", info
 
 
 def _results_among(names: Iterable[str]) -> tuple[str, ...]:

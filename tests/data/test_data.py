@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import sys
 import warnings
 from pathlib import Path
 
@@ -559,8 +560,9 @@ def test_unknown_split_and_arguments(mvtec: Path):
 def test_no_folder_and_no_images(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=f"no folder at {tmp_path}/nowhere"):
         load_anomaly_dataset(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="no folder at"):
-        load_anomaly_dataset(write_image(tmp_path / "1.png"))
+    for dataset in (None, "folder", "hub"):
+        with pytest.raises(FileNotFoundError, match=r"1\.png is a file. Give the folder of the images"):
+            load_anomaly_dataset(write_image(tmp_path / "1.png"), dataset=dataset)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=f"{tmp_path}/empty is empty"):
         load_anomaly_dataset(tmp_path / "empty")
@@ -865,6 +867,18 @@ def test_images_that_no_table_of_labels_lists_are_told(tmp_path: Path, streaming
         write_image(tmp_path / name)
     with pytest.warns(UserWarning, match=r"2 of 4 .*a/2\.png first.*a/metadata\.csv.*--dataset folder"):
         assert len(list(load_anomaly_dataset(tmp_path, streaming=streaming))) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such names there")
+@pytest.mark.parametrize("name", ["line[1]", "line?", "line*", "line::1"])
+def test_a_folder_named_as_a_pattern_shows_no_others_images(tmp_path: Path, name: str):
+    write_metadata(tmp_path / "line1", ["0.png"])
+    write_metadata(tmp_path / name, ["1.png", "2.png"])
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    for folder in (tmp_path / name, tmp_path / "link"):
+        with pytest.raises(ValueError, match=r"`path_or_hub_id`: .* takes for a pattern .*Rename that folder"):
+            load_anomaly_dataset(folder)
+    assert len(load_anomaly_dataset(tmp_path / name, dataset="folder")) == 2  # which looks for no patterns
 
 
 def test_image_folder_with_metadata_in_splits_and_masks(tmp_path: Path):

@@ -135,6 +135,23 @@ def test_wrong_arguments_are_named(model, image, options, message):
         Runtime(model[1])(image, **options)
 
 
+@pytest.mark.parametrize("uint8", [False, True])
+def test_pixels_of_either_type_are_the_same(model, uint8, tmp_path):
+    pipeline, path = model
+    runtime = Runtime(pipeline.export(tmp_path / "model.onnx", input_type="uint8") if uint8 else path)
+    pixels = np.stack(textures(3, size=24))
+    expected = runtime.run(pixels / np.float32(255.0))
+    assert np.array_equal(runtime.run(pixels).anomaly_score, expected.anomaly_score)
+    assert np.allclose(runtime(pixels).anomaly_score, expected.anomaly_score, rtol=1e-4)
+    for wrong, message in (
+        (pixels.astype(np.int64), "must be uint8, or floating point .*int64"),
+        (pixels.astype(np.float32), r"must lie in \[0, 1\] .*, but span \[.*Divide by 255"),
+        (np.full((1, 24, 24, 3), np.nan), r"must lie in \[0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=f"`pixels` {message}"):
+            runtime.run(wrong)
+
+
 def test_numpys_integers_are_integers(model):
     images = textures(3)
     expected = Runtime(model[1])(images).anomaly_score
@@ -195,6 +212,21 @@ def test_predict_without_torch_writes_what_it_writes_with_the_pipeline(model, tm
             assert np.abs(pictures[0] - pictures[1]).max() < 0.01 * scale
     assert (tmp_path / "without" / "most_anomalous.png").is_file()
     assert "No drift in 3 parts" in " ".join(done.stderr.split())
+
+
+def test_drift_without_matplotlib_says_what_it_found(model, tmp_path):
+    parts = write_folder(tmp_path / "parts", 3, size=40)
+    table = tmp_path / "out" / "scores.csv"
+    CliRunner().invoke(app, ["predict", str(model[1]), str(parts), "--output", str(table.parent)])
+    code = f"{WITHOUT_TORCH}sys.meta_path.insert(0, Missing())\nfrom diffad.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "drift", str(table)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("No drift in 3 parts")
+    assert "No plot, which takes matplotlib" in done.stderr
+    command = [sys.executable, "-c", code, "drift", str(table), "--output", str(tmp_path / "plot.png")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "This needs the package matplotlib" in done.stderr
 
 
 WATCH = """

@@ -21,7 +21,7 @@ import pytest
 from conftest import texture, textures, tiny_pipeline, write_folder, write_png
 from PIL import Image
 
-from diffad.deployment.outbox import Outbox, http_sender, mqtt_sender
+from diffad.deployment.outbox import Outbox, http_sender, mqtt_sender, without_secrets
 from diffad.deployment.watch import SettlingFiles, take_up_table, watch_folder
 from diffad.prediction.journal import COLUMNS, ENCODING
 
@@ -373,6 +373,17 @@ def test_what_a_receiver_did_not_take_waits_for_the_next_start(tmp_path):
     Outbox(tmp_path, http_sender(receiver.url), "The receiver").close()
     assert receiver.received[0] == {"event": "0123456789", "verdict": "anomalous"}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_receivers_password_is_told_to_nobody(tmp_path):
+    url = Receiver(refused=1).url.replace("http://", "http://line:s3cret@") + "?token=s3cret"
+    for i, address in enumerate((url, "http://line:s3cret@127.0.0.1:9/alarm")):  # the other one is not there
+        outbox = Outbox(tmp_path / str(i), http_sender(address), without_secrets(address))
+        outbox.close()
+        outbox.folder.joinpath("1.json").write_text('{"event": "1"}')
+        with pytest.warns(UserWarning, match=r"^http://127\.0\.0\.1:\d+/alarm does not take an event") as told:
+            outbox.deliver_all(time.monotonic() + 30.0)
+        assert not any("s3cret" in str(one.message) for one in told)
 
 
 def test_a_name_that_is_no_utf_8_is_posted(tmp_path):

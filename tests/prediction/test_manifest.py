@@ -171,7 +171,7 @@ def test_what_is_no_whole_tar_is_named(parts, tmp_path):
     assert len(list(find_inputs([tmp_path / "cut.tar"]).entries())) == 2
     with pytest.raises(FileNotFoundError):
         find_inputs([tmp_path / "missing.tar.gz"])
-    for name in ("packed.tar.gz", "packed.TGZ"):
+    for name in ("packed.tar.gz", "packed.TGZ", "packed.zip"):
         with pytest.raises(ValueError, match=f"{name} is compressed, .* Unpack it"):
             find_inputs([(tmp_path / "packed.tar").rename(tmp_path / name)])
         (tmp_path / name).rename(tmp_path / "packed.tar")
@@ -180,6 +180,22 @@ def test_what_is_no_whole_tar_is_named(parts, tmp_path):
 def test_a_tar_among_others_is_no_unreadable_image(parts, tmp_path):
     with pytest.raises(ValueError, match=r"`images`: .*0.tar is a tar, which goes with tars alone"):
         find_inputs([tmp_path / "0.tar", parts])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such names there")
+def test_a_local_tar_is_no_chain_of_urls(parts, tmp_path):
+    (folder := tmp_path / "a::b").mkdir()
+    with tarfile.open(folder / "parts.tar", "w") as tar:
+        tar.add(parts, "parts")
+    with pytest.raises(ValueError, match=r"`images`: .*parts\.tar has :: in it.*Rename"):
+        find_inputs([folder / "parts.tar"])
+
+
+def test_a_parquet_manifest_may_lie_in_any_folder(parts, tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (folder := tmp_path / ("a__b" if sys.platform == "win32" else "a::b")).mkdir()
+    parquet.write_table(pa.table({"path": [str(parts / "000.png")]}), folder / "manifest.parquet")
+    assert [one.path for one in find_inputs([folder / "manifest.parquet"]).first(9)] == [parts / "000.png"]
 
 
 def test_a_folder_that_is_called_as_a_tar_is_a_folder(parts):

@@ -23,6 +23,7 @@ from PIL import Image
 
 from diffad.prediction.detection_call import DetectionCall
 from diffad.prediction.file_scoring import score_files
+from diffad.prediction.manifest import Manifest
 from diffad.prediction.remote_output import LocalOutput
 from diffad.reading.inputs import find_images, images_below, is_image_name, subfolders
 
@@ -143,6 +144,15 @@ def test_what_was_written_before_is_no_input_of_any_command(tmp_path):
     (model / "checkpoint-10").mkdir()
     assert len(images_below(parts)) == 2
     assert subfolders(parts) == []
+
+
+def test_annotations_hide_no_images_and_the_record_of_an_autoencoder_does(tmp_path):
+    parts = write_folder(tmp_path / "parts", 2)
+    write_folder(parts / "validation", 1)
+    (parts / "training.json").write_text('{"images": []}')  # in COCO's format
+    assert len(images_below(parts)) == 3
+    (parts / "config.json").write_text("{}")
+    assert images_below(parts) == []
 
 
 def test_the_pictures_of_a_report_are_no_inputs_beside_it(tmp_path):
@@ -280,6 +290,20 @@ def test_a_file_that_was_replaced_is_scored_again(tmp_path):
     assert (counts["anomalous"], counts["normal"], counts["skipped"]) == (1, 0, 0)
     assert [row["verdict"] for row in read_scores(out)] == ["anomalous"]
     assert score(find_images([parts]), out)["skipped"] == 1
+
+
+def test_a_file_that_a_manifest_names_and_that_was_replaced_is_scored_again(tmp_path):
+    parts, out = tmp_path / "parts", tmp_path / "out"
+    for name in ("a", "b", "c"):
+        write_png(parts / f"{name}.png", np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "manifest.csv").write_text("path\nparts/a.png\nparts/b.png\nparts/c.png\n")
+    assert score(Manifest(tmp_path / "manifest.csv"), out)["normal"] == 3
+    write_png(parts / "b.png", np.full((8, 8, 3), 255, np.uint8))
+    (parts / "c.png").unlink()  # its row stays
+    counts = score(Manifest(tmp_path / "manifest.csv"), out)
+    assert (counts["anomalous"], counts["normal"], counts["skipped"]) == (1, 2, 2)
+    assert [row["verdict"] for row in read_scores(out)] == ["normal", "anomalous", "normal"]
+    assert score(Manifest(tmp_path / "manifest.csv"), out)["skipped"] == 3
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")

@@ -6,6 +6,7 @@ import csv
 import functools
 import http.server
 import io
+import shutil
 import tarfile
 import threading
 from pathlib import Path
@@ -20,12 +21,16 @@ from diffad.cli import app
 from diffad.predict import predict_files
 from diffad.prediction.input_sources import find_inputs
 from diffad.prediction.manifest import Manifest
-from diffad.reading import remote_files
+from diffad.reading import remote_files, remote_reader
 from diffad.reading.input_file import Input, common_folder, place_below
 from diffad.reading.inputs import find_images
 from diffad.training import fit
 
 pytest.importorskip("aiohttp")
+fsspec = pytest.importorskip("fsspec")
+from fsspec.implementations.local import LocalFileSystem  # noqa: E402
+from fsspec.utils import infer_storage_options  # noqa: E402
+
 NUM_IMAGES = 50
 
 
@@ -177,6 +182,58 @@ def test_a_manifest_in_a_bucket_names_what_lies_beside_it(pipeline, parts, store
     assert [bool(row["score"]) for row in rows] == [True, True, False]
     assert f"no file at s3://{bucket}/parts/none.png" in rows[2]["message"]
     assert counts["unreadable"] == 1
+
+
+def test_a_folder_by_its_url_is_read_where_it_lies(tmp_path, monkeypatch):
+    """And not below the working folder."""
+    parts = write_folder(tmp_path / "parts", 2)
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / str(parts)[1:], 2, first_seed=9)
+    for url in (f"file://{parts}", f"file://{parts}/", "file://parts", f"file://{parts}/000.png"):
+        found = find_inputs([url])
+        assert len(found) == (1 if url.endswith(".png") else 2)
+        assert found[0].path == url.removesuffix("/000.png").rstrip("/") + "/000.png"
+        assert remote_reader.RemoteReader()(found[0]) == (parts / "000.png").read_bytes()
+    parquet = write_folder(tmp_path / "set", 1) / "0.parquet"
+    parquet.touch()
+    assert remote_files.list_parquet(f"file://{tmp_path}/set") == [f"file://{parquet}"]
+
+
+class HostFiles(LocalFileSystem):
+    """As sftp and others: the host is of the connection, and no path has it."""
+
+    protocol = "hostfiles"
+
+    def __init__(self, host: str | None = None, **more):
+        super().__init__(**more)
+        assert host == "line7"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return infer_storage_options(path)["path"]
+
+    @staticmethod
+    def _get_kwargs_from_urls(path):
+        return {"host": infer_storage_options(path)["host"]}
+
+
+def test_a_folder_of_a_host_keeps_its_host(tmp_path):
+    parts = write_folder(tmp_path / "parts", 2)
+    fsspec.register_implementation("hostfiles", HostFiles, clobber=True)
+    found = find_inputs([f"hostfiles://line7{parts}"])
+    assert [one.path for one in found] == [f"hostfiles://line7{parts}/{i:03}.png" for i in range(2)]
+    assert remote_reader.RemoteReader()(found[0]) == (parts / "000.png").read_bytes()
+    assert place_below(common_folder(found), found[1].path) == Path("001.png")
+
+
+def test_a_folder_in_an_archive_is_told_to_come_as_a_manifest(tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "parts"), "zip", write_folder(tmp_path / "parts", 1))
+    for url in (f"zip://::{archive}", f"zip://000.png::{archive}"):
+        with pytest.raises(ValueError, match=r"`images`: zip://.* is a chain of URLs.*Give a manifest"):
+            find_inputs([url])
+    (tmp_path / "manifest.csv").write_text(f"zip://000.png::{archive}\n")
+    (one,) = find_inputs([tmp_path / "manifest.csv"]).first(1)
+    assert remote_reader.RemoteReader()(one) == (tmp_path / "parts" / "000.png").read_bytes()
 
 
 def test_a_url_is_no_model_folder_and_makes_no_folder_of_its_name(parts, tmp_path, monkeypatch, capsys):
