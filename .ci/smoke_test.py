@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import tempfile
+from pathlib import Path
 
 import diffad  # isort: skip (first, as it must not need diffusers)
 import numpy as np
@@ -11,6 +14,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipe
 
 from diffad.metrics import AnomalyMetrics
 from diffad.models.prompt_embedding import PromptEmbedding
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "training"))
+import toy_training  # isort: skip (of the tests, beside this file)
 
 EXTRACTOR = ("test_resnet", (2, 4))
 BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
@@ -52,6 +58,19 @@ def diad_pipeline() -> diffad.DiADPipeline:
     )
 
 
+def check_resuming(folder: Path) -> None:
+    """A training that stops in the middle of its third epoch and goes on ends with the weights of one that does not."""
+    toy_training.run(folder / "whole")
+    try:
+        toy_training.run(folder / "cut", on_batch=lambda n, _: signal.raise_signal(signal.SIGTERM) if n == 7 else None)
+    except SystemExit:
+        toy_training.run(folder / "cut", "--resume_from_checkpoint", "latest")
+    else:
+        raise AssertionError("It was not stopped.")
+    whole, cut = (torch.load(folder / name / "weights-0.pt", weights_only=True) for name in ("whole", "cut"))
+    assert all(torch.equal(cut[name], value) for name, value in whole.items())
+
+
 def main() -> None:
     images = np.random.default_rng(0).integers(0, 256, (8, 20, 24, 3), dtype=np.uint8)
     for pipeline in (denoise_pipeline(), diad_pipeline()):
@@ -70,6 +89,8 @@ def main() -> None:
         metrics = AnomalyMetrics()
         metrics.update(anomaly_score=output.anomaly_score, label=np.arange(8) % 2)
         assert 0.0 <= metrics.compute()["image_auroc"] <= 1.0
+    with tempfile.TemporaryDirectory() as folder:
+        check_resuming(Path(folder))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ def render_model_card(
     arguments = (training or {}).get("arguments", {})
     trained_on = arguments.get("train_data_dir") or arguments.get("dataset_name") or ""
     bound = SHARE_ALIKE.get(_data_set(trained_on))
+    base_model = (training or {}).get("base_model")
     results = _results_table(report) if report else None
     title = repo_id.split("/")[-1] if repo_id else class_name
 
@@ -91,6 +92,7 @@ def render_model_card(
         pipeline_tag=PIPELINE_TAG,
         tags=[*TAGS, method.lower()],
         datasets=[arguments["dataset_name"]] if arguments.get("dataset_name") else None,
+        base_model=base_model,
         model_name=title if report else None,
         eval_results=_evaluation_results(report) if report else None,
     )
@@ -121,8 +123,27 @@ def render_model_card(
         pro_fpr_limit=report.get("pro_fpr_limit") if report and results and "PRO" in results["header"] else None,
         command=_command(report, repo_id) if report else None,
         setting=_setting(report) if report else None,
-        license_note=_license_note(license, bound),
+        license_note=_license_note(license, bound, base_model),
         **_thresholds(getattr(pipeline, "calibration", None), categories),
+    )
+
+
+def render_autoencoder_card(training: dict[str, Any], repo_id: str) -> ModelCard:
+    """The card of an autoencoder: what it is for, its data, licence and start, of what `training.json` holds."""
+    arguments = training.get("arguments", {})
+    trained_on = arguments.get("train_data_dir") or arguments.get("dataset_name") or "no data that a record names"
+    bound, base_model = SHARE_ALIKE.get(_data_set(trained_on)), training.get("base_model")
+    data = ModelCardData(
+        license=bound[1] if bound else None,
+        library_name="diffusers",
+        tags=["autoencoder", *TAGS],
+        datasets=[arguments["dataset_name"]] if arguments.get("dataset_name") else None,
+        base_model=base_model,
+    )
+    return ModelCard(
+        f"---\n{data}\n---\n\n# {repo_id.split('/')[-1]}\n\nAn `AutoencoderKL` for [DiAD]({PAPERS['DiAD']}), trained "
+        f"on good images of {trained_on}: `train_diad.py --vae_path {repo_id}`. Its arguments, and its error on "
+        f"held-out images, are in `training.json`.\n\n## Licence\n\n{_license_note(None, bound, base_model)}\n"
     )
 
 
@@ -379,13 +400,15 @@ def _thresholds(calibration: Any, categories: Sequence[str]) -> dict[str, Any]:
     return {"calibrated": True, "thresholds": rows, "leave_one_out": calibration.leave_one_out}
 
 
-def _license_note(license: str | None, bound: tuple[str, str, str] | None) -> str:
+def _license_note(license: str | None, bound: tuple[str, str, str] | None, base_model: str | None = None) -> str:
     if license:
         note = f"The weights are under {license}."
     elif bound:
         note = f"The training images, {bound[0]}, are under {bound[2]}, and so are these weights."
     else:
         note = "No licence is stated for these weights."
+    if base_model:
+        note += f" They were trained from {base_model}, whose licence binds them as well."
     return f"{note} diffad itself is under Apache-2.0."
 
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
 PRECISIONS = ("auto", "no", "fp16", "bf16")
@@ -47,6 +48,17 @@ def resolve_precision(name: str | None) -> str | None:
     if name == "bf16":
         warn_of_emulation(training_device(), "Give --mixed_precision auto, or no.")
     return name
+
+
+def checked_precision(accelerator: Accelerator) -> str:
+    """The precision that accelerate has taken, for the record.
+
+    Raises:
+        ValueError: it is float16 on a CPU, where accelerate would compute in float32 without a word.
+    """
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 takes a GPU: give auto, bf16 or no.")
+    return accelerator.mixed_precision
 
 
 def running_precision(networks: Iterable[torch.nn.Module | None], device: torch.device) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from huggingface_hub import file_exists
+from huggingface_hub import create_repo, file_exists, upload_folder
 
-from diffad.model_card import CARD_NAME, copy_records, render_model_card
+from diffad.model_card import CARD_NAME, copy_records, render_autoencoder_card, render_model_card
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
     from diffad.pipelines.base import AnomalyPipeline
 
 
@@ -53,3 +56,15 @@ def add_records_and_card(
     recorded = training is not None or report is not None
     if not card.exists() and (recorded or not file_exists(repo_id, CARD_NAME, token=token)):
         render_model_card(pipeline, training, report, repo_id, license=license, pictures=pictures).save(card)
+
+
+def push_autoencoder(vae: AutoencoderKL, folder: str | os.PathLike, repo_id: str, token: str | None = None) -> None:
+    """Uploads an autoencoder, the record that `folder` holds of it and a card, without paths of this machine."""
+    repo_id = create_repo(repo_id, token=token, exist_ok=True).repo_id
+    with TemporaryDirectory() as staging:
+        vae.save_pretrained(staging)
+        remove_local_paths(staging)
+        training, _, _ = copy_records(folder, staging, with_report=False)
+        if not Path(staging, CARD_NAME).exists():
+            render_autoencoder_card(training or {}, repo_id).save(Path(staging, CARD_NAME))
+        upload_folder(repo_id=repo_id, folder_path=staging, token=token, commit_message="Upload AutoencoderKL")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from scipy import stats
 from tiny_diad import tiny_diad
 
 from diffad.evaluation.metric_names import COUNTS, METRICS
-from diffad.model_card import copy_records, render_model_card, shareable
+from diffad.model_card import copy_records, render_autoencoder_card, render_model_card, shareable
 from diffad.training import evaluate
+from diffad.training.finish import save_record
 
 CATEGORIES = {"tile": 8, "cable": 8}
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -188,6 +190,27 @@ def test_binding_data_gives_the_weights_its_licence_and_other_data_none(pipeline
     assert licence("elpv/mono") == "cc-by-nc-sa-4.0"
     assert licence("elpv/mono", license="other") == "other"
     assert licence("my_parts") is None
+
+
+def test_a_card_names_the_model_of_the_hub_that_the_training_started_from(pipeline, tmp_path):
+    def card(**starts: object) -> ModelCard:
+        save_record(Namespace(train_data_dir="elpv/mono", output_dir=str(tmp_path), **starts), {"steps": 3})
+        training, _, _ = copy_records(tmp_path, (tmp_path / "copy"))
+        autoencoder = render_autoencoder_card(training, "alice/vae")
+        assert autoencoder.data.license == "cc-by-nc-sa-4.0"
+        assert autoencoder.data.base_model == training.get("base_model")
+        assert "good images of elpv/mono: `train_diad.py --vae_path alice/vae`" in autoencoder.text
+        return render_model_card(pipeline, training)
+
+    (tmp_path / "copy").mkdir()
+    published = card(pretrained_model_name_or_path="org/latent", vae_path=str(tmp_path))
+    assert published.data.base_model == "org/latent"
+    assert "| base model | org/latent |" in section(published, "Training")
+    assert "They were trained from org/latent, whose licence binds them as well." in section(published, "Licence")
+    assert card(pretrained_model_name_or_path=None, vae_path="org/vae").data.base_model == "org/vae"
+    of_folders = card(pretrained_model_name_or_path=str(tmp_path), vae_path=None)
+    assert of_folders.data.base_model is None
+    assert "They were trained from" not in of_folders.text
 
 
 def test_records_are_shared_without_secrets_and_paths_of_this_machine(tmp_path):

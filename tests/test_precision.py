@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import tiny_pipeline
 
 from diffad.commands.models import load_pipeline
-from diffad.precision import is_bfloat16_fast, resolve_precision, training_device
+from diffad.precision import checked_precision, is_bfloat16_fast, resolve_precision, training_device
+from diffad.training import evaluate, train_ddpm
 
 CPU_FLAGS = Path("/proc/cpuinfo")
 
@@ -67,6 +69,22 @@ def test_slow_bfloat16_stays_what_was_asked_for_with_a_warning(slow, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="Give --dtype float32"):
         load_pipeline(str(tmp_path), "cpu", "bfloat16")
+
+
+@pytest.mark.parametrize("settings", [{"mixed_precision": "fp16"}, {}])
+def test_float16_on_a_cpu_is_an_error(on_the_cpu, monkeypatch, fresh_accelerate, settings):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no" if settings else "fp16")  # accelerate's own settings
+    with pytest.raises(ValueError, match="--mixed_precision fp16 takes a GPU: give auto, bf16 or no"):
+        checked_precision(Accelerator(**settings))
+
+
+def test_an_evaluation_and_a_training_in_float16_are_refused_on_a_cpu(on_the_cpu, fresh_accelerate, tmp_path):
+    more = ["--mixed_precision", "fp16"]
+    with pytest.raises(ValueError, match="--mixed_precision fp16 takes a GPU"):
+        evaluate.main(["--model", "m", "--data", "d", *more])
+    with pytest.raises(ValueError, match="--mixed_precision fp16 takes a GPU"):
+        train_ddpm.main(["--train_data_dir", "parts", "--output_dir", str(tmp_path / "run"), *more])
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", [None, "no", "fp16"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from diffad.data.parts import check_part_pattern
 from diffad.images import IMAGENET_MEAN, IMAGENET_STD
@@ -165,16 +166,16 @@ def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             parser.error(str(error))
 
 
-def add_shared_arguments(parser: argparse.ArgumentParser, any_ratio: bool = False, with_region: bool = False) -> None:
+def add_shared_arguments(parser: argparse.ArgumentParser, any_ratio: bool = False, calibrates: bool = False) -> None:
     """The flags of diffusers' own training examples, and what finding anomalies adds to them.
 
-    `any_ratio`: whether the training images may be other than square; `with_region`: whether there is a use for
-    `--roi`.
+    `any_ratio`: whether the training images may be other than square; `calibrates`: whether the model finds anomalies
+    in the end, so that there is a use for `--roi`, `--false_alarm_rate` and `--num_example_images`.
     """
     switch: dict[str, Any] = {"action": argparse.BooleanOptionalAction, "default": False}  # --no-FLAG undoes a --config
     data = parser.add_argument_group("data")
     data.add_argument("--config", metavar="FILE", help="YAML of any of these flags; the command line overrides it")
-    add_source_arguments(data, with_region)
+    add_source_arguments(data, with_region=calibrates)
     data.add_argument(
         "--balance_categories",
         **switch,
@@ -229,11 +230,13 @@ def add_shared_arguments(parser: argparse.ArgumentParser, any_ratio: bool = Fals
     run.add_argument("--checkpoints_total_limit", type=POSITIVE, default=2, help="checkpoints kept (2)")
     run.add_argument("--resume_from_checkpoint", metavar="DIR", help="a checkpoint folder, or 'latest'")
     run.add_argument("--validation_steps", type=COUNT, default=0, help="steps between validation pictures (0: none)")
-    run.add_argument("--report_to", default=None, help="tracker: tensorboard, wandb, ... (none)")
+    trackers = ("all", *sorted(LOGGER_TYPE_TO_CLASS))
+    run.add_argument("--report_to", choices=trackers, metavar="NAME", help="tracker: tensorboard, wandb, ... (none)")
     run.add_argument("--push_to_hub", **switch, help="upload the pipeline, its card and pictures at the end")
-    run.add_argument(
-        "--num_example_images", type=COUNT, default=2, help="good images saved as pictures, and pushed (2)"
-    )
+    if calibrates:
+        run.add_argument(
+            "--num_example_images", type=COUNT, default=2, help="good images saved as pictures, and pushed (2)"
+        )
     run.add_argument("--hub_model_id", help="repository to push to (default: the name of --output_dir)")
     run.add_argument("--hub_token", help="Hub token (default: the one you logged in with)")
 
@@ -267,7 +270,10 @@ def add_shared_arguments(parser: argparse.ArgumentParser, any_ratio: bool = Fals
         "--mixed_precision", choices=PRECISIONS, help="auto is bf16 where that is fast, else no (accelerate's setting)"
     )
     optimization.add_argument("--gradient_checkpointing", **switch, help="less memory for more time")
-    optimization.add_argument("--false_alarm_rate", type=RATE, default=0.01, help="of good parts, at the end (0.01)")
+    if calibrates:
+        optimization.add_argument(
+            "--false_alarm_rate", type=RATE, default=0.01, help="of good parts, at the end (0.01)"
+        )
 
 
 def add_diad_arguments(parser: argparse.ArgumentParser) -> None:
@@ -309,13 +315,14 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
             parser.error(f"--config: {path} is not YAML: {' '.join(str(error).split())}")
         if not isinstance(values, dict):
             parser.error(f"--config: {path} must hold lines of `flag: value`")
-        known = {action.dest for action in parser._actions}
+        known = {action.dest for action in parser._actions} - {"config", "help"}
         unknown = sorted(map(str, set(values) - known))
         if unknown:
             parser.error(f"--config: {path} sets unknown flags {', '.join(unknown)}")
         # in front of the command line's, so that types and choices are checked and the later ones win
         configured: list[str] = []
         with_value = {action.dest for action in parser._actions if action.nargs != 0}
+        with_one = {action.dest for action in parser._actions if action.nargs is None}
         for name, value in values.items():
             text = written.get(name, value)
             if value is False and name == "mixed_precision":  # so YAML reads `no`
@@ -324,6 +331,8 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
                 continue
             elif name not in with_value and not isinstance(value, bool | None):
                 parser.error(f"--config: {path}: {name} must be true or false, but is {text}")
+            elif isinstance(value, list) and name in with_one:
+                parser.error(f"--config: {path}: {name} takes one value, but is {value}")
             elif isinstance(value, list):
                 configured += [f"--{name}", *map(str, text)]
             elif isinstance(value, bool) and name not in with_value:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 HELD_OUT_NAME = "held_out.json"  # in a checkpoint, which images its run has held out
 SETTINGS_NAME = "settings.json"  # in a checkpoint, the flags that its weights depend on
+FROZEN_NAME = "frozen"  # among them, the `frozen_digest`
+OF_NOISE = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"]
+OF_NOISE += ["rescale_betas_zero_snr"]
 
 
 def save_checkpoint(
@@ -149,11 +154,31 @@ def check_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
     given = json.loads(json.dumps(settings))
     for name, value in given.items():
         if known.get(name, value) != value:
+            if name == FROZEN_NAME:
+                raise ValueError(
+                    f"--pretrained_model_name_or_path, --preset, --vae_path or --backbone_weights: {checkpoint} was "
+                    "trained with another autoencoder, feature extractor or noise schedule than they give now. Give "
+                    "what it began with, or start anew in another --output_dir."
+                )
             now, before = ("not given" if one is None else shown(one) for one in (value, known[name]))
             raise ValueError(
                 f"--{name} is {now}, but {checkpoint} was trained with {before}. Give that, or start anew in another "
                 "--output_dir."
             )
+
+
+def frozen_digest(scheduler: Any, *networks: torch.nn.Module) -> str:
+    """SHA-256, in hex, of what a run has and a checkpoint has not: networks that are not trained, and the noise.
+
+    It is taken of what was loaded, before anything is fitted, whose last digits another machine gives otherwise.
+    """
+    noise = {name: scheduler.config.get(name) for name in OF_NOISE}
+    digest = hashlib.sha256(json.dumps(noise, default=str).encode())
+    for network in networks:
+        for name, value in sorted(network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def shown(value: Any) -> str:

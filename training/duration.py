@@ -39,16 +39,23 @@ def steps_in(
 
     Args:
         args: of the run. `TRAINING_SHARE` of its `minutes` are for what comes before the end of training. A run that
-            goes on takes the number that it began with, which is kept in `output_dir`.
+            goes on takes the number that it began with, which is kept beside its checkpoint.
         seconds_spent: of the run so far.
         unet: the network to train.
         batch_loss: as in `diffad.training.loop.train`.
         data_loader: of the training.
         accelerator: of the run.
     """
-    kept = Path(args.output_dir, KEPT_NAME)
-    if checkpoint_to_resume(args) is not None and kept.is_file():
-        known = json.loads(kept.read_text())
+
+    def keep(values: dict[str, float]) -> None:
+        if accelerator.is_main_process:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            write_text_whole(Path(args.output_dir, KEPT_NAME), json.dumps(values) + "\n")
+
+    checkpoint = checkpoint_to_resume(args)
+    if checkpoint is not None and (beside := checkpoint.parent / KEPT_NAME).is_file():
+        known = json.loads(beside.read_text())
+        keep(known)
         accelerator.print(
             f"It goes on with the {known['max_train_steps']} steps that it began with, of {known['minutes']:g} "
             "minutes: --max_train_steps asks for others."
@@ -73,8 +80,6 @@ def steps_in(
     a_step = statistics.median(seconds[1:]) * args.gradient_accumulation_steps
     left = TRAINING_SHARE * 60.0 * args.minutes - seconds_spent
     steps = min(gather_object([max(FEWEST_STEPS, int(left / a_step))]))
-    if accelerator.is_main_process:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        write_text_whole(kept, json.dumps({"minutes": args.minutes, "max_train_steps": steps}) + "\n")
+    keep({"minutes": args.minutes, "max_train_steps": steps})
     accelerator.print(f"{args.minutes:g} minutes are {steps} steps: --max_train_steps repeats it.")
     return steps

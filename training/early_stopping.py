@@ -18,6 +18,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from diffad.files import write_text_whole
+from diffad.training.checkpoints import checkpoint_to_resume
 
 MEASURES = 20  # of the loss in a whole run
 PATIENCE = 5  # measures without a new best, after which a run ends: a quarter of its steps
@@ -25,7 +26,7 @@ KEPT_NAME = "held_out_loss.json"
 
 
 class HeldOutLoss:
-    """The held-out loss every twentieth of a run, kept in `output_dir`, where a run that goes on finds it.
+    """The held-out loss every twentieth of a run, kept beside its checkpoints, where a run that goes on finds it.
 
     Args:
         loss: of the network it is given, a scalar: on the same images, with the same noise each time.
@@ -45,8 +46,9 @@ class HeldOutLoss:
         self.every = max(1, args.max_train_steps // MEASURES)
         self.path = Path(args.output_dir, KEPT_NAME)
         self.values: dict[int, float] = {}  # by step
-        if first_step and self.path.is_file():
-            known = json.loads(self.path.read_text(encoding="utf-8"))
+        checkpoint = checkpoint_to_resume(args)  # it may lie in another folder
+        if first_step and checkpoint is not None and (beside := checkpoint.parent / KEPT_NAME).is_file():
+            known = json.loads(beside.read_text(encoding="utf-8"))
             self.values = {int(step): value for step, value in known.items() if int(step) <= first_step}
 
     @torch.no_grad()

@@ -33,7 +33,7 @@ from diffad.evaluation.report import (
     take_up_report,
     with_mean,
 )
-from diffad.precision import PRECISIONS, resolve_precision
+from diffad.precision import PRECISIONS, checked_precision, resolve_precision
 from diffad.prediction.detection_call import noise_of
 from diffad.training.arguments import POSITIVE, SHARE, FlagParser, local_path, whole_number
 
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = create_parser()
     args = parser.parse_args(argv)
     accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision))
-    args.mixed_precision = accelerator.mixed_precision  # also where accelerate's own settings say so
+    args.mixed_precision = checked_precision(accelerator)  # also where accelerate's own settings say so
     path = Path(args.output)
     if path.suffix != ".json":
         raise ValueError(f"--output must end in .json, but is {path}.")

@@ -67,13 +67,22 @@ def finish(
     accelerator.wait_for_everyone()  # for what is saved; an upload takes longer than a collective may
     if args.push_to_hub and accelerator.is_main_process:
         repo_id = args.hub_model_id or Path(args.output_dir).name
-        pipeline.push_to_hub(repo_id, token=args.hub_token, folder=args.output_dir)
+        try:
+            pipeline.push_to_hub(repo_id, token=args.hub_token, folder=args.output_dir)
+        except Exception as error:  # the network has errors of its own
+            raise RuntimeError(
+                f"--push_to_hub: the upload failed ({error}). The model is saved; `diffad push {args.output_dir} "
+                f"{repo_id}` uploads it."
+            ) from error
 
 
 def save_examples(pipeline: Any, held_out: Dataset, args: argparse.Namespace) -> None:
     """Good images beside their overlays, for the model's card: nothing should light up, least of all where the
     statistics know them (no denoiser runs).
     """
+    for earlier in Path(args.output_dir).glob("good-*.png"):  # of another model, and maybe of other parts
+        if earlier.stem.removeprefix("good-").isdecimal():
+            earlier.unlink()
     for i in range(min(args.num_example_images, len(held_out))):
         image = held_out[i]["image"]
         picture = np.asarray(image_to_rgb(image, pipeline.value_range))
@@ -89,7 +98,9 @@ def save_examples(pipeline: Any, held_out: Dataset, args: argparse.Namespace) ->
 
 
 def save_record(args: argparse.Namespace, record: dict[str, Any]) -> None:
-    """Writes `training.json` beside the model: the arguments, and what came of them."""
+    """Writes `training.json` beside the model: arguments, what came of them, and what of the Hub it started from."""
     arguments = {name: value for name, value in vars(args).items() if name not in SECRETS}
-    record = {"arguments": arguments, **record}
+    starts = [arguments.get(name) for name in ("pretrained_model_name_or_path", "vae_path")]
+    published = [name for name in starts if name and not Path(name).exists()]  # what is no folder came from the Hub
+    record = {"arguments": arguments, **({"base_model": published[0]} if published else {}), **record}
     write_text_whole(Path(args.output_dir, TRAINING_NAME), json.dumps(record, indent=2, default=str) + "\n")

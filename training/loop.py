@@ -17,6 +17,7 @@ from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from huggingface_hub import create_repo
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -26,10 +27,10 @@ from diffad.cores import limit_threads
 from diffad.files import locked_folder
 from diffad.model_card import SECRETS
 from diffad.model_folder import MODEL_LOCK_NAME
-from diffad.precision import resolve_precision
+from diffad.precision import checked_precision, resolve_precision
 from diffad.process_share import on_main
 from diffad.seeding import step_generator
-from diffad.training.checkpoints import list_checkpoints, resume, save_checkpoint
+from diffad.training.checkpoints import checkpoint_to_resume, list_checkpoints, resume, save_checkpoint
 from diffad.training.early_stopping import HeldOutLoss
 from diffad.training.sharded_networks import check_sharding, is_sharded
 from diffad.training.stop_signals import catch_stop_signals, received_anywhere
@@ -42,7 +43,8 @@ def create_accelerator(args: argparse.Namespace, can_shard: bool = False) -> Acc
     """Accelerate, with a data order that the seed and the epoch alone decide, so that a resumed run sees the same.
 
     Raises:
-        ValueError: weights are to be sharded, and `can_shard` or a flag says that they cannot be.
+        RuntimeError: `args.push_to_hub`, and the Hub gives no repository to push to.
+        ValueError: weights are to be sharded, and `can_shard` or a flag says that they cannot be; fp16 on a CPU.
     """
     limit_threads()
     accelerator = Accelerator(
@@ -58,7 +60,9 @@ def create_accelerator(args: argparse.Namespace, can_shard: bool = False) -> Acc
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
     check_sharding(args, accelerator, can_shard)
-    args.mixed_precision = accelerator.mixed_precision  # also where accelerate's own settings say so
+    args.mixed_precision = checked_precision(accelerator)  # also where accelerate's own settings say so
+    if args.push_to_hub:
+        on_main(accelerator, lambda: create_repository(args))
     set_seed(args.seed)
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -66,6 +70,22 @@ def create_accelerator(args: argparse.Namespace, can_shard: bool = False) -> Acc
         scalars = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool)) and k not in SECRETS}
         accelerator.init_trackers("diffad", config=scalars)
     return accelerator
+
+
+def create_repository(args: argparse.Namespace) -> None:
+    """Creates what `--push_to_hub` pushes to, where it is not there: else only the end of the run would find an error.
+
+    Raises:
+        RuntimeError: its name is none, nobody is logged in, or the Hub cannot be reached.
+    """
+    repo_id = args.hub_model_id or Path(args.output_dir).name
+    try:
+        create_repo(repo_id, token=args.hub_token, exist_ok=True)
+    except Exception as error:  # the network has errors of its own
+        raise RuntimeError(
+            f"--push_to_hub: no repository {repo_id!r} can be had ({error}). Mend --hub_model_id, log in (`hf auth "
+            "login`, or --hub_token), or leave --push_to_hub out."
+        ) from error
 
 
 @contextmanager
@@ -134,6 +154,12 @@ def train(
     step = first_step = resume(accelerator, args, settings)
     check_steps(step, args)
     check_rates(optimizer, schedule, args, images_a_step)
+    take_place(schedule, args, accelerator)
+    if step < args.max_train_steps <= args.lr_warmup_steps and args.lr_scheduler != "constant":
+        accelerator.print(
+            f"--lr_warmup_steps {args.lr_warmup_steps} are no fewer than the {args.max_train_steps} steps of this run: "
+            f"the learning rate never comes to {step_rate(args, images_a_step):g}. Give fewer."
+        )
     if ema is not None:
         ema.to(accelerator.device)  # a checkpoint is loaded into memory, beside a GPU
     held_out = None if held_out_loss is None else HeldOutLoss(held_out_loss, args, first_step, accelerator)
@@ -216,6 +242,7 @@ def training_batches(
         epoch, offset = divmod(number, len(data_loader))
         data_loader.set_epoch(epoch)
         loader = accelerator.skip_first_batches(data_loader, offset) if offset else data_loader
+        loader.set_epoch(epoch)  # before accelerate 1.15, one that skips is shuffled as the first epoch is
         for batch in loader:
             yield number, batch
             number += 1
@@ -286,6 +313,24 @@ def check_rates(optimizer: Any, schedule: Any, args: argparse.Namespace, images_
                 f"{flag} is {given:g}, but the checkpoint was trained with {loaded:g}, which a resumed run keeps. "
                 "Give that, or start anew in another --output_dir."
             )
+
+
+def take_place(schedule: Any, args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """The place of a checkpoint's step on the schedule, where other processes than now have come to it.
+
+    accelerate steps a schedule once for every process, and a checkpoint tells the sum.
+    """
+    checkpoint = checkpoint_to_resume(args)
+    if checkpoint is None:
+        return
+    before, now = len(list(checkpoint.glob("random_states_*.pkl"))), accelerator.num_processes  # a file of each
+    if before in (0, now):
+        return
+    inner = schedule.scheduler
+    inner.last_epoch = inner.last_epoch // before * now
+    (group,), (highest,), (factor,) = inner.optimizer.param_groups, inner.base_lrs, inner.lr_lambdas
+    group["lr"] = highest * factor(inner.last_epoch)
+    inner._last_lr = [group["lr"]]
 
 
 def create_ema(

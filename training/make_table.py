@@ -45,7 +45,7 @@ from diffad.files import read_json_object
 from diffad.images import ImageSequence, as_size, images_to_pixel_values
 from diffad.model_card import TRAINING_NAME
 from diffad.pipelines.detection import DetectionPipeline, setting_names
-from diffad.precision import resolve_precision
+from diffad.precision import checked_precision, resolve_precision
 from diffad.process_share import process_share
 from diffad.scoring import Measurement, empty_measurement
 from diffad.seeding import draw_noise, image_generator
@@ -466,7 +466,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     folders = [row_folders(table, row, list(tests), args) for row in table["rows"]]
     limit_threads()
     accelerator = Accelerator(mixed_precision=resolve_precision(args.mixed_precision))
-    args.mixed_precision = accelerator.mixed_precision  # also where accelerate's own settings say so
+    args.mixed_precision = checked_precision(accelerator)  # also where accelerate's own settings say so
     tell_of_one_kind(tests, accelerator)
     goods = split_by_category(
         load_training_images(args.data, args.category, args.dataset, images, accelerator, args.on_bad_image)

@@ -30,6 +30,7 @@ from diffad import TimmFeatureExtractor
 from diffad.images import denormalize_images, images_to_pixel_values, images_to_tensors, normalize_images
 from diffad.latents import encode_latents
 from diffad.pipelines.saving import save_whole
+from diffad.pipelines.sharing import push_autoencoder
 from diffad.registration import COMPONENTS
 from diffad.training.arguments import (
     NOT_NEGATIVE,
@@ -337,7 +338,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
             vae.save_pretrained(unfinished)
         save_record(args, {"categories": categories, **record, "held_out_l1": round(error, 6)})
         if args.push_to_hub:
-            vae.push_to_hub(args.hub_model_id or Path(args.output_dir).name, token=args.hub_token)
+            push_autoencoder(vae, args.output_dir, args.hub_model_id or Path(args.output_dir).name, args.hub_token)
     accelerator.wait_for_everyone()
     accelerator.print(
         f"Saved an autoencoder to {args.output_dir} after {time.time() - started:.0f} s; on held-out images its "

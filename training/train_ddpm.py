@@ -49,6 +49,7 @@ from diffad.training.arguments import (
     warn_of_overruled,
 )
 from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
+from diffad.training.checkpoints import FROZEN_NAME, frozen_digest
 from diffad.training.choice import choose_settings, describe_choice
 from diffad.training.data import (
     ResizedImages,
@@ -92,7 +93,7 @@ AUTOMATIC = Path(__file__).parent / "configs" / "automatic.yaml"
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = FlagParser(description="Trains AnomalyDenoise on good images.")
-    add_shared_arguments(parser, any_ratio=True, with_region=True)
+    add_shared_arguments(parser, any_ratio=True, calibrates=True)
     model = parser.add_argument_group("model")
     model.add_argument(
         "--preset",
@@ -392,6 +393,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         sides = choose_feature_sizes(args, sizes, one_size, training["category"], multiple)
         args.feature_image_size = sides or [DEFAULT_SIDE]
     unet, scheduler, extractor, names = create_components(args, categories, ratio)
+    frozen = frozen_digest(scheduler, extractor)
     labels = [same_name(name, categories) or name for name in names]  # as the data spell them
     scored_layers(args.score_strides, extractor)  # the pipeline checks it as well, but after the training
     size = as_size(args.resolution)
@@ -460,7 +462,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if args.minutes is not None:
         args.max_train_steps = steps_in(args, time.time() - started, unet, batch_loss, data_loader, accelerator)
     of_weights = OF_LOSS if args.pretrained_model_name_or_path else OF_LOSS | OF_NETWORKS
-    settings = {name: getattr(args, name) for name in sorted(of_weights)}
+    settings = {**{name: getattr(args, name) for name in sorted(of_weights)}, FROZEN_NAME: frozen}
     record = train(unet, batch_loss, data_loader, args, accelerator, save_pictures, held_out_loss, settings)
 
     # 4. Calibrate on good images and save the pipeline

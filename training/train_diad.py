@@ -51,7 +51,7 @@ from diffad.training.arguments import (
     warn_of_overruled,
 )
 from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
-from diffad.training.checkpoints import checkpoint_to_resume
+from diffad.training.checkpoints import FROZEN_NAME, checkpoint_to_resume, frozen_digest
 from diffad.training.data import (
     ResizedImages,
     augment,
@@ -88,7 +88,7 @@ STATISTICS_IMAGES = 64  # spread over all categories, which tell the latents' me
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = FlagParser(description="Trains DiAD on good images.")
-    add_shared_arguments(parser, with_region=True)
+    add_shared_arguments(parser, calibrates=True)
     add_diad_arguments(parser)
     parser.set_defaults(  # the paper's, for MVTec-AD
         output_dir="runs/diad",
@@ -347,15 +347,16 @@ def find_latent_statistics(
     pipeline: DiADPipeline, images: ResizedImages, args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[list[float], list[float]]:
     """Mean and deviation of the latents' channels over good images; a resumed run has those that it began with."""
-    kept = Path(args.output_dir, STATISTICS_NAME)
-    if checkpoint_to_resume(args) is not None and kept.exists():
-        known = json.loads(kept.read_text(encoding="utf-8"))
-        return known["mean"], known["std"]
-    batches = spread_batches(images, STATISTICS_IMAGES, accelerator.device)
-    normalized = (normalize_images(batch, args.image_mean, args.image_std) for batch in batches)
-    mean, std = latent_statistics(pipeline.vae, normalized)
+    checkpoint = checkpoint_to_resume(args)
+    if checkpoint is not None and (beside := checkpoint.parent / STATISTICS_NAME).exists():
+        known = json.loads(beside.read_text(encoding="utf-8"))
+        mean, std = known["mean"], known["std"]
+    else:
+        batches = spread_batches(images, STATISTICS_IMAGES, accelerator.device)
+        normalized = (normalize_images(batch, args.image_mean, args.image_std) for batch in batches)
+        mean, std = latent_statistics(pipeline.vae, normalized)
     if accelerator.is_main_process:
-        write_text_whole(kept, json.dumps({"mean": mean, "std": std}) + "\n")
+        write_text_whole(Path(args.output_dir, STATISTICS_NAME), json.dumps({"mean": mean, "std": std}) + "\n")
     return mean, std
 
 
@@ -538,6 +539,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     settings = {name: getattr(args, name) for name in OF_WEIGHTS}
     guidance = {} if pipeline.sg_network is None else pipeline.sg_network.config
     settings |= {name: guidance.get(name) for name in ("guidance_outputs", "fusion")}
+    settings[FROZEN_NAME] = frozen_digest(forward_process, pipeline.vae)  # no loss has the feature extractor
     data_loader = create_data_loader(examples, args)
     record = train(model, batch_loss, data_loader, args, accelerator, save_pictures, None, settings)
 

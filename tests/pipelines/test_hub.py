@@ -92,7 +92,9 @@ def publish(folder: Path) -> dict[str, str]:
     commit = pipeline.push_to_hub("alice/parts", token=BOB, create_pr=True)
     results["proposed"] = str(commit.pr_url)
 
-    finish_training(folder)
+    results["not uploaded"] = outcome(lambda: finish_training(folder))
+    AnomalyDenoisePipeline.from_pretrained(folder / "trained").push_to_hub("alice/trained", token=ALICE)
+    train_an_autoencoder(folder)
     diad = tiny_diad()
     measure(diad, folder / "diad.npz")
     diad.push_to_hub("alice/diad", token=ALICE)
@@ -127,6 +129,17 @@ def finish_training(folder: Path) -> None:
     good = load_anomaly_dataset(data, split="train")
     training, held_out = good.select(range(5)), good.select(range(5, 8))
     finish(tiny_pipeline(), training, held_out, ["tile"], arguments, {"steps": 345}, Accelerator())
+
+
+def train_an_autoencoder(folder: Path) -> None:
+    """A training of one that starts from a folder, with --push_to_hub."""
+    from conftest import write_folder
+    from diad_runs import tiny_vae, train_vae
+
+    tiny_vae().save_pretrained(folder / "vae")
+    good = write_folder(folder / "parts", 8)
+    more = ("--pretrained_model_name_or_path", folder / "vae", "--hub_token", ALICE, "--hub_model_id", "alice/vae")
+    train_vae(good, folder / "trained_vae", *more, "--push_to_hub")
 
 
 def pull(folder: Path) -> dict[str, str]:
@@ -204,12 +217,13 @@ def story(tmp_path_factory) -> Path:
 
 def run_story(folder: Path) -> None:
     with running_hub({ALICE: "alice", BOB: "bob"}) as hub:
-        hub.failures["alice/parts"] = 1
+        hub.failures |= {"alice/parts": 1, "alice/trained": 1}
 
         def start(step: str, home: str, **environment: str) -> subprocess.Popen:
             inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DIFFUSERS"))}
             settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / home), "HF_HUB_DISABLE_XET": "1"}
-            settings["PYTHONPATH"] = str(Path(__file__).parents[1])  # of the modules that tests share
+            tests = Path(__file__).parents[1]  # of the modules that tests share
+            settings["PYTHONPATH"] = os.pathsep.join(map(str, (tests, tests / "training")))
             with open(folder / f"{step}.log", "w") as log:
                 return subprocess.Popen(
                     [sys.executable, __file__, step, str(folder)],
@@ -308,6 +322,20 @@ def test_a_training_run_pushes_its_record_but_no_earlier_report(story):
     assert "Nothing was measured" in trained["README.md"]
     assert "report.json" not in trained
     assert ALICE not in (story / "trained" / "training.json").read_text()
+
+
+def test_an_upload_that_fails_after_a_training_says_what_to_do(story):
+    words = results(story, "publish")["not uploaded"]
+    assert words.startswith("RuntimeError: --push_to_hub: the upload failed (")
+    assert words.endswith(f"The model is saved; `diffad push {story / 'trained'} alice/trained` uploads it.")
+
+
+def test_a_pushed_autoencoder_has_a_card_and_its_record(story):
+    vae = results(story, "hub")["contents"]["alice/vae"]["main"]
+    assert set(vae) == {"config.json", "diffusion_pytorch_model.safetensors", "training.json", "README.md"}
+    assert "`train_diad.py --vae_path alice/vae`" in vae["README.md"]
+    assert "More Information Needed" not in vae["README.md"]
+    assert "held_out_l1" in json.loads(vae["training.json"])
 
 
 def test_an_interrupted_push_goes_on_and_an_unchanged_one_sends_nothing(story):

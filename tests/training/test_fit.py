@@ -156,6 +156,13 @@ def test_a_folder_of_images_is_of_the_category_that_is_named(tmp_path):
             CliRunner().invoke(app, [*flags, "cap"], catch_exceptions=False)
 
 
+def test_pictures_of_an_earlier_model_do_not_stay(tmp_path):
+    fit(write_folder(tmp_path / "part", 6), tmp_path / "model", "--num_example_images", 3)
+    shutil.copy(tmp_path / "model" / "good-3.png", tmp_path / "model" / "good-side.png")  # somebody else's
+    fit(write_folder(tmp_path / "other", 6, first_seed=50), tmp_path / "model", "--num_example_images", 1)
+    assert sorted(path.name for path in (tmp_path / "model").glob("*.png")) == ["good-1.png", "good-side.png"]
+
+
 def test_a_folder_that_another_run_writes_to_is_refused(tmp_path):
     write_folder(tmp_path / "good", 5, size=32)
     (tmp_path / "model").mkdir()

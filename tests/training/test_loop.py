@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy_training
+from accelerate import Accelerator
 from launching import launch, launch_command
 
 from diffad.training.arguments import add_shared_arguments, parse_arguments
@@ -67,6 +69,25 @@ def test_a_signal_is_looked_at_between_steps_and_resuming_is_exact(tmp_path, cap
 
     record = toy_training.run(tmp_path / "cut", "--resume_from_checkpoint", "latest")
     assert record["steps"] == 6
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("loader_knows_its_epoch", [True, False])
+def test_resuming_in_the_middle_of_a_later_epoch_is_exact(tmp_path, monkeypatch, loader_knows_its_epoch):
+    if not loader_knows_its_epoch:  # as one that skips is before accelerate 1.15
+        skip = Accelerator.skip_first_batches
+
+        def as_of_the_first_epoch(self, *args):
+            loader = skip(self, *args)
+            loader.iteration = 0
+            return loader
+
+        monkeypatch.setattr(Accelerator, "skip_first_batches", as_of_the_first_epoch)
+    toy_training.run(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        toy_training.run(tmp_path / "cut", on_batch=at_batch(7, lambda: signal.raise_signal(signal.SIGTERM)))
+    assert checkpoints(tmp_path / "cut") == ["checkpoint-4"]  # after eight batches of three an epoch
+    toy_training.run(tmp_path / "cut", "--resume_from_checkpoint", "latest")
     assert_same_weights(tmp_path / "cut", tmp_path / "whole")
 
 
@@ -206,6 +227,25 @@ def test_all_processes_see_that_the_loss_of_one_is_not_finite(tmp_path):
     assert checkpoints(tmp_path / "run") == ["checkpoint-2"]
 
 
+def test_the_learning_rate_follows_the_steps_where_another_number_of_processes_goes_on(tmp_path):
+    def rates(folder: Path) -> list[float]:
+        states = (torch.load(folder / f"checkpoint-{step}" / "scheduler.bin") for step in (2, 4, 6))
+        return [state["_last_lr"][0] for state in states]
+
+    every = ("--checkpointing_steps", 2, "--checkpoints_total_limit", 3)
+    more = ("--resume_from_checkpoint", "latest")
+    toy_training.run(tmp_path / "one", *every)
+    launch(SCRIPT, tmp_path / "two", 99, 0, "nan", *every, processes=2, cwd=tmp_path)
+    assert rates(tmp_path / "one") == pytest.approx(rates(tmp_path / "two"))
+    assert rates(tmp_path / "one")[2] == pytest.approx(0.0)
+    for began, goes_on in (("one", "two"), ("two", "one")):
+        shutil.copytree(tmp_path / began / "checkpoint-2", tmp_path / f"then_{goes_on}" / "checkpoint-2")
+    toy_training.run(tmp_path / "then_one", *every, *more)
+    launch(SCRIPT, tmp_path / "then_two", 99, 0, "nan", *every, *more, processes=2, cwd=tmp_path)
+    for goes_on in ("one", "two"):
+        assert rates(tmp_path / f"then_{goes_on}") == pytest.approx(rates(tmp_path / "one"))
+
+
 # -- length and optimizer, as in diffusers' examples -------------------------------------------------------------
 
 
@@ -234,6 +274,15 @@ def optimizer_of(tmp_path, *flags):
 def test_the_learning_rate_is_that_of_an_image_where_it_is_scaled(tmp_path):
     assert optimizer_of(tmp_path).defaults["lr"] == pytest.approx(0.1)
     assert optimizer_of(tmp_path, "--scale_lr").defaults["lr"] == pytest.approx(0.8)  # eight images a step
+
+
+def test_a_warm_up_as_long_as_the_run_is_told(tmp_path, capsys):
+    toy_training.run(tmp_path / "long", "--lr_warmup_steps", 6)
+    words = "--lr_warmup_steps 6 are no fewer than the 6 steps of this run: the learning rate never comes to 0.1."
+    assert words in capsys.readouterr().out
+    toy_training.run(tmp_path / "short", "--lr_warmup_steps", 5)
+    toy_training.run(tmp_path / "without", "--lr_warmup_steps", 6, "--lr_scheduler", "constant")
+    assert "--lr_warmup_steps" not in capsys.readouterr().out
 
 
 def test_8_bits_take_bitsandbytes(tmp_path):
@@ -283,9 +332,13 @@ def test_a_run_that_goes_on_knows_the_held_out_losses_so_far(tmp_path):
     with pytest.raises(SystemExit):
         toy_training.run(tmp_path / "stopped", *flags, on_batch=interrupt, held_out_loss=loss)
     assert len(seen) == 5
-    more = ("--resume_from_checkpoint", "latest")
-    assert toy_training.run(tmp_path / "stopped", *flags, *more, held_out_loss=loss)["steps"] == 16
-    assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
+    checkpoint = tmp_path / "stopped" / checkpoints(tmp_path / "stopped")[-1]
+    for folder, which in (("elsewhere", checkpoint), ("stopped", "latest")):
+        loss, seen = rising_after(3)
+        seen.extend([None] * 5)
+        more = ("--resume_from_checkpoint", which)
+        assert toy_training.run(tmp_path / folder, *flags, *more, held_out_loss=loss)["steps"] == 16
+        assert_same_weights(tmp_path / folder, tmp_path / "whole")
 
 
 def test_a_run_that_has_ended_early_takes_no_further_step(tmp_path):

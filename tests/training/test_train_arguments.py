@@ -95,6 +95,9 @@ def test_the_shipped_configurations_are_valid(name, data):
         (DATA, "a: [1\n", "--config"),
         (DATA, "category: größe\n".encode("latin-1"), "--config: .*run.yaml is not YAML"),
         (DATA, "1: 2\n", "sets unknown flags 1"),
+        (DATA, "config: other.yaml\n", "sets unknown flags config"),
+        (DATA, "seed: [1, 2]\n", r"--config: .*run.yaml: seed takes one value, but is \[1, 2\]"),
+        ((*DATA, "--report_to", "tensorbord"), None, "--report_to.*'tensorbord'.*tensorboard"),
     ],
 )
 def test_wrong_arguments_end_in_one_clear_line(arguments, config, words, tmp_path, capsys):
@@ -187,6 +190,11 @@ def test_a_configuration_may_say_no_to_a_tracker_and_a_region(tmp_path):
         (fit_gaussian.parse_args, ("--model", "m", *DATA, "--batch_size", "0"), "--batch_size must be at least 1"),
         (fit_gaussian.parse_args, ("--model", "m", *DATA, "--roi", "r.png"), "unrecognized arguments: --roi"),
         (train_autoencoder.parse_args, (*DATA, "--preset", "cpu-128", "--roi", "r"), "unrecognized arguments: --roi"),
+        (
+            train_autoencoder.parse_args,
+            (*DATA, "--preset", "cpu-128", "--false_alarm_rate", "0.05", "--num_example_images", "3"),
+            "unrecognized arguments: --false_alarm_rate 0.05 --num_example_images 3",
+        ),
         (evaluate.main, ("--model", "m", "--data", "d", "--resolution", "0"), "--resolution must be at least 8"),
         (evaluate.main, ("--model", "m", "--data", "d", "--pro_fpr_limit", "2"), "--pro_fpr_limit must lie in"),
         (make_table.main, ("--table", "t", "--data", "d", "--batch_size", "-2"), "--batch_size must be at least 1"),

@@ -305,6 +305,13 @@ def test_no_images_too_few_images_no_folder(tiny, tmp_path):
         train(write_mvtec(tmp_path / "tree"), tmp_path / "run", "--category", "bolt", start=tiny)
 
 
+@pytest.mark.parametrize("repo_id", ["a/b/c", "bad name!", "alice/parts"])  # the last: there is no network
+def test_a_repository_that_cannot_be_had_is_told_before_the_training(good, tiny, tmp_path, repo_id):
+    with pytest.raises(RuntimeError, match=rf"--push_to_hub: no repository '{repo_id}'.*Mend --hub_model_id, log in"):
+        train(good, tmp_path / "run", "--push_to_hub", "--hub_model_id", repo_id, start=tiny)
+    assert list_checkpoints(tmp_path / "run") == []
+
+
 def test_what_is_no_pipeline_to_start_from_is_told_with_its_flag(good, tiny, tmp_path):
     make_pipeline().save_pretrained(tmp_path / "diad")
     flag = "--pretrained_model_name_or_path"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -28,6 +29,7 @@ from diad_runs import (  # noqa: F401 (fixtures)
     shared_flags,
     start_vae,
     tiny,
+    tiny_vae,
     train,
     train_vae,
 )
@@ -284,6 +286,10 @@ def test_statistics_of_latents_are_taken_anew_where_no_checkpoint_was_left(tmp_p
     second = statistics("run", "--resume_from_checkpoint", "latest")
     assert second != first
     assert second == statistics("another")
+    # with a checkpoint, those that it was trained with count, also in another folder
+    (checkpoint := tmp_path / "run" / "checkpoint-1").mkdir()
+    tiny_taef2(levels=4, latent_channels=4).save_pretrained(tmp_path / "vae")
+    assert statistics("elsewhere", "--resume_from_checkpoint", checkpoint) == second
 
 
 @pytest.mark.parametrize("preset", sorted(DIAD_PRESETS))
@@ -541,6 +547,15 @@ def test_a_resumed_run_has_the_loss_that_it_began_with(good, tiny, start_vae, tm
     with pytest.raises(ValueError, match=r"--train_whole_unet is True, but .*checkpoint-2 was trained with False"):
         train(good, tmp_path / "diad", tiny, *more, "--train_whole_unet", steps=3)
     train(good, tmp_path / "diad", tiny, *more, "--sigma", 2, steps=3)
+    with torch.no_grad():
+        (vae := tiny_vae()).encoder.conv_in.weight.mul_(1.1)
+    vae.save_pretrained(tmp_path / "other_vae")
+    with (
+        pytest.warns(UserWarning, match="is not the autoencoder of"),
+        pytest.raises(ValueError, match=r"--vae_path.*checkpoint-3 was trained with another autoencoder"),
+    ):
+        train(good, tmp_path / "diad", tiny, *more, "--vae_path", tmp_path / "other_vae", steps=4)
+    train(good, tmp_path / "diad", shutil.copytree(tiny, tmp_path / "moved"), *more, steps=4)
     start = ("--pretrained_model_name_or_path", start_vae)
     train_vae(good, tmp_path / "vae", *start)
     with pytest.raises(ValueError, match=r"--kl_weight is 0.5, but .*checkpoint-2 was trained with 1e-06"):

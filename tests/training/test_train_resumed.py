@@ -22,8 +22,8 @@ from launching import launch, launch_command
 from safetensors.torch import load_file
 
 from diffad.training import train_ddpm
-from diffad.training.checkpoints import list_checkpoints
-from diffad.training.duration import FEWEST_STEPS
+from diffad.training.checkpoints import FROZEN_NAME, list_checkpoints
+from diffad.training.duration import FEWEST_STEPS, KEPT_NAME
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -168,6 +168,16 @@ def test_a_resumed_run_has_the_loss_and_the_networks_that_it_began_with(good, ti
     train(good, tmp_path / "further", "--beta_schedule", "scaled_linear", *more, start=tiny, steps=3)
     with pytest.raises(ValueError, match=r"--feature_loss_weight is 3.0, but .*checkpoint-3 was trained with 1.0"):
         train(good, tmp_path / "further", "--feature_loss_weight", 3, *more, start=tiny, steps=4)
+    # and new networks do not go on with its denoiser, beside another backbone and under other noise
+    with pytest.raises(
+        ValueError, match=r"--pretrained_model_name_or_path, --preset.*checkpoint-3 was trained with an"
+    ):
+        train(good, tmp_path / "further", "--beta_schedule", "scaled_linear", *more, steps=4)
+    # a checkpoint of an earlier version does not tell
+    kept = tmp_path / "further" / "checkpoint-3" / "settings.json"
+    settings = json.loads(kept.read_text())
+    kept.write_text(json.dumps({name: value for name, value in settings.items() if name != FROZEN_NAME}))
+    train(good, tmp_path / "further", *more, start=tiny, steps=4)
 
 
 def test_a_resumed_run_holds_out_the_images_that_it_began_with(good, tiny, tmp_path, monkeypatch):
@@ -211,6 +221,13 @@ def test_minutes_are_counted_anew_where_no_checkpoint_was_left(good, tiny, tmp_p
     assert asked[2] == asked[1]
     words = f"It goes on with the {asked[1][0]} steps that it began with, of 60 minutes: --max_train_steps asks for"
     assert words in capsys.readouterr().out
+    # also in another folder, and from there
+    arguments[arguments.index("latest")] = str(tmp_path / "checkpoint-1")
+    arguments[arguments.index("--output_dir") + 1] = str(tmp_path / "elsewhere")
+    with pytest.raises(KeyboardInterrupt):
+        train_ddpm.main([*arguments, "0.001"])
+    assert asked[3] == asked[1]
+    assert (tmp_path / "elsewhere" / KEPT_NAME).read_text() == (tmp_path / KEPT_NAME).read_text()
 
 
 def test_the_seed_decides(good, tiny, tmp_path):
