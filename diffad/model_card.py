@@ -337,6 +337,7 @@ def _training_table(pipeline: Any, training: dict[str, Any]) -> list[tuple[str, 
     rows = [
         ("data", arguments.get("train_data_dir") or arguments.get("dataset_name")),
         ("categories", ", ".join(training.get("categories") or [])),
+        ("base model", ", ".join(training.get("base_model") or [])),
         ("parameters", ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in trained.items())),
     ]
     if pipeline.feature_extractor is not None:
@@ -400,15 +401,17 @@ def _thresholds(calibration: Any, categories: Sequence[str]) -> dict[str, Any]:
     return {"calibrated": True, "thresholds": rows, "leave_one_out": calibration.leave_one_out}
 
 
-def _license_note(license: str | None, bound: tuple[str, str, str] | None, base_model: str | None = None) -> str:
+def _license_note(
+    license: str | None, bound: tuple[str, str, str] | None, base_models: Sequence[str] | None = None
+) -> str:
     if license:
         note = f"The weights are under {license}."
     elif bound:
         note = f"The training images, {bound[0]}, are under {bound[2]}, and so are these weights."
     else:
         note = "No licence is stated for these weights."
-    if base_model:
-        note += f" They were trained from {base_model}, whose licence binds them as well."
+    if base_models:
+        note += f" They were trained from {' and '.join(base_models)}, whose licence binds them as well."
     return f"{note} diffad itself is under Apache-2.0."
 
 

@@ -623,10 +623,9 @@ class AnomalyDenoisePipeline(DetectionPipeline):
             >>> pipe.fit_gaussian(good_images).save_pretrained("runs/parts")  # doctest: +SKIP
         """
         self._require_denoiser("fit_gaussian")
-        fitted = self.share_components(GradientDenoisingPipeline).fit_gaussian(images, **options)
-        self.register_modules(gaussian=fitted.gaussian)
-        if self.value_range is None:
-            self.register_to_config(value_range=fitted.value_range)
+        self.register_modules(
+            gaussian=self.share_components(GradientDenoisingPipeline).fit_gaussian(images, **options).gaussian
+        )
         return self
 
     def _require_denoiser(self, method: str) -> None:

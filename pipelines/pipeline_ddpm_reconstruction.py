@@ -117,7 +117,8 @@ class DDPMReconstructionPipeline(AnomalyPipeline):
             timestep: how far to noise. More noise hides larger defects, and more of the good parts.
             num_inference_steps: passes of the denoiser; at most `timestep`. It begins at that step of the scheduler's
                 own spacing from which so many are left: at most one spacing below `timestep`, or, where that takes
-                more than whole timesteps, up to a tenth of `timestep` lower. Some large numbers of steps have none.
+                more than whole timesteps, up to a tenth of `timestep` lower. Some numbers of steps, large ones or 1,
+                have none.
             scheduler: in the place of the pipeline's own.
             category: of a unified model, its name or index, one for all images or one each.
             batch_size: images in one pass of the network.
@@ -246,6 +247,8 @@ def total_inference_steps(scheduler: SchedulerMixin, timestep: int, num_inferenc
     enough = last / timestep + 1.0
     found: dict[int, tuple[float, float, int]] = {}
     for total in sorted(range(1, last + 1), key=lambda total: abs(total - likely)):
+        if total > likely + enough and num_inference_steps == 1:  # the one step is at `timestep` or above
+            continue
         if abs(total - likely) > enough and not found.get(num_inference_steps, (math.inf,))[0]:
             break
         for count, below in steps_from(scheduler, timestep, total).items():

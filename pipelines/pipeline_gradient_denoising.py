@@ -313,10 +313,9 @@ class GradientDenoisingPipeline(AnomalyPipeline):
         seeds = image_seeds(generator, len(images))  # of all images, so that processes share them out too
         noise_variance = torch.tensor([1.0 - (1.0 - learning_rate**2) ** denoise_every])
 
-        if self.value_range is None and (found := common_value_range(images)) is not None:
-            warn_of_found_range(found)
-            self.register_to_config(value_range=found)  # calls are about the same
-        value_range = self.value_range
+        value_range = self.value_range or common_value_range(images)
+        if self.value_range is None and value_range is not None:
+            warn_of_found_range(value_range)
 
         def batches() -> Iterator[torch.Tensor]:
             for start in range(0, len(mine), batch_size):

@@ -415,7 +415,6 @@ def test_a_full_disk_is_told_by_the_output(error):
     assert "while the output was written" in describe_error(error, ["export", "m", "m.onnx"])
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no folder that takes no files")
 def test_a_category_without_thresholds_is_told_what_calibrates_it():
     pipeline = tiny_pipeline(categories=["bolt", "tile"])
     pipeline.calibrate(textures(4), category="tile", false_alarm_rate=0.5)
@@ -426,6 +425,7 @@ def test_a_category_without_thresholds_is_told_what_calibrates_it():
         assert describe_error(raised.value, [command, "model", "--category", "bolt"]) == expected
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no folder that takes no files")
 def test_what_cannot_be_written_is_told_before_the_work(model, tmp_path, monkeypatch, capsys):
     good = write_folder(tmp_path / "good", 4)
     for command in (

@@ -204,10 +204,13 @@ def test_a_card_names_the_model_of_the_hub_that_the_training_started_from(pipeli
 
     (tmp_path / "copy").mkdir()
     published = card(pretrained_model_name_or_path="org/latent", vae_path=str(tmp_path))
-    assert published.data.base_model == "org/latent"
+    assert published.data.base_model == ["org/latent"]
     assert "| base model | org/latent |" in section(published, "Training")
     assert "They were trained from org/latent, whose licence binds them as well." in section(published, "Licence")
-    assert card(pretrained_model_name_or_path=None, vae_path="org/vae").data.base_model == "org/vae"
+    assert card(pretrained_model_name_or_path=None, vae_path="org/vae").data.base_model == ["org/vae"]
+    both = card(pretrained_model_name_or_path="org/latent", vae_path="org/vae")
+    assert both.data.base_model == ["org/latent", "org/vae"]
+    assert "trained from org/latent and org/vae, whose licence" in section(both, "Licence")
     of_folders = card(pretrained_model_name_or_path=str(tmp_path), vae_path=None)
     assert of_folders.data.base_model is None
     assert "They were trained from" not in of_folders.text

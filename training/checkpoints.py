@@ -47,6 +47,18 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
+def kept_beside(args: argparse.Namespace, name: str) -> Path | None:
+    """What a run that is gone on with has kept beside its checkpoints, by its name, or None.
+
+    The checkpoint may have been copied elsewhere alone: then it is where the run was.
+    """
+    checkpoint = checkpoint_to_resume(args)
+    if checkpoint is None:
+        return None
+    found = (folder / name for folder in (checkpoint.parent, Path(args.output_dir)))
+    return next(filter(Path.is_file, found), None)
+
+
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
@@ -156,9 +168,9 @@ def check_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
         if known.get(name, value) != value:
             if name == FROZEN_NAME:
                 raise ValueError(
-                    f"--pretrained_model_name_or_path, --preset, --vae_path or --backbone_weights: {checkpoint} was "
-                    "trained with another autoencoder, feature extractor or noise schedule than they give now. Give "
-                    "what it began with, or start anew in another --output_dir."
+                    f"--pretrained_model_name_or_path, or another flag, gives a network that is not trained (DiAD's "
+                    "autoencoder, AnomalyDenoise's feature extractor) or a noise schedule, and it is another than "
+                    f"{checkpoint} was trained with. Give what it began with, or start anew in another --output_dir."
                 )
             now, before = ("not given" if one is None else shown(one) for one in (value, known[name]))
             raise ValueError(

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from diffad.files import write_text_whole
-from diffad.training.checkpoints import checkpoint_to_resume
+from diffad.training.checkpoints import kept_beside
 from diffad.training.loop import BatchLoss
 
 TIMED_STEPS, FEWEST_STEPS = 6, 10
@@ -52,9 +52,8 @@ def steps_in(
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             write_text_whole(Path(args.output_dir, KEPT_NAME), json.dumps(values) + "\n")
 
-    checkpoint = checkpoint_to_resume(args)
-    if checkpoint is not None and (beside := checkpoint.parent / KEPT_NAME).is_file():
-        known = json.loads(beside.read_text())
+    if (kept := kept_beside(args, KEPT_NAME)) is not None:
+        known = json.loads(kept.read_text())
         keep(known)
         accelerator.print(
             f"It goes on with the {known['max_train_steps']} steps that it began with, of {known['minutes']:g} "

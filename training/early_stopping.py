@@ -18,7 +18,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from diffad.files import write_text_whole
-from diffad.training.checkpoints import checkpoint_to_resume
+from diffad.training.checkpoints import kept_beside
 
 MEASURES = 20  # of the loss in a whole run
 PATIENCE = 5  # measures without a new best, after which a run ends: a quarter of its steps
@@ -46,9 +46,8 @@ class HeldOutLoss:
         self.every = max(1, args.max_train_steps // MEASURES)
         self.path = Path(args.output_dir, KEPT_NAME)
         self.values: dict[int, float] = {}  # by step
-        checkpoint = checkpoint_to_resume(args)  # it may lie in another folder
-        if first_step and checkpoint is not None and (beside := checkpoint.parent / KEPT_NAME).is_file():
-            known = json.loads(beside.read_text(encoding="utf-8"))
+        if first_step and (kept := kept_beside(args, KEPT_NAME)) is not None:
+            known = json.loads(kept.read_text(encoding="utf-8"))
             self.values = {int(step): value for step, value in known.items() if int(step) <= first_step}
 
     @torch.no_grad()

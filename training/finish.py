@@ -102,5 +102,5 @@ def save_record(args: argparse.Namespace, record: dict[str, Any]) -> None:
     arguments = {name: value for name, value in vars(args).items() if name not in SECRETS}
     starts = [arguments.get(name) for name in ("pretrained_model_name_or_path", "vae_path")]
     published = [name for name in starts if name and not Path(name).exists()]  # what is no folder came from the Hub
-    record = {"arguments": arguments, **({"base_model": published[0]} if published else {}), **record}
+    record = {"arguments": arguments, **({"base_model": published} if published else {}), **record}
     write_text_whole(Path(args.output_dir, TRAINING_NAME), json.dumps(record, indent=2, default=str) + "\n")

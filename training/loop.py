@@ -43,7 +43,6 @@ def create_accelerator(args: argparse.Namespace, can_shard: bool = False) -> Acc
     """Accelerate, with a data order that the seed and the epoch alone decide, so that a resumed run sees the same.
 
     Raises:
-        RuntimeError: `args.push_to_hub`, and the Hub gives no repository to push to.
         ValueError: weights are to be sharded, and `can_shard` or a flag says that they cannot be; fp16 on a CPU.
     """
     limit_threads()
@@ -61,8 +60,6 @@ def create_accelerator(args: argparse.Namespace, can_shard: bool = False) -> Acc
     )
     check_sharding(args, accelerator, can_shard)
     args.mixed_precision = checked_precision(accelerator)  # also where accelerate's own settings say so
-    if args.push_to_hub:
-        on_main(accelerator, lambda: create_repository(args))
     set_seed(args.seed)
     if accelerator.is_main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -135,10 +132,13 @@ def train(
         step.
 
     Raises:
-        RuntimeError: the loss or its gradient is not finite, or the processes' weights differ at the end.
+        RuntimeError: the loss or its gradient is not finite, or the processes' weights differ at the end; or, with
+            `args.push_to_hub`, the Hub gives no repository to push to.
         ValueError: a checkpoint cannot be gone on from with these flags.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM.
     """
+    if args.push_to_hub:
+        on_main(accelerator, lambda: create_repository(args))
     # 1. Optimizer, averages, and what accelerate makes of them; where a checkpoint left off
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     accumulation = args.gradient_accumulation_steps

@@ -51,7 +51,7 @@ from diffad.training.arguments import (
     warn_of_overruled,
 )
 from diffad.training.cached_encodings import CachedEncodings, choose_flips, flip_pairs
-from diffad.training.checkpoints import FROZEN_NAME, checkpoint_to_resume, frozen_digest
+from diffad.training.checkpoints import FROZEN_NAME, frozen_digest, kept_beside
 from diffad.training.data import (
     ResizedImages,
     augment,
@@ -347,9 +347,8 @@ def find_latent_statistics(
     pipeline: DiADPipeline, images: ResizedImages, args: argparse.Namespace, accelerator: Accelerator
 ) -> tuple[list[float], list[float]]:
     """Mean and deviation of the latents' channels over good images; a resumed run has those that it began with."""
-    checkpoint = checkpoint_to_resume(args)
-    if checkpoint is not None and (beside := checkpoint.parent / STATISTICS_NAME).exists():
-        known = json.loads(beside.read_text(encoding="utf-8"))
+    if (kept := kept_beside(args, STATISTICS_NAME)) is not None:
+        known = json.loads(kept.read_text(encoding="utf-8"))
         mean, std = known["mean"], known["std"]
     else:
         batches = spread_batches(images, STATISTICS_IMAGES, accelerator.device)

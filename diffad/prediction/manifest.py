@@ -13,7 +13,7 @@ from typing import Any
 from diffad.files import bounded_name
 from diffad.installation import needs_extra
 from diffad.prediction.journal import ENCODING, FILE, MESSAGE, MODIFIED, PICTURE, PLACE, SIZE, VERDICT, VERDICTS
-from diffad.reading.input_file import Input, describe_input
+from diffad.reading.input_file import Input
 from diffad.reading.inputs import is_image_name
 from diffad.reading.remote_files import is_url, open_remote
 from diffad.reading.unicode_forms import file_below
@@ -207,4 +207,9 @@ class Manifest:
         path = entry if is_url(entry) else os.path.join(self.folder, entry)
         if is_url(path):
             return Input(path, entry, "", "")
-        return describe_input(file_below(self.folder, entry))._replace(file=entry)
+        file = file_below(self.folder, entry)
+        try:
+            status = os.stat(file)
+        except (OSError, ValueError):  # it is gone, or its name none that a file can have
+            return Input(file, entry, "", "")
+        return Input(file, entry, str(status.st_size), str(status.st_mtime_ns))

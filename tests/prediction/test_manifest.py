@@ -40,6 +40,13 @@ def test_a_table_that_names_no_images_is_told_before_any_is_scored(parts, tmp_pa
         list(find_inputs([tmp_path / "manifest.csv"]).entries())
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="csv takes no NUL")
+def test_a_name_that_no_file_can_have_is_a_row(parts, tmp_path):
+    (tmp_path / "manifest.csv").write_text("path\nin/\0.png\nin/000.png\n")
+    found = find_inputs([tmp_path / "manifest.csv"]).first(2)
+    assert [bool(one.size) for one in found] == [False, True]
+
+
 @pytest.mark.parametrize("content", ["in/000.png,good\nin/001.png,good\n", "in/000,good\nin/001.png,good\n"])
 def test_a_table_without_a_header_begins_with_an_image_whatever_its_name(parts, tmp_path, content):
     (parts / "000.png").rename(parts / content.split(",")[0].split("/")[1])

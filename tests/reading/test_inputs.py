@@ -1,4 +1,7 @@
-"""What an input is, and the bookkeeping of `diffad predict`: every image once, inputs untouched, nothing elsewhere."""
+"""What an input is, and the bookkeeping of `diffad predict`: every image once, inputs untouched, nothing elsewhere.
+
+Long, as all are scored by one function that tells brightness.
+"""
 
 from __future__ import annotations
 

@@ -226,6 +226,13 @@ def test_a_folder_of_a_host_keeps_its_host(tmp_path):
     assert place_below(common_folder(found), found[1].path) == Path("001.png")
 
 
+def test_a_folder_of_a_cached_store_is_listed(tmp_path):
+    parts = write_folder(tmp_path / "parts", 2)
+    found = find_inputs([f"simplecache::file://{parts}"])
+    assert [one.path for one in found] == [f"simplecache::file://{parts}/{i:03}.png" for i in range(2)]
+    assert remote_reader.RemoteReader()(found[0]) == (parts / "000.png").read_bytes()
+
+
 def test_a_folder_in_an_archive_is_told_to_come_as_a_manifest(tmp_path):
     archive = shutil.make_archive(str(tmp_path / "parts"), "zip", write_folder(tmp_path / "parts", 1))
     for url in (f"zip://::{archive}", f"zip://000.png::{archive}"):
