@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -337,13 +338,23 @@ def test_what_diad_reaches_at_256_px_is_what_its_record_says():
     def shown(metrics: dict, names: Sequence[str]) -> str:
         return " / ".join(f"{100 * metrics[name]:.1f}" for name in names if name in metrics)
 
-    reached, steps, rebuilt, started, of_seed = tables(RESULTS, "DiAD at 256 px")
+    reached, steps, rebuilt, started, of_zeros = tables(RESULTS, "DiAD at 256 px")
     parts = [re.split(r"[ ,]", row[0])[0] for row in reached[1:-1]]
-    means = {part: {name: mean for name, (mean, _) in record["results"][part].items()} for part in parts}
-    for part, row in zip(parts, reached[1:], strict=False):
-        assert row[1:3] == [shown(means[part], names) for names in (IMAGE[:1], PIXEL)]
-        for first, of in ((3, record["feature_weights"]["0"]), (5, record["unified"]["3/4"])):
-            assert row[first : first + 2] == [shown(of[part], names) for names in (IMAGE[:1], PIXEL)]
+    seeds = [*record["random_start"]["by_seed"].values()]
+
+    def mean(part: str, what: str, row: str | None = None) -> dict[str, float]:
+        of_seeds = [seed[part][what] if row is None else seed[part][what][row] for seed in seeds]
+        return {name: statistics.fmean(one[name] for one in of_seeds) for name in of_seeds[0]}
+
+    joined, alone = ({part: mean(part, "feature_weights", row) for part in parts} for row in ("3/4", "0"))
+    zeros = {part: {name: mean for name, (mean, _) in record["results"][part].items()} for part in parts}
+    zero_start = (zeros, record["feature_weights"]["0"], record["unified"]["3/4"])
+    for table, columns in ((reached, (joined, alone)), (of_zeros, zero_start)):
+        for part, row in zip(parts, table[1:-1], strict=True):
+            for i, of in enumerate(columns):
+                assert row[2 * i + 1 : 2 * i + 3] == [shown(of[part], names) for names in (IMAGE[:1], PIXEL)]
+        means = [f"{100 * statistics.fmean(of[part]['image_auroc'] for part in parts):.1f}" for of in columns]
+        assert [value for value in table[-1][1:] if value] == means
     for name, *values in steps[1:]:
         rows = [record["reverse_process"][part][name] for part in parts]
         assert values == [shown(row, ["image_auroc", "pixel_ap"]).replace(" / ", ", ") for row in rows]
@@ -357,19 +368,15 @@ def test_what_diad_reaches_at_256_px_is_what_its_record_says():
         assert rebuilt[row][1:] == [f"{of_five[part][name]:.1f}" for part in parts]
     without = record["without_drawn_defects"]["rebuilding"]
     assert rebuilt[-1][1:4] == [f"{without[part]['reconstruction']:.1f}" for part in parts[:3]]
-    at_random = record["random_start"]["rebuilding"]
+    at_random = [mean(part, "rebuilding") for part in parts]
+    least = [min(seed[part]["rebuilding"]["reconstruction"] for seed in seeds) for part in parts]
     whats = ("reconstruction", "reconstruction, kinds alike", "reconstruction uneven light")
-    assert started[1][1:] == [f"{record['rebuilding'][part]['reconstruction']:.1f}" for part in at_random]
-    assert [row[1:] for row in started[2:5]] == [[f"{one[what]:.1f}" for one in at_random.values()] for what in whats]
-    again = record["random_start"]["other_seeds"]["1"]
-    assert started[5][1:] == [f"{again[p]['rebuilding'][whats[0]]:.1f}" if p in again else "" for p in at_random]
-    for part, (name, *values) in zip(parts, of_seed[1:], strict=True):
-        joined, alone = (record["random_start"]["feature_weights"][part][share] for share in ("3/4", "0"))
-        assert name.startswith(part)
-        assert values == [shown(one, names) for one in (joined, alone) for names in (IMAGE[:1], PIXEL)]
+    of_whats = [[f"{one[what]:.1f}" for one in at_random] for what in whats]
+    assert started[1][1:] == [f"{record['rebuilding'][part]['reconstruction']:.1f}" for part in parts]
+    assert [row[1:] for row in started[2:]] == [of_whats[0], [f"{one:.1f}" for one in least], *of_whats[1:]]
     _, bottle, _ = tables(RESULTS, "Parts for which no setting was chosen")
     [values] = [row[1:3] for row in bottle if row[0].startswith("DiAD at 256 px")]
-    assert values == [shown(means["bottle"], names) for names in (IMAGE[:1], PIXEL)]
+    assert values == [shown(joined["bottle"], names) for names in (IMAGE[:1], PIXEL)]
 
 
 def test_what_anomalib_reaches_on_other_parts_is_what_its_record_says():
