@@ -168,9 +168,9 @@ def check_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
         if known.get(name, value) != value:
             if name == FROZEN_NAME:
                 raise ValueError(
-                    f"--pretrained_model_name_or_path, or another flag, gives a network that is not trained (DiAD's "
-                    "autoencoder, AnomalyDenoise's feature extractor) or a noise schedule, and it is another than "
-                    f"{checkpoint} was trained with. Give what it began with, or start anew in another --output_dir."
+                    "--pretrained_model_name_or_path, or another flag, gives another autoencoder, feature extractor "
+                    f"or noise schedule than {checkpoint} was trained with. Give what it began with, or start anew in "
+                    "another --output_dir."
                 )
             now, before = ("not given" if one is None else shown(one) for one in (value, known[name]))
             raise ValueError(

@@ -169,9 +169,7 @@ def test_a_resumed_run_has_the_loss_and_the_networks_that_it_began_with(good, ti
     with pytest.raises(ValueError, match=r"--feature_loss_weight is 3.0, but .*checkpoint-3 was trained with 1.0"):
         train(good, tmp_path / "further", "--feature_loss_weight", 3, *more, start=tiny, steps=4)
     # and new networks do not go on with its denoiser, beside another backbone and under other noise
-    with pytest.raises(
-        ValueError, match=r"--pretrained_model_name_or_path, --preset.*checkpoint-3 was trained with an"
-    ):
+    with pytest.raises(ValueError, match=r"--pretrained_model.* noise schedule than .*checkpoint-3 was trained with"):
         train(good, tmp_path / "further", "--beta_schedule", "scaled_linear", *more, steps=4)
     # a checkpoint of an earlier version does not tell
     kept = tmp_path / "further" / "checkpoint-3" / "settings.json"
