@@ -354,6 +354,8 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None)
     ):
         parser.error("--max_train_steps 0 trains nothing: give what was trained, --pretrained_model_name_or_path")
     check_source(parser, args)
+    if args.push_to_hub and not args.hub_model_id:
+        args.hub_model_id = Path(args.output_dir).resolve().name
     return args
 
 

@@ -66,13 +66,12 @@ def finish(
         save_record(args, {"categories": list(categories), **record})
     accelerator.wait_for_everyone()  # for what is saved; an upload takes longer than a collective may
     if args.push_to_hub and accelerator.is_main_process:
-        repo_id = args.hub_model_id or Path(args.output_dir).name
         try:
-            pipeline.push_to_hub(repo_id, token=args.hub_token, folder=args.output_dir)
+            pipeline.push_to_hub(args.hub_model_id, token=args.hub_token, folder=args.output_dir)
         except Exception as error:  # the network has errors of its own
             raise RuntimeError(
                 f"--push_to_hub: the upload failed ({error}). The model is saved; `diffad push {args.output_dir} "
-                f"{repo_id}` uploads it."
+                f"{args.hub_model_id}` uploads it."
             ) from error
 
 

@@ -338,7 +338,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
             vae.save_pretrained(unfinished)
         save_record(args, {"categories": categories, **record, "held_out_l1": round(error, 6)})
         if args.push_to_hub:
-            push_autoencoder(vae, args.output_dir, args.hub_model_id or Path(args.output_dir).name, args.hub_token)
+            push_autoencoder(vae, args.output_dir, args.hub_model_id, args.hub_token)
     accelerator.wait_for_everyone()
     accelerator.print(
         f"Saved an autoencoder to {args.output_dir} after {time.time() - started:.0f} s; on held-out images its "

@@ -27,7 +27,7 @@ from diffad.deployment.metadata import KEY, OUTPUTS, Metadata
 from diffad.image_sizes import as_side, as_size
 from diffad.installation import needs_extra
 from diffad.reading.grey_depth import warn_of_found_range
-from diffad.reading.image_arrays import BEYOND, flatten, image_size, resized_array, smallest_common_range
+from diffad.reading.image_arrays import flatten, image_size, resized_array, smallest_common_range, within_range
 from diffad.reading.image_files import read_image
 from diffad.reading.unicode_forms import same_name
 from diffad.regions import Region, find_regions, level_of_area, num_smallest, without_small_regions
@@ -263,15 +263,11 @@ class Runtime:
             pixels = pixels / np.float32(255.0)
         elif pixels.dtype.kind != "f":
             raise ValueError(f"`pixels` must be uint8, or floating point in [0, 1], but are {pixels.dtype}.")
-        lowest, highest = float(pixels.min()), float(pixels.max())
-        if not (lowest >= -BEYOND and highest <= 1.0 + BEYOND):  # nor NaN
-            raise ValueError(
-                f"`pixels` must lie in [0, 1] where they are floating point, but span [{lowest:.4g}, {highest:.4g}]. "
-                "Divide by 255 or pass uint8."
-            )
+        else:
+            pixels = within_range(pixels, "pixels")
         category = self.category_index(category)
         if self.metadata.input_type == "uint8":
-            pixels = np.rint(np.clip(pixels, 0.0, 1.0) * 255.0)
+            pixels = np.rint(pixels * 255.0)
         inputs = {"image": np.ascontiguousarray(pixels, dtype=self.metadata.input_type)}
         if self.categories:
             inputs["category"] = np.array(category, dtype=np.int64)

@@ -123,17 +123,7 @@ def to_arrays(image: Any, name: str, value_range: float | None) -> np.ndarray:
     if image.size == 0:
         raise ValueError(f"`{name}` has no pixels: its shape is {image.shape}.")
     if image.dtype.kind == "f":
-        image = image.astype(np.float32, copy=not image.flags.writeable)
-        lowest, highest = float(image.min()), float(image.max())  # NaN passes through min and max
-        if not (np.isfinite(lowest) and np.isfinite(highest)):
-            raise ValueError(f"`{name}` holds NaN or infinity. Clean it before the call.")
-        if lowest < -BEYOND or highest > 1.0 + BEYOND:
-            raise ValueError(
-                f"`{name}` must lie in [0, 1] when it is floating point, but spans [{lowest:.4g}, {highest:.4g}]. "
-                "Divide by 255 or pass uint8."
-            )
-        if lowest < 0.0 or highest > 1.0:
-            image = np.clip(image, 0.0, 1.0)
+        image = within_range(image.astype(np.float32, copy=not image.flags.writeable), name)
     elif image.dtype.itemsize == 1:
         image = image.astype(np.float32) / np.float32(255.0)
     elif image.dtype.itemsize == 2:
@@ -141,6 +131,23 @@ def to_arrays(image: Any, name: str, value_range: float | None) -> np.ndarray:
     else:
         raise ValueError(f"`{name}` must be uint8, uint16 or floating point, but is {image.dtype}.")
     return image
+
+
+def within_range(pixels: np.ndarray, name: str) -> np.ndarray:
+    """Floating-point pixels in [0, 1], where resizing may have left it by a little.
+
+    Raises:
+        ValueError: they are beyond it, or not finite.
+    """
+    lowest, highest = float(pixels.min()), float(pixels.max())  # NaN passes through min and max
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        raise ValueError(f"`{name}` holds NaN or infinity. Clean it before the call.")
+    if lowest < -BEYOND or highest > 1.0 + BEYOND:
+        raise ValueError(
+            f"`{name}` must lie in [0, 1] when it is floating point, but spans [{lowest:.4g}, {highest:.4g}]. "
+            "Divide by 255 or pass uint8."
+        )
+    return np.clip(pixels, 0.0, 1.0) if lowest < 0.0 or highest > 1.0 else pixels
 
 
 def upright_image(image: Image.Image, name: str) -> Image.Image:
