@@ -79,8 +79,8 @@ def create_repository(args: argparse.Namespace) -> None:
         create_repo(args.hub_model_id, token=args.hub_token, exist_ok=True)
     except Exception as error:  # the network has errors of its own
         raise RuntimeError(
-            f"--push_to_hub: no repository {args.hub_model_id!r} can be had ({error}). Mend --hub_model_id, log in (`hf "
-            "auth login`, or --hub_token), or leave --push_to_hub out."
+            f"--push_to_hub: no repository {args.hub_model_id!r} can be had ({error}). Mend --hub_model_id, log in (`"
+            "hf auth login`, or --hub_token), or leave --push_to_hub out."
         ) from error
 
 
