@@ -60,6 +60,17 @@ def write_text_whole(path: Path, text: str) -> None:
         unfinished.write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
+def sync_folder(folder: Path) -> None:
+    """Has the system write a folder's new names to disk; on Windows it does so by itself."""
+    if os.name == "nt":
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object that a file holds; an empty one where it holds none."""
     try:

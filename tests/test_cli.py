@@ -327,7 +327,13 @@ def damaged(model, tmp_path) -> Path:
         ("fit nowhere --output out", ["DATA", "--dataset hub"]),
         ("fit parts.zip --output out", ["DATA", "parts.zip is a file", "unpack an archive"]),
         ("fit mean --output out", ["A category is named 'mean'", "Rename it"]),
+        ("export {model} x.onnx --precision int8 --data broken", ["1 images cannot be read", "--on-bad-image 'skip'"]),
+        ("export {model} x.onnx --precision int8 --data broken --on-bad-image skip", ["--data holds 3 good images"]),
         ("benchmark nowhere/at/all", ["holds no pipeline"]),
+        (
+            "benchmark {model} --compare --batch-size 4",
+            ["--compare takes batches of 1 and 16", "leave out --batch-size"],
+        ),
         ("drift missing.csv", ["no table at missing.csv", "Give the scores.csv"]),
         ("drift parts/000.png", ["holds no score"]),
         ("drift semicolons.csv", ["semicolons.csv holds no score", "commas"]),
@@ -378,6 +384,7 @@ def test_errors_are_one_line_that_says_what_to_do(
 ):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "parts", 3)
+    (write_folder(tmp_path / "broken", 3) / "cut.png").write_bytes(b"no picture")
     write_mvtec(tmp_path / "two", {"tile": 2, "wood": 2})
     write_mvtec(tmp_path / "mean", {"mean": 2, "wood": 2})
     for folder in ("empty", "folder.json"):

@@ -34,6 +34,7 @@ ALARM_BETS = np.array([1.0])  # on more alarms than other parts
 # By so much, over the number of scores that a part is ranked among, the mean p-value of good parts may exceed 1/2:
 # where the calibration's images were each left out in turn, they score a little higher than new ones (docs/method.md).
 LEFT_OUT_ALLOWANCE = 5.0
+NEGLIGIBLE = 0.1  # share of the chance of a false drift alarm that bets on alarms may add where images are few
 LARGEST_CAPITAL = 1e100  # far above what any alarm takes; without an end it would overflow
 
 
@@ -78,6 +79,19 @@ def bet(
     return np.minimum(((1.0 - JUMPING_RATE) * capital + spread) * factor, LARGEST_CAPITAL)
 
 
+def may_bet_on_alarms(count: int, rank: int, chance: float) -> bool:
+    """Whether a threshold's true rate of false alarms is above 1/2, which those bets take it not to be, by no chance.
+
+    Of a threshold that is the `rank`-th smallest of `count` scores the rate is Beta(count - rank + 1, rank). Above 1/2
+    it is as likely as at most `count - rank` heads of as many coins, bounded as by Chernoff (1952).
+    """
+    beyond = (count - rank) / max(count, 1)
+    if not count or beyond >= 0.5:
+        return False
+    entropy = -sum(p * math.log(p) for p in (beyond, 1.0 - beyond) if p)
+    return count * (math.log(2.0) - entropy) >= -math.log(NEGLIGIBLE * chance)
+
+
 def shown_score(score: float) -> float:
     """A score in the digits that `scores.csv` has: calibration and parts must be rounded alike to be ranked."""
     return float(f"{score:.6g}")
@@ -106,7 +120,8 @@ class DriftTest:
     do.
 
     A change that makes every part alarm would leave nothing to rank. So half of the capital bets on more alarms than
-    other parts, which no line shows that is as it was calibrated.
+    other parts, which no line shows that is as it was calibrated. Where so few images set the threshold that one may,
+    that half does not bet (`may_bet_on_alarms`).
 
     Memory: 8 bytes for each part that is ranked, 8 MB for a million, whose ranking takes about 0.1 ms each.
 
@@ -138,6 +153,7 @@ class DriftTest:
         self.threshold = ordered[rank - 1] if ordered else math.inf
         self.ranked = array("d", ordered[: bisect_left(ordered, self.threshold)])
         self.chance = chance
+        self.alarm_bets = ALARM_BETS if may_bet_on_alarms(len(ordered), rank, chance) else 0.0 * ALARM_BETS
         self.random = np.random.default_rng(seed)
         self.of_ranks, self.of_alarms = np.zeros(len(RANK_BETS)), np.zeros(len(ALARM_BETS))
         self.num_parts = self.num_left_out = 0
@@ -151,7 +167,7 @@ class DriftTest:
         score = shown_score(score)
         is_left_out = score >= self.threshold
         is_alarm = score > self.threshold  # of equal scores all may lie at the threshold, and raise none
-        self.of_alarms = bet(self.of_alarms, ALARM_BETS, float(is_alarm), paid_after(self.num_parts))
+        self.of_alarms = bet(self.of_alarms, self.alarm_bets, float(is_alarm), paid_after(self.num_parts))
         p_value = None
         if is_left_out:
             self.num_left_out += 1

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from diffad.commands.models import load_pipeline
-from diffad.commands.options import Model
+from diffad.commands.options import BadImages, Model, OnBadImage
 from diffad.model_folder import check_folder, check_local
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def export(
     precision: Annotated[str, typer.Option(metavar="NAME", help="fp32, fp16 (weights) or int8.")] = "fp32",
     data: Annotated[str | None, typer.Option(metavar="DATA", help="For int8: good images, not trained on.")] = None,
     uint8: Annotated[bool, typer.Option("--uint8", help="The graph takes pixels from 0 to 255.")] = False,
+    on_bad_image: BadImages = OnBadImage.error,
 ) -> None:
     """A model with its calibration as one file for ONNX Runtime, OpenVINO and others.
 
@@ -42,7 +43,8 @@ def export(
         from diffad.data.checks import good_of_one_category, without_copies
 
         why = "int8 takes a model of one. Give its own images."
-        good = good_of_one_category(load_anomaly_dataset(data, "train"), f"`data`: {data}", why)
+        dataset = load_anomaly_dataset(data, "train", on_bad_image=on_bad_image.value)
+        good = good_of_one_category(dataset, f"`data`: {data}", why)
         images = without_copies(good)["image"]
     input_type = "uint8" if uint8 else "float32"
     pipeline = load_pipeline(model, "cpu")

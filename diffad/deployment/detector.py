@@ -16,7 +16,7 @@ from diffad.prediction.detection_call import detection_call
 from diffad.reading.grey_depth import TooManyPixelsError, check_known_range
 from diffad.reading.image_arrays import image_to_rgb
 from diffad.reading.image_files import image_file_header, one_large_at_a_time, read_image
-from diffad.regions import Region, find_regions, without_small_regions
+from diffad.regions import Region, can_list_regions, find_regions, without_small_regions
 from diffad.resizing import fit_map
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class Detector:
 
 def found_regions(
     anomaly_map: np.ndarray, threshold: float, is_anomalous: bool, smallest_area: float
-) -> tuple[np.ndarray, list[Region]]:
-    """The mask (H, W) of an image's map of that size, and its regions, as of `AnomalyOutput`."""
+) -> tuple[np.ndarray, list[Region] | None]:
+    """The mask (H, W) of an image's map of that size, and its regions, as of `AnomalyOutput`; None without SciPy."""
     mask = without_small_regions((anomaly_map > threshold) & is_anomalous, smallest_area)
-    return mask, find_regions(anomaly_map, mask)
+    return mask, find_regions(anomaly_map, mask) if can_list_regions() else None

@@ -7,6 +7,8 @@ the removal of its file. Its `event` tells: the same event has the same.
 from __future__ import annotations
 
 import json
+import os
+import queue
 import threading
 import time
 import warnings
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from diffad.files import write_text_whole
+from diffad.files import read_json_object, sync_folder, write_whole
 from diffad.installation import needs_extra
 
 SECONDS = 10.0  # that a receiver has to answer
@@ -46,7 +48,11 @@ class Outbox:
 
     def put(self, event: dict[str, Any]) -> None:
         """Keeps an event, which has its number as `event`; once this returns, it is on disk."""
-        write_text_whole(self.folder / f"{event['event']}.json", json.dumps(event))
+        with write_whole(self.folder / f"{event['event']}.json") as unfinished, open(unfinished, "wb") as file:
+            file.write(json.dumps(event).encode())  # in ASCII
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(self.folder)
         self.new.set()
 
     def close(self) -> None:
@@ -57,21 +63,29 @@ class Outbox:
         if not self.thread.is_alive():
             self.deliver_all(time.monotonic() + 3 * SECONDS)
 
-    def deliver_all(self, until: float = float("inf")) -> bool:
+    def deliver_all(self, until: float = float("inf"), again: bool = True) -> bool:
         """Delivers what there is, the oldest first, up to a time of the monotonic clock; whether all of it was taken.
 
-        An event that a receiver refuses does not hold up the others: it comes after those that it has refused less.
+        An event that a receiver refuses does not hold up the others: it comes after those that it has refused less,
+        and not at all without `again`. A file that holds no event is set aside.
         """
         waiting = []
         for path in self.folder.glob("[!.]*.json"):  # with a dot begins what is being written
             with suppress(FileNotFoundError):
                 waiting.append((self.refused[path.name], path.stat().st_mtime_ns, path.name, path))
         failed = 0
-        for *_, name, path in sorted(waiting):
+        for refused, _, name, path in sorted(waiting):
             if time.monotonic() > until or (self.closing.is_set() and until == float("inf")):
                 return False
+            if refused and not again:
+                return False  # and those behind it were refused as well
+            if not (event := read_json_object(path)):
+                aside = path.with_suffix(".damaged")
+                warnings.warn(f"{path} holds no event: it is kept as {aside.name}, and not delivered.", stacklevel=2)
+                path.replace(aside)
+                continue
             try:
-                self.deliver(json.loads(path.read_text(encoding="utf-8")))
+                self.deliver(event)
             except Exception as error:  # of the network's many
                 failed += 1
                 self.refused[name] += 1
@@ -85,15 +99,18 @@ class Outbox:
         return not failed
 
     def _run(self) -> None:
-        wait = 1.0
+        wait, due = 1.0, 0.0  # until what was refused is tried again, and when, in seconds
         while not self.closing.is_set():
             self.new.clear()
-            if self.deliver_all():
-                wait = 1.0
+            again = time.monotonic() >= due
+            if self.deliver_all(again=again):
+                wait, due = 1.0, 0.0
                 self.new.wait()
-            else:
-                self.closing.wait(wait)
+                continue
+            if again:
+                due = time.monotonic() + wait
                 wait = min(2.0 * wait, LONGEST_WAIT)
+            self.new.wait(max(0.0, due - time.monotonic()))  # a new event is not kept waiting by the others
 
 
 def _split(url: str) -> SplitResult | None:
@@ -146,22 +163,45 @@ def mqtt_sender(url: str) -> Deliver:
     with needs_extra("watch"):
         from paho.mqtt.client import Client
         from paho.mqtt.enums import CallbackAPIVersion
-    client = Client(CallbackAPIVersion.VERSION2)
-    if parts.username:
-        client.username_pw_set(unquote(parts.username), unquote(parts.password or ""))
-    if parts.scheme == "mqtts":
-        client.tls_set()
-    started = False
+    host, port = parts.hostname, parts.port or (8883 if parts.scheme == "mqtts" else 1883)
+    late = f"no answer of {host} in {SECONDS:g} s"
+    client: Client | None = None
+
+    def connect() -> None:
+        """Makes `client` one whose login the broker has taken."""
+        nonlocal client
+        client = Client(CallbackAPIVersion.VERSION2)
+        if parts.username:
+            client.username_pw_set(unquote(parts.username), unquote(parts.password or ""))
+        if parts.scheme == "mqtts":
+            client.tls_set()
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        client.on_connect = lambda client, userdata, flags, reason, properties: answers.put(reason)
+        client.connect(host, port)
+        client.loop_start()
+        try:
+            answer = answers.get(timeout=SECONDS)
+        except queue.Empty:
+            raise TimeoutError(late) from None
+        client.on_connect = None
+        if answer.is_failure:
+            raise PermissionError(f"{host} does not take the login: {answer}")
 
     def deliver(event: dict[str, Any]) -> None:
-        nonlocal started
-        if not started:
-            client.connect(parts.hostname or "", parts.port or (8883 if parts.scheme == "mqtts" else 1883))
-            client.loop_start()
-            started = True
-        published = client.publish(topic, json.dumps(event), qos=1)
-        published.wait_for_publish(SECONDS)
-        if not published.is_published():
-            raise TimeoutError(f"no answer of {parts.hostname} in {SECONDS:g} s")
+        nonlocal client
+        try:
+            if client is None:
+                connect()
+            assert client is not None
+            published = client.publish(topic, json.dumps(event), qos=1)
+            published.wait_for_publish(SECONDS)
+            if not published.is_published():
+                raise TimeoutError(late)
+        except Exception:
+            if client is not None:  # it would publish what it holds once more, beside the next try
+                client.loop_stop()
+                client.disconnect()
+                client = None
+            raise
 
     return deliver

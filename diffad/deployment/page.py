@@ -50,15 +50,15 @@ def show(detector: Detector, seen: Seen | None, rate: float | None) -> tuple[Any
         words += "\n\nThe parts no longer look as they did at calibration: look at light, focus and place."
     scale = sent.size[1] / mask.shape[1]  # regions are told in the image's own pixels
     rows = []
-    for region in regions:
+    for region in regions or ():
         box = [round(scale * edge) for edge in region.box]
         rows.append([*box, round(scale**2 * region.area), round(region.peak, 3), round(region.mean, 3)])
     return overlay(sent.shown, anomaly_map, mask, pixel_threshold), words, rows, verdict
 
 
-def write_history(history: list[list[Any]]) -> str:
-    """The visit's table as a CSV file; its path."""
-    path = Path(tempfile.mkdtemp(prefix="diffad-"), "history.csv")
+def write_history(history: list[list[Any]], folder: str) -> str:
+    """The visit's table as a CSV file in a new folder below one; its path."""
+    path = Path(tempfile.mkdtemp(dir=folder), "history.csv")
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([HISTORY, *history])
     return str(path)
@@ -90,9 +90,11 @@ def build_page(detector: Detector, max_bytes: int, collect: Path | None = None) 
         least = 100.0 / (calibration.num_good_images(detector.index) + 1)
         stated = 100.0 * calibration.stated_false_alarm_rate(detector.index)
 
+    written = tempfile.TemporaryDirectory(prefix="diffad-")  # tables that somebody asked for; goes with the process
+
     def look(path: str | None, rate: float | None, history: list[list[Any]]) -> tuple[Any, ...]:
         if path is None:
-            return None, None, "", "", [], None, history, history, None
+            return None, None, "", "", [], None, history, history
         name = Path(path).name
         try:
             if Path(path).stat().st_size > max_bytes:
@@ -103,7 +105,7 @@ def build_page(detector: Detector, max_bytes: int, collect: Path | None = None) 
             because = "" if explanation is None else explanation.in_words()
         except (UnreadableImageError, TooLargeError, BusyError) as error:
             gr.Warning(str(error))
-            return None, None, f"**No verdict.** {error}", "", [], None, history, history, None
+            return None, None, f"**No verdict.** {error}", "", [], None, history, history
         seen = (name, sent._replace(network_input=None), finding)
         picture, words, rows, verdict = show(detector, seen, rate)
         now = datetime.datetime.now().isoformat(timespec="seconds")
@@ -111,7 +113,7 @@ def build_page(detector: Detector, max_bytes: int, collect: Path | None = None) 
         history = [*history, [now, name, round(finding.score, 4), p_value, verdict, rate]]
         rebuilt = finding.reconstruction
         rebuilt = None if rebuilt is None else to_uint8(rebuilt)
-        return seen, picture, words, because, rows, rebuilt, history, history, write_history(history)
+        return seen, picture, words, because, rows, rebuilt, history, history
 
     def move(seen: Seen | None, rate: float | None) -> tuple[Any, ...]:
         return show(detector, seen, rate)[:3]
@@ -151,13 +153,21 @@ def build_page(detector: Detector, max_bytes: int, collect: Path | None = None) 
         regions = gr.Dataframe(headers=REGIONS, label="Regions, in the image's pixels", interactive=False)
         with gr.Accordion("This visit", open=False):
             table = gr.Dataframe(headers=HISTORY, interactive=False)
-            download = gr.DownloadButton("As CSV", elem_id="csv")
+            as_file = gr.Button("As CSV", elem_id="csv")
+            download = gr.DownloadButton("Download history.csv", visible=False, elem_id="download")
         current = rate if calibration is not None else gr.State(None)
-        outputs: list[Any] = [seen, picture, words, why, regions, rebuilt, history, table, download]
+        outputs: list[Any] = [seen, picture, words, why, regions, rebuilt, history, table]
         image.change(look, [image, current, history], outputs, show_progress="minimal", api_visibility="private").then(
             lambda seen: gr.Image(visible=seen is not None and seen[2].reconstruction is not None),
             seen,
             rebuilt,
+            api_visibility="private",
+        )
+        # a file of every look's table would take room by the square of a visit's pictures
+        as_file.click(
+            lambda history: gr.DownloadButton(value=write_history(history, written.name), visible=True),
+            history,
+            download,
             api_visibility="private",
         )
         if collect is not None:

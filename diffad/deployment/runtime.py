@@ -30,7 +30,7 @@ from diffad.reading.grey_depth import warn_of_found_range
 from diffad.reading.image_arrays import flatten, image_size, resized_array, smallest_common_range, within_range
 from diffad.reading.image_files import read_image
 from diffad.reading.unicode_forms import same_name
-from diffad.regions import Region, find_regions, level_of_area, num_smallest, without_small_regions
+from diffad.regions import Region, can_list_regions, find_regions, level_of_area, num_smallest, without_small_regions
 from diffad.resizing import region_at, resize_array
 from diffad.warn_once import warn_once
 
@@ -126,6 +126,8 @@ class Runtime:
             )
         # else the graph has judged with its own thresholds
         self._judges = bool(self.metadata.smallest_area) or false_alarm_rate is not None
+        if self.metadata.smallest_area and not can_list_regions():
+            raise ImportError(f"{path} has a smallest area of regions. This needs the package scipy: pip install scipy")
         if false_alarm_rate is not None:
             self.metadata = self.metadata.at_rate(false_alarm_rate)
         self.path = path

@@ -8,7 +8,6 @@ import hmac
 import io
 import math
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -21,6 +20,7 @@ from diffad.deployment.detector import Detector, Finding, Sent, TooLargeError, f
 from diffad.installation import needs_extra
 from diffad.reading.grey_depth import UnreadableImageError
 from diffad.reading.image_files import one_large_at_a_time
+from diffad.regions import can_list_regions
 
 with needs_extra("app"):
     from anyio import to_thread
@@ -112,15 +112,6 @@ def create_app(
     async def shown_metrics() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.middleware("http")
-    async def measured(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-        started = time.perf_counter()
-        response = await answer(request)
-        if request.url.path == "/predict":
-            metrics.requests.labels(str(response.status_code)).inc()
-            metrics.seconds.observe(time.perf_counter() - started)
-        return response
-
     app.add_middleware(BoundedBody, max_bytes=max_bytes)
     if token is not None:
         if not token:
@@ -128,6 +119,7 @@ def create_app(
         if not token.isascii() or not token.isprintable() or token != token.strip():
             raise ValueError("`token` must be of ASCII letters, digits and signs: a header holds no others.")
         app.add_middleware(TokenCheck, token=token)
+    app.add_middleware(Measured, metrics=metrics)  # the last one added is the outermost, which sees every answer
     if page:
         from diffad.deployment.page import mount_page
 
@@ -140,7 +132,9 @@ def describe(detector: Detector, name: str | None, sent: Sent, finding: Finding,
     answer: dict[str, Any] = {"name": name, "size": list(sent.size), "score": finding.score}
     if finding.is_anomalous is None:
         return answer
-    answer |= {"p_value": finding.p_value, "is_anomalous": finding.is_anomalous, "regions": []}
+    answer |= {"p_value": finding.p_value, "is_anomalous": finding.is_anomalous}
+    if can_list_regions():
+        answer["regions"] = []
     if not (finding.is_anomalous or with_mask):
         return answer
     with one_large_at_a_time(math.prod(sent.size)):
@@ -149,7 +143,8 @@ def describe(detector: Detector, name: str | None, sent: Sent, finding: Finding,
             anomaly_map = detector.map_at(finding, sent, sent.size)
             threshold = float(detector.pipeline.calibration.pixel_threshold[detector.index])
             mask, regions = found_regions(anomaly_map, threshold, True, detector.smallest_area)
-            answer["regions"] = [region._asdict() for region in regions]
+            if regions is not None:
+                answer["regions"] = [region._asdict() for region in regions]
         if with_mask:
             file = io.BytesIO()
             Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
@@ -177,6 +172,35 @@ class Metrics:
         self.waiting.set_function(lambda: detector.batcher.count)
         self.evidence.set_function(lambda: detector.evidence)
         self.drifted.set_function(lambda: bool(detector.drift and detector.drift.drifted_at is not None))
+
+
+class Measured:
+    """Counts every answer of `/predict`, whoever gives it, and an error that nobody turned into one as 500."""
+
+    def __init__(self, app: Any, metrics: Metrics):
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """As ASGI calls it."""
+        if scope["type"] != "http" or scope["path"] != "/predict":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), None
+
+        async def answer(part: Any) -> None:
+            nonlocal status
+            status = part.get("status", status)
+            await send(part)
+
+        try:
+            await self.app(scope, receive, answer)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            if status is not None:  # else the caller has gone
+                self.metrics.requests.labels(str(status)).inc()
+                self.metrics.seconds.observe(time.perf_counter() - started)
 
 
 class BoundedBody:
@@ -244,7 +268,8 @@ class TokenCheck:
         ):
             await self.app(scope, receive, send)
             return
-        shown = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        query = scope["query_string"].decode("latin-1").replace("+", "%2B")  # in a token a plus is no blank
+        shown = parse_qs(query).get("token", [""])[0]
         answer: Response = PlainTextResponse(
             "A token is needed: `Authorization: Bearer TOKEN`, or open /?token=TOKEN in a browser.", 401
         )

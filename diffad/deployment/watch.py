@@ -29,7 +29,7 @@ from diffad.prediction.output_folder import begin_settings, check_output, check_
 from diffad.prediction.picture_files import write_outputs
 from diffad.reading.decoding import Decoded, decoded_batches
 from diffad.reading.input_file import Input, describe_input
-from diffad.reading.inputs import LOCK_NAME, images_below, is_image_name, is_input_folder
+from diffad.reading.inputs import LOCK_NAME, images_below, is_image_name, is_input_folder, is_own
 from diffad.warn_once import warn_once
 
 RESCAN_SECONDS = 60.0  # how often the folder is listed beside what the system reports, which may lose some
@@ -176,8 +176,10 @@ def _changes(folder: Path, poll: bool, tick: float, stop: threading.Event) -> It
 def _is_input(path: Path, folder: Path, output_dir: Path) -> bool:
     if path == folder or not path.is_relative_to(folder) or path.is_relative_to(output_dir):
         return False
-    *folders, name = path.relative_to(folder).parts
-    return is_image_name(name) and all(map(is_input_folder, folders))
+    *folders, name = parts = path.relative_to(folder).parts
+    if not is_image_name(name) or not all(map(is_input_folder, folders)):
+        return False
+    return not any(is_own(folder.joinpath(*parts[:i]), part) for i, part in enumerate(parts))
 
 
 def take_up_table(output_dir: Path) -> tuple[set[str], list[float]]:

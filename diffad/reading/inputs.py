@@ -82,14 +82,31 @@ def list_folder(folder: str | Path) -> Folder:
     with os.scandir(folder) as listed:
         entries = sorted(listed, key=lambda entry: entry.name)
     names = {entry.name for entry in entries}
-    own = _report_sheets(names) | (set(OWN_NAMES) if holds_results(names) else set())
+    own = _own_names(names)
     if _holds_model(names):  # its pictures are those of training and evaluation
-        own |= {"validation", *(entry.name for entry in entries if not _is_folder(entry))}
+        own |= {entry.name for entry in entries if not _is_folder(entry)}
     entries = [entry for entry in entries if entry.name not in own]
     folders = [entry for entry in entries if is_input_folder(entry.name) and _is_folder(entry)]
     files = [entry for entry in entries if is_image_name(entry.name) and not _is_folder(entry)]
     files = [entry for entry in files if entry.is_symlink() or entry.is_file(follow_symlinks=False)]
     return Folder((status.st_dev, status.st_ino), files, folders)
+
+
+def is_own(folder: str | Path, name: str) -> bool:
+    """Whether diffad has written what bears a name in a folder, so that it is no input: without a listing of it.
+
+    It agrees with `list_folder`, but for what lies beside a training's checkpoints.
+    """
+    stems = {name.removesuffix(ending) for ending in REPORT_SHEETS if name.endswith(ending)}
+    asked = {*MARKS, *(stem + ending for stem in stems for ending in (".html", ".json"))}
+    names = {name, *(one for one in asked if os.path.lexists(os.path.join(folder, one)))}
+    return name in _own_names(names) or (_holds_model(names) and not os.path.isdir(os.path.join(folder, name)))
+
+
+def _own_names(names: set[str]) -> set[str]:
+    """Names of what diffad writes into a folder of these names, which tell what it is."""
+    results = set(OWN_NAMES) if holds_results(names) else set()
+    return _report_sheets(names) | results | ({"validation"} if _holds_model(names) else set())
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -100,6 +117,11 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def holds_results(names: set[str]) -> bool:
     """Whether predict has written to a folder of these names; in a store there is no lock."""
     return LOCK_NAME in names or ("settings.json" in names and bool({"scores.csv", "scores.partial.csv"} & names))
+
+
+# of which `holds_results` and `_holds_model` ask
+MARKS = (LOCK_NAME, "settings.json", "scores.csv", "scores.partial.csv")
+MARKS += ("model_index.json", "config.json", "training.json")
 
 
 def _report_sheets(names: set[str]) -> set[str]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffad.calibration.drift import ALARM_BETS, RANK_BETS, DriftTest, bet, paid_after, reserve_after
+from diffad.calibration.drift import ALARM_BETS, RANK_BETS, DriftTest, bet, may_bet_on_alarms, paid_after, reserve_after
 
 
 def stream(test: DriftTest, scores) -> list[float]:
@@ -109,3 +109,14 @@ def test_without_a_calibration_parts_are_ranked_among_themselves():
     assert test.direction == "higher"
     with pytest.raises(ValueError, match=r"`chance` must lie in \(0, 1\)"):
         DriftTest([], 0.01, chance=1.0)
+
+
+def test_alarms_of_a_threshold_that_few_images_set_are_no_drift():
+    """Of the largest of three scores a good part may alarm more often than not: in one of eight models."""
+    few, enough = DriftTest([1.0, 2.0, 3.0], 0.1), DriftTest(np.arange(10.0), 0.1)
+    for test in (few, enough):
+        stream(test, [99.0] * 200)
+    assert few.drifted_at is None
+    assert enough.direction == "alarms"
+    assert not may_bet_on_alarms(29, 24, 0.01)  # a rate of 20%
+    assert may_bet_on_alarms(40, 33, 0.01)

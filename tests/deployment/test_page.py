@@ -96,6 +96,8 @@ def test_an_image_is_shown_with_its_map_and_the_slider_moves_the_mask(tmp_path):
         tab.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
         wait_for(tab, "!!document.querySelector('#csv')")
         tab.evaluate("document.querySelector('#csv').click()")
+        wait_for(tab, "!!document.querySelector('#download')")
+        tab.evaluate("document.querySelector('#download').click()")
         while not (tmp_path / "history.csv").is_file():
             tab.evaluate("1")
             time.sleep(0.1)

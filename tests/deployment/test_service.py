@@ -313,8 +313,9 @@ def test_an_image_without_a_score_fails_alone(pipeline):
         hook.remove()
 
 
-def test_only_who_shows_the_token_gets_in(pipeline):
-    with running(pipeline, token="secret") as url:
+@pytest.mark.parametrize("token", ["secret", "ab+c/d=="])
+def test_only_who_shows_the_token_gets_in(pipeline, token):
+    with running(pipeline, token=token) as url:
         assert httpx.get(f"{url}/healthz").json() == {"status": "ok", "drift": False}
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Cookie": "diffad_token=wrong"}):
             answer = post(url, png(texture(0)), headers=headers)
@@ -322,11 +323,14 @@ def test_only_who_shows_the_token_gets_in(pipeline):
             assert "Bearer TOKEN" in answer.text
         assert httpx.get(f"{url}/metrics").status_code == 401
         assert httpx.get(f"{url}/?token=wrong").status_code == 401
-        assert post(url, png(texture(0)), headers={"Authorization": "Bearer secret"}).status_code == 200
-        shown = httpx.get(f"{url}/?token=secret")
+        assert post(url, png(texture(0)), headers={"Authorization": f"Bearer {token}"}).status_code == 200
+        shown = httpx.get(f"{url}/?token={token}")
         assert (shown.status_code, shown.headers["location"]) == (303, "/")
         cookies = {"Cookie": shown.headers["set-cookie"].split(";")[0]}
-        assert httpx.get(f"{url}/metrics", headers=cookies).status_code == 200
+        told = httpx.get(f"{url}/metrics", headers=cookies)
+        assert told.status_code == 200
+        assert 'diffad_requests_total{status="401"} 3.0' in told.text
+        assert 'diffad_requests_total{status="200"} 1.0' in told.text
 
 
 def test_a_changed_world_is_told(pipeline):

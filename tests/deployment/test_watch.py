@@ -8,11 +8,14 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -344,7 +347,7 @@ class Receiver:
 
 @pytest.mark.filterwarnings("ignore:.*does not take an event")
 def test_anomalies_and_drift_are_posted_until_they_are_taken(tmp_path):
-    pipeline = tiny_pipeline().calibrate(textures(12), false_alarm_rate=0.25)
+    pipeline = tiny_pipeline().calibrate(textures(24), false_alarm_rate=0.08)
     pipeline.calibration.image_threshold.fill_(-1e9)  # everything raises an alarm
     pipeline.calibration.normal_scores.fill_(-1e9)
     receiver = Receiver(refused=1)
@@ -408,6 +411,72 @@ def test_a_wrong_broker_is_told_before_anything_waits_for_it(url):
 def test_a_wrong_receiver_is_told_before_anything_waits_for_it(url):
     with pytest.raises(ValueError, match="`on_anomaly` must be a URL"):
         http_sender(url)
+
+
+class Broker:
+    """What an MQTT broker answers to who connects and publishes once, which is all that events need."""
+
+    def __init__(self, port: int = 0, code: int = 0):
+        self.received: list[dict] = []
+        self.code = code  # 5 in CONNACK: not authorised
+        self.connections: list[socket.socket] = []
+        self.listening = socket.create_server(("127.0.0.1", port))
+        self.port = self.listening.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                self.connections.append(self.listening.accept()[0])
+                threading.Thread(target=self.answer, args=(self.connections[-1],), daemon=True).start()
+
+    def answer(self, connection: socket.socket) -> None:
+        with suppress(OSError, struct.error), connection.makefile("rb") as stream:
+            while kind := stream.read(1):
+                length = shift = 0
+                while True:
+                    (byte,) = stream.read(1)
+                    length, shift = length | (byte & 127) << shift, shift + 7
+                    if byte < 128:
+                        break
+                body = stream.read(length)
+                if kind[0] >> 4 == 1:  # CONNECT
+                    connection.sendall(bytes([0x20, 2, 0, self.code]))
+                elif kind[0] >> 4 == 3:  # PUBLISH
+                    start = 2 + struct.unpack(">H", body[:2])[0]
+                    self.received.append(json.loads(body[start + 2 :]))
+                    connection.sendall(bytes([0x40, 2]) + body[start : start + 2])
+
+    def stop(self) -> None:
+        for one in (self.listening, *self.connections):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+
+def test_what_failed_while_the_broker_was_away_is_published_once(tmp_path):
+    pytest.importorskip("paho.mqtt")
+    broker = Broker()
+    deliver = mqtt_sender(f"mqtt://127.0.0.1:{broker.port}/line")
+    deliver({"event": 1})
+    assert broker.received == [{"event": 1}]
+    broker.stop()
+    for _ in range(3):
+        with pytest.raises((OSError, RuntimeError)):
+            deliver({"event": 2})
+    broker = Broker(broker.port)
+    deliver({"event": 2})
+    deliver({"event": 3})
+    assert broker.received == [{"event": 2}, {"event": 3}]
+    broker.stop()
+
+
+def test_a_login_that_the_broker_does_not_take_is_told():
+    pytest.importorskip("paho.mqtt")
+    broker = Broker(code=5)
+    with pytest.raises(PermissionError, match=r"127\.0\.0\.1 does not take the login: Not authorized"):
+        mqtt_sender(f"mqtt://line:wrong@127.0.0.1:{broker.port}/line")({"event": 1})
+    broker.stop()
 
 
 MOSQUITTO = shutil.which("mosquitto", path=os.environ["PATH"] + ":/usr/sbin")
@@ -507,6 +576,55 @@ def test_refused_events_do_not_hold_up_the_others(tmp_path):
     outbox.close()
     assert taken == ["good1", "good2"]
     assert sorted(path.stem for path in tmp_path.glob("*.json")) == ["bad1", "bad2", "bad3"]
+
+
+@pytest.mark.filterwarnings("ignore:The receiver does not take an event")
+def test_a_new_event_does_not_wait_until_a_refused_one_is_tried_again(tmp_path):
+    taken, refused = [], []
+
+    def deliver(event: dict) -> None:
+        (refused if event["event"] == "bad" else taken).append(event["event"])
+        if event["event"] == "bad":
+            raise OSError("refused")
+
+    outbox = Outbox(tmp_path, deliver, "The receiver")
+    outbox.put({"event": "bad"})
+    wait_for(lambda: len(refused) == 3)  # the fourth try comes after 4 seconds
+    outbox.put({"event": "good"})
+    wait_for(lambda: taken, seconds=2.0)
+    assert len(refused) == 3
+    outbox.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.json"]
+
+
+def test_a_damaged_event_is_set_aside(tmp_path):
+    (tmp_path / "cut.json").write_text('{"event": "cu')
+    taken: list[dict] = []
+    with warnings.catch_warnings(record=True) as told:
+        outbox = Outbox(tmp_path, taken.append, "The receiver")
+        outbox.put({"event": "whole"})
+        wait_for(lambda: taken)
+        outbox.close()
+    assert [
+        str(one.message).endswith("cut.json holds no event: it is kept as cut.damaged, and not delivered.")
+        for one in told
+    ] == [True]
+    assert taken == [{"event": "whole"}]
+    assert [path.name for path in tmp_path.iterdir()] == ["cut.damaged"]
+
+
+def test_pictures_of_other_results_below_the_watched_folder_are_no_events(calibrated, tmp_path):
+    from diffad.predict import predict_files
+
+    folder, out = write_folder(tmp_path / "in", 2), tmp_path / "out"
+    parts = sorted(write_folder(tmp_path / "parts", 2).iterdir())
+    with Watching(calibrated, folder, out):
+        wait_for(lambda: len(rows_of(out)) == 2)
+        predict_files(calibrated, parts, folder / "found")
+        write_png(folder / "late.png", texture(77))
+        wait_for(lambda: len(rows_of(out)) >= 3)
+    assert list((folder / "found" / "overlays").iterdir())
+    assert {Path(row["path"]).parent.name for row in rows_of(out)} == {"in"}
 
 
 def test_the_output_does_not_hide_the_folder_that_is_watched(calibrated, tmp_path):
