@@ -120,8 +120,8 @@ def holds_results(names: set[str]) -> bool:
 
 
 # of which `holds_results` and `_holds_model` ask
-MARKS = (LOCK_NAME, "settings.json", "scores.csv", "scores.partial.csv")
-MARKS += ("model_index.json", "config.json", "training.json")
+MARKS = [LOCK_NAME, "settings.json", "scores.csv", "scores.partial.csv"]
+MARKS += ["model_index.json", "config.json", "training.json"]
 
 
 def _report_sheets(names: set[str]) -> set[str]:
