@@ -145,7 +145,7 @@ def test_pixels_of_either_type_are_the_same(model, uint8, tmp_path):
     assert np.allclose(runtime(pixels).anomaly_score, expected.anomaly_score, rtol=1e-4)
     for wrong, message in (
         (pixels.astype(np.int64), "must be uint8, or floating point .*int64"),
-        (pixels.astype(np.float32), r"must lie in \[0, 1\] .*, but span \[.*Divide by 255"),
+        (pixels.astype(np.float32), r"must lie in \[0, 1\] .*, but spans \[.*Divide by 255"),
         (np.full((1, 24, 24, 3), np.nan), r"must lie in \[0, 1\]"),
     ):
         with pytest.raises(ValueError, match=f"`pixels` {message}"):
