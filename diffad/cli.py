@@ -328,9 +328,11 @@ def benchmark(
 ) -> None:
     """Images per second, where the time goes, and peak memory."""
     if compare:
-        if device is not None or dtype is not None or batch_size != 16:
-            wrong = "dtype" if dtype is not None else "device" if device is not None else "batch_size"
-            raise ValueError(f"`compare` takes batches of 1 and 16, on the CPU, in float32: leave out `{wrong}`.")
+        others = {"batch_size": batch_size != 16, "device": device is not None, "dtype": dtype is not None}
+        if given := [name for name, is_given in others.items() if is_given]:
+            raise ValueError(
+                f"`compare` takes batches of 1 and 16 on the CPU, in precisions of its own: leave out `{given[0]}`."
+            )
         from diffad.evaluation.comparison import compare_runtimes, comparison_text
 
         comparison = compare_runtimes(load_pipeline(model, "cpu"), repeats)

@@ -80,10 +80,11 @@ def bet(
 
 
 def may_bet_on_alarms(count: int, rank: int, chance: float) -> bool:
-    """Whether a threshold's true rate of false alarms is above 1/2, which those bets take it not to be, by no chance.
+    """Whether the threshold's true rate of false alarms is at most 1/2, as bets on alarms take it to be.
 
-    Of a threshold that is the `rank`-th smallest of `count` scores the rate is Beta(count - rank + 1, rank). Above 1/2
-    it is as likely as at most `count - rank` heads of as many coins, bounded as by Chernoff (1952).
+    The rate is known by chance alone: of the `rank`-th smallest of `count` scores it is Beta(count - rank + 1, rank).
+    Above 1/2 it is as often as `count` coins show `count - rank` heads at most. Chernoff's bound (1952) on that must be
+    below `NEGLIGIBLE` of `chance`.
     """
     beyond = (count - rank) / max(count, 1)
     if not count or beyond >= 0.5:

@@ -189,7 +189,7 @@ class Detector:
 
 def found_regions(
     anomaly_map: np.ndarray, threshold: float, is_anomalous: bool, smallest_area: float
-) -> tuple[np.ndarray, list[Region] | None]:
-    """The mask (H, W) of an image's map of that size, and its regions, as of `AnomalyOutput`; None without SciPy."""
+) -> tuple[np.ndarray, list[Region]]:
+    """The mask (H, W) of an image's map of that size, and its regions, as of `AnomalyOutput`; none without SciPy."""
     mask = without_small_regions((anomaly_map > threshold) & is_anomalous, smallest_area)
-    return mask, find_regions(anomaly_map, mask) if can_list_regions() else None
+    return mask, find_regions(anomaly_map, mask) if can_list_regions() else []

@@ -79,14 +79,13 @@ class Outbox:
                 return False
             if refused and not again:
                 return False  # and those behind it were refused as well
-            if not (event := read_json_object(path)):
-                aside = path.with_suffix(".damaged")
-                warnings.warn(f"{path} holds no event: it is kept as {aside.name}, and not delivered.", stacklevel=2)
-                path.replace(aside)
-                continue
             try:
-                self.deliver(event)
-            except Exception as error:  # of the network's many
+                if event := read_json_object(path):
+                    self.deliver(event)
+                else:
+                    aside = path.replace(path.with_suffix(".damaged"))
+                    warnings.warn(f"{path} holds no event: it is kept as {aside.name}, not delivered.", stacklevel=2)
+            except Exception as error:  # of the network's many, or the disk's
                 failed += 1
                 self.refused[name] += 1
                 if failed == 1:

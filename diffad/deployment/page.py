@@ -50,7 +50,7 @@ def show(detector: Detector, seen: Seen | None, rate: float | None) -> tuple[Any
         words += "\n\nThe parts no longer look as they did at calibration: look at light, focus and place."
     scale = sent.size[1] / mask.shape[1]  # regions are told in the image's own pixels
     rows = []
-    for region in regions or ():
+    for region in regions:
         box = [round(scale * edge) for edge in region.box]
         rows.append([*box, round(scale**2 * region.area), round(region.peak, 3), round(region.mean, 3)])
     return overlay(sent.shown, anomaly_map, mask, pixel_threshold), words, rows, verdict

@@ -143,7 +143,7 @@ def describe(detector: Detector, name: str | None, sent: Sent, finding: Finding,
             anomaly_map = detector.map_at(finding, sent, sent.size)
             threshold = float(detector.pipeline.calibration.pixel_threshold[detector.index])
             mask, regions = found_regions(anomaly_map, threshold, True, detector.smallest_area)
-            if regions is not None:
+            if regions:  # none without SciPy
                 answer["regions"] = [region._asdict() for region in regions]
         if with_mask:
             file = io.BytesIO()

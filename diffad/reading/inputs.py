@@ -38,6 +38,9 @@ LOCK_NAME = ".diffad.lock"  # stands in every folder that predict has written to
 PICTURE_FOLDERS, SHEET_NAME = ("overlays", "maps", "masks"), "most_anomalous.png"
 DRIFT_NAME = "drift.png"
 OWN_NAMES = (*PICTURE_FOLDERS, SHEET_NAME, DRIFT_NAME)  # no inputs, beside results
+# files that tell a folder of results or of a model, see `holds_results` and `_holds_model`
+MARKS = [LOCK_NAME, "settings.json", "scores.csv", "scores.partial.csv"]
+MARKS += ["model_index.json", "config.json", "training.json"]
 REPORT_SHEETS = ("-defective.png", "-good.png")  # of an evaluation: behind the name of its report, no inputs beside it
 
 
@@ -117,11 +120,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def holds_results(names: set[str]) -> bool:
     """Whether predict has written to a folder of these names; in a store there is no lock."""
     return LOCK_NAME in names or ("settings.json" in names and bool({"scores.csv", "scores.partial.csv"} & names))
-
-
-# of which `holds_results` and `_holds_model` ask
-MARKS = [LOCK_NAME, "settings.json", "scores.csv", "scores.partial.csv"]
-MARKS += ["model_index.json", "config.json", "training.json"]
 
 
 def _report_sheets(names: set[str]) -> set[str]:

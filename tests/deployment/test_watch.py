@@ -606,11 +606,22 @@ def test_a_damaged_event_is_set_aside(tmp_path):
         wait_for(lambda: taken)
         outbox.close()
     assert [
-        str(one.message).endswith("cut.json holds no event: it is kept as cut.damaged, and not delivered.")
-        for one in told
+        str(one.message).endswith("cut.json holds no event: it is kept as cut.damaged, not delivered.") for one in told
     ] == [True]
     assert taken == [{"event": "whole"}]
     assert [path.name for path in tmp_path.iterdir()] == ["cut.damaged"]
+
+
+@pytest.mark.filterwarnings("ignore:The receiver does not take an event")
+def test_an_event_that_cannot_be_read_ends_no_delivery(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    taken: list[dict] = []
+    outbox = Outbox(tmp_path, taken.append, "The receiver")
+    for number in range(2):
+        outbox.put({"event": number})
+        wait_for(lambda number=number: len(taken) == number + 1)
+    outbox.close()
+    assert taken == [{"event": 0}, {"event": 1}]
 
 
 def test_pictures_of_other_results_below_the_watched_folder_are_no_events(calibrated, tmp_path):
