@@ -204,6 +204,7 @@ def evaluate(
     category: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this one; may be repeated.")] = None,
     on_bad_image: BadImages = OnBadImage.error,
     batch_size: BatchSize = 16,
+    resolution: Annotated[int, typer.Option(metavar="PIXELS", help="A side, at which maps meet masks.", min=8)] = 256,
 ) -> None:
     """The field's metrics on a test split, by category, as tables and a page.
 
@@ -212,7 +213,7 @@ def evaluate(
     from diffad.training.evaluate import main as run
 
     flags = ["--model", model, "--data", data, "--output", str(output), "--on_bad_image", on_bad_image.value]
-    flags += ["--batch_size", str(batch_size)]
+    flags += ["--batch_size", str(batch_size), "--resolution", str(resolution)]
     flags += ["--dataset", dataset] if dataset else []
     run([*flags, *(["--category", *category] if category else [])])
 
@@ -222,7 +223,9 @@ def calibrate(
     model: Model,
     data: Annotated[str, typer.Option("--data", metavar="DATA", help="Good images: a folder, data set, elpv.")],
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to save (MODEL, if a folder).")] = None,
-    false_alarm_rate: FalseAlarmRate = 0.01,
+    false_alarm_rate: Annotated[
+        float | None, typer.Option(metavar="RATE", help="Of good parts that may alarm (MODEL's, else 0.01).")
+    ] = None,
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Force a layout.")] = None,
     category: Category = None,
     part_pattern: PartPattern = None,

@@ -37,6 +37,7 @@ from diffad.seeding import image_generators
 from diffad.tiling import tile_height_and_width
 from diffad.warn_once import warn_once
 
+DEFAULT_FALSE_ALARM_RATE = 0.01
 FEWEST_IMAGES = 3  # of fewer, none can be left out: the others need a covariance
 FEW_IMAGES = 20  # of which none can be spared for anything but statistics and thresholds
 MOST_LEFT_OUT = 1000  # of a category: their measurements wait in a temporary file of 2 to 3 GB
@@ -129,7 +130,7 @@ class DetectionPipeline(AnomalyPipeline):
         self,
         images: Sequence[Any],
         statistics_images: Sequence[Any] | None = None,
-        false_alarm_rate: float = 0.01,
+        false_alarm_rate: float | None = None,
         category: str | int | None = None,
         batch_size: int = 16,
         generator: torch.Generator | None = None,
@@ -158,6 +159,8 @@ class DetectionPipeline(AnomalyPipeline):
                 for the thresholds.
             false_alarm_rate: share of good parts that may raise an alarm, on average over sets of good images, in
                 (0, 1); `diffad.calibration.conformal.false_alarm_bound` says what one set keeps with a confidence.
+                None keeps what an earlier calibration has, and is 0.01 without one. In a model of several categories
+                another rate than before sets the thresholds of all of them anew, by the scores that it keeps.
             category: which category the images are of, in a unified model; the others keep what they have.
             batch_size: images in a batch.
             generator: of noise of each image's own, whatever the batch. None measures all with the model's noise, as
@@ -187,6 +190,9 @@ class DetectionPipeline(AnomalyPipeline):
         """
         if smallest_area is None:
             smallest_area = 0.0 if self.calibration is None else self.calibration.smallest_area
+        if false_alarm_rate is None:
+            known = self.calibration is not None and self.has_thresholds
+            false_alarm_rate = self.calibration.config.false_alarm_rate if known else DEFAULT_FALSE_ALARM_RATE
         check_calibration_call(images, statistics_images, false_alarm_rate, batch_size, generator, smallest_area)
         false_alarm_rate, smallest_area = float(false_alarm_rate), float(smallest_area)
         leave_one_out = leave_one_out and self.tile_size is None

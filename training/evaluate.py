@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from diffad.commands.models import is_exported, load_model
 from diffad.data import load_anomaly_dataset
 from diffad.data.checks import dataset_value_range
+from diffad.data.masks import defects_at
 from diffad.evaluation.baselines import evaluate_baseline, load_training_images
 from diffad.evaluation.detectors import check_categories, evaluate_category, promise, split_by_category
 from diffad.evaluation.metric_names import BASELINE_TITLES
@@ -94,6 +95,20 @@ def tell_of_one_kind(tests: dict[str, Dataset], accelerator: Accelerator) -> Non
             )
 
 
+def tell_of_thin_defects(tests: dict[str, Dataset], resolution: int, accelerator: Accelerator) -> None:
+    """Says of which categories some defects are too thin for the pixels at which maps meet masks."""
+    for name, images in tests.items() if accelerator.is_main_process else ():
+        masks = (row["mask"] for row in images.select_columns(["mask"]))
+        found = [defects_at(mask, (resolution, resolution)) for mask in masks if mask is not None]
+        count, lost, pieces = (sum(numbers) for numbers in zip(*found, strict=True)) if found else (0, 0, 0)
+        if lost or pieces > count - lost:
+            accelerator.print(
+                f"At {resolution} x {resolution} pixels, {lost} of {name}'s {count} defects are too thin to be seen, "
+                f"and the others are {pieces} pieces, which pixel metrics take for the defects. A larger --resolution "
+                "helps."
+            )
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = create_parser()
     args = parser.parse_args(argv)
@@ -131,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     tests, goods = split_by_category(dataset), split_by_category(training)
 
     tell_of_one_kind(tests, accelerator)
+    tell_of_thin_defects(tests, args.resolution, accelerator)
 
     # 2. A new report, or what an interrupted run left of one
     report: dict[str, Any] = {

@@ -38,7 +38,7 @@ from diffad.cores import limit_threads
 from diffad.data import load_anomaly_dataset
 from diffad.data.checks import dataset_value_range
 from diffad.evaluation.baselines import evaluate_baseline, load_training_images
-from diffad.evaluation.detectors import category_index, evaluate_detectors, split_by_category
+from diffad.evaluation.detectors import category_index, counted_region, evaluate_detectors, split_by_category
 from diffad.evaluation.metric_names import MEAN
 from diffad.evaluation.report import command_line, describe_machine, markdown_table, with_mean, write_files
 from diffad.files import read_json_object
@@ -318,7 +318,8 @@ def evaluate_rows(
             outputs.append(SimpleNamespace(anomaly_map=anomaly_map, anomaly_score=scores))
         return outputs
 
-    evaluations = evaluate_detectors(detect, len(rows), images, category, accelerator, *limits)
+    region = counted_region(model, category, limits[0])
+    evaluations = evaluate_detectors(detect, len(rows), images, category, accelerator, *limits, region=region)
     return [evaluation.result for evaluation in evaluations]
 
 

@@ -405,7 +405,7 @@ class CalibrationFit:
             region_shape=None if self.region is None else tuple(self.region.shape[1:]),
             keeps_maxima=True,
             leave_one_out=self.leave_one_out
-            or (previous is not None and previous.leave_one_out and self._knows_others(previous)),
+            or (previous is not None and previous.leave_one_out and bool(self._other_categories(previous))),
             **self.record,
         ).to(measurement.maps.device)
         if previous is not None:
@@ -413,14 +413,17 @@ class CalibrationFit:
                 if name == "region":
                     continue
                 getattr(calibration, name)[..., : values.shape[-1]] = values
+            if previous.config.false_alarm_rate != self.false_alarm_rate:
+                for i in self._other_categories(previous):
+                    of_scores, of_pixels = previous.thresholds_at(i, self.false_alarm_rate)
+                    calibration.image_threshold[i], calibration.pixel_threshold[i] = of_scores, of_pixels
         if self.region is not None:
             calibration.region.copy_(self.region)
         return calibration
 
-    def _knows_others(self, previous: ScoreCalibration) -> bool:
-        others = previous.image_threshold.isfinite()
-        others[self.category] = False
-        return bool(others.any())
+    def _other_categories(self, previous: ScoreCalibration) -> list[int]:
+        """Those but this one that are calibrated."""
+        return [i for i in previous.image_threshold.isfinite().nonzero().flatten().tolist() if i != self.category]
 
     def _check_previous(
         self,
@@ -431,7 +434,7 @@ class CalibrationFit:
         coreset_shape: tuple[int, ...] | None,
     ) -> None:
         config = previous.config
-        knows_others = self._knows_others(previous)
+        knows_others = bool(self._other_categories(previous))
         shapes = (residual_shape, feature_shape, coreset_shape)
         found = (num_maps, *(shape and list(shape) for shape in shapes))
         known = (config.residual_shape, config.feature_shape, config.coreset_shape)
@@ -457,12 +460,6 @@ class CalibrationFit:
                     f"{self.record.get(name)}. Use the same, or load the pipeline with `calibration=None` and "
                     "calibrate every category."
                 )
-        if knows_others and config.false_alarm_rate != self.false_alarm_rate:
-            raise ValueError(
-                f"`false_alarm_rate` is {self.false_alarm_rate:g}, but the other categories' thresholds are for "
-                f"{config.false_alarm_rate:g}. Pass that, or load the pipeline with `calibration=None` and calibrate "
-                "every category."
-            )
 
 
 def half(values: torch.Tensor) -> torch.Tensor:

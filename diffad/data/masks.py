@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+from scipy import ndimage
 
 from diffad.images import image_to_rgb
 from diffad.reading.grey_depth import UnreadableImageError
@@ -126,6 +127,22 @@ def _of_neighbours(values: np.ndarray, choose: np.ufunc) -> np.ndarray:
     padded = np.pad(values, 1, mode="edge")
     rows = choose(choose(padded[:-2], padded[1:-1]), padded[2:])
     return choose(choose(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
+
+
+def defects_at(mask: PIL.Image.Image, size: tuple[int, int]) -> tuple[int, int, int]:
+    """What becomes of a mask's defects where it is resized to (height, width), by the nearest pixel.
+
+    A thin one may lose all of its pixels, or some, and fall into pieces, each of which counts as a defect in PRO.
+
+    Returns:
+        How many defects it has (8-connected, as in MVTec's evaluation), how many have no pixel at that size, and how
+        many pieces the others are there.
+    """
+    corners = np.ones((3, 3))
+    numbers, count = ndimage.label(mask_to_array(mask), structure=corners)
+    resized = PIL.Image.fromarray(numbers.astype(np.int32)).resize(size[::-1], PIL.Image.Resampling.NEAREST)
+    left = np.asarray(resized)
+    return count, count - len(np.unique(left[left > 0])), int(ndimage.label(left > 0, structure=corners)[1])
 
 
 def resize_image_and_mask(

@@ -29,6 +29,7 @@ from diffad.evaluation.metrics import AnomalyMetrics
 from diffad.files import bounded_name, write_whole
 from diffad.images import resize_images
 from diffad.prediction.journal import name_pictures
+from diffad.region_of_interest import inside_region
 
 
 class Evaluation(NamedTuple):
@@ -59,8 +60,9 @@ def evaluate_category(
     def detect(pictures: list[Any], indices: list[int]) -> list[AnomalyOutput]:
         return [call_for(pipeline, pictures, category)]
 
+    region = counted_region(pipeline, category, resolution)
     return evaluate_detectors(
-        detect, 1, images, category, accelerator, resolution, pro_fpr_limit, batch_size, save_maps
+        detect, 1, images, category, accelerator, resolution, pro_fpr_limit, batch_size, save_maps, region
     )[0]
 
 
@@ -102,6 +104,19 @@ def category_index(pipeline: Any, category: str) -> int:
         ValueError: a unified model does not know it.
     """
     return pipeline.category_index(category if len(pipeline.categories) > 1 else None)
+
+
+def counted_region(pipeline: Any, category: str, resolution: int) -> np.ndarray | None:
+    """Which pixels of a category's maps count, (resolution, resolution) bool: a pipeline's or a `Runtime`'s region of
+    interest; None where all do.
+    """
+    if pipeline.region is None:
+        return None
+    size = (resolution, resolution)
+    if isinstance(pipeline, Runtime):
+        return pipeline.inside_region(size)
+    inside = inside_region(pipeline.region, torch.tensor([category_index(pipeline, category)]), size)
+    return None if inside is None else inside[0].numpy(force=True)
 
 
 def check_categories(pipeline: Any, categories: Iterable[str]) -> None:
@@ -156,6 +171,7 @@ def evaluate_detectors(
     pro_fpr_limit: float = 0.3,
     batch_size: int = 16,
     save_maps: str | Path | None = None,
+    region: np.ndarray | None = None,
 ) -> list[Evaluation]:
     """Evaluates detectors that share their work, in one pass over one category's test images.
 
@@ -171,6 +187,7 @@ def evaluate_detectors(
         pro_fpr_limit: of PRO.
         batch_size: images a batch.
         save_maps: folder for the first detector's maps, named by `name_maps`.
+        region: which pixels count in pixel metrics, (resolution, resolution) bool; None where all do.
 
     Returns:
         One evaluation for each detector. Seconds are those of all detectors together.
@@ -200,6 +217,7 @@ def evaluate_detectors(
                         mask=np.stack(list(known.values())),
                         predicted_mask=_predicted_masks(output, list(known), resolution),
                         defects=defects if any(defects) else None,
+                        region=region,
                     )
                 records[number] += [_record(output, j, float(scores[j]), indices[j], row) for j, row in enumerate(rows)]
                 if save_maps is not None and number == 0:

@@ -133,6 +133,7 @@ class AnomalyMetrics(Metric):
         label: torch.Tensor | np.ndarray | Sequence[int] | None = None,
         predicted_mask: torch.Tensor | np.ndarray | None = None,
         defects: Sequence[Sequence[tuple[np.ndarray, float]] | None] | None = None,
+        region: torch.Tensor | np.ndarray | None = None,
     ) -> None:
         """Adds N images.
 
@@ -148,6 +149,8 @@ class AnomalyMetrics(Metric):
             predicted_mask: (N, H, W), true or 1 where a detector outlines a defect, for SegF1; with `mask`.
             defects: for sPRO, of each image its defects, which may overlap: a mask (H, W) bool and the share of its
                 pixels, in (0, 1], from which on it counts as found in full. None for an image without. With `mask`.
+            region: of interest, (H, W), true or 1 where pixels of these images count in the pixel metrics; None where
+                all do. Of a defect, what is inside counts. With `anomaly_map`.
 
         Raises:
             ValueError: a shape does not fit the others, a value is NaN, `mask` or `label` holds something
@@ -188,6 +191,16 @@ class AnomalyMetrics(Metric):
                     f"{wrong.tolist()} of this update. Correct one of them."
                 )
 
+        inside = None if region is None else _as_bool(region, "region", "(H, W)")
+        if inside is not None:
+            if maps is None or maps.shape[1:] != inside.shape or not inside.any():
+                raise ValueError(
+                    f"`region` has shape {inside.shape} and {int(inside.sum())} pixels that count. It comes with an "
+                    "`anomaly_map` of that height and width, and some pixels must count."
+                )
+            masks = None if masks is None else masks & inside
+            predicted = None if predicted is None else predicted & inside
+
         if scores is not None and labels is not None:
             self.image_scores.append(self._to_state(scores))
             self.image_labels.append(self._to_state(labels))
@@ -198,10 +211,10 @@ class AnomalyMetrics(Metric):
             self.segmented_pixels = self.segmented_pixels + torch.tensor(counts, dtype=torch.float64).to(self.device)
         for i, scores_at in enumerate(maps):  # (H, W)
             if masks is not None:
-                self._add_defects(scores_at, (defects[i] if defects is not None else None) or ())
-                self._add_pixels(scores_at, masks[i])
+                self._add_defects(scores_at, (defects[i] if defects is not None else None) or (), inside)
+                self._add_pixels(scores_at, masks[i], inside)
             elif labels is not None and not labels[i]:
-                self._add_pixels(scores_at, np.zeros(scores_at.shape, bool))
+                self._add_pixels(scores_at, np.zeros(scores_at.shape, bool), inside)
 
     def compute(self) -> dict[str, float]:
         """All metrics over the images seen so far, as fractions in [0, 1].
@@ -255,11 +268,11 @@ class AnomalyMetrics(Metric):
         return result
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Adds the images of another `AnomalyMetrics` with the same `num_bins`."""
-        if isinstance(incoming_state, AnomalyMetrics) and incoming_state.num_bins != self.num_bins:
-            raise ValueError(
-                f"`incoming_state` has `num_bins` {incoming_state.num_bins}, but this metric has {self.num_bins}."
-            )
+        """Adds the images of another `AnomalyMetrics` with the same `num_bins` and `pro_fpr_limit`."""
+        for name in ("num_bins", "pro_fpr_limit") if isinstance(incoming_state, AnomalyMetrics) else ():
+            other, own = getattr(incoming_state, name), getattr(self, name)
+            if other != own:
+                raise ValueError(f"`incoming_state` has `{name}` {other}, but this metric has {own}.")
         super().merge_state(incoming_state)
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
@@ -273,10 +286,11 @@ class AnomalyMetrics(Metric):
         """A flat float32 copy on the metric's device: callers may write to their array again."""
         return torch.from_numpy(values.ravel().astype(np.float32)).to(self.device)
 
-    def _add_pixels(self, scores: np.ndarray, mask: np.ndarray) -> None:
-        defective = scores[mask]
-        self.pixel_scores.append(self._to_state(scores))
-        self.num_buffered_pixels = self.num_buffered_pixels + scores.size
+    def _add_pixels(self, scores: np.ndarray, mask: np.ndarray, inside: np.ndarray | None) -> None:
+        """Adds an image's pixels (H, W), of which those inside count; the mask has no others."""
+        defective, counted = scores[mask], scores if inside is None else scores[inside]
+        self.pixel_scores.append(self._to_state(counted))
+        self.num_buffered_pixels = self.num_buffered_pixels + counted.size
         if defective.size:
             # 8-connected, as in MVTec's evaluation
             regions = ndimage.label(mask, structure=np.ones((3, 3)))[0][mask]
@@ -284,15 +298,17 @@ class AnomalyMetrics(Metric):
             self.region_areas.append(self._to_state(np.bincount(regions)[regions]))
             self.defective_areas.append(self._to_state(np.full(defective.size, defective.size)))
         else:
-            self.good_scores.append(self._to_state(scores))
+            self.good_scores.append(self._to_state(counted))
         self._fold_if_full()
 
-    def _add_defects(self, scores: np.ndarray, defects: Sequence[tuple[np.ndarray, float]]) -> None:
+    def _add_defects(
+        self, scores: np.ndarray, defects: Sequence[tuple[np.ndarray, float]], inside: np.ndarray | None
+    ) -> None:
         """As the threshold falls, a defect's overlap rises by one over its saturation area for each pixel, and stops at
         1: so its highest pixels count, as many as that area, and the others do not.
         """
         for mask, share in defects:
-            own = scores[mask]
+            own = scores[mask if inside is None else mask & inside]
             if own.size:
                 area = max(1, round(share * own.size))
                 self.saturated_scores.append(self._to_state(np.partition(own, -area)[-area:]))

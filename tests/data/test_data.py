@@ -20,7 +20,7 @@ import pytest
 
 from diffad.data import load_anomaly_dataset
 from diffad.data.checks import check_images, without_copies
-from diffad.data.masks import mask_to_array, resize_image_and_mask
+from diffad.data.masks import defects_at, mask_to_array, resize_image_and_mask
 from diffad.data.parts import halve_parts, part_index
 from diffad.images import image_to_rgb
 from diffad.warn_once import warn_once
@@ -1175,6 +1175,20 @@ def test_mask_follows_its_image():
     assert resized.size == (9, 6)
     assert marked.shape == (6, 9)
     assert not marked.any()
+
+
+def test_thin_defects_are_counted_where_they_are_resized():
+    mask = PIL.Image.new("L", (64, 64))
+    draw = PIL.ImageDraw.Draw(mask)
+    draw.rectangle((0, 0, 15, 15), fill=255)
+    assert defects_at(mask, (16, 16)) == (1, 0, 1)
+    draw.line((20, 0, 20, 63), fill=255)  # between the columns that are kept
+    assert defects_at(mask, (16, 16)) == (2, 1, 1)
+    assert defects_at(mask, (64, 64)) == (2, 0, 2)
+    draw.line((30, 0, 63, 50), fill=255)
+    count, lost, pieces = defects_at(mask, (16, 16))
+    assert (count, lost) == (3, 1)
+    assert pieces > 2
 
 
 def test_resizing_rejects_bad_input():

@@ -157,6 +157,42 @@ def test_padim_stands_beside_the_model(model, data, tmp_path, capsys):
     assert without["results"]["tile"]["image_auroc"] == report["results"]["tile"]["image_auroc"]
 
 
+def test_what_is_outside_of_the_region_of_interest_counts_nowhere(tmp_path):
+    left = np.zeros((32, 32), np.uint8)
+    left[:, :12] = 255
+    write_png(tmp_path / "left.png", left)
+    pipeline = tiny_pipeline().calibrate(textures(40), false_alarm_rate=0.1, roi=tmp_path / "left.png")
+    pipeline.save_pretrained(tmp_path / "model")
+    data = write_mvtec(tmp_path / "data", {"tile": 4})
+    report = run(tmp_path / "model", data, tmp_path / "report.json")
+    for mask in (data / "tile" / "ground_truth").rglob("*.png"):  # as if no defect reached beyond the region
+        inside = np.array(Image.open(mask))
+        assert inside[:, 6:].any()
+        inside[:, 6:] = 0
+        write_png(mask, inside)
+    again = run(tmp_path / "model", data, tmp_path / "again.json")
+    assert_same_results(again, report)
+    for name in METRICS:
+        assert again["baselines"]["padim"]["tile"][name] == report["baselines"]["padim"]["tile"][name], name
+    for picture in (data / "tile" / "test").rglob("*.png"):
+        pixels = np.array(Image.open(picture))
+        pixels[:, -8:] = 255 * (picture.stem > "001")
+        write_png(picture, pixels)
+    changed = run(tmp_path / "model", data, tmp_path / "changed.json")
+    assert_same_results(changed, report)
+
+
+def test_defects_too_thin_for_the_pixels_of_the_maps_are_told(model, tmp_path, capsys):
+    data = write_mvtec(tmp_path / "data", {"tile": 2}, bad=1, size=64)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, 20] = 255
+    write_png(data / "tile" / "ground_truth" / "hole" / "000_mask.png", mask)
+    run(model, data, tmp_path / "report.json", "--resolution", 16)
+    assert "At 16 x 16 pixels, 1 of tile's 1 defects are too thin to be seen" in capsys.readouterr().out
+    run(model, data, tmp_path / "report.json", "--resolution", 64)
+    assert "too thin" not in capsys.readouterr().out
+
+
 def test_no_training_images_leave_padim_out(model, data, tmp_path, capsys):
     folder = tmp_path / "test_only"
     shutil.copytree(data / "tile" / "test", folder / "tile" / "test")

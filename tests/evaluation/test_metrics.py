@@ -207,6 +207,25 @@ def test_dice_is_at_the_best_threshold():
     assert result["pixel_dice"] == result["pixel_f1max"]
 
 
+def test_pixels_outside_of_a_region_count_nowhere():
+    images = make_images()
+    predicted = images["anomaly_map"] > 1.5
+    defects = [[(mask, 0.5)] if mask.any() else None for mask in images["mask"]]
+    region = np.zeros((48, 48), bool)
+    region[4:20, 2:16] = True  # through some of the defects
+    cut = {name: images[name][:, 4:20, 2:16] for name in ("anomaly_map", "mask")}
+    cut_defects = [[(mask, 0.5)] if mask.any() else None for mask in cut["mask"]]
+    assert 0 < cut["mask"].sum() < images["mask"].sum()
+    scores = {name: images[name] for name in ("anomaly_score", "label")}
+    expected = evaluate({**scores, **cut, "predicted_mask": predicted[:, 4:20, 2:16], "defects": cut_defects})
+    given = {**images, "predicted_mask": predicted, "defects": defects}
+    assert evaluate({**given, "region": region}) == pytest.approx(expected, abs=1e-12)
+    assert expected["pixel_pro"] != pytest.approx(evaluate(given)["pixel_pro"], abs=1e-3)
+    for wrong in (region[:9], ~np.ones_like(region)):
+        with pytest.raises(ValueError, match="`region` has shape"):
+            evaluate({**images, "region": wrong})
+
+
 # ------------------------------------------------------------------------------------------- streaming
 
 
@@ -562,6 +581,8 @@ def test_wrong_settings(arguments: dict, name: str):
 
 
 def test_merging_different_settings_is_an_error():
+    with pytest.raises(ValueError, match=r"`pro_fpr_limit` 0.3, but this metric has 0.1"):
+        AnomalyMetrics(pro_fpr_limit=0.1).merge_state(AnomalyMetrics())
     with pytest.raises(ValueError, match="`num_bins` 512, but this metric has 262144"):
         AnomalyMetrics().merge_state(AnomalyMetrics(num_bins=512))
 

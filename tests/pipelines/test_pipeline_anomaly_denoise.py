@@ -849,16 +849,28 @@ def test_each_category_keeps_its_calibration(unified):
 
 def test_one_category_is_not_calibrated_otherwise_than_the_others(unified):
     unified.calibrate(textures(9), false_alarm_rate=0.3, category="bottle")
-    with pytest.raises(ValueError, match=r"`false_alarm_rate` is 0.2.*other categories' thresholds are for 0.3"):
-        unified.calibrate(textures(9), false_alarm_rate=0.2, category="cable")
     with pytest.raises(ValueError, match=r"other categories were calibrated with other settings \(generator\)"):
         unified.calibrate(textures(9), false_alarm_rate=0.3, category="cable", generator=generator())
     other = AnomalyDenoisePipeline(**unified.components, categories=["bottle", "cable", "screw"], timesteps=[5])
     with pytest.raises(ValueError, match="`calibration` holds other categories' statistics"):
         other.calibrate(textures(9), false_alarm_rate=0.3, category="cable")
-    # the only one that there is may change
-    unified.calibrate(textures(9), false_alarm_rate=0.4, category="bottle")
+
+
+def test_another_false_alarm_rate_is_that_of_all_categories(unified):
+    good = textures(21)
+    unified.calibrate(good, category="bottle")
+    assert unified.calibration.config.false_alarm_rate == 0.01
+    unified.calibrate(good, false_alarm_rate=0.4, category="bottle")
+    expected = [getattr(unified.calibration, name)[0].clone() for name in ("image_threshold", "pixel_threshold")]
+    unified.calibrate(good, false_alarm_rate=0.2, category="bottle")
+    assert unified.calibration.image_threshold[0] > expected[0]
+    unified.calibrate(textures(9), false_alarm_rate=0.4, category="cable")
     assert unified.calibration.config.false_alarm_rate == 0.4
+    for name, value in zip(("image_threshold", "pixel_threshold"), expected, strict=True):
+        assert getattr(unified.calibration, name)[0] == value, name
+    unified.calibrate(textures(9), category="screw")  # as they are
+    assert unified.calibration.config.false_alarm_rate == 0.4
+    assert unified.calibration.image_threshold[0] == expected[0]
 
 
 # -- saving and loading ------------------------------------------------------------------------------------------
