@@ -126,16 +126,25 @@ def predicted_clean_sample(
 ) -> torch.Tensor:
     """x_0 from a prediction of epsilon (DDPM eq. 15), (N, C, H, W) float32.
 
-    `clip_sample` clips it to `[-r, r]`, r the scheduler's `clip_sample_range`; None takes the scheduler's setting.
+    `clip_sample` clips it to `[-r, r]`, r the scheduler's `clip_sample_range`, 1 where it has none; None takes the
+    scheduler's setting.
+
+    Raises:
+        ValueError: a timestep at which the schedule leaves noise alone (zero SNR), so that epsilon tells no x_0.
     """
     _check(scheduler, timesteps, noise_prediction=noise_prediction, noisy_sample=noisy_sample)
     tables, noisy = _tables(scheduler), noisy_sample.float()
+    if not torch.compiler.is_compiling() and not bool(tables.inverse_signal[timesteps.cpu()].isfinite().all()):
+        raise ValueError(
+            f"`timesteps` are {timesteps.tolist()}, and at the last one this `scheduler` leaves noise alone "
+            "(rescale_betas_zero_snr), of which a predicted epsilon tells no image. Take earlier ones."
+        )
     clean = (
         _at(tables.inverse_signal, timesteps, noisy) * noisy
         - _at(tables.noise_ratio, timesteps, noisy) * noise_prediction.float()
     )
-    if scheduler.config.clip_sample if clip_sample is None else clip_sample:
-        limit = scheduler.config.clip_sample_range
+    if scheduler.config.get("clip_sample", False) if clip_sample is None else clip_sample:
+        limit = scheduler.config.get("clip_sample_range", 1.0)
         clean = clean.clamp(-limit, limit)
     return clean
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import relative_error, tiny_scheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
@@ -213,6 +214,21 @@ def test_gradients_are_finite():
 def test_wrong_arguments_are_named(function, name, value, words):
     with pytest.raises(ValueError, match=f"(?s)`{name}`.*{words}|{words}.*`{name}`"):
         function(tiny_scheduler(), **{**sample_inputs(), name: value})
+
+
+def test_noise_alone_tells_no_image():
+    scheduler = tiny_scheduler(rescale_betas_zero_snr=True)
+    inputs = sample_inputs()
+    last = torch.full_like(inputs["timesteps"], scheduler.config.num_train_timesteps - 1)
+    with pytest.raises(ValueError, match="`timesteps` are .*leaves noise alone"):
+        kl_divergence_map(scheduler, **{**inputs, "timesteps": last})
+    assert kl_divergence_map(scheduler, **{**inputs, "timesteps": last - 1}).isfinite().all()
+
+
+def test_a_scheduler_that_never_clips_is_taken_as_it_is():
+    inputs = sample_inputs()
+    euler, same = EulerDiscreteScheduler(), DDPMScheduler(clip_sample=False)
+    torch.testing.assert_close(kl_divergence_map(euler, **inputs), kl_divergence_map(same, **inputs))
 
 
 def test_only_epsilon_prediction_is_taken():

@@ -190,8 +190,8 @@ def calibrate_category(
     }
     if held_out is None:
         pipeline.calibrate(good["image"], leave_one_out=True, **options)
-        how = f"{len(good)} good images, each left out in turn for the thresholds"
-        return f"{how}; {describe_rate(pipeline, name)}"
+        how = ", each left out in turn for the thresholds" if pipeline.has_thresholds else ""
+        return f"{len(good)} good images{how}; {describe_rate(pipeline, name)}"
     pipeline.calibrate(held_out["image"], good["image"], **options)
     how = f"{len(good)} good images, and {len(held_out)} held out for the thresholds"
     return f"{how}; {describe_rate(pipeline, name)}"
