@@ -220,7 +220,7 @@ def test_noise_alone_tells_no_image():
     scheduler = tiny_scheduler(rescale_betas_zero_snr=True)
     inputs = sample_inputs()
     last = torch.full_like(inputs["timesteps"], scheduler.config.num_train_timesteps - 1)
-    with pytest.raises(ValueError, match="`timesteps` are .*leaves noise alone"):
+    with pytest.raises(ValueError, match=r"`timesteps` are .*leaves noise alone"):
         kl_divergence_map(scheduler, **{**inputs, "timesteps": last})
     assert kl_divergence_map(scheduler, **{**inputs, "timesteps": last - 1}).isfinite().all()
 
