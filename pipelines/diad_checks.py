@@ -71,17 +71,6 @@ def check_scheduler(scheduler: Any, skipped: int = 0) -> None:
         )
 
 
-def check_timesteps(timesteps: torch.Tensor, trained: Sequence[int] | None) -> None:
-    """Raises a ValueError where a reverse process goes through timesteps at which its denoiser was not trained."""
-    unknown = [] if trained is None else [timestep for timestep in timesteps.tolist() if timestep not in trained]
-    if trained is not None and unknown:
-        raise ValueError(
-            f"`unet` was trained at the timesteps {', '.join(map(str, trained))} alone (`trained_timesteps`), and "
-            f"these `num_inference_steps`, `strength` and `scheduler` go through {unknown[0]}. Leave them as they were "
-            "trained, or train with --train_timesteps all."
-        )
-
-
 def check_latent_statistics(vae: Any, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     """Raises a ValueError where they do not normalise the autoencoder's latents."""
     if mean is None and std is None:

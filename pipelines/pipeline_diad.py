@@ -59,7 +59,6 @@ from diffad.pipelines.diad_checks import (
     check_scheduler,
     check_settings,
     check_tiled_reverse_process,
-    check_timesteps,
     reconstruction_weights,
     skipped_steps,
     square_side,
@@ -131,8 +130,6 @@ class DiADPipeline(DetectionPipeline):
             ImageNet's, as the paper does.
         latents_mean, latents_std: of each channel of the latents, which are normalised by them; None takes the
             autoencoder's own shift and scale. For autoencoders that have none.
-        trained_timesteps: that the denoiser was trained at, such as [499, 999]; None for all. A reverse process through
-            another is refused: what the denoiser would make there is not known.
         tile_calibration: statistics of good images' tiles; None until `calibrate`, and without a `tile_size`.
         tile_size: side in pixels of the tiles in which images are looked at, at their own pixels, beside the whole
             image (`diffad.pipelines.large_images`), or height and width; None looks at whole images alone. Each is
@@ -173,7 +170,6 @@ class DiADPipeline(DetectionPipeline):
         image_std: list[float] | None = None,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
-        trained_timesteps: list[int] | None = None,
         tile_calibration: ScoreCalibration | None = None,
         tile_size: Side | None = None,
         tile_overlap: float = 0.25,
@@ -223,7 +219,6 @@ class DiADPipeline(DetectionPipeline):
             image_std=list(colour_std),
             latents_mean=None if latents_mean is None else list(latents_mean),
             latents_std=None if latents_std is None else list(latents_std),
-            trained_timesteps=None if trained_timesteps is None else sorted(trained_timesteps),
             tile_size=tile_size,
             tile_overlap=tile_overlap,
         )
@@ -518,18 +513,12 @@ class DiADPipeline(DetectionPipeline):
         return latents
 
     def set_timesteps(self, num_inference_steps: int, skipped: int) -> torch.Tensor:
-        """The scheduler's timesteps without the first `skipped` steps, at which it then begins.
-
-        Raises:
-            ValueError: the scheduler cannot go back from noise, or not at timesteps that the denoiser knows.
-        """
+        """The scheduler's timesteps without the first `skipped` steps, at which it then begins."""
         check_scheduler(self.scheduler, skipped)  # it may have been replaced
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(skipped * self.scheduler.order)
-        timesteps = self.scheduler.timesteps[skipped * self.scheduler.order :]
-        check_timesteps(timesteps, self.config.trained_timesteps)
-        return timesteps
+        return self.scheduler.timesteps[skipped * self.scheduler.order :]
 
     def reset_schedule(self) -> None:
         """The pipeline's own schedule, whose timesteps are numbers in a graph: no trace gets them out of a tensor."""

@@ -36,7 +36,6 @@ from diffad.images import IMAGENET_MEAN, IMAGENET_STD, denormalize_images, image
 from diffad.latents import encode_latents, has_scale, latent_factor, latent_statistics
 from diffad.models.prompt_embedding import PromptEmbedding
 from diffad.models.semantic_guided_network import FUSIONS, GUIDANCE_OUTPUTS
-from diffad.pipelines.diad_checks import skipped_steps
 from diffad.pipelines.feature_maps import FEATURE_WEIGHTS
 from diffad.training.arguments import (
     COUNT,
@@ -139,12 +138,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=SHARE,
         default=0.0,
         help="of the guiding images that get a drawn defect, which is to be left out (0)",
-    )
-    model.add_argument(
-        "--train_timesteps",
-        choices=("all", "inference"),
-        default="all",
-        help="that are trained: all, or those alone that --num_inference_steps and --strength go through (all)",
     )
     model.add_argument(
         "--cache_latents",
@@ -415,33 +408,15 @@ def training_scheduler(scheduler: Any) -> DDIMScheduler:
     return DDIMScheduler.from_config(scheduler.config)
 
 
-def timesteps_to_train(pipeline: DiADPipeline, args: argparse.Namespace) -> torch.Tensor:
-    """The timesteps (T,) that `--train_timesteps` names.
-
-    Raises:
-        ValueError: the scheduler goes through some that are no integers.
-    """
-    if args.train_timesteps == "all":
-        return torch.arange(pipeline.scheduler.config.num_train_timesteps)
-    timesteps = pipeline.set_timesteps(args.num_inference_steps, skipped_steps(args.num_inference_steps, args.strength))
-    if not torch.equal(timesteps, timesteps.round()):
-        raise ValueError(
-            f"--train_timesteps inference: a {type(pipeline.scheduler).__name__} of these settings goes through "
-            "timesteps that are no integers. Train all."
-        )
-    return timesteps.long().unique()
-
-
 def noise_loss(
     model: nn.Module,
     scheduler: DDIMScheduler,
     latents: torch.Tensor,
     pixel_values: torch.Tensor,
     prompt_embeds: torch.Tensor,
-    timesteps: torch.Tensor,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Mean squared error of epsilon, or of velocity, at timesteps drawn uniformly from `timesteps`, a scalar.
+    """Mean squared error of epsilon, or of velocity, at uniform timesteps, a scalar.
 
     Args:
         model: a `GuidedDenoiser`, wrapped or not.
@@ -449,17 +424,16 @@ def noise_loss(
         latents: of clean images, (N, C, h, w).
         pixel_values: the images, normalised, (N, 3, H, W).
         prompt_embeds: the empty prompt's embedding, (1, L, D).
-        timesteps: that are trained, (T,) integers.
         generator: of timesteps and noise.
     """
     count, device = len(latents), latents.device
-    t = timesteps[torch.randint(len(timesteps), (count,), generator=generator, device=device)]  # (N,)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (count,), generator=generator, device=device)
     noise = torch.randn(latents.shape, generator=generator, device=device)
-    noisy = scheduler.add_noise(latents, noise, t)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
     target = noise
     if scheduler.config.prediction_type == "v_prediction":
-        target = scheduler.get_velocity(latents, noise, t)
-    prediction = model(noisy, t, prompt_embeds.expand(count, -1, -1), pixel_values)
+        target = scheduler.get_velocity(latents, noise, timesteps)
+    prediction = model(noisy, timesteps, prompt_embeds.expand(count, -1, -1), pixel_values)
     return F.mse_loss(prediction.float(), target)
 
 
@@ -539,9 +513,6 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
 
     # 3. Train
     prompt_embeds = pipeline.prompt_embedding()
-    timesteps = timesteps_to_train(pipeline, args).to(accelerator.device)
-    if args.train_timesteps == "inference":
-        pipeline.register_to_config(trained_timesteps=timesteps.tolist())
 
     def batch_loss(model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
         pixels, *cached, _ = batch  # (N, 3, R, R), latents of each flip (N, F, C, h, w), (N,)
@@ -552,7 +523,7 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
             latents = encode(augmented)
         guiding = draw_defects(augmented, args.defect_share, generator)
         pixel_values = normalize_images(guiding, args.image_mean, args.image_std)
-        loss = noise_loss(model, forward_process, latents, pixel_values, prompt_embeds, timesteps, generator)
+        loss = noise_loss(model, forward_process, latents, pixel_values, prompt_embeds, generator)
         return loss, {"noise": loss}
 
     def save_pictures(path: Path) -> None:
@@ -567,7 +538,6 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     settings = {name: getattr(args, name) for name in OF_WEIGHTS}
     guidance = {} if pipeline.sg_network is None else pipeline.sg_network.config
     settings |= {name: guidance.get(name) for name in ("guidance_outputs", "fusion")}
-    settings["trained_timesteps"] = pipeline.config.trained_timesteps
     settings[FROZEN_NAME] = frozen_digest(forward_process, pipeline.vae)  # no loss has the feature extractor
     data_loader = create_data_loader(examples, args)
     record = train(model, batch_loss, data_loader, args, accelerator, save_pictures, None, settings)

@@ -308,8 +308,8 @@ def test_from_scratch_the_last_timestep_is_noise_alone_and_velocity_the_target(p
             noise = (noisy - signal * latents) / (1.0 - signal.square()).sqrt()
             return signal * noise - (1.0 - signal.square()).sqrt() * latents
 
-    arguments = (latents, latents, torch.zeros(1, 1, 1), torch.arange(1000), generator())
-    assert float(train_diad.noise_loss(Perfect(), scheduler, *arguments)) < 1e-6
+    loss = train_diad.noise_loss(Perfect(), scheduler, latents, latents, torch.zeros(1, 1, 1), generator())
+    assert float(loss) < 1e-6
 
 
 def test_training_learns(good, tiny, tmp_path):
@@ -322,8 +322,7 @@ def test_training_learns(good, tiny, tmp_path):
         images = torch.stack(images_to_tensors(textures(32, first_seed=300))) * 2.0 - 1.0
         pixel_values = normalize_images(images, pipeline.config.image_mean, pipeline.config.image_std)
         model = train_diad.GuidedDenoiser(pipeline.unet, pipeline.sg_network)
-        latents, timesteps = pipeline.encode(pixel_values), torch.arange(1000)
-        arguments = (latents, pixel_values, pipeline.prompt_embedding(), timesteps, generator(7))
+        arguments = (pipeline.encode(pixel_values), pixel_values, pipeline.prompt_embedding(), generator(7))
         with torch.no_grad():
             return float(train_diad.noise_loss(model, pipeline.scheduler, *arguments))
 
@@ -352,33 +351,6 @@ def test_ablations(good, stable_diffusion, tmp_path, guidance_outputs, fusion):
     assert network.config.fusion == (None if fusion == "none" else fusion)
     if fusion == "batch_norm_relu":  # its running statistics are saved
         assert network.feature_fusion.downsamplers[0][1].num_batches_tracked == 1
-
-
-def test_only_the_timesteps_of_inference_are_trained_where_asked_for(good, tiny, tmp_path, monkeypatch):
-    seen = set()
-
-    def denoise(model, noisy_latents, timesteps, *others):
-        seen.update(timesteps.tolist())
-        return of_script(model, noisy_latents, timesteps, *others)
-
-    of_script = train_diad.GuidedDenoiser.forward
-    monkeypatch.setattr(train_diad.GuidedDenoiser, "forward", denoise)
-    only = ("--train_timesteps", "inference")
-    train(good, tmp_path / "run", tiny, *only, "--checkpointing_steps", 6, steps=6)
-    assert seen == {1, 501}
-    pipe = load(tmp_path / "run")
-    assert pipe.config.trained_timesteps == [1, 501]
-    image = textures(1)[0]
-    with pytest.raises(ValueError, match=r"`unet` was trained at the timesteps 1, 501 alone.*go through 901"):
-        pipe(image, num_inference_steps=10)
-    assert np.isfinite(pipe(image, strength=0.5).anomaly_score).all()  # from 1 on
-    again = ("--resume_from_checkpoint", "latest", "--num_inference_steps", 5)
-    with pytest.raises(ValueError, match="trained_timesteps"):
-        train(good, tmp_path / "run", tiny, *only, *again, steps=8)
-    seen.clear()
-    train(good, tmp_path / "all", tiny, steps=6)
-    assert seen - {1, 501}
-    assert load(tmp_path / "all").config.trained_timesteps is None
 
 
 @pytest.mark.parametrize("cache", [(), ("--cache_latents",)])
