@@ -286,6 +286,7 @@ def calibrate(
                 f"{good['category'][0]!r}. Leave it out."
             )
         leave_one_out = part_pattern is None and pipeline.leaves_each_out(len(good))
+        rate_before = None if pipeline.calibration is None else pipeline.calibration.false_alarm_rate
         pipeline.calibrate(
             images,
             statistics_images,
@@ -317,6 +318,10 @@ def calibrate(
         highlight=False,
         soft_wrap=True,
     )
+    for i, name in enumerate(pipeline.categories if calibration.false_alarm_rate != rate_before else ()):
+        if i != index and calibration.image_threshold[i].isfinite():
+            told = f"{escape(name)}, whose thresholds were set anew: {calibration.describe_rate(i)}."
+            console.print(told, highlight=False, soft_wrap=True)
 
 
 @app.command()

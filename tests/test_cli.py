@@ -190,6 +190,22 @@ def test_calibrate_changes_thresholds_in_place(model, tmp_path):
     assert calibration.normal_scores.shape == (1, 5)
 
 
+def test_calibrate_keeps_the_rate_and_tells_whose_thresholds_another_moves(tmp_path):
+    from diffad import AnomalyDenoisePipeline
+
+    good = write_folder(tmp_path / "good", 9, first_seed=50)
+    unified = tiny_pipeline(categories=["bottle", "cable"])
+    unified.calibrate(textures(9), false_alarm_rate=0.4, category="bottle").save_pretrained(tmp_path / "model")
+    command = ["calibrate", str(tmp_path / "model"), "--data", str(good), "--category", "cable"]
+    assert "bottle" not in CliRunner().invoke(app, command, catch_exceptions=False).output
+    calibration = AnomalyDenoisePipeline.from_pretrained(tmp_path / "model").calibration
+    assert calibration.false_alarm_rate == 0.4
+    said = CliRunner().invoke(app, [*command, "--false-alarm-rate", "0.2"], catch_exceptions=False).output
+    moved = AnomalyDenoisePipeline.from_pretrained(tmp_path / "model").calibration
+    assert moved.image_threshold[0] > calibration.image_threshold[0]
+    assert "bottle, whose thresholds were set anew: " in said
+
+
 def test_a_model_of_one_category_is_calibrated_by_one_of_several(model, tmp_path):
     """The data tell the categories apart; of the model itself the name says nothing."""
     from diffad import AnomalyDenoisePipeline

@@ -345,6 +345,7 @@ def rate_setting(
             mask=measured.masks,
             anomaly_score=scores.cpu().numpy(),
             label=~measured.is_good,
+            region=None if inside is None or measured.masks is None else inside[0, 0].cpu().numpy(),
         )
         values = metrics.compute()
         found.append([values[name] for name in names])

@@ -21,7 +21,13 @@ from diffad.data import load_anomaly_dataset
 from diffad.data.checks import dataset_value_range
 from diffad.data.masks import defects_at
 from diffad.evaluation.baselines import evaluate_baseline, load_training_images
-from diffad.evaluation.detectors import check_categories, evaluate_category, promise, split_by_category
+from diffad.evaluation.detectors import (
+    check_categories,
+    counted_region,
+    evaluate_category,
+    promise,
+    split_by_category,
+)
 from diffad.evaluation.metric_names import BASELINE_TITLES
 from diffad.evaluation.report import (
     check_report_path,
@@ -95,17 +101,21 @@ def tell_of_one_kind(tests: dict[str, Dataset], accelerator: Accelerator) -> Non
             )
 
 
-def tell_of_thin_defects(tests: dict[str, Dataset], resolution: int, accelerator: Accelerator) -> None:
+def tell_of_thin_defects(tests: dict[str, Dataset], pipeline: Any, resolution: int, accelerator: Accelerator) -> None:
     """Says of which categories some defects are too thin for the pixels at which maps meet masks."""
     for name, images in tests.items() if accelerator.is_main_process else ():
-        masks = (row["mask"] for row in images.select_columns(["mask"]))
-        found = [defects_at(mask, (resolution, resolution)) for mask in masks if mask is not None]
-        count, lost, pieces = (sum(numbers) for numbers in zip(*found, strict=True)) if found else (0, 0, 0)
-        if lost or pieces > count - lost:
+        found = np.zeros(3, dtype=int)
+        for mask in (row["mask"] for row in images.select_columns(["mask"])):
+            if mask is not None:
+                inside = counted_region(pipeline, name, (mask.height, mask.width))
+                found += defects_at(mask, (resolution, resolution), inside)
+        count, lost, broken = found.tolist()
+        words = [f"{lost} have no pixel"] if lost else []
+        words += [f"{broken} fall into pieces, each a defect of its own in PRO"] if broken else []
+        if words:
             accelerator.print(
-                f"At {resolution} x {resolution} pixels, {lost} of {name}'s {count} defects are too thin to be seen, "
-                f"and the others are {pieces} pieces, which pixel metrics take for the defects. A larger --resolution "
-                "helps."
+                f"At {resolution} x {resolution} pixels, of {name}'s {count} defects {' and '.join(words)}. A larger "
+                "--resolution helps."
             )
 
 
@@ -146,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     tests, goods = split_by_category(dataset), split_by_category(training)
 
     tell_of_one_kind(tests, accelerator)
-    tell_of_thin_defects(tests, args.resolution, accelerator)
+    tell_of_thin_defects(tests, pipeline, args.resolution, accelerator)
 
     # 2. A new report, or what an interrupted run left of one
     report: dict[str, Any] = {

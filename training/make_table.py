@@ -38,7 +38,7 @@ from diffad.cores import limit_threads
 from diffad.data import load_anomaly_dataset
 from diffad.data.checks import dataset_value_range
 from diffad.evaluation.baselines import evaluate_baseline, load_training_images
-from diffad.evaluation.detectors import category_index, counted_region, evaluate_detectors, split_by_category
+from diffad.evaluation.detectors import category_index, evaluate_detectors, split_by_category
 from diffad.evaluation.metric_names import MEAN
 from diffad.evaluation.report import command_line, describe_machine, markdown_table, with_mean, write_files
 from diffad.files import read_json_object
@@ -318,8 +318,7 @@ def evaluate_rows(
             outputs.append(SimpleNamespace(anomaly_map=anomaly_map, anomaly_score=scores))
         return outputs
 
-    region = counted_region(model, category, limits[0])
-    evaluations = evaluate_detectors(detect, len(rows), images, category, accelerator, *limits, region=region)
+    evaluations = evaluate_detectors(detect, len(rows), images, category, accelerator, *limits)
     return [evaluation.result for evaluation in evaluations]
 
 
@@ -430,7 +429,7 @@ def load_model(path: str | Path, method: str, device: torch.device) -> Detection
     """A saved pipeline on its device.
 
     Raises:
-        ValueError: it is not of `method`, has no features to score with, or looks at tiles.
+        ValueError: it is not of `method`, has no features to score with, or looks at a region or at tiles.
     """
     pipeline = load_pipeline(path)
     if not isinstance(pipeline, METHODS[method]):
@@ -442,6 +441,11 @@ def load_model(path: str | Path, method: str, device: torch.device) -> Detection
             f"--model: {path} has no feature extractor, and features are what it is scored with. Give it one: "
             "pipe.register_modules(feature_extractor=TimmFeatureExtractor.from_backbone('resnet50', (4, 8, 16))), and "
             "save it again."
+        )
+    if pipeline.region is not None:
+        raise ValueError(
+            f"--model: {path} has a region of interest, and tables score whole images alone. Give a model that was "
+            "trained without --roi."
         )
     if pipeline.tile_size is not None:
         raise ValueError(

@@ -453,6 +453,15 @@ class CalibrationFit:
                 f"The other categories were calibrated with other settings ({', '.join(named)}). Use the same, or "
                 "load the pipeline with `calibration=None` and calibrate every category."
             )
+        if config.false_alarm_rate != self.false_alarm_rate:
+            for i in self._other_categories(previous):
+                if not previous.good_maxima(i) and previous.image_threshold[i] != previous.pixel_threshold[i]:
+                    raise ValueError(
+                        f"`false_alarm_rate` is {self.false_alarm_rate:g}, and category {i} was calibrated at "
+                        f"{config.false_alarm_rate:g} by an earlier version, which kept too little to set its mask's "
+                        "threshold anew. Pass that, or load the pipeline with `calibration=None` and calibrate every "
+                        "category."
+                    )
         for name in ("precision", "smallest_area") if knows_others else ():
             if config.get(name) not in (None, self.record.get(name)):
                 raise ValueError(

@@ -129,20 +129,27 @@ def _of_neighbours(values: np.ndarray, choose: np.ufunc) -> np.ndarray:
     return choose(choose(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
 
 
-def defects_at(mask: PIL.Image.Image, size: tuple[int, int]) -> tuple[int, int, int]:
+def defects_at(mask: PIL.Image.Image, size: tuple[int, int], inside: np.ndarray | None = None) -> tuple[int, int, int]:
     """What becomes of a mask's defects where it is resized to (height, width), by the nearest pixel.
 
     A thin one may lose all of its pixels, or some, and fall into pieces, each of which counts as a defect in PRO.
 
+    Args:
+        mask: of any mode, as of `mask_to_array`.
+        size: (height, width).
+        inside: which pixels of the mask count, of its own size, bool; None for all.
+
     Returns:
         How many defects it has (8-connected, as in MVTec's evaluation), how many have no pixel at that size, and how
-        many pieces the others are there.
+        many fall into pieces there.
     """
-    corners = np.ones((3, 3))
-    numbers, count = ndimage.label(mask_to_array(mask), structure=corners)
+    corners, defective = np.ones((3, 3)), mask_to_array(mask)
+    numbers, count = ndimage.label(defective if inside is None else defective & inside, structure=corners)
     resized = PIL.Image.fromarray(numbers.astype(np.int32)).resize(size[::-1], PIL.Image.Resampling.NEAREST)
     left = np.asarray(resized)
-    return count, count - len(np.unique(left[left > 0])), int(ndimage.label(left > 0, structure=corners)[1])
+    boxes = ndimage.find_objects(left, max_label=count)  # of each defect; None where it has no pixel
+    pieces = [ndimage.label(left[box] == i + 1, structure=corners)[1] for i, box in enumerate(boxes) if box is not None]
+    return count, count - len(pieces), sum(number > 1 for number in pieces)
 
 
 def resize_image_and_mask(

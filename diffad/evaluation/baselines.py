@@ -15,7 +15,7 @@ from diffad import GaussianFeatureModel, TimmFeatureExtractor
 from diffad.data import load_anomaly_dataset
 from diffad.evaluation.detectors import call_arguments, counted_region, evaluate_detectors
 from diffad.evaluation.metric_names import BASELINE_TITLES
-from diffad.images import ImageSequence, Side, as_size, images_to_pixel_values, resize_images
+from diffad.images import ImageSequence, Side, as_size, images_to_pixel_values
 from diffad.pipelines.pipeline_ddpm_reconstruction import DDPMReconstructionPipeline
 from diffad.process_share import process_share
 
@@ -70,7 +70,7 @@ def evaluate_baseline(
         good: training images of the category, for PaDiM.
         pipeline, images, category, accelerator, resolution, pro_fpr_limit, batch_size: as of `evaluate_category`.
             Where the pipeline has a region of interest, only what is inside counts here, too: an image's score is then
-            the map's maximum inside.
+            the map's maximum inside. The baseline still sees the whole image.
 
     Returns:
         As of `Evaluation.result`; empty for PaDiM with fewer than two good images, as a covariance takes two.
@@ -92,17 +92,16 @@ def evaluate_baseline(
         def detect(pictures: list[Any], indices: list[int]) -> list[Any]:
             return [ddpm(pictures, **call_arguments(pipeline, category, len(pictures)))]
 
-    region = counted_region(pipeline, category, resolution)
-
     def detect_inside(pictures: list[Any], indices: list[int]) -> list[Any]:
-        outputs = detect(pictures, indices)
-        if region is not None:
-            maps = outputs[0].anomaly_map.float()[:, None]  # (N, 1, h, w)
-            outputs[0].anomaly_score = resize_images(maps, region.shape)[:, 0].cpu()[:, region].amax(dim=1)
-        return outputs
+        output = detect(pictures, indices)[0]
+        maps = output.anomaly_map.cpu()  # (N, h, w)
+        inside = counted_region(pipeline, category, (maps.shape[1], maps.shape[2]))
+        if inside is not None:
+            output.anomaly_score = maps[:, inside].amax(dim=1)
+        return [output]
 
     title = f"{BASELINE_TITLES[name]}: {category}"
-    limits = (resolution, pro_fpr_limit, batch_size)
+    limits, region = (resolution, pro_fpr_limit, batch_size), counted_region(pipeline, category, (resolution,) * 2)
     return evaluate_detectors(detect_inside, 1, images, title, accelerator, *limits, region=region)[0].result
 
 

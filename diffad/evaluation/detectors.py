@@ -60,7 +60,7 @@ def evaluate_category(
     def detect(pictures: list[Any], indices: list[int]) -> list[AnomalyOutput]:
         return [call_for(pipeline, pictures, category)]
 
-    region = counted_region(pipeline, category, resolution)
+    region = counted_region(pipeline, category, (resolution, resolution))
     return evaluate_detectors(
         detect, 1, images, category, accelerator, resolution, pro_fpr_limit, batch_size, save_maps, region
     )[0]
@@ -106,13 +106,12 @@ def category_index(pipeline: Any, category: str) -> int:
     return pipeline.category_index(category if len(pipeline.categories) > 1 else None)
 
 
-def counted_region(pipeline: Any, category: str, resolution: int) -> np.ndarray | None:
-    """Which pixels of a category's maps count, (resolution, resolution) bool: a pipeline's or a `Runtime`'s region of
+def counted_region(pipeline: Any, category: str, size: tuple[int, int]) -> np.ndarray | None:
+    """Which pixels of a category's maps of a size (height, width) count, bool: a pipeline's or a `Runtime`'s region of
     interest; None where all do.
     """
     if pipeline.region is None:
         return None
-    size = (resolution, resolution)
     if isinstance(pipeline, Runtime):
         return pipeline.inside_region(size)
     inside = inside_region(pipeline.region, torch.tensor([category_index(pipeline, category)]), size)

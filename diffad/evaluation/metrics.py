@@ -150,7 +150,8 @@ class AnomalyMetrics(Metric):
             defects: for sPRO, of each image its defects, which may overlap: a mask (H, W) bool and the share of its
                 pixels, in (0, 1], from which on it counts as found in full. None for an image without. With `mask`.
             region: of interest, (H, W), true or 1 where pixels of these images count in the pixel metrics; None where
-                all do. Of a defect, what is inside counts. With `anomaly_map`.
+                all do. Of a defect, what is inside counts; a defective image without any counts as good pixels. With
+                `anomaly_map`.
 
         Raises:
             ValueError: a shape does not fit the others, a value is NaN, `mask` or `label` holds something
@@ -310,7 +311,7 @@ class AnomalyMetrics(Metric):
         for mask, share in defects:
             own = scores[mask if inside is None else mask & inside]
             if own.size:
-                area = max(1, round(share * own.size))
+                area = min(own.size, max(1, round(share * int(mask.sum()))))
                 self.saturated_scores.append(self._to_state(np.partition(own, -area)[-area:]))
                 self.saturation_areas.append(self._to_state(np.full(area, area)))
 

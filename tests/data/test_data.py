@@ -1181,14 +1181,15 @@ def test_thin_defects_are_counted_where_they_are_resized():
     mask = PIL.Image.new("L", (64, 64))
     draw = PIL.ImageDraw.Draw(mask)
     draw.rectangle((0, 0, 15, 15), fill=255)
-    assert defects_at(mask, (16, 16)) == (1, 0, 1)
+    assert defects_at(mask, (16, 16)) == (1, 0, 0)
     draw.line((20, 0, 20, 63), fill=255)  # between the columns that are kept
-    assert defects_at(mask, (16, 16)) == (2, 1, 1)
-    assert defects_at(mask, (64, 64)) == (2, 0, 2)
+    assert defects_at(mask, (16, 16)) == (2, 1, 0)
+    assert defects_at(mask, (64, 64)) == (2, 0, 0)
     draw.line((30, 0, 63, 50), fill=255)
-    count, lost, pieces = defects_at(mask, (16, 16))
-    assert (count, lost) == (3, 1)
-    assert pieces > 2
+    assert defects_at(mask, (16, 16)) == (3, 1, 1)
+    inside = np.zeros((64, 64), bool)
+    inside[:, 25:] = True
+    assert defects_at(mask, (16, 16), inside) == (1, 0, 1)
 
 
 def test_resizing_rejects_bad_input():

@@ -188,9 +188,9 @@ def test_defects_too_thin_for_the_pixels_of_the_maps_are_told(model, tmp_path, c
     mask[:, 20] = 255
     write_png(data / "tile" / "ground_truth" / "hole" / "000_mask.png", mask)
     run(model, data, tmp_path / "report.json", "--resolution", 16)
-    assert "At 16 x 16 pixels, 1 of tile's 1 defects are too thin to be seen" in capsys.readouterr().out
+    assert "At 16 x 16 pixels, of tile's 1 defects 1 have no pixel. A larger" in capsys.readouterr().out
     run(model, data, tmp_path / "report.json", "--resolution", 64)
-    assert "too thin" not in capsys.readouterr().out
+    assert "A larger --resolution" not in capsys.readouterr().out
 
 
 def test_no_training_images_leave_padim_out(model, data, tmp_path, capsys):

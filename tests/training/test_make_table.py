@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import BACKBONE, STRIDES, texture, tiny_pipeline, write_mvtec, write_png
+from conftest import BACKBONE, STRIDES, texture, textures, tiny_pipeline, write_mvtec, write_png
 from diffusers import DPMSolverMultistepScheduler
 from launching import launch
 from PIL import Image
@@ -277,6 +277,16 @@ def test_a_model_without_features_to_score_with_is_refused(data, tmp_path):
     pipeline.save_pretrained(tmp_path / "diad")
     with pytest.raises(ValueError, match=r"--model.*no feature extractor"):
         run("pooling", tmp_path / "diad", data, tmp_path / "t.json")
+
+
+def test_a_model_with_a_region_of_interest_is_refused(data, tmp_path):
+    left = torch.zeros(16, 16, dtype=torch.uint8)
+    left[:, :8] = 255
+    write_png(tmp_path / "left.png", left.numpy())
+    pipeline = tiny_pipeline().calibrate(textures(9), false_alarm_rate=0.4, roi=tmp_path / "left.png")
+    pipeline.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"--model: .*model has a region of interest.*without --roi"):
+        run("alpha", tmp_path / "model", data, tmp_path / "t.json")
 
 
 def test_a_model_that_looks_at_tiles_is_refused(data, tmp_path):
