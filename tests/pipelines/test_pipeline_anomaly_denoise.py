@@ -34,6 +34,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from diffad import AnomalyDenoisePipeline, AnomalyOutput
+from diffad.calibration.score_calibration import ScoreCalibration
 from diffad.images import images_to_pixel_values, images_to_tensors
 from diffad.likelihood import kl_divergence_map
 from diffad.pipelines import detection
@@ -871,6 +872,18 @@ def test_another_false_alarm_rate_is_that_of_all_categories(unified):
     unified.calibrate(textures(9), category="screw")  # as they are
     assert unified.calibration.config.false_alarm_rate == 0.4
     assert unified.calibration.image_threshold[0] == expected[0]
+
+
+def test_an_earlier_calibration_that_kept_no_maxima_is_refused_another_rate():
+    unified = tiny_pipeline(categories=["bottle", "cable"], score_fraction=0.1)
+    known = unified.calibrate(textures(9), false_alarm_rate=0.3, category="bottle").calibration
+    config = {name: value for name, value in known.config.items() if not name.startswith("_")}
+    earlier = ScoreCalibration(**{**config, "keeps_maxima": False})
+    earlier.load_state_dict({name: value for name, value in known.state_dict().items() if name != "normal_maxima"})
+    unified.register_modules(calibration=earlier.eval())
+    with pytest.raises(ValueError, match=r"`false_alarm_rate` is 0.4, and category 0 was calibrated at 0.3"):
+        unified.calibrate(textures(9), false_alarm_rate=0.4, category="cable")
+    assert unified.calibrate(textures(9), category="cable").calibration.false_alarm_rate == 0.3
 
 
 # -- saving and loading ------------------------------------------------------------------------------------------
