@@ -192,7 +192,7 @@ class DetectionPipeline(AnomalyPipeline):
             smallest_area = 0.0 if self.calibration is None else self.calibration.smallest_area
         if false_alarm_rate is None:
             is_new = self.calibration is None
-            false_alarm_rate = DEFAULT_FALSE_ALARM_RATE if is_new else self.calibration.config.false_alarm_rate
+            false_alarm_rate = DEFAULT_FALSE_ALARM_RATE if is_new else self.calibration.false_alarm_rate
         check_calibration_call(images, statistics_images, false_alarm_rate, batch_size, generator, smallest_area)
         false_alarm_rate, smallest_area = float(false_alarm_rate), float(smallest_area)
         leave_one_out = leave_one_out and self.tile_size is None

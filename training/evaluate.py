@@ -101,22 +101,21 @@ def tell_of_one_kind(tests: dict[str, Dataset], accelerator: Accelerator) -> Non
             )
 
 
-def tell_of_thin_defects(tests: dict[str, Dataset], pipeline: Any, resolution: int, accelerator: Accelerator) -> None:
-    """Says of which categories some defects are too thin for the pixels at which maps meet masks."""
-    for name, images in tests.items() if accelerator.is_main_process else ():
-        found = np.zeros(3, dtype=int)
-        for mask in (row["mask"] for row in images.select_columns(["mask"])):
-            if mask is not None:
-                inside = counted_region(pipeline, name, (mask.height, mask.width))
-                found += defects_at(mask, (resolution, resolution), inside)
-        count, lost, broken = found.tolist()
-        words = [f"{lost} have no pixel"] if lost else []
-        words += [f"{broken} fall into pieces, each a defect of its own in PRO"] if broken else []
-        if words:
-            accelerator.print(
-                f"At {resolution} x {resolution} pixels, of {name}'s {count} defects {' and '.join(words)}. A larger "
-                "--resolution helps."
-            )
+def tell_of_thin_defects(images: Dataset, category: str, pipeline: Any, resolution: int) -> None:
+    """Says whether some defects of a category are too thin for the pixels at which maps meet masks."""
+    found = np.zeros(3, dtype=int)
+    for mask in (row["mask"] for row in images.select_columns(["mask"])):
+        if mask is not None:
+            inside = counted_region(pipeline, category, (mask.height, mask.width))
+            found += defects_at(mask, (resolution, resolution), inside)
+    count, lost, broken = found.tolist()
+    words = [f"{lost} have no pixel"] if lost else []
+    words += [f"{broken} fall into pieces, each a defect of its own in PRO"] if broken else []
+    if words:
+        print(
+            f"At {resolution} x {resolution} pixels, of {category}'s {count} defects {' and '.join(words)}. A larger "
+            "--resolution helps."
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -156,7 +155,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     tests, goods = split_by_category(dataset), split_by_category(training)
 
     tell_of_one_kind(tests, accelerator)
-    tell_of_thin_defects(tests, pipeline, args.resolution, accelerator)
 
     # 2. A new report, or what an interrupted run left of one
     report: dict[str, Any] = {
@@ -183,6 +181,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     limits = (args.resolution, args.pro_fpr_limit, args.batch_size)
     for category in [name for name in tests if name not in report["results"]]:
         images, good = tests[category], goods.get(category)
+        if accelerator.is_main_process:
+            tell_of_thin_defects(images, category, pipeline, args.resolution)
         with accelerator.autocast():
             ours = evaluate_category(pipeline, images, category, accelerator, *limits, args.save_maps)
             others = {

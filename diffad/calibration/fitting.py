@@ -455,12 +455,12 @@ class CalibrationFit:
             )
         if config.false_alarm_rate != self.false_alarm_rate:
             for i in self._other_categories(previous):
-                if not previous.good_maxima(i) and previous.image_threshold[i] != previous.pixel_threshold[i]:
+                if previous.known_maxima(i) is None:
                     raise ValueError(
                         f"`false_alarm_rate` is {self.false_alarm_rate:g}, and category {i} was calibrated at "
                         f"{config.false_alarm_rate:g} by an earlier version, which kept too little to set its mask's "
-                        "threshold anew. Pass that, or load the pipeline with `calibration=None` and calibrate every "
-                        "category."
+                        "threshold anew. Pass that rate, or load the pipeline with `calibration=None` and calibrate "
+                        "every category."
                     )
         for name in ("precision", "smallest_area") if knows_others else ():
             if config.get(name) not in (None, self.record.get(name)):

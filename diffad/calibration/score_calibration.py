@@ -608,11 +608,13 @@ class ScoreCalibration(Float32Part, ModelMixin, ConfigMixin):
             ValueError: the rate is not in (0, 1), or the category is not calibrated.
         """
         self._num_scores(category)
-        # a score that is its map's maximum says it
-        is_maximum = bool(self.image_threshold[category] == self.pixel_threshold[category])
-        maxima = self.good_maxima(category) or (self.good_scores(category) if is_maximum else None)
         threshold = float(self.pixel_threshold[category])
-        return thresholds_at(self.good_scores(category), maxima, threshold, false_alarm_rate)
+        return thresholds_at(self.good_scores(category), self.known_maxima(category), threshold, false_alarm_rate)
+
+    def known_maxima(self, category: int) -> list[float] | None:
+        """`good_maxima`, or the scores where each is its map's maximum; None where an earlier version kept neither."""
+        is_maximum = bool(self.image_threshold[category] == self.pixel_threshold[category])
+        return self.good_maxima(category) or (self.good_scores(category) if is_maximum else None)
 
 
 def forget(calibration: ScoreCalibration, *_: Any) -> None:
