@@ -124,6 +124,19 @@ def test_a_standard_error_is_no_less_than_the_deviation_among_sets_of_images(mea
     assert 1.0 < np.mean(errors) / np.std(differences) < 2.5
 
 
+def test_what_lies_outside_a_region_does_not_choose():
+    region = torch.zeros(1, 16, 16, dtype=torch.bool)
+    region[:, :, :10] = True
+    pipeline = tiny_pipeline(timesteps=[100], weights=dict.fromkeys(MAP_NAMES, 1.0), position_trust=0.0)
+    take_statistics(pipeline, textures(8, 16), 0, 0, Accelerator(cpu=True), region)
+    drawn, cluttered = drawn_maps(0), drawn_maps(0)
+    cluttered.maps[:, :, :, 10:] += 9.0 * torch.rand(40, 4, 16, 6, generator=generator(1))
+    cluttered.masks[20:, :, 12:] = True
+    for smoothing in (0.5, 2.0):
+        one, other = (rate_setting(pipeline, [it], (0.0, 0.0, 0.5, 0.5), 1.0, smoothing) for it in (drawn, cluttered))
+        assert one == other and one["objective"] > 0.6
+
+
 def test_where_too_little_is_known_no_error_is_told(measured):
     maps = drawn_maps(0)
     one, other = rank_settings(measured, [maps])[:2]
