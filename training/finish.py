@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,21 @@ def finish(
         save_record(args, {"categories": list(categories), **record})
     accelerator.wait_for_everyone()  # for what is saved; an upload takes longer than a collective may
     if args.push_to_hub and accelerator.is_main_process:
-        try:
+        with told_how_to_upload(f"The model is saved; `diffad push {args.output_dir} {args.hub_model_id}` uploads it."):
             pipeline.push_to_hub(args.hub_model_id, token=args.hub_token, folder=args.output_dir)
-        except Exception as error:  # the network has errors of its own
-            raise RuntimeError(
-                f"--push_to_hub: the upload failed ({error}). The model is saved; `diffad push {args.output_dir} "
-                f"{args.hub_model_id}` uploads it."
-            ) from error
+
+
+@contextmanager
+def told_how_to_upload(advice: str) -> Iterator[None]:
+    """Where `--push_to_hub` fails, its error says what uploads the saved model without another training.
+
+    Raises:
+        RuntimeError: the upload failed.
+    """
+    try:
+        yield
+    except Exception as error:  # the network has errors of its own
+        raise RuntimeError(f"--push_to_hub: the upload failed ({error}). {advice}") from error
 
 
 def save_examples(pipeline: Any, held_out: Dataset, args: argparse.Namespace) -> None:

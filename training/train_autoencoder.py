@@ -47,7 +47,7 @@ from diffad.training.data import (
     load_pictures,
     spread_batches,
 )
-from diffad.training.finish import save_record
+from diffad.training.finish import save_record, told_how_to_upload
 from diffad.training.loop import create_accelerator, held_output_dir, train
 from diffad.training.pretrained import check_there, pipeline_class
 from diffad.visualization import heat_map, save_rows, to_uint8
@@ -337,13 +337,18 @@ def run(args: argparse.Namespace, accelerator: Accelerator) -> None:
         with save_whole(args.output_dir) as unfinished:
             vae.save_pretrained(unfinished)
         save_record(args, {"categories": categories, **record, "held_out_l1": round(error, 6)})
-        if args.push_to_hub:
-            push_autoencoder(vae, args.output_dir, args.hub_model_id, args.hub_token)
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # for what is saved; an upload takes longer than a collective may
     accelerator.print(
         f"Saved an autoencoder to {args.output_dir} after {time.time() - started:.0f} s; on held-out images its "
         f"reconstructions are off by {error:.4f} of the range from black to white."
     )
+    if args.push_to_hub and accelerator.is_main_process:
+        folder, repository = str(args.output_dir), args.hub_model_id
+        with told_how_to_upload(
+            "The autoencoder is saved; `diffad.pipelines.sharing.push_autoencoder(AutoencoderKL.from_pretrained("
+            f"{folder!r}), {folder!r}, {repository!r})` uploads it."
+        ):
+            push_autoencoder(vae, folder, repository, args.hub_token)
 
 
 if __name__ == "__main__":

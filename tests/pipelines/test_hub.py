@@ -48,11 +48,13 @@ def publish(folder: Path) -> dict[str, str]:
     """Alice publishes, Bob proposes; with the records that training and an evaluation leave beside a model."""
     import torch
     from conftest import generator, texture, textures, tiny_pipeline, write_png
+    from diffusers import AutoencoderKL
     from huggingface_hub import create_repo, create_tag, upload_file, upload_folder
     from tiny_diad import tiny_diad
     from version_0_1 import as_version_0_1
 
     from diffad import AnomalyDenoisePipeline
+    from diffad.pipelines.sharing import push_autoencoder
 
     model, results = folder / "model", {}
     pipeline = tiny_pipeline(categories=CATEGORIES)
@@ -94,7 +96,9 @@ def publish(folder: Path) -> dict[str, str]:
 
     results["not uploaded"] = outcome(lambda: finish_training(folder))
     AnomalyDenoisePipeline.from_pretrained(folder / "trained").push_to_hub("alice/trained", token=ALICE)
-    train_an_autoencoder(folder)
+    results["autoencoder not uploaded"] = outcome(lambda: train_an_autoencoder(folder))
+    vae = AutoencoderKL.from_pretrained(folder / "trained_vae")
+    push_autoencoder(vae, folder / "trained_vae", "alice/vae", ALICE)
     diad = tiny_diad()
     measure(diad, folder / "diad.npz")
     diad.push_to_hub("alice/diad", token=ALICE)
@@ -217,7 +221,7 @@ def story(tmp_path_factory) -> Path:
 
 def run_story(folder: Path) -> None:
     with running_hub({ALICE: "alice", BOB: "bob"}) as hub:
-        hub.failures |= {"alice/parts": 1, "alice/trained": 1}
+        hub.failures |= {"alice/parts": 1, "alice/trained": 1, "alice/vae": 1}
 
         def start(step: str, home: str, **environment: str) -> subprocess.Popen:
             inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DIFFUSERS"))}
@@ -328,6 +332,9 @@ def test_an_upload_that_fails_after_a_training_says_what_to_do(story):
     words = results(story, "publish")["not uploaded"]
     assert words.startswith("RuntimeError: --push_to_hub: the upload failed (")
     assert words.endswith(f"The model is saved; `diffad push {story / 'trained'} alice/trained` uploads it.")
+    words, folder = results(story, "publish")["autoencoder not uploaded"], str(story / "trained_vae")
+    assert words.startswith("RuntimeError: --push_to_hub: the upload failed (")
+    assert f"push_autoencoder(AutoencoderKL.from_pretrained({folder!r}), {folder!r}, 'alice/vae')` uploads" in words
 
 
 def test_a_pushed_autoencoder_has_a_card_and_its_record(story):
