@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import threading
 import time
 import warnings
@@ -127,11 +128,17 @@ def without_secrets(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
+def shown_wrong(url: str) -> str:
+    """A URL that may be none, for an error: nothing that may be a user, a password or a token is left in it."""
+    before_host = re.sub(r"^(\w+://)?.*@", r"\1...@", url, flags=re.DOTALL)
+    return repr(re.sub(r"\?.+", "?...", before_host, flags=re.DOTALL))
+
+
 def http_sender(url: str) -> Deliver:
     """Posts events as JSON; any answer of 200 to 299 is a delivery."""
     parts = _split(url)
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"`on_anomaly` must be a URL, http:// or https://, but is {url!r}.")
+        raise ValueError(f"`on_anomaly` must be a URL, http:// or https://, but is {shown_wrong(url)}.")
     with needs_extra("watch"):
         import httpx
 
@@ -154,10 +161,10 @@ def mqtt_sender(url: str) -> Deliver:
     parts = _split(url)
     topic = "" if parts is None else unquote(parts.path.lstrip("/"))
     if parts is None or parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or not topic:
-        raise ValueError(f"`mqtt` must be mqtt://host/topic or mqtts://host/topic, but is {url!r}.")
+        raise ValueError(f"`mqtt` must be mqtt://host/topic or mqtts://host/topic, but is {shown_wrong(url)}.")
     if parts.query or "#" in url or "+" in topic:
         raise ValueError(
-            f"`mqtt`: the topic of {url!r} must hold no #, + or ?, and a password has them as %23, %2B, %3F."
+            f"`mqtt`: the topic of {shown_wrong(url)} must hold no #, + or ?, and a password has them as %23, %2B, %3F."
         )
     with needs_extra("watch"):
         from paho.mqtt.client import Client

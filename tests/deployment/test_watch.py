@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -411,6 +412,23 @@ def test_a_wrong_broker_is_told_before_anything_waits_for_it(url):
 def test_a_wrong_receiver_is_told_before_anything_waits_for_it(url):
     with pytest.raises(ValueError, match="`on_anomaly` must be a URL"):
         http_sender(url)
+
+
+@pytest.mark.parametrize(
+    ("sender", "url", "shown"),
+    [
+        (mqtt_sender, "mqtt://me:secret@host", "'mqtt://...@host'"),
+        (mqtt_sender, "mqtt://me:sec#ret@host/line", "'mqtt://...@host/line'"),
+        (mqtt_sender, "mqtt://me:sec/?ret@host:x/line", "'mqtt://...@host:x/line'"),
+        (mqtt_sender, "mqtt://host/line?token=secret", "'mqtt://host/line?...'"),
+        (mqtt_sender, "me:secret@host/line", "'...@host/line'"),
+        (http_sender, "https://me:secret@host:70000/x?token=secret", "'https://...@host:70000/x?...'"),
+    ],
+)
+def test_an_error_of_a_wrong_url_has_no_password_in_it(sender, url, shown):
+    with pytest.raises(ValueError, match=re.escape(shown)) as error:
+        sender(url)
+    assert all(word not in str(error.value) for word in ("sec", "ret", "me:"))
 
 
 class Broker:
